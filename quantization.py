@@ -1,0 +1,116 @@
+"""Int8 weights with group scales, and the one matrix product that takes float or int8 weights.
+
+Dimension letters: `I` in (contracted) width, `O` out width, `J` scale groups along `I`.
+
+A quantised matrix stands for `weight[i, o] * scales[i // (I / J), o]`: one scale per output column,
+and along the contracted axis one per group of `I / J` consecutive rows. Grok-1 has one group for
+most matrices, and eight for the two whose contracted axis its mesh splits (the attention's output
+projection and the experts' `linear_1`). The number of groups says nothing about the mesh in use.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight8bit:
+    """An int8 matrix and its scales: a pytree, and a Haiku parameter like any array.
+
+    weight: int8 [..., I, O].
+    scales: bfloat16 [..., J, O]; J divides I.
+    """
+
+    weight: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix that it stands for, [..., I, O]."""
+        return self.weight.shape
+
+
+Weight = jax.Array | QuantizedWeight8bit
+
+
+def quantize(weight: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
+    """Round a float matrix [..., I, O] to int8 with `groups` bfloat16 scales per column.
+
+    Each group's largest magnitude maps to 127 (symmetric, no zero point). The scale is rounded to
+    bfloat16 before the division, so that the stored pair is as close as its own scale allows.
+
+    Raises ValueError if `groups` does not divide I.
+    """
+    *lead, rows, columns = weight.shape
+    if groups < 1 or rows % groups:
+        raise ValueError(
+            f"groups must divide the {rows} rows of a weight of shape {weight.shape}, got {groups}"
+        )
+    grouped = weight.astype(jnp.float32).reshape(*lead, groups, rows // groups, columns)
+    largest = jnp.max(jnp.abs(grouped), axis=-2)  # [..., J, O]
+    scales = jnp.where(largest == 0, 1.0, largest / 127).astype(jnp.bfloat16)
+    steps = jnp.round(grouped / scales.astype(jnp.float32)[..., :, None, :])
+    return QuantizedWeight8bit(
+        weight=jnp.clip(steps, -127, 127).astype(jnp.int8).reshape(weight.shape), scales=scales
+    )
+
+
+def dequantize(weight: Weight, dtype: Any = jnp.float32) -> jax.Array:
+    """Return the matrix [..., I, O] that a float or int8 weight stands for, in `dtype`."""
+    if not isinstance(weight, QuantizedWeight8bit):
+        return weight.astype(dtype)
+    *lead, rows, columns = weight.shape
+    groups = weight.scales.shape[-2]
+    grouped = weight.weight.astype(jnp.float32).reshape(*lead, groups, rows // groups, columns)
+    scaled = grouped * weight.scales.astype(jnp.float32)[..., :, None, :]
+    return scaled.reshape(weight.shape).astype(dtype)
+
+
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`einsum` of two arrays of one dtype, accumulated in and returned as float32.
+
+    float32 inputs are multiplied at the highest precision: TF32's 10 bits flip expert choices.
+    """
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """`x [..., I] @ weight [I, O]`, float32 [..., O], whatever kind the weight is.
+
+    The weight is converted to the dtype of `x`, in which int8 is exact; the scales multiply the
+    float32 partial sums of each group, never the inputs of the product.
+    """
+    if not isinstance(weight, QuantizedWeight8bit):
+        return product("...i,io->...o", x, weight.astype(x.dtype))
+    rows, columns = weight.shape
+    scales = weight.scales.astype(jnp.float32)  # [J, O]
+    groups = scales.shape[0]
+    steps = weight.weight.astype(x.dtype)
+    if groups == 1:
+        return product("...i,io->...o", x, steps) * scales[0]
+    x = x.reshape(*x.shape[:-1], groups, rows // groups)
+    steps = steps.reshape(groups, rows // groups, columns)
+    return jnp.sum(product("...ji,jio->...jo", x, steps) * scales, axis=-2)
+
+
+def split_groups(weight: Weight, parts: int) -> Weight:
+    """Repeat scales until their groups divide evenly into `parts` slices along the rows.
+
+    The matrix stands for the same values; a slice along I then holds whole groups, so that each
+    device scales its own partial sums. Released weights (8 groups) on 1, 2, 4 or 8 parts are
+    returned as they are.
+    """
+    if not isinstance(weight, QuantizedWeight8bit) or weight.scales.shape[-2] % parts == 0:
+        return weight
+    rows, groups = weight.shape[-2], weight.scales.shape[-2]
+    wanted = groups * parts // math.gcd(groups, parts)
+    if rows % wanted:
+        raise ValueError(f"{rows} rows in {groups} scale groups cannot be split in {parts} parts")
+    scales = jnp.repeat(weight.scales, wanted // groups, axis=-2)
+    return QuantizedWeight8bit(weight.weight, scales)
