@@ -94,9 +94,11 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     steps = weight.weight.astype(x.dtype)
     if groups == 1:
         return product("...i,io->...o", x, steps) * scales[0]
-    x = x.reshape(*x.shape[:-1], groups, rows // groups)
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, rows // groups), -2, 0)  # [J, ..., I/J]
     steps = steps.reshape(groups, rows // groups, columns)
-    return jnp.sum(product("...ji,jio->...jo", x, steps) * scales, axis=-2)
+    partial = product("j...i,jio->j...o", x, steps)
+    scales = scales.reshape(groups, *(1,) * (x.ndim - 2), columns)
+    return jnp.sum(partial * scales, axis=0)
 
 
 def split_groups(weight: Weight, parts: int) -> Weight:

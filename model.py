@@ -1,0 +1,1238 @@
+"""Grok-1: configuration and Haiku modules.
+
+Dimension letters, one meaning each in every file:
+
+    B batch   T query positions   S cache positions   D model width (emb_size)   V vocabulary
+    N query heads   K key/value heads   G = N / K queries per key/value head   H head width
+    E experts   A experts used per token   F expert hidden width   L layers
+
+The layers are stacked: parameters keep the released names with `transformer/decoder_layer` in place
+of `transformer/decoder_layer_0` ... `_63`, and have a leading layer axis. One layer body is scanned
+over them, so that 64 layers compile as fast as one.
+
+Precision. float32 mode: everything is float32. bfloat16 mode: bfloat16 for the inputs of matrix
+products, queries, keys, values, the cache, attention weights and the experts' hidden vector;
+float32 for the residual stream, norms, rotary phases, router, scores, softmax, gates,
+accumulation and logits. Weights may be float or int8 (`QuantizedWeight8bit`) in either mode.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from quantization import QuantizedWeight8bit, dequantize, matmul, product, quantize, split_groups
+from sharding import (
+    DATA_AXIS,
+    MODEL_AXIS,
+    Rules,
+    axis_size,
+    constrain,
+    match_rule,
+)
+
+RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
+MASKED_SCORE = -1e30
+ATTENTION_SOFT_CAP = 30.0
+CAPTURE_SITES = ("router_probs",)
+
+Params = Mapping[str, Mapping[str, Any]]
+
+
+# ------------------------------------------------------------------------------- configuration
+
+
+def ffn_size(emb_size: int, widening_factor: float) -> int:
+    """Return F, the hidden width of an expert: 2/3 of the widened model width, up to 8s."""
+    size = int(widening_factor * emb_size) * 2 // 3
+    return size + -size % 8
+
+
+def _require(condition: bool, field: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{field}: expected {expected}, got {got!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the decoder stack. Raises ValueError naming the field, expected and got.
+
+    expert_dispatch: how the mixture computes the chosen experts. "dynamic" loops over as many
+    blocks of tokens as exist (inference; no reverse-mode gradient); "static" over the largest
+    possible number and skips the empty ones (training); "all" computes every expert for every
+    token, as a reference.
+    scan_unroll: layers per iteration of the compiled loop.
+    """
+
+    emb_size: int
+    key_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    num_layers: int
+    widening_factor: float = 4.0
+    attn_output_multiplier: float = 1.0
+    shard_activations: bool = False
+    num_experts: int = 1
+    num_selected_experts: int = 1
+    data_axis: str = DATA_AXIS
+    model_axis: str = MODEL_AXIS
+    expert_dispatch: Literal["dynamic", "static", "all"] = "dynamic"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        for field in ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers"):
+            value = getattr(self, field)
+            _require(isinstance(value, int) and value > 0, field, "a positive integer", value)
+        _require(self.widening_factor > 0, "widening_factor", "> 0", self.widening_factor)
+        _require(self.key_size % 2 == 0, "key_size", "an even head width", self.key_size)
+        _require(
+            self.num_q_heads % self.num_kv_heads == 0,
+            "num_q_heads",
+            f"a multiple of num_kv_heads = {self.num_kv_heads}",
+            self.num_q_heads,
+        )
+        _require(
+            isinstance(self.num_experts, int), "num_experts", "an integer", self.num_experts
+        )
+        most = max(self.num_experts, 1)
+        _require(
+            1 <= self.num_selected_experts <= most,
+            "num_selected_experts",
+            f"between 1 and num_experts = {most}",
+            self.num_selected_experts,
+        )
+        choices = ("dynamic", "static", "all")
+        _require(
+            self.expert_dispatch in choices,
+            "expert_dispatch",
+            f"one of {choices}",
+            self.expert_dispatch,
+        )
+        _require(self.scan_unroll >= 1, "scan_unroll", ">= 1", self.scan_unroll)
+
+    @property
+    def ffn_size(self) -> int:
+        """F, the hidden width of one expert."""
+        return ffn_size(self.emb_size, self.widening_factor)
+
+    def partition_rules(self) -> Rules:
+        """Return (pattern, spec) for the parameters of one layer, the first match holding."""
+        model = self.model_axis
+        return (
+            (r"multi_head_attention/(query|key|value)/w$", P(None, model)),
+            (r"multi_head_attention/linear/w$", P(model, None)),
+            (r"moe/(linear|linear_v)/w$", P(None, None, model)),
+            (r"moe/linear_1/w$", P(None, model, None)),
+            (r"decoder_layer/(linear|linear_v)/w$", P(None, model)),
+            (r"decoder_layer/linear_1/w$", P(model, None)),
+            (r"router/w$", P()),
+            (r"rms_norm(_\d)?/scale$", P()),
+        )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raise ValueError unless the mesh has both axes and its model axis splits every width."""
+        for axis in (self.data_axis, self.model_axis):
+            _require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
+        size = mesh.shape[self.model_axis]
+        widths = {"num_kv_heads": self.num_kv_heads, "the expert width": self.ffn_size}
+        if self.shard_activations:
+            widths["emb_size"] = self.emb_size
+        for name, width in widths.items():
+            if width % size:
+                fitting = [n for n in range(1, width + 1) if width % n == 0]
+                raise ValueError(
+                    f"mesh: a model axis of {size} does not divide {name} = {width}; "
+                    f"use one of {fitting[:12]}"
+                )
+
+    def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> "Memory":
+        """Return an empty memory for `batch_size` sequences of up to `seq_len` positions.
+
+        k, v: `dtype` [L, B, S, K, H]; step: int32 [B]; valid: bool [B, S].
+        """
+        shape = (self.num_layers, batch_size, seq_len, self.num_kv_heads, self.key_size)
+        return Memory(
+            layers=KVMemory(
+                k=jnp.zeros(shape, dtype),
+                v=jnp.zeros(shape, dtype),
+                step=jnp.zeros([batch_size], jnp.int32),
+            ),
+            valid=jnp.zeros([batch_size, seq_len], bool),
+        )
+
+    def make(self, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16) -> "Transformer":
+        """Return the module; to be called inside `hk.transform`."""
+        return Transformer(self, mesh, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """The whole model. Raises ValueError naming the field, expected and got.
+
+    embedding_init_scale: the random initial embedding has standard deviation
+    `embedding_init_scale / sqrt(emb_size)`.
+    fprop_dtype: dtype of the activations, bfloat16 or float32; the module's docstring says of which.
+    """
+
+    model: TransformerConfig
+    vocab_size: int = 128 * 1024
+    pad_token: int = 0
+    eos_token: int = 2
+    sequence_len: int = 8192
+    embedding_init_scale: float = 1.0
+    output_multiplier_scale: float = 1.0
+    embedding_multiplier_scale: float = 1.0
+    fprop_dtype: Any = jnp.bfloat16
+
+    def __post_init__(self):
+        _require(
+            isinstance(self.model, TransformerConfig), "model", "a TransformerConfig", self.model
+        )
+        for field in ("vocab_size", "sequence_len"):
+            value = getattr(self, field)
+            _require(isinstance(value, int) and value > 0, field, "a positive integer", value)
+        for field in ("pad_token", "eos_token"):
+            value = getattr(self, field)
+            expected = f"a token below vocab_size = {self.vocab_size}"
+            _require(isinstance(value, int) and 0 <= value < self.vocab_size, field, expected, value)
+        dtypes = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+        _require(
+            jnp.dtype(self.fprop_dtype) in dtypes,
+            "fprop_dtype",
+            "bfloat16 or float32",
+            self.fprop_dtype,
+        )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LanguageModelConfig":
+        """Build a configuration from nested plain fields, as a checkpoint's config.json has them.
+
+        Raises ValueError that names a missing, unknown or wrong field.
+        """
+        fields = dict(fields)
+        inner = fields.pop("model", None)
+        _require(isinstance(inner, Mapping), "model", "an object of the transformer's fields", inner)
+        return _build(cls, {**fields, "model": _build(TransformerConfig, inner)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the nested plain fields that describe the model, for config.json."""
+        inner = dataclasses.asdict(self.model)
+        for how in ("expert_dispatch", "scan_unroll"):  # how to run it, not what it is
+            del inner[how]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["fprop_dtype"]
+        return {**fields, "model": inner}
+
+    def partition_rules(self) -> Rules:
+        """Return (pattern, spec) for every parameter, without the leading layer axis."""
+        return (
+            (r"in_out_embed/embeddings$", P(self.model.model_axis, None)),
+            *self.model.partition_rules(),
+        )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raise ValueError unless the model can lie on the mesh."""
+        self.model.check_mesh(mesh)
+        size = mesh.shape[self.model.model_axis]
+        _require(
+            self.vocab_size % size == 0, "vocab_size", f"a multiple of the model axis {size}",
+            self.vocab_size,
+        )
+
+    def make(self, mesh: Mesh | None = None) -> "LanguageModel":
+        """Return the module; to be called inside `hk.transform`."""
+        if mesh is not None:
+            self.check_mesh(mesh)
+        return LanguageModel(self.model.make(mesh, self.fprop_dtype), self, mesh)
+
+    def init_params(self, seed: int = 0, *, quantized: bool = False) -> dict[str, dict[str, Any]]:
+        """Return random parameters: float32, or int8 with the released scale groups.
+
+        Matrices are truncated normal of variance 1 / fan-in, norms one.
+        """
+        params = jax.jit(self._initialise)(jax.random.key(seed))
+        return jax.jit(self.quantize_params)(params) if quantized else params
+
+    def param_shapes(self, *, quantized: bool = True) -> dict[str, dict[str, Any]]:
+        """Return the parameter tree with jax.ShapeDtypeStruct leaves; computes nothing."""
+
+        def make() -> Any:
+            params = self._initialise(jax.random.key(0))
+            return self.quantize_params(params) if quantized else params
+
+        return jax.eval_shape(make)
+
+    def _initialise(self, key: jax.Array) -> dict[str, dict[str, Any]]:
+        tokens = jnp.zeros([1, 1], jnp.int32)
+        return hk.transform(lambda: self.make()(tokens)).init(key)
+
+    def quantize_params(self, params: Params) -> dict[str, dict[str, Any]]:
+        """Round the weight matrices of a float parameter tree to int8.
+
+        The embedding, norms and router stay float32, as released; matrices that are split along
+        their contracted axis get `RELEASED_SCALE_GROUPS` groups, the others one.
+        """
+
+        def convert(name: str, leaf: jax.Array) -> Any:
+            spec = match_rule(self.partition_rules(), name)
+            if self.model.model_axis not in spec or name.endswith("embeddings"):
+                return leaf
+            row_parallel = spec[-2] == self.model.model_axis
+            return quantize(leaf, RELEASED_SCALE_GROUPS if row_parallel else 1)
+
+        return {
+            module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
+            for module, leaves in params.items()
+        }
+
+
+def _build(cls: type, fields: Mapping[str, Any]) -> Any:
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in fields:
+        _require(name in known, name, f"one of {sorted(known)}", name)
+    for name, field in known.items():
+        needed = field.default is dataclasses.MISSING
+        _require(name in fields or not needed, name, "a value in the configuration", None)
+    return cls(**fields)
+
+
+def grok_1() -> LanguageModelConfig:
+    """Return the published configuration: 314 billion parameters."""
+    return LanguageModelConfig(
+        vocab_size=128 * 1024,
+        pad_token=0,
+        eos_token=2,
+        sequence_len=8192,
+        embedding_init_scale=1.0,
+        output_multiplier_scale=0.5773502691896257,
+        embedding_multiplier_scale=78.38367176906169,
+        model=TransformerConfig(
+            emb_size=48 * 128,
+            widening_factor=8,
+            key_size=128,
+            num_q_heads=48,
+            num_kv_heads=8,
+            num_layers=64,
+            attn_output_multiplier=0.08838834764831845,
+            shard_activations=True,
+            num_experts=8,
+            num_selected_experts=2,
+            data_axis="data",
+            model_axis="model",
+        ),
+    )
+
+
+# ------------------------------------------------------------------------- memory between calls
+
+
+class KVMemory(NamedTuple):
+    """Keys and values of past positions.
+
+    k, v: [L, B, S, K, H] for all layers, or [B, S, K, H] for one.
+    step: int32 [B], the positions that each sequence has filled.
+    """
+
+    k: jax.Array | None
+    v: jax.Array | None
+    step: jax.Array
+
+
+class Memory(NamedTuple):
+    """What a model must remember between calls.
+
+    layers: one KVMemory for all layers.
+    valid: bool [B, S], whether the slot holds a real key: a pad token is masked for good.
+    """
+
+    layers: KVMemory
+    valid: jax.Array
+
+
+class LanguageModelOutput(NamedTuple):
+    """logits: float32 [B, T, V]; model_state: the new Memory, or None when none was given.
+
+    captured: the arrays asked for by `capture`, each with a leading layer axis.
+    """
+
+    logits: jax.Array
+    model_state: Memory | None
+    captured: dict[str, jax.Array] = {}  # noqa: RUF012  (a NamedTuple default, never written to)
+
+
+def write_rows(
+    cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array
+) -> jax.Array:
+    """Write the first `length` of T new rows of each sequence at its own position.
+
+    cache [L, B, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
+    Rows past a sequence's length, or past the end of the cache, are dropped.
+    """
+    rows, slots = new.shape[1], cache.shape[2]
+    # One update a sequence: a vmapped one copies the stacked cache in every layer.
+    for b in range(cache.shape[1]):
+        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
+        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
+        window = jnp.clip(start[b], 0, slots - rows)
+        row = jnp.arange(rows) - (start[b] - window)
+        keep = (row >= 0) & (row < length[b])
+        at = (layer, b, window, 0, 0)
+        old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
+        fresh = new[b].astype(cache.dtype)[jnp.maximum(row, 0)]
+        cache = lax.dynamic_update_slice(
+            cache, jnp.where(keep[:, None, None], fresh, old[0, 0])[None, None], at
+        )
+    return cache
+
+
+# --------------------------------------------------------------------------------- small modules
+
+
+class Linear(hk.Module):
+    """`x @ w + b`, w [I, O] float or int8, accumulated in float32.
+
+    row_shards: in how many slices the mesh cuts I; each then holds whole scale groups.
+    """
+
+    def __init__(
+        self, output_size: int, with_bias: bool = True, *, row_shards: int = 1,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        self.output_size = output_size
+        self.with_bias = with_bias
+        self.row_shards = row_shards
+
+    def weight(self, input_size: int) -> Any:
+        """Return the parameter `w` [input_size, output_size]."""
+        init = hk.initializers.TruncatedNormal(1 / math.sqrt(input_size))
+        return hk.get_parameter("w", [input_size, self.output_size], jnp.float32, init=init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., I] in the activation dtype -> float32 [..., O]."""
+        y = matmul(x, split_groups(self.weight(x.shape[-1]), self.row_shards))
+        if self.with_bias:
+            y += hk.get_parameter("b", [self.output_size], jnp.float32, init=jnp.zeros)
+        return y
+
+
+class RMSNorm(hk.Module):
+    """`scale * x / sqrt(mean(x^2) + 1e-5)` over the last axis (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, name: str | None = None):
+        super().__init__(name=name)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> float32 [..., D]; the caller casts it for the product that follows."""
+        x = x.astype(jnp.float32)
+        scale = hk.get_parameter("scale", [x.shape[-1]], jnp.float32, init=jnp.ones)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return scale * x * lax.rsqrt(mean_square + 1e-5)
+
+
+def rotate_half(x: jax.Array) -> jax.Array:
+    """[a, b] -> [-b, a], the halves of the last axis."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([-b, a], axis=-1)
+
+
+class RotaryEmbedding(hk.Module):
+    """Rotary positions, `x cos + rotate_half(x) sin` (Su et al. 2021, section 3.4, "half" form)."""
+
+    def __init__(self, dim: int, name: str | None = None, base_exponent: int = 10000):
+        super().__init__(name=name)
+        _require(dim % 2 == 0, "dim", "an even width", dim)
+        self.dim = dim
+        self.base_exponent = base_exponent
+
+    def __call__(
+        self,
+        x: jax.Array,
+        seq_dim: int,
+        offset: jax.Array | int,
+        const_position: int | None = None,
+        t: jax.Array | None = None,
+    ) -> jax.Array:
+        """Rotate x [B, T, heads, dim], or with T at another axis `seq_dim`; keeps its dtype.
+
+        The positions are `const_position` for all, or `t` [B, T], or 0 ... T-1 plus `offset`, a
+        scalar or [B].
+        """
+        _require(0 < seq_dim < x.ndim - 1, "seq_dim", f"between 1 and {x.ndim - 2}", seq_dim)
+        if const_position is not None:
+            positions = jnp.full([1, x.shape[seq_dim]], const_position)
+        elif t is not None:
+            positions = t
+        else:
+            positions = jnp.arange(x.shape[seq_dim]) + jnp.reshape(jnp.asarray(offset), [-1, 1])
+        exponents = np.arange(0, self.dim, 2) / self.dim
+        frequencies = np.tile(self.base_exponent**-exponents, 2).astype(np.float32)  # [dim]
+        phase = positions.astype(jnp.float32)[..., None] * frequencies  # [B or 1, T, dim]
+        spread = [a for a in range(1, x.ndim - 1) if a != seq_dim]
+        phase = jnp.expand_dims(phase, spread)
+        wide = x.astype(jnp.float32)
+        return (wide * jnp.cos(phase) + rotate_half(wide) * jnp.sin(phase)).astype(x.dtype)
+
+
+class InOutEmbed(hk.Module):
+    """The embedding table [V, D], used for both input and output."""
+
+    def __init__(
+        self, vocab_size: int, embed_dim: int, init_scale: float = 1.0, name: str | None = None
+    ):
+        super().__init__(name=name)
+        self.vocab_size = vocab_size
+        self.embed_dim = embed_dim
+        self.init_scale = init_scale
+
+    @property
+    def embeddings(self) -> jax.Array:
+        """The table [V, D]."""
+        init = hk.initializers.RandomNormal(self.init_scale / math.sqrt(self.embed_dim))
+        shape = [self.vocab_size, self.embed_dim]
+        return hk.get_parameter("embeddings", shape, jnp.float32, init=init)
+
+    def __call__(self, tokens: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """Tokens int [...] -> float32 [..., D], the table rounded to `dtype`."""
+        return self.embeddings[tokens].astype(dtype).astype(jnp.float32)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> float32 [..., V], `x @ embeddings.T`."""
+        return product("...d,vd->...v", x, self.embeddings.astype(x.dtype))
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+class MHAOutput(NamedTuple):
+    """embeddings: float32 [B, T, D]; memory: the KVMemory with the new rows, or None."""
+
+    embeddings: jax.Array
+    memory: KVMemory | None
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, multiplier: float
+) -> jax.Array:
+    """Grouped-query attention with Grok-1's soft cap.
+
+    query [B, T, K, G, H], key [B, S, K, H], value [B, S, K, H'], mask bool [B, T, S] (True: may
+    see) -> float32 [B, T, K, G, H']. A query that sees no key gets zero.
+    """
+    scores = product("btkgh,bskh->bkgts", query, key) * multiplier
+    scores = ATTENTION_SOFT_CAP * jnp.tanh(scores / ATTENTION_SOFT_CAP)
+    mask = mask[:, None, None]  # [B, 1, 1, T, S]
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1)
+    weights = jnp.where(mask, weights, 0.0).astype(value.dtype)
+    return product("bkgts,bskh->btkgh", weights, value)
+
+
+class MultiHeadAttention(hk.Module):
+    """Grouped-query attention (Ainslie et al. 2023): query head n reads key/value head n // G."""
+
+    def __init__(
+        self,
+        num_q_heads: int,
+        num_kv_heads: int,
+        key_size: int,
+        *,
+        with_bias: bool = True,
+        value_size: int | None = None,
+        model_size: int | None = None,
+        attn_output_multiplier: float = 1.0,
+        data_axis: str = DATA_AXIS,
+        model_axis: str = MODEL_AXIS,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        self.num_q_heads = num_q_heads
+        self.num_kv_heads = num_kv_heads
+        self.key_size = key_size
+        self.with_bias = with_bias
+        self.value_size = value_size or key_size
+        self.model_size = model_size or key_size * num_q_heads
+        self.attn_output_multiplier = attn_output_multiplier
+        self.data_axis = data_axis
+        self.model_axis = model_axis
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None = None,
+        kv_memory: KVMemory | None = None,
+        mesh: Mesh | None = None,
+        *,
+        layer: jax.Array | None = None,
+        length: jax.Array | None = None,
+    ) -> MHAOutput:
+        """Attend from query [B, T, D] to key and value [B, T', D], in the activation dtype.
+
+        mask: bool, broadcast to [B, T, S] or given as [B, 1, T, S]; True where a query may see a
+        key; None: everywhere. With `kv_memory`, the new keys are written at its `step`, which is
+        also their position, and S is the memory's length; else S = T' and positions start at 0.
+        layer: the layer to use of a memory that holds all of them. length: int32 [B], how many of
+        the new positions are real; default all.
+
+        Raises ValueError if the new keys do not fit the memory's length.
+        """
+        dtype = query.dtype
+        heads = (self.num_kv_heads, self.num_q_heads // self.num_kv_heads)
+        q = self._heads(query, self.num_q_heads, self.key_size, "query", mesh)
+        k = self._heads(key, self.num_kv_heads, self.key_size, "key", mesh)
+        v = self._heads(value, self.num_kv_heads, self.value_size, "value", mesh).astype(dtype)
+        offset = 0 if kv_memory is None else kv_memory.step
+        rotary = RotaryEmbedding(self.key_size)
+        q = rotary(q, 1, offset).astype(dtype)  # rounded once, after the rotation
+        k = rotary(k, 1, offset).astype(dtype)
+        if kv_memory is not None:
+            k, v, kv_memory = self._remember(k, v, kv_memory, mesh, layer, length)
+        if mask is None:
+            mask = jnp.ones([1, 1, 1], bool)
+        if mask.ndim == 4:
+            mask = mask[:, 0]
+        q = q.reshape(*q.shape[:2], *heads, self.key_size)
+        out = attend(q, k, v, mask, self.attn_output_multiplier)
+        out = out.astype(dtype).reshape(*out.shape[:2], -1)  # [B, T, N * H']
+        out = constrain(out, mesh, self.data_axis, None, self.model_axis)
+        shards = axis_size(mesh, self.model_axis)
+        out = Linear(self.model_size, self.with_bias, row_shards=shards, name="linear")(out)
+        return MHAOutput(out, kv_memory)
+
+    @hk.transparent
+    def _heads(
+        self, x: jax.Array, heads: int, width: int, name: str, mesh: Mesh | None
+    ) -> jax.Array:
+        """x [B, T, D] -> float32 [B, T, heads, width], the heads over the model axis."""
+        x = Linear(heads * width, self.with_bias, name=name)(x)
+        x = x.reshape(*x.shape[:-1], heads, width)
+        return constrain(x, mesh, self.data_axis, None, self.model_axis, None)
+
+    def _remember(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        memory: KVMemory,
+        mesh: Mesh | None,
+        layer: jax.Array | None,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, KVMemory]:
+        """Write new rows k, v [B, T, K, H]; return what to attend to, and the memory."""
+        batch, rows = k.shape[:2]
+        one_layer = layer is None
+        caches = [c[None] if one_layer else c for c in (memory.k, memory.v)]
+        if rows > caches[0].shape[2]:
+            raise ValueError(
+                f"{rows} new positions do not fit a memory of {caches[0].shape[2]}; "
+                "prefill in smaller chunks"
+            )
+        layer = jnp.int32(0) if layer is None else layer
+        if length is None:
+            length = jnp.full([batch], rows, jnp.int32)
+        write: Callable[..., jax.Array] = write_rows
+        if mesh is not None:
+            data, model = self.data_axis, self.model_axis
+            cache_spec = P(None, data, None, model, None)  # local [L, B/data, S, K/model, H]
+            rows_spec = P(data, None, model, None)  # local [B/data, T, K/model, H]
+            write = jax.shard_map(
+                write_rows, mesh=mesh, out_specs=cache_spec, check_vma=False,
+                in_specs=(cache_spec, rows_spec, P(), P(data), P(data)),
+            )
+        caches = [
+            write(cache, new, layer, memory.step, length)
+            for cache, new in zip(caches, (k, v), strict=True)
+        ]
+        k, v = (lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in caches)
+        stored = (k, v) if one_layer else caches
+        return k, v, KVMemory(*stored, memory.step + length)
+
+
+@dataclasses.dataclass(frozen=True)
+class MHABlock:
+    """Attention sized by the configuration. Adds no name of its own, as in the released files."""
+
+    config: TransformerConfig
+    mesh: Mesh | None = None
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, kv_memory: KVMemory | None, **where: Any
+    ) -> MHAOutput:
+        """x [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
+        config = self.config
+        return MultiHeadAttention(
+            config.num_q_heads,
+            config.num_kv_heads,
+            config.key_size,
+            with_bias=False,
+            model_size=config.emb_size,
+            attn_output_multiplier=config.attn_output_multiplier,
+            data_axis=config.data_axis,
+            model_axis=config.model_axis,
+            name="multi_head_attention",
+        )(x, x, x, mask, kv_memory, self.mesh, **where)
+
+
+# -------------------------------------------------------------------------- mixture of experts
+
+
+def expert(params: Params, x: jax.Array) -> jax.Array:
+    """One expert: `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation.
+
+    params: {"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w": [F, D]}};
+    x [..., D] in the activation dtype -> float32 [..., D]. (Shazeer 2020, eq. 6, GEGLU.)
+    """
+    gate = jax.nn.gelu(matmul(x, params["linear"]["w"]), approximate=True)
+    hidden = gate * matmul(x, params["linear_v"]["w"])
+    return matmul(hidden.astype(x.dtype), params["linear_1"]["w"])
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseBlock:
+    """The feed-forward block of one expert, or of a layer without a mixture.
+
+    Adds no name of its own, as in the released files.
+    """
+
+    widening_factor: float
+    dtype: Any = jnp.float32
+    row_shards: int = 1
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D], cast to `dtype` for the products -> float32 [..., D]."""
+        width = x.shape[-1]
+        hidden = ffn_size(width, self.widening_factor)
+        # In this order: Haiku numbers modules by the digits at the end of their names.
+        linear = Linear(hidden, name="linear").weight(width)
+        linear_v = Linear(hidden, name="linear_v").weight(width)
+        linear_1 = Linear(width, name="linear_1").weight(hidden)
+        params = {
+            "linear": {"w": linear},
+            "linear_v": {"w": linear_v},
+            "linear_1": {"w": split_groups(linear_1, self.row_shards)},
+        }
+        return expert(params, x.astype(self.dtype))
+
+
+class RouterOutput(NamedTuple):
+    """The experts chosen for each token.
+
+    gates: float32 [..., A], their probabilities as they are, zero for a masked token.
+    index: int32 [..., A], the experts, best first; E for a masked token, which goes to none.
+    probs: float32 [..., E], the softmax over all experts.
+    """
+
+    gates: jax.Array
+    index: jax.Array
+    probs: jax.Array
+
+
+class Router(hk.Module):
+    """Chooses the experts of each token, in float32."""
+
+    def __init__(self, num_selected_experts: int, name: str = "router"):
+        super().__init__(name=name)
+        self.num_selected_experts = num_selected_experts
+
+    def __call__(
+        self, inputs: jax.Array, padding_mask: jax.Array | None, num_experts: int
+    ) -> RouterOutput:
+        """inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
+        x = inputs.astype(jnp.float32)
+        init = hk.initializers.TruncatedNormal(1 / math.sqrt(x.shape[-1]))
+        w = hk.get_parameter("w", [x.shape[-1], num_experts], jnp.float32, init=init)
+        probs = jax.nn.softmax(matmul(x, w), axis=-1)
+        # As in Grok-1: the chosen probabilities are not renormalised to sum to one.
+        gates, index = lax.top_k(probs, self.num_selected_experts)
+        if padding_mask is not None:
+            gates = jnp.where(padding_mask[..., None], gates, 0.0)
+            index = jnp.where(padding_mask[..., None], index, num_experts)
+        return RouterOutput(gates, index, probs)
+
+
+def all_experts(
+    params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
+) -> jax.Array:
+    """The mixture in its obvious form: every expert for every token, most times a zero gate.
+
+    params as `expert` takes them with a leading E axis; x [N, D] in the activation dtype, gates and
+    index [N, A] as in RouterOutput -> float32 [N, D].
+    """
+    outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, N, D]
+    return combine_all(outputs, gates, index, num_experts)
+
+
+def combine_all(
+    outputs: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
+) -> jax.Array:
+    """Sum the experts' outputs [E, N, D] by gates and index [N, A] -> float32 [N, D]."""
+    weights = jnp.sum(jax.nn.one_hot(index, num_experts) * gates[..., None], axis=-2)  # [N, E]
+    return jnp.einsum("ne,end->nd", weights, outputs, precision=lax.Precision.HIGHEST)
+
+
+class Blocks(NamedTuple):
+    """Token copies sorted by expert, each expert's run padded to whole blocks of R rows.
+
+    row_token: int32 [blocks, R], the token in each row; N where the row is padding.
+    block_expert: int32 [blocks]. used: int32, how many blocks exist.
+    copy_row: int32 [N, A], the row of each token copy; blocks * R for a masked one.
+    """
+
+    row_token: jax.Array
+    block_expert: jax.Array
+    used: jax.Array
+    copy_row: jax.Array
+
+
+def block_rows(copies: int, num_experts: int) -> int:
+    """Return R: about an expert's even share, a power of two from 4 to 256."""
+    # At least 4 rows: XLA's CPU backend multiplies fewer bfloat16 rows an order slower.
+    return min(256, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
+
+
+def sort_by_expert(index: jax.Array, num_experts: int) -> Blocks:
+    """Lay the token copies out in blocks; index int32 [N, A], `num_experts` for a masked copy."""
+    tokens, chosen = index.shape
+    copies = tokens * chosen
+    rows = block_rows(copies, num_experts)
+    # Each expert wastes less than one block, and no more blocks exist than copies.
+    most = min(copies, (copies + num_experts * (rows - 1)) // rows)
+    flat = index.reshape(-1)
+    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)  # [E]
+    blocks = (counts + rows - 1) // rows
+    ends = jnp.cumsum(blocks)
+    order = jnp.argsort(flat, stable=True)  # [copies], grouped by expert, masked ones last
+    sorted_expert = flat[order]
+    # A copy's row: its expert's first block, plus its rank within the expert.
+    rank = jnp.arange(copies) - jnp.take(jnp.cumsum(counts) - counts, sorted_expert, mode="clip")
+    row = jnp.take(ends - blocks, sorted_expert, mode="clip") * rows + rank
+    row = jnp.where(sorted_expert < num_experts, row, most * rows)
+    row_token = jnp.full([most * rows], tokens).at[row].set(order // chosen, mode="drop")
+    copy_row = jnp.zeros([copies], row.dtype).at[order].set(row)
+    block_expert = jnp.searchsorted(ends, jnp.arange(most), side="right")
+    return Blocks(
+        row_token.reshape(most, rows),
+        jnp.minimum(block_expert, num_experts - 1),
+        ends[-1],
+        copy_row.reshape(tokens, chosen),
+    )
+
+
+def chosen_experts(
+    params: Params,
+    x: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
+    num_experts: int,
+    *,
+    layer: jax.Array | None = None,
+    differentiable: bool = False,
+) -> jax.Array:
+    """The mixture, computing only the chosen experts; equal to `all_experts`.
+
+    As `all_experts`; with `layer`, the parameters have leading axes [L, E], and only the matrices
+    of one (layer, expert) are ever sliced out. differentiable: loop over a static number of blocks,
+    skipping the empty ones, since a loop with a dynamic bound has no reverse mode.
+    """
+    blocks = sort_by_expert(index, num_experts)
+    most, rows = blocks.row_token.shape
+    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+    x_blocks = padded[blocks.row_token]  # [blocks, R, D]
+
+    def weights_of(e: jax.Array) -> Params:
+        where = (e,) if layer is None else (layer, e)
+
+        def pick(w: jax.Array) -> jax.Array:
+            start = (*where, *(0,) * (w.ndim - len(where)))
+            size = (*(1,) * len(where), *w.shape[len(where) :])
+            return lax.dynamic_slice(w, start, size).reshape(w.shape[len(where) :])
+
+        return jax.tree.map(pick, params)
+
+    if differentiable:
+
+        def block(used: jax.Array, inputs: tuple[jax.Array, jax.Array, Params]) -> Any:
+            b, x_block, own = inputs
+            zeros = jnp.zeros(x_block.shape, jnp.float32)
+            return used, lax.cond(b < used, expert, lambda *_: zeros, own, x_block)
+
+        own = jax.vmap(weights_of)(blocks.block_expert)
+        _, out = lax.scan(block, blocks.used, (jnp.arange(most), x_blocks, own))
+    else:
+
+        def body(b: jax.Array, out: jax.Array) -> jax.Array:
+            y = expert(weights_of(blocks.block_expert[b]), x_blocks[b])
+            return lax.dynamic_update_index_in_dim(out, y, b, 0)
+
+        zeros = jnp.zeros(x_blocks.shape, jnp.float32)
+        out = lax.fori_loop(0, blocks.used, body, zeros)
+    out = out.reshape(most * rows, -1)
+    copies = out.at[blocks.copy_row].get(mode="fill", fill_value=0)  # [N, A, D]
+    return jnp.sum(copies * gates[..., None], axis=1)
+
+
+class MoELayer(hk.Module):
+    """A mixture of experts; each token's output is `sum_a gate_a * expert_a(x)`.
+
+    layer_fn: one expert, x [..., D] -> [..., D], with Haiku parameters. A DenseBlock is computed
+    only where it is chosen; any other function takes the all-experts form.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        layer_fn: Callable[[jax.Array], jax.Array],
+        router: Router,
+        mesh: Mesh | None = None,
+        shard_activations: bool = False,
+        data_axis: str = DATA_AXIS,
+        model_axis: str = MODEL_AXIS,
+        name: str = "moe",
+        *,
+        expert_dispatch: str = "dynamic",
+    ):
+        super().__init__(name=name)
+        self.num_experts = num_experts
+        self.layer_fn = layer_fn
+        self.router = router
+        self.mesh = mesh
+        self.shard_activations = shard_activations
+        self.data_axis = data_axis
+        self.model_axis = model_axis
+        self.expert_dispatch = expert_dispatch
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        padding_mask: jax.Array | None,
+        *,
+        layer: jax.Array | None = None,
+        with_routing: bool = False,
+    ) -> Any:
+        """inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D].
+
+        layer: the parameters hold all layers; use this one. with_routing: return
+        (output, RouterOutput).
+        """
+        routing = self.router(inputs, padding_mask, self.num_experts)
+        y = self._mix(inputs, routing, layer)
+        return (y, routing) if with_routing else y
+
+    @hk.transparent
+    def _mix(
+        self, inputs: jax.Array, routing: RouterOutput, layer: jax.Array | None
+    ) -> jax.Array:
+        """Apply the chosen experts to inputs [B, T, D] and sum them by their gates."""
+        init, apply = hk.transform(self.layer_fn)
+        keys = None
+        if hk.running_init():
+            keys = jax.random.split(hk.next_rng_key(), self.num_experts)
+        params = hk.transparent_lift(jax.vmap(init, in_axes=(0, None)))(keys, inputs[:1, :1])
+        if hk.running_init():
+            return inputs.astype(jnp.float32)
+        if isinstance(self.layer_fn, DenseBlock):
+            return self._mixture(params, inputs.astype(self.layer_fn.dtype), routing, layer)
+        if layer is not None:
+            params = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
+        outputs = jax.vmap(apply, in_axes=(0, None, None))(params, None, inputs)  # [E, B, T, D]
+        flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), routing)
+        mixed = combine_all(
+            outputs.reshape(self.num_experts, -1, inputs.shape[-1]).astype(jnp.float32),
+            flat.gates,
+            flat.index,
+            self.num_experts,
+        )
+        return mixed.reshape(inputs.shape)
+
+    def _mixture(
+        self, params: Params, x: jax.Array, routing: RouterOutput, layer: jax.Array | None
+    ) -> jax.Array:
+        """Each data shard sorts its own tokens and loops locally; one sum over the model axis."""
+        mesh, data, model = self.mesh, self.data_axis, self.model_axis
+        scatter = self.shard_activations and mesh is not None
+
+        def local(
+            params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, layer: jax.Array
+        ) -> jax.Array:
+            # Local shapes: x [B/data, T, D], w [L, E, D, F/model] or [L, E, F/model, D].
+            flat = [a.reshape(-1, a.shape[-1]) for a in (x, gates, index)]
+            if self.expert_dispatch == "all":
+                own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
+                out = all_experts(own, *flat, self.num_experts)
+            else:
+                out = chosen_experts(
+                    params, *flat, self.num_experts, layer=layer,
+                    differentiable=self.expert_dispatch == "static",
+                )
+            out = out.reshape(x.shape)
+            if scatter:
+                return lax.psum_scatter(out, model, scatter_dimension=2, tiled=True)
+            return out if mesh is None else lax.psum(out, model)
+
+        if layer is None:
+            params, layer = jax.tree.map(lambda w: w[None], params), jnp.int32(0)
+        if mesh is not None:
+            params = dict(params)
+            shards = axis_size(mesh, model)
+            params["linear_1"] = {"w": split_groups(params["linear_1"]["w"], shards)}
+            by_column, by_row = P(None, None, None, model), P(None, None, model, None)
+            specs = {"linear": by_column, "linear_v": by_column, "linear_1": by_row}
+            tokens = P(data, None, None)
+            local = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(specs, tokens, tokens, tokens, P()),
+                out_specs=P(data, None, model if scatter else None),
+                check_vma=False,
+            )
+        return local(params, x, routing.gates, routing.index, layer)
+
+
+# --------------------------------------------------------------------------------- the decoder
+
+
+class DecoderLayer(hk.Module):
+    """One layer, its four norms before and after each block ("sandwich")."""
+
+    def __init__(
+        self, config: TransformerConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32,
+        name: str = "decoder_layer",
+    ):
+        super().__init__(name=name)
+        self.config = config
+        self.mesh = mesh
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        h: jax.Array,
+        mask: jax.Array,
+        padding_mask: jax.Array,
+        kv_memory: KVMemory | None,
+        layer: jax.Array | None = None,
+        length: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
+        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory, sites.
+
+        `layer` and `length` as in MultiHeadAttention; sites: what `capture` can ask for.
+        """
+        config, mesh = self.config, self.mesh
+        x = self._gathered(RMSNorm(name="rms_norm")(h).astype(self.dtype))
+        attention, memory = MHABlock(config, mesh)(x, mask, kv_memory, layer=layer, length=length)
+        h += RMSNorm(name="rms_norm_1")(self._spread(attention))
+        h = self._spread(h)
+        x = self._gathered(RMSNorm(name="rms_norm_2")(h))
+        y, sites = self._feed_forward(x, padding_mask, layer)
+        h += RMSNorm(name="rms_norm_3")(self._spread(y))
+        return self._spread(h), memory, sites
+
+    @hk.transparent
+    def _feed_forward(
+        self, x: jax.Array, padding_mask: jax.Array, layer: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The mixture, or one dense block where there are no experts to choose from."""
+        config = self.config
+        shards = axis_size(self.mesh, config.model_axis)
+        block = DenseBlock(config.widening_factor, self.dtype, shards)
+        if config.num_experts <= 1:
+            return block(x), {}
+        moe = MoELayer(
+            config.num_experts,
+            block,
+            Router(config.num_selected_experts),
+            self.mesh,
+            config.shard_activations,
+            config.data_axis,
+            config.model_axis,
+            expert_dispatch=config.expert_dispatch,
+        )
+        y, routing = moe(x, padding_mask, layer=layer, with_routing=True)
+        return y, {"router_probs": routing.probs}
+
+    def _spread(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] between blocks: over the model axis too if `shard_activations`."""
+        last = self.config.model_axis if self.config.shard_activations else None
+        return constrain(x, self.mesh, self.config.data_axis, None, last)
+
+    def _gathered(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] as a block's input: whole on every device of the model axis."""
+        return constrain(x, self.mesh, self.config.data_axis, None, None)
+
+
+class Transformer(hk.Module):
+    """The stack of decoder layers: one layer body, scanned over stacked parameters."""
+
+    def __init__(
+        self, config: TransformerConfig, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16,
+        name: str = "transformer",
+    ):
+        super().__init__(name=name)
+        self.config = config
+        self.mesh = mesh
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        h: jax.Array,
+        mask: jax.Array,
+        padding_mask: jax.Array,
+        memory: KVMemory | None = None,
+        *,
+        length: jax.Array | None = None,
+        capture: Collection[str] = (),
+    ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
+        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T].
+
+        Returns the new h, the memory with T (or `length`) more positions, and the captured arrays,
+        each with a leading layer axis.
+        """
+        config = self.config
+
+        def run(h: jax.Array, kv_memory: KVMemory | None, layer: jax.Array | None) -> Any:
+            decoder_layer = DecoderLayer(config, self.mesh, self.dtype)
+            return decoder_layer(h, mask, padding_mask, kv_memory, layer, length)
+
+        init, apply = hk.transform(run)
+        keys = None
+        if hk.running_init():
+            keys = jax.random.split(hk.next_rng_key(), config.num_layers)
+        params = hk.transparent_lift(jax.vmap(init, in_axes=(0, None, None, None)))(
+            keys, h, None, None
+        )
+        if hk.running_init():
+            return h, memory, {}
+        # The mixture's weights enter the loop whole, with the layer index: slicing a layer first
+        # would copy its eight experts to use two. Training wants the slices: gradients are theirs.
+        whole = {}
+        if config.expert_dispatch == "dynamic":
+            whole = {name: p for name, p in params.items() if "/moe/" in name}
+        sliced = {name: p for name, p in params.items() if name not in whole}
+
+        def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> Any:
+            h, cache = carry
+            layer, own = xs
+            own = {**own, **whole}
+            kv_memory = None if memory is None else KVMemory(*cache, memory.step)
+            h, kv_memory, sites = apply(own, None, h, kv_memory, layer)
+            cache = None if kv_memory is None else (kv_memory.k, kv_memory.v)
+            return (h, cache), {name: sites[name] for name in capture}
+
+        cache = None if memory is None else (memory.k, memory.v)
+        (h, cache), captured = lax.scan(
+            body,
+            (h, cache),
+            (jnp.arange(config.num_layers), sliced),
+            unroll=min(config.scan_unroll, config.num_layers),
+        )
+        if memory is not None:
+            written = h.shape[1] if length is None else length
+            memory = KVMemory(*cache, memory.step + written)
+        return h, memory, captured
+
+
+# --------------------------------------------------------------------------- the language model
+
+
+class LanguageModel(hk.Module):
+    """Tokens to logits. Made by `LanguageModelConfig.make`."""
+
+    def __init__(
+        self, model: Transformer, config: LanguageModelConfig, mesh: Mesh | None = None,
+        name: str = "language_model",
+    ):
+        super().__init__(name=name)
+        self.model = model
+        self.config = config
+        self.mesh = mesh
+
+    def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> Memory:
+        """Return an empty memory; see TransformerConfig.init_memory."""
+        return self.config.model.init_memory(batch_size, seq_len, dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        memory: Memory | None = None,
+        *,
+        last_hid_only: bool = False,
+        length: jax.Array | None = None,
+        capture: Collection[str] = (),
+    ) -> LanguageModelOutput | jax.Array:
+        """tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
+
+        memory: past positions, which these tokens continue; None: they start at position 0 and
+        nothing is remembered.
+        length: int32 [B], how many of the T tokens are real. The others change nothing: they are
+        not seen, not remembered and go to no expert; a sequence of length 0 keeps its memory. The
+        logits are then [B, 1, V], at each sequence's last real position.
+        last_hid_only: return only the hidden state [B, D], float32 and after the final norm, at
+        the last real position of each sequence.
+        capture: names from CAPTURE_SITES; `captured` then holds router_probs [L, B, T, E].
+
+        Raises ValueError if the mesh's data axis does not divide B, or for an unknown capture.
+        """
+        config = self.config
+        batch, steps = tokens.shape
+        self._check(batch, capture)
+        written = jnp.full([batch], steps, jnp.int32) if length is None else length
+        real = (tokens > config.pad_token) & (jnp.arange(steps) < written[:, None])
+        start, valid = jnp.zeros([batch], jnp.int32), real
+        if memory is not None:
+            start, valid = memory.layers.step, _remember_valid(memory, real, written)
+        # A query sees the real keys up to its own position.
+        position = start[:, None] + jnp.arange(steps)  # [B, T]
+        causal = jnp.arange(valid.shape[1]) <= position[..., None]  # [B, T, S]
+        mask = causal & valid[:, None, :]
+
+        embed = InOutEmbed(
+            config.vocab_size, config.model.emb_size, config.embedding_init_scale,
+            name="in_out_embed",
+        )
+        h = embed(tokens, config.fprop_dtype) * config.embedding_multiplier_scale
+        h = constrain(h, self.mesh, config.model.data_axis, None, None)
+        layers = None if memory is None else memory.layers
+        h, layers, captured = self.model(h, mask, real, layers, length=length, capture=capture)
+        if memory is not None:
+            memory = Memory(layers, valid)
+
+        h = RMSNorm(name="rms_norm")(h)
+        if length is not None or last_hid_only:
+            last = written - 1 if length is not None else _last_real(real)
+            h = jnp.take_along_axis(h, jnp.maximum(last, 0)[:, None, None], axis=1)  # [B, 1, D]
+        if last_hid_only:
+            return h[:, 0]
+        h = constrain(h, self.mesh, config.model.data_axis, None, None)
+        logits = embed.decode(h.astype(config.fprop_dtype)) * config.output_multiplier_scale
+        logits = constrain(logits, self.mesh, config.model.data_axis, None, config.model.model_axis)
+        return LanguageModelOutput(logits, memory, captured)
+
+    def _check(self, batch: int, capture: Collection[str]) -> None:
+        data = axis_size(self.mesh, self.config.model.data_axis)
+        if batch % data:
+            raise ValueError(
+                f"the batch must be a multiple of the mesh's data axis {data}, got {batch}; pad it"
+            )
+        sites = CAPTURE_SITES if self.config.model.num_experts > 1 else ()
+        for name in capture:
+            _require(name in sites, "capture", f"names from {sites}", name)
+
+
+def _last_real(real: jax.Array) -> jax.Array:
+    """real bool [B, T] -> int32 [B], the last True position of each row."""
+    return jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
+
+
+def _remember_valid(memory: Memory, real: jax.Array, written: jax.Array) -> jax.Array:
+    """Note which of the new positions, real bool [B, T], hold keys -> valid bool [B, S]."""
+    row = jnp.arange(memory.valid.shape[1]) - memory.layers.step[:, None]  # [B, S]
+    last = real.shape[1] - 1
+    new = jnp.take_along_axis(real, jnp.clip(row, 0, last), axis=1)
+    return jnp.where((row >= 0) & (row < written[:, None]), new, memory.valid)
