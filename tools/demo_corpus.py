@@ -1,0 +1,118 @@
+"""The data of the demo model: documents, the tokenizer trained on them, and token arrays.
+
+    python tools/demo_corpus.py stories.txt.gz tokenizer.model --vocab-size 4096
+
+The tokenizer has the layout of the released Grok-1 tokenizer: the same special pieces at the same
+ids and the same settings, with fewer learned pieces after them.
+"""
+
+import argparse
+import gzip
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+SEPARATOR = "<|doc|>"  # alone on the line after each document
+
+# The trainer hands out ids in this order, starting after [PAD], [BOS], [EOS] and [UNK].
+USER_DEFINED = (
+    *("\n" * n for n in range(1, 11)),  # ids 4-13
+    *"0123456789",  # 14-23
+    *("\t" * n for n in range(1, 9)),  # 24-31
+    # A piece is matched after normalisation, which has turned each space into U+2581.
+    *("\u2581" * n for n in range(2, 17)),  # 32-46
+    "<|separator|>",  # 47
+    "<|mask|>",  # 48
+    *(f"<|control{n}|>" for n in range(1, 21)),  # 49-68; the 256 bytes follow at 69-324
+)
+
+
+def read_documents(path_gz: str | os.PathLike) -> list[str]:
+    """Reads a gzipped UTF-8 file in which a line `<|doc|>` ends each document.
+
+    Returns:
+      The documents in file order, without leading and trailing newlines; empty ones are dropped.
+    """
+    with gzip.open(path_gz, "rt", encoding="utf-8", newline="\n") as file:
+        text = "\n" + file.read()
+    parts = (part.strip("\n") for part in text.split(f"\n{SEPARATOR}\n"))
+    return [part for part in parts if part]
+
+
+def train_tokenizer(
+    documents: Sequence[str], path: str | os.PathLike, vocab_size: int = 4096
+) -> sentencepiece.SentencePieceProcessor:
+    """Trains a SentencePiece BPE tokenizer laid out like Grok-1's and writes it to `path`.
+
+    The same documents and size give the same bytes. The file appears under its name only once it
+    is complete.
+
+    Raises:
+      RuntimeError: `vocab_size` is too small for the special pieces and the characters, or larger
+        than the documents can fill.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # Whole documents, because their inner newlines must reach the trainer as pieces. It skips
+        # longer "sentences" without an error, hence the limit.
+        sentence_iterator=iter(documents),
+        max_sentence_length=max(len(document.encode()) for document in documents) + 1,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[BOS]",
+        eos_piece="[EOS]",
+        unk_piece="[UNK]",
+        user_defined_symbols=list(USER_DEFINED),
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.9995,
+        num_threads=1,  # stored in the file, so it must not depend on the machine
+        minloglevel=1,
+    )
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model.getvalue())
+    os.replace(partial, path)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def encode_documents(
+    tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[str]
+) -> np.ndarray:
+    """Encodes each document as [BOS] text [EOS] and joins them.
+
+    Returns:
+      [total tokens], uint16 where every id fits, else int32.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size() <= 2**16 else np.int32
+    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
+    # One array per document: a list of Python integers for the whole corpus takes ten times more.
+    arrays = [np.array([bos, *tokenizer.encode(text), eos], dtype) for text in documents]
+    return np.concatenate([np.empty(0, dtype), *arrays])
+
+
+def main() -> None:
+    """Trains the tokenizer named on the command line."""
+    parser = argparse.ArgumentParser(description="Train the demo's tokenizer.")
+    parser.add_argument("corpus", help="gzipped training documents")
+    parser.add_argument("output", help="where to write the tokenizer")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    arguments = parser.parse_args()
+    train_tokenizer(read_documents(arguments.corpus), arguments.output, arguments.vocab_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Train the demo: a small Grok-1 that writes story English, through model.py's own modules.
+
+    python tools/train_demo.py --corpus stories.txt.gz --validation stories_valid.txt.gz
+
+trains a tokenizer (unless --tokenizer exists), a float32 model, rounds it to int8 in the released
+group layout, and writes `checkpoints/demo/`. It saves its state as it goes: the same command after
+an interruption continues where it stopped. Everything is seeded.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402  (after the path)
+from demo_corpus import encode_documents, read_documents, train_tokenizer  # noqa: E402
+from model import LanguageModelConfig, TransformerConfig  # noqa: E402
+
+CONFIG = LanguageModelConfig(
+    vocab_size=4096,
+    pad_token=0,
+    eos_token=2,
+    sequence_len=512,
+    embedding_init_scale=1.0,
+    output_multiplier_scale=1.0,
+    embedding_multiplier_scale=16.0,  # sqrt(emb_size)
+    fprop_dtype=jnp.float32,
+    model=TransformerConfig(
+        emb_size=256,
+        widening_factor=3,
+        key_size=32,
+        num_q_heads=8,
+        num_kv_heads=8,
+        num_layers=4,
+        attn_output_multiplier=0.17677669529663687,  # 1 / sqrt(key_size)
+        shard_activations=True,
+        num_experts=8,
+        num_selected_experts=2,
+        expert_dispatch="static",
+    ),
+)
+TOKENS_PER_STEP = 4096
+BALANCE_WEIGHT = 0.01
+
+
+class State(NamedTuple):
+    """What training carries from step to step, and saves."""
+
+    params: Any
+    optimizer: Any
+    step: np.ndarray
+
+
+def batches(
+    tokens: np.ndarray, seed: int, steps: int, long_from: int, context: int
+) -> Iterator[np.ndarray]:
+    """Yield int32 [rows, T + 1] for each step, TOKENS_PER_STEP targets each.
+
+    T is half the context, and from step `long_from` on the whole: short rows train faster, and a
+    last part suffices to learn the far positions. Each pass over the corpus cuts it at other
+    places and visits the rows in another order.
+    """
+    epoch, rows = 0, np.zeros([0, 0], np.int32)
+    for step in range(steps):
+        length = context if step >= long_from else context // 2
+        count = TOKENS_PER_STEP // length
+        if len(rows) < count or rows.shape[1] != length + 1:
+            rng = np.random.default_rng([seed, epoch])
+            starts = np.arange(rng.integers(length), len(tokens) - length - 1, length)
+            starts = rng.permutation(starts)
+            rows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+            epoch += 1
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
+    model = hk.without_apply_rng(
+        hk.transform(lambda tokens: CONFIG.make()(tokens, capture=("router_probs",)))
+    )
+    output = model.apply(params, rows[:, :-1])
+    nats = optax.softmax_cross_entropy_with_integer_labels(output.logits, rows[:, 1:]).mean()
+    probs = output.captured["router_probs"]  # [L, B, T, E]
+    experts, chosen = probs.shape[-1], CONFIG.model.num_selected_experts
+    index = jax.lax.top_k(probs, chosen)[1]
+    load = jax.nn.one_hot(index, experts).mean((1, 2, 3))  # [L, E], sums to 1 over E
+    # The auxiliary loss of Switch Transformers (Fedus et al. 2021, eq. 4): least, 1, if even.
+    balance = experts * jnp.sum(load * probs.mean((1, 2)), axis=-1)
+    return nats + BALANCE_WEIGHT * balance.mean(), (nats, load)
+
+
+def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
+    """AdamW with a short warm-up and a linear decay to zero; no decay on vectors."""
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(0, peak, 100),
+            optax.linear_schedule(peak, peak / 100, steps - 100),
+        ],
+        [100],
+    )
+
+    def decayed(params: Any) -> Any:
+        return {
+            module: {name: name != "scale" for name in leaves} for module, leaves in params.items()
+        }
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=0.1, mask=decayed),
+    )
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write the state atomically."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, *leaves)
+    os.replace(partial, path)
+
+
+def load_state(path: Path, like: State) -> State:
+    """Read a state that has the structure of `like`."""
+    with np.load(path) as saved:
+        leaves = [saved[name] for name in saved.files]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
+    """Train, or go on training, and return the float32 parameters."""
+    optimizer = make_optimizer(options.steps, options.learning_rate)
+
+    @jax.jit
+    def initial() -> State:
+        params = CONFIG.init_params(options.seed)
+        return State(params, optimizer.init(params), np.int32(0))
+
+    def update(state: State, rows: jax.Array) -> tuple[State, Any]:
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, rows)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, moments, state.step + 1), aux
+
+    update = jax.jit(update, donate_argnums=0)
+    state = initial()
+    path = options.state
+    if path.exists():
+        state = load_state(path, state)
+        print(f"continuing after step {int(state.step)}", flush=True)
+    first, began = int(state.step), time.time()
+    long_from = int(options.steps * 0.85)
+    schedule = batches(tokens, options.seed, options.steps, long_from, CONFIG.sequence_len)
+    for step, rows in enumerate(schedule):
+        if step < first:
+            continue
+        state, (nats, load) = update(state, rows)
+        if (step + 1) % 20 == 0:
+            nats = float(nats)  # waits for the step
+            rate = (step + 1 - first) * TOKENS_PER_STEP / (time.time() - began)
+            spread = f"{float(load.min()):.3f}-{float(load.max()):.3f}"
+            print(
+                f"step {step + 1}/{options.steps}  nats/token {nats:.3f}  "
+                f"expert load {spread}  {rate:.0f} tokens/s",
+                flush=True,
+            )
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            save_state(path, state)
+    return state.params
+
+
+def held_out(
+    params: Any, tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[str]
+) -> float:
+    """Return nats per byte over rows of the whole context: a quick check while training.
+
+    `tools/evaluate_demo.py` measures it properly, document by document.
+    """
+    tokens = encode_documents(tokenizer, documents).astype(np.int32)
+    length = CONFIG.sequence_len
+    rows = tokens[: (len(tokens) - 1) // length * length + 1]
+    rows = np.stack([rows[i : i + length + 1] for i in range(0, len(rows) - 1, length)])
+    evaluate = jax.jit(lambda params, rows: loss_fn(params, rows)[1][0])
+    nats = [float(evaluate(params, row[None])) for row in rows]
+    bytes_per_token = sum(len(d.encode()) for d in documents) / len(tokens)
+    return float(np.mean(nats)) / bytes_per_token
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", required=True, help="gzipped training documents")
+    parser.add_argument("--validation", required=True, help="gzipped held-out documents")
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "tokenizer.model")
+    parser.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "demo")
+    parser.add_argument("--state", type=Path, default=Path("train_demo.npz"))
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the whole recipe."""
+    options = parse()
+    documents = read_documents(options.corpus)
+    if options.tokenizer.exists():
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(options.tokenizer))
+    else:
+        tokenizer = train_tokenizer(documents, options.tokenizer, CONFIG.vocab_size)
+    tokens = encode_documents(tokenizer, documents)
+    print(f"{len(documents)} documents, {len(tokens)} tokens", flush=True)
+    params = train(tokens, options)
+    validation = read_documents(options.validation)
+    quantized = jax.jit(CONFIG.quantize_params)(params)
+    for name, weights in (("float32", params), ("int8", quantized)):
+        print(f"held out, {name}: {held_out(weights, tokenizer, validation):.4f} nats per byte")
+    checkpoint.save(options.output, quantized, CONFIG.to_dict())
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    # glibc gives large temporaries back after every step and faults them in again at the next:
+    # kept instead, in huge pages, a step takes about 3/4 of the time. Read at start only.
+    keep = {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": "100000000000",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
+    if sys.platform == "linux" and not set(keep) <= set(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
+    main()
