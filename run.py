@@ -1,0 +1,321 @@
+"""Sample text from Grok-1, or from the small demo model that comes with it.
+
+    python run.py --prompt "Once upon a time" --max-len 120 --temperature 0.7 --seed 1
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+RELEASED = ROOT / "checkpoints"  # holds ckpt-0 once it has been downloaded
+DEMO = ROOT / "checkpoints" / "demo"
+PAD_SIZES = (16, 128, 1024)
+MOST_SLOTS = 8
+DEFAULT_PROMPT = "Once upon a time"
+
+
+def say(message: str) -> None:
+    """Print a message for the person, apart from the output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def mesh_sizes(text: str) -> tuple[int, int]:
+    """Parse "DATA,MODEL"."""
+    try:
+        data, model = (int(part) for part in text.split(","))
+    except ValueError:
+        data = model = 0
+    if data < 1 or model < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected two positive numbers DATA,MODEL such as 1,8, got {text!r}"
+        )
+    return data, model
+
+
+def token_ids(text: str) -> list[int]:
+    """Parse "5 6 7"."""
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected token ids such as '5 6 7', got {text!r}"
+        ) from None
+
+
+def number(low: float, high: float, kind: type, wanted: str) -> Any:
+    """Return a parser for a number in [low, high]."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
+
+    return parse
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="directory that holds ckpt-0; by default checkpoints/ if it does, else the demo",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece model; by default DIR/tokenizer.model, else the one beside run.py",
+    )
+    add(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        metavar="TEXT",
+        help=f"text to continue, may be repeated; by default {DEFAULT_PROMPT!r}",
+    )
+    add(
+        "--prompt-ids",
+        dest="prompts",
+        action="append",
+        type=token_ids,
+        metavar='"5 6 7"',
+        help="token ids to continue, may be repeated; needs no tokenizer",
+    )
+    count = number(1, 2**31 - 1, int, "a whole number of at least 1")
+    add("--max-len", type=count, default=200, metavar="N", help="most tokens to generate")
+    add(
+        "--temperature",
+        type=number(0, 1e6, float, "a number of at least 0 (0: the most probable token)"),
+        default=0.7,
+        metavar="X",
+        help="0 takes the most probable token",
+    )
+    add(
+        "--top-k",
+        type=number(0, 2**31 - 1, int, "a whole number of at least 0 (0: no limit)"),
+        default=0,
+        metavar="N",
+        help="draw from the N most probable tokens; 0: no limit",
+    )
+    add(
+        "--nucleus-p",
+        type=number(sys.float_info.min, 1, float, "a number above 0 and at most 1"),
+        default=1.0,
+        metavar="X",
+        help="draw from the fewest tokens whose probability reaches X",
+    )
+    add(
+        "--seed",
+        type=number(0, 2**32 - 1, int, "a whole number from 0 to 4294967295"),
+        default=42,
+        metavar="N",
+        help="the same seed gives the same text",
+    )
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        default=(1, 1),
+        metavar="DATA,MODEL",
+        help="devices along the batch and along heads and hidden widths; Grok-1 needs 1,8",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="activations; by default float32 on a CPU, bfloat16 elsewhere",
+    )
+    add("--json", action="store_true", help="print one JSON object a line for each prompt")
+    options = parser.parse_args(arguments)
+    options.prompts = options.prompts or [DEFAULT_PROMPT]
+    return options
+
+
+def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Return the checkpoint directory and the tokenizer, None if only ids are given."""
+    directory = options.checkpoint
+    if directory is None:
+        directory = RELEASED if (RELEASED / "ckpt-0").is_dir() else DEMO
+        if directory == DEMO:
+            say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
+    tokenizer = options.tokenizer
+    if tokenizer is None:
+        own = directory / "tokenizer.model"
+        tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
+        in_words = any(isinstance(prompt, str) for prompt in options.prompts)
+        if not in_words and not own.is_file():
+            return directory, None
+    return directory, tokenizer
+
+
+def make_server(options: argparse.Namespace) -> Any:
+    """Load the model as the options say."""
+    # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
+    devices = options.mesh[0] * options.mesh[1]
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    import dataclasses
+
+    import jax
+
+    from runner import InferenceRunner, ModelRunner, read_model_config
+
+    directory, tokenizer = choose_files(options)
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config = dataclasses.replace(
+        read_model_config(directory), fprop_dtype=jax.numpy.dtype(dtype).type
+    )
+    slots = min(len(options.prompts), MOST_SLOTS)
+    server = InferenceRunner(
+        name="run",
+        runner=ModelRunner(config, slots / devices, directory),
+        load=None,
+        tokenizer_path=tokenizer,
+        local_mesh_config=options.mesh,
+        pad_sizes=PAD_SIZES,
+    )
+    began = time.perf_counter()
+    server.initialize()
+    say(
+        f"loaded {directory} in {time.perf_counter() - began:.1f} s: {config.model.num_layers} "
+        f"layers, {dtype} activations, mesh {options.mesh[0]},{options.mesh[1]} on "
+        f"{jax.devices()[0].device_kind}"
+    )
+    return server
+
+
+def generate(server: Any, options: argparse.Namespace) -> None:
+    """Print the answers, then a line of statistics."""
+    from runner import Request
+
+    requests = [
+        Request(
+            prompt=prompt,
+            temperature=options.temperature,
+            nucleus_p=options.nucleus_p,
+            rng_seed=options.seed,
+            max_len=options.max_len,
+            top_k=options.top_k,
+        )
+        for prompt in options.prompts
+    ]
+    printer = JsonPrinter(requests) if options.json else TextPrinter(requests)
+    began, first, tokens = time.perf_counter(), 0.0, 0
+    try:
+        for event in server.stream(requests):
+            first = first or time.perf_counter() - began
+            tokens += 1
+            printer.show(event)
+    finally:
+        # After an interruption too: nothing that was computed is lost.
+        printer.close()
+    total = time.perf_counter() - began
+    rate = (tokens - 1) / (total - first) if tokens > 1 else 0.0
+    say(
+        f"{tokens} tokens in {total:.2f} s: {first:.2f} s to the first token (with compilation), "
+        f"then {rate:.1f} tokens/s"
+    )
+
+
+class TextPrinter:
+    """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
+
+    def __init__(self, requests: Sequence[Any]):
+        self.requests = requests
+        self.open: dict[int, Any] = {}
+        if len(requests) == 1 and isinstance(requests[0].prompt, str):
+            print(requests[0].prompt, end="", flush=True)
+
+    def show(self, event: Any) -> None:
+        """Print what is new."""
+        if len(self.requests) == 1:
+            text = event.text if event.completion.text is not None else f"{event.token_id} "
+            print(text, end="", flush=True)
+            return
+        self.open[event.index] = event.completion
+        if event.completion.finish_reason is not None:
+            self._whole(event.index)
+
+    def close(self) -> None:
+        """End the line, and print what answers there are of an interrupted batch."""
+        if len(self.requests) == 1:
+            print(flush=True)
+        for index in sorted(self.open):
+            self._whole(index)
+
+    def _whole(self, index: int) -> None:
+        answer = self.open.pop(index)
+        text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
+        prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
+        print(f"[{index + 1}] {prompt}{text if answer.text is not None else ' ' + text}", flush=True)
+
+
+class JsonPrinter:
+    """Prints finished answers as JSON lines, in the order of the prompts."""
+
+    def __init__(self, requests: Sequence[Any]):
+        del requests
+        self.finished: dict[int, Any] = {}
+        self.next = 0
+
+    def show(self, event: Any) -> None:
+        """Print the answers that are finished and whose turn it is."""
+        if event.completion.finish_reason is not None:
+            self.finished[event.index] = event.completion
+        while self.next in self.finished:
+            self._print(self.finished.pop(self.next))
+            self.next += 1
+
+    def close(self) -> None:
+        """Print the other finished answers of an interrupted batch."""
+        for index in sorted(self.finished):
+            self._print(self.finished[index])
+
+    def _print(self, answer: Any) -> None:
+        fields = {
+            "prompt": answer.prompt,
+            "prompt_ids": answer.prompt_ids,
+            "token_ids": answer.token_ids,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "logprobs": answer.logprobs,
+        }
+        print(json.dumps(fields), flush=True)
+
+
+def main() -> int:
+    """Run the command; returns the exit status."""
+    options = parse_arguments()
+    try:
+        generate(make_server(options), options)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as with `| head`: leave nothing for the interpreter to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,632 @@
+"""Requests in, tokens out: mesh, jitted steps, and the batching loop.
+
+Functional core, host shell. The jitted functions at module level take the state and return it; a
+sequence's result depends on its own row only, so a request gives the same tokens alone and in a
+batch. `ModelRunner` knows the model and its weights, `InferenceRunner` serves requests with them.
+
+B is the number of slots: sequences that the compiled steps serve at once.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import checkpoint
+from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory, grok_1
+from sampling import SampleOutput, SampleSettings, sample_token, validate_settings
+from sharding import axis_size, constrain, make_mesh, named_shardings, parameter_specs
+
+BOS_TOKEN = 1  # as in Grok-1's tokenizer
+TOKENIZER_SOURCE = (
+    "fetch the tokenizer.model that belongs to the checkpoint "
+    "(Grok-1's is in the xai-org/grok-1 repository on GitHub) and name it with --tokenizer"
+)
+
+
+# ------------------------------------------------------------------------------------ the core
+
+
+class Slots(NamedTuple):
+    """What each slot needs for its next token, on the device.
+
+    token: int32 [B, 1], the last token. count: int32 [B], how many tokens it has generated.
+    seed: uint32 [B]. settings: SampleSettings; `active` marks the slots that are in use.
+    """
+
+    token: jax.Array
+    count: jax.Array
+    seed: jax.Array
+    settings: SampleSettings
+
+
+def memory_specs(config: LanguageModelConfig) -> Memory:
+    """Return the PartitionSpecs of a Memory: sequences over the data axis, heads over the model."""
+    data, model = config.model.data_axis, config.model.model_axis
+    cache = P(None, data, None, model, None)
+    return Memory(KVMemory(cache, cache, P(data)), P(data, None))
+
+
+def apply_model(
+    config: LanguageModelConfig,
+    mesh: Mesh | None,
+    params: Any,
+    tokens: jax.Array,
+    memory: Memory | None = None,
+    length: jax.Array | None = None,
+) -> LanguageModelOutput:
+    """Run the model on tokens [B, T], outside `hk.transform`."""
+    model = hk.without_apply_rng(
+        hk.transform(lambda: config.make(mesh)(tokens, memory, length=length))
+    )
+    output = model.apply(params)
+    if mesh is not None and memory is not None:
+        # The memory comes back as it lay, so that its donated buffers can be used again.
+        state = jax.tree.map(
+            lambda x, spec: constrain(x, mesh, *spec), output.model_state, memory_specs(config)
+        )
+        output = output._replace(model_state=state)
+    return output
+
+
+def _sample(
+    config: LanguageModelConfig, mesh: Mesh | None, output: LanguageModelOutput, slots: Slots
+) -> tuple[SampleOutput, Slots]:
+    """Draw the next token of the active slots; the others keep theirs."""
+    # Sampling looks at whole rows: gathering them once is cheaper than many reductions.
+    logits = constrain(output.logits, mesh, config.model.data_axis, None, None)
+    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
+        slots.seed, slots.count
+    )
+    sample = sample_token(keys, output._replace(logits=logits), slots.settings)
+    active = slots.settings.active
+    return sample, slots._replace(
+        token=jnp.where(active[:, None], sample.token_id, slots.token),
+        count=slots.count + active,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+def prefill(
+    params: Any,
+    memory: Memory,
+    slots: Slots,
+    tokens: jax.Array,
+    length: jax.Array,
+    last: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[SampleOutput, Memory, Slots]:
+    """Read one chunk of each slot's prompt.
+
+    tokens int32 [B, T], of which the first `length` [B] are real (0: this slot is left alone);
+    last bool [B]: the prompt ends with this chunk, so that the slot's first token is drawn.
+    """
+    output = apply_model(config, mesh, params, tokens, memory, length)
+    settings = slots.settings
+    drawing = slots._replace(settings=settings._replace(active=last & settings.active))
+    sample, drawn = _sample(config, mesh, output, drawing)
+    return sample, output.model_state, drawn._replace(settings=settings)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+def decode_step(
+    params: Any,
+    memory: Memory,
+    slots: Slots,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[SampleOutput, Memory, Slots]:
+    """Read each active slot's last token and draw its next one."""
+    length = slots.settings.active.astype(jnp.int32)
+    output = apply_model(config, mesh, params, slots.token, memory, length)
+    sample, slots = _sample(config, mesh, output, slots)
+    return sample, output.model_state, slots
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+def logits_step(
+    params: Any,
+    memory: Memory,
+    tokens: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, Memory]:
+    """Read one chunk of tokens [B, T] -> the logits [B, T, V] at each, and the memory."""
+    output = apply_model(config, mesh, params, tokens, memory)
+    return output.logits, output.model_state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+def score_step(
+    params: Any,
+    memory: Memory,
+    tokens: jax.Array,
+    targets: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, Memory]:
+    """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each."""
+    output = apply_model(config, mesh, params, tokens, memory)
+    logits = output.logits
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), output.model_state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
+def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> Memory:
+    """Return an empty memory for `batch` sequences of the whole context."""
+    memory = config.model.init_memory(batch, config.sequence_len, config.fprop_dtype)
+    return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
+
+
+# --------------------------------------------------------------------------- requests and answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it.
+
+    prompt: text, or token ids. temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all.
+    rng_seed: the same request with the same seed gives the same tokens. max_len: how many tokens
+    to generate at most. top_k: 0 keeps all. allowed_tokens: the only ids that may be drawn.
+    """
+
+    prompt: str | Sequence[int]
+    temperature: float = 1.0
+    nucleus_p: float = 1.0
+    rng_seed: int = 42
+    max_len: int = 100
+    top_k: int = 0
+    allowed_tokens: Sequence[int] | None = None
+
+
+@dataclasses.dataclass
+class Completion:
+    """An answer, finished or in the making.
+
+    token_ids: the generated ids, the end-of-sequence token included if it came. logprobs: the
+    model's own log-probability of each, before temperature and filters. text: what the ids add to
+    the prompt; None without a tokenizer. finish_reason: "eos", "length" (max_len reached),
+    "context" (the context is full), or None while it goes on.
+    """
+
+    prompt: str | None
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str | None
+    finish_reason: str | None
+
+
+class Event(NamedTuple):
+    """One new token of one request of a batch.
+
+    index: the request. text: what is new of its text and final: a character whose bytes are not
+    all there yet, and the text of special tokens, stay out. completion: the answer so far.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    completion: Completion
+
+
+def load_tokenizer(
+    path: str | os.PathLike, vocab_size: int
+) -> sentencepiece.SentencePieceProcessor:
+    """Load a SentencePiece model; ValueError if there is none or it is not of this vocabulary."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a tokenizer, found no such file; {TOKENIZER_SOURCE}")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a SentencePiece model, got a file that is none; {TOKENIZER_SOURCE}"
+        ) from error
+    if tokenizer.vocab_size() != vocab_size:
+        raise ValueError(
+            f"{path}: expected the {vocab_size} pieces of the checkpoint's vocabulary, "
+            f"got {tokenizer.vocab_size()}; {TOKENIZER_SOURCE}"
+        )
+    return tokenizer
+
+
+def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
+    """Return the configuration in DIR/config.json; without one, Grok-1's own."""
+    fields = checkpoint.read_config(directory)
+    if fields is None:
+        return grok_1()
+    try:
+        return LanguageModelConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------- the shell
+
+
+class ModelRunner:
+    """The model, how many sequences it serves at once, and its weights.
+
+    model: the configuration, its `fprop_dtype` included.
+    bs_per_device: sequences per device; the number of slots is their product with the devices of
+    the mesh, at least one, rounded up to a multiple of the data axis.
+    checkpoint_path: DIR with DIR/ckpt-0; None: random int8 weights from `rng_seed`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModelConfig,
+        bs_per_device: float,
+        checkpoint_path: str | os.PathLike | None,
+        rng_seed: int = 42,
+    ):
+        if not bs_per_device > 0:
+            raise ValueError(f"bs_per_device: expected a number above 0, got {bs_per_device!r}")
+        self.model = model
+        self.bs_per_device = bs_per_device
+        self.checkpoint_path = checkpoint_path
+        self.rng_seed = rng_seed
+
+    def num_slots(self, mesh: Mesh | None) -> int:
+        """Return B, the number of sequences served at once on this mesh."""
+        devices = 1 if mesh is None else mesh.size
+        data = axis_size(mesh, self.model.model.data_axis)
+        wanted = max(1, round(self.bs_per_device * devices))
+        return -(-wanted // data) * data
+
+    def load_or_init(self, mesh: Mesh | None) -> Any:
+        """Return the parameters, placed on the mesh or on the default device.
+
+        Raises checkpoint.CheckpointError (a ValueError) if the files are not as they should be.
+        """
+        config = self.model
+        shapes = config.param_shapes()
+        shardings = None
+        if mesh is not None:
+            config.check_mesh(mesh)
+            specs = parameter_specs(shapes, config.partition_rules())
+            shardings = named_shardings(specs, mesh)
+        if self.checkpoint_path is None:
+            params = config.init_params(self.rng_seed, quantized=True)
+            return params if shardings is None else jax.device_put(params, shardings)
+        table = {"language_model/in_out_embed/embeddings": config.fprop_dtype}
+        return checkpoint.load(self.checkpoint_path, shapes, shardings, table)
+
+
+@dataclasses.dataclass
+class _Sequence:
+    """A request in a slot, on the host."""
+
+    index: int
+    request: Request
+    completion: Completion
+    chunks: list[int]  # compiled chunk sizes that its prompt still needs
+    prompt_text: str
+    read: int = 0  # prompt tokens that have been read
+    shown: int = 0  # characters of the text that are final and were handed out
+
+
+class InferenceRunner:
+    """Serves requests: batched, each with its own settings, tokens and stop reason.
+
+    name: a label, for messages. runner: the model. load: the checkpoint directory if it is not the
+    runner's own. tokenizer_path: a SentencePiece model; None: prompts are token ids.
+    local_mesh_config, between_hosts_config: as in make_mesh; (1, 1) twice means no mesh.
+    pad_sizes: the chunk lengths for which prefill is compiled. A prompt is read in chunks of the
+    largest, the rest in the smallest that holds it.
+
+    `initialize()` loads everything; the other methods need it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        runner: ModelRunner,
+        load: str | os.PathLike | None,
+        tokenizer_path: str | os.PathLike | None,
+        local_mesh_config: tuple[int, int] = (1, 1),
+        between_hosts_config: tuple[int, int] = (1, 1),
+        pad_sizes: Sequence[int] = (1024,),
+    ):
+        if not pad_sizes or any(size < 1 for size in pad_sizes):
+            raise ValueError(f"pad_sizes: expected positive chunk lengths, got {pad_sizes!r}")
+        self.name = name
+        self.runner = runner
+        if load is not None:
+            runner.checkpoint_path = load
+        self.config = runner.model
+        self.tokenizer_path = tokenizer_path
+        self.mesh_config = (tuple(local_mesh_config), tuple(between_hosts_config))
+        self.pad_sizes = sorted({min(size, self.config.sequence_len) for size in pad_sizes})
+        self.tokenizer: sentencepiece.SentencePieceProcessor | None = None
+        self.mesh: Mesh | None = None
+        self.params: Any = None
+        self.num_slots = 0
+
+    def initialize(self) -> None:
+        """Make the mesh, load the tokenizer and the weights. Raises ValueError with the reason."""
+        if self.mesh_config != ((1, 1), (1, 1)):
+            self.mesh = make_mesh(*self.mesh_config)
+        if self.tokenizer_path is not None:
+            self.tokenizer = load_tokenizer(self.tokenizer_path, self.config.vocab_size)
+        self.params = self.runner.load_or_init(self.mesh)
+        self.num_slots = self.runner.num_slots(self.mesh)
+
+    # ---------------------------------------------------------------------------- generation
+
+    def run(self) -> Generator[str | None, Request, None]:
+        """Serve one request at a time: `next(server)`, then `server.send(request)` -> the text."""
+        while True:
+            request = yield None
+            yield self.generate([request])[0].text
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests, in their order. Raises ValueError before the first token."""
+        answers: dict[int, Completion] = {}
+        for event in self.stream(requests):
+            answers[event.index] = event.completion
+        return [answers[i] for i in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Yield each token of each request as it is drawn.
+
+        All requests are checked first: ValueError names the request and what is wrong with it.
+        Requests beyond the number of slots wait for the batch before them.
+        """
+        sequences = [self._admit(index, request) for index, request in enumerate(requests)]
+        for first in range(0, len(sequences), self.num_slots):
+            yield from self._run_batch(sequences[first : first + self.num_slots])
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
+            return self.tokenizer.encode(prompt)
+        ids = [int(token) for token in prompt]
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"expected token ids from 0 to {self.config.vocab_size - 1}, got {token}"
+                )
+        return ids
+
+    def _admit(self, index: int, request: Request) -> _Sequence:
+        """Check a request and prepare it for a slot."""
+        try:
+            ids = self.encode(request.prompt)
+            if not ids:
+                raise ValueError("the prompt is empty; give at least one token")
+            if len(ids) >= self.config.sequence_len:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens, and the context of "
+                    f"{self.config.sequence_len} must hold at least one more; shorten it"
+                )
+            if request.max_len < 1:
+                raise ValueError(f"max_len must be at least 1, got {request.max_len}")
+            validate_settings(
+                SampleSettings(
+                    np.asarray(request.temperature),
+                    np.asarray(request.nucleus_p),
+                    self._mask(request),
+                    np.asarray(True),
+                    np.asarray(request.top_k),
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"request {index + 1}: {error}") from error
+        text = request.prompt if isinstance(request.prompt, str) else None
+        known = "" if self.tokenizer is None else self.tokenizer.decode(ids)
+        answer = Completion(text, ids, [], [], None if self.tokenizer is None else "", None)
+        return _Sequence(index, request, answer, self._chunks(len(ids)), known)
+
+    def _mask(self, request: Request) -> np.ndarray:
+        """Return bool [V], the tokens that a request may draw."""
+        if request.allowed_tokens is None:
+            return np.ones([self.config.vocab_size], bool)
+        mask = np.zeros([self.config.vocab_size], bool)
+        mask[self.encode(list(request.allowed_tokens))] = True
+        return mask
+
+    def _chunks(self, length: int) -> list[int]:
+        """Return the chunk sizes for a prompt: a function of its own length only.
+
+        Company must not change how a prompt is cut, or its rounding would depend on it.
+        """
+        largest = self.pad_sizes[-1]
+        whole, rest = divmod(length, largest)
+        fitting = [size for size in self.pad_sizes if size >= rest][:1] if rest else []
+        return [largest] * whole + fitting
+
+    def _run_batch(self, sequences: list[_Sequence]) -> Iterator[Event]:
+        """Serve one sequence a slot until all are done."""
+        memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
+        slots = self._fill_slots(sequences)
+        where: dict[str, Any] = {"config": self.config, "mesh": self.mesh}
+        while size := next((s.chunks[0] for s in sequences if s.chunks), None):
+            batch, reading = self._next_chunks(sequences, size)
+            sample, memory, slots = prefill(self.params, memory, slots, *batch, **where)
+            ready = [slot for slot in reading if not sequences[slot].chunks]
+            yield from self._deliver(sequences, ready, sample)
+        while True:
+            running = [
+                slot for slot, s in enumerate(sequences) if s.completion.finish_reason is None
+            ]
+            if not running:
+                return
+            active = np.isin(np.arange(self.num_slots), running)
+            slots = slots._replace(settings=slots.settings._replace(active=active))
+            sample, memory, slots = decode_step(self.params, memory, slots, **where)
+            yield from self._deliver(sequences, running, sample)
+
+    def _fill_slots(self, sequences: list[_Sequence]) -> Slots:
+        """Return the device state of a fresh batch; slots without a sequence are not active."""
+        unused = Request([0], temperature=0.0)
+        rows = [s.request for s in sequences]
+        rows += [unused] * (self.num_slots - len(rows))
+        return Slots(
+            token=np.zeros([len(rows), 1], np.int32),
+            count=np.zeros([len(rows)], np.int32),
+            seed=np.array([r.rng_seed % 2**32 for r in rows], np.uint32),
+            settings=SampleSettings(
+                temperature=np.array([r.temperature for r in rows], np.float32),
+                nucleus_p=np.array([r.nucleus_p for r in rows], np.float32),
+                mask=np.stack([self._mask(r) for r in rows]),
+                active=np.arange(len(rows)) < len(sequences),
+                top_k=np.array([r.top_k for r in rows], np.int32),
+            ),
+        )
+
+    def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:
+        """Take the next chunk of every prompt that is due one of `size` tokens."""
+        tokens = np.zeros([self.num_slots, size], np.int32)
+        length = np.zeros([self.num_slots], np.int32)
+        last = np.zeros([self.num_slots], bool)
+        reading = []
+        for slot, sequence in enumerate(sequences):
+            if sequence.chunks[:1] != [size]:
+                continue
+            chunk = sequence.completion.prompt_ids[sequence.read : sequence.read + size]
+            tokens[slot, : len(chunk)], length[slot] = chunk, len(chunk)
+            sequence.read += len(chunk)
+            del sequence.chunks[0]
+            last[slot] = not sequence.chunks
+            reading.append(slot)
+        return (tokens, length, last), reading
+
+    def _deliver(
+        self, sequences: list[_Sequence], ready: list[int], sample: SampleOutput
+    ) -> Iterator[Event]:
+        """Append the new tokens of the `ready` slots to their answers."""
+        token_ids, logprobs = jax.device_get((sample.token_id, sample.logprob))
+        for slot in ready:
+            sequence = sequences[slot]
+            answer, token = sequence.completion, int(token_ids[slot, 0])
+            answer.token_ids.append(token)
+            answer.logprobs.append(float(logprobs[slot, 0]))
+            total = len(answer.prompt_ids) + len(answer.token_ids)
+            if token == self.config.eos_token:
+                answer.finish_reason = "eos"
+            elif len(answer.token_ids) >= sequence.request.max_len:
+                answer.finish_reason = "length"
+            elif total >= self.config.sequence_len:
+                answer.finish_reason = "context"
+            yield Event(sequence.index, token, self._new_text(sequence), answer)
+
+    def _new_text(self, sequence: _Sequence) -> str:
+        """Update the answer's text, and return what of it is new and final."""
+        if self.tokenizer is None:
+            return ""
+        answer = sequence.completion
+        # Decoded with the prompt: alone, the answer would lose the space that it begins with.
+        text = self.tokenizer.decode(answer.prompt_ids + answer.token_ids)
+        text = text[len(os.path.commonprefix([sequence.prompt_text, text])) :]
+        if answer.finish_reason is None:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character to come
+        new = text[sequence.shown :]
+        answer.text, sequence.shown = text, len(text)
+        return new
+
+    # ------------------------------------------------------------------------------ research
+
+    def logits(self, token_ids: Any) -> np.ndarray:
+        """Return the float32 logits [B, T, V] of int token ids [B, T] (or [T], as one row).
+
+        Raises ValueError if T exceeds the context or an id is out of range.
+        """
+        tokens = np.atleast_2d(np.asarray(token_ids))
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"expected integer token ids [B, T], got {tokens.dtype} {list(tokens.shape)}"
+            )
+        self._check_length(tokens.shape[1])
+        self.encode(tokens.reshape(-1))
+        rows = []
+        for first in range(0, len(tokens), self.num_slots):
+            batch = tokens[first : first + self.num_slots]
+            parts = [np.asarray(part) for part in self._read(logits_step, batch)]
+            rows.append(np.concatenate(parts, axis=1)[: len(batch), : tokens.shape[1]])
+        return np.concatenate(rows)
+
+    def score(self, texts: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+        """Return, for each text or list of token ids, the log-probability of each of its tokens.
+
+        float32 [tokens] each, the first token given [BOS]; their sum is that of the whole text,
+        every byte counted once. A text longer than the context is read in windows that overlap by
+        half, so that each token sees at least half a context of text before it.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
+        bos = BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
+        context = self.config.sequence_len
+        scores, windows = [], []
+        for index, text in enumerate(texts):
+            ids = self.encode(text)
+            scores.append(np.zeros([len(ids)], np.float32))
+            inputs = np.array([bos, *ids[:-1]], np.int32)
+            stride = max(1, context // 2)
+            # The last window is the first one that reaches the end of the text.
+            for start in range(0, max(len(ids) - context, 0) + stride, stride):
+                if not ids:
+                    break
+                end = min(start + context, len(ids))
+                windows.append((index, start, inputs[start:end], np.array(ids[start:end])))
+        for first in range(0, len(windows), self.num_slots):
+            batch = windows[first : first + self.num_slots]
+            longest = max(len(window[2]) for window in batch)
+            tokens, targets = np.zeros([2, len(batch), longest], np.int32)
+            for row, (_, _, inputs, wanted) in enumerate(batch):
+                tokens[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
+            parts = [np.asarray(part) for part in self._read(score_step, tokens, targets)]
+            found = np.concatenate(parts, axis=1)
+            for row, (index, start, inputs, _) in enumerate(batch):
+                new = 0 if start == 0 else context - stride
+                end = start + len(inputs)
+                scores[index][start + new : end] = found[row, new : len(inputs)]
+        return scores
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.sequence_len:
+            raise ValueError(
+                f"expected at most the context of {self.config.sequence_len} tokens, got {length}"
+            )
+
+    def _read(self, step: Any, *arrays: np.ndarray) -> Iterator[jax.Array]:
+        """Run `step` over int arrays [<= B, T] in chunks of one compiled length."""
+        rows, length = arrays[0].shape
+        size = next((s for s in self.pad_sizes if s >= length), self.pad_sizes[-1])
+        padded = -(-length // size) * size
+        whole = np.zeros([len(arrays), self.num_slots, padded], np.int32)
+        whole[:, :rows, :length] = arrays
+        memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
+        for first in range(0, padded, size):
+            chunk = whole[:, :, first : first + size]
+            result, memory = step(
+                self.params, memory, *chunk, config=self.config, mesh=self.mesh
+            )
+            yield result
+
+
+def sample_from_model(
+    server: Generator[str | None, Request, None], prompt: str, max_len: int, temperature: float
+) -> str:
+    """Continue one prompt on a running `InferenceRunner.run()`; returns the text without it."""
+    next(server)
+    return server.send(
+        Request(prompt=prompt, temperature=temperature, nucleus_p=1.0, rng_seed=42, max_len=max_len)
+    ) or ""
