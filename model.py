@@ -123,6 +123,15 @@ class TransformerConfig:
         """F, the hidden width of one expert."""
         return ffn_size(self.emb_size, self.widening_factor)
 
+    @property
+    def whole_mixture(self) -> bool:
+        """Whether the loop over layers gets the experts of all layers, with the layer's index.
+
+        Slicing a layer first would copy its eight experts to use two. Training wants the slices:
+        its gradients are theirs.
+        """
+        return self.expert_dispatch == "dynamic"
+
     def partition_rules(self) -> Rules:
         """Return (pattern, spec) for the parameters of one layer, the first match holding."""
         model = self.model_axis
@@ -601,7 +610,8 @@ class MultiHeadAttention(hk.Module):
         if mask.ndim == 4:
             mask = mask[:, 0]
         q = q.reshape(*q.shape[:2], *heads, self.key_size)
-        out = attend(q, k, v, mask, self.attn_output_multiplier)
+        # Training recomputes the [B, N, T, S] weights in the backward pass instead of storing them.
+        out = jax.checkpoint(attend, static_argnums=4)(q, k, v, mask, self.attn_output_multiplier)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)  # [B, T, N * H']
         out = constrain(out, mesh, self.data_axis, None, self.model_axis)
         shards = axis_size(mesh, self.model_axis)
@@ -865,7 +875,8 @@ def chosen_experts(
             return used, lax.cond(b < used, expert, lambda *_: zeros, own, x_block)
 
         own = jax.vmap(weights_of)(blocks.block_expert)
-        _, out = lax.scan(block, blocks.used, (jnp.arange(most), x_blocks, own))
+        # Recomputed in the backward pass: what `cond` would store includes each block's weights.
+        _, out = lax.scan(jax.checkpoint(block), blocks.used, (jnp.arange(most), x_blocks, own))
     else:
 
         def body(b: jax.Array, out: jax.Array) -> jax.Array:
@@ -1054,6 +1065,8 @@ class DecoderLayer(hk.Module):
             config.model_axis,
             expert_dispatch=config.expert_dispatch,
         )
+        if not config.whole_mixture:
+            layer = None
         y, routing = moe(x, padding_mask, layer=layer, with_routing=True)
         return y, {"router_probs": routing.probs}
 
@@ -1109,10 +1122,8 @@ class Transformer(hk.Module):
         )
         if hk.running_init():
             return h, memory, {}
-        # The mixture's weights enter the loop whole, with the layer index: slicing a layer first
-        # would copy its eight experts to use two. Training wants the slices: gradients are theirs.
         whole = {}
-        if config.expert_dispatch == "dynamic":
+        if config.whole_mixture:
             whole = {name: p for name, p in params.items() if "/moe/" in name}
         sliced = {name: p for name, p in params.items() if name not in whole}
 

@@ -1,0 +1,11 @@
+"""Tests run on eight virtual CPU devices, which must be asked for before jax starts."""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
