@@ -29,7 +29,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from quantization import QuantizedWeight8bit, dequantize, matmul, product, quantize, split_groups
+from mixture import Params, all_experts, chosen_experts, combine_all, expert
+from quantization import QuantizedWeight8bit, matmul, product, quantize, split_groups
 from sharding import (
     DATA_AXIS,
     MODEL_AXIS,
@@ -39,12 +40,39 @@ from sharding import (
     match_rule,
 )
 
+__all__ = [
+    "CAPTURE_SITES",
+    "DecoderLayer",
+    "DenseBlock",
+    "InOutEmbed",
+    "KVMemory",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "LanguageModelOutput",
+    "Linear",
+    "MHABlock",
+    "MHAOutput",
+    "Memory",
+    "MoELayer",
+    "MultiHeadAttention",
+    "QuantizedWeight8bit",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Router",
+    "RouterOutput",
+    "Transformer",
+    "TransformerConfig",
+    "attend",
+    "ffn_size",
+    "grok_1",
+    "rotate_half",
+    "write_rows",
+]
+
 RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
 MASKED_SCORE = -1e30
 ATTENTION_SOFT_CAP = 30.0
 CAPTURE_SITES = ("router_probs",)
-
-Params = Mapping[str, Mapping[str, Any]]
 
 
 # ------------------------------------------------------------------------------- configuration
@@ -99,9 +127,7 @@ class TransformerConfig:
             f"a multiple of num_kv_heads = {self.num_kv_heads}",
             self.num_q_heads,
         )
-        _require(
-            isinstance(self.num_experts, int), "num_experts", "an integer", self.num_experts
-        )
+        _require(isinstance(self.num_experts, int), "num_experts", "an integer", self.num_experts)
         most = max(self.num_experts, 1)
         _require(
             1 <= self.num_selected_experts <= most,
@@ -188,7 +214,7 @@ class LanguageModelConfig:
 
     embedding_init_scale: the random initial embedding has standard deviation
     `embedding_init_scale / sqrt(emb_size)`.
-    fprop_dtype: dtype of the activations, bfloat16 or float32; the module's docstring says of which.
+    fprop_dtype: bfloat16 or float32; what is in which is at the top of this file.
     """
 
     model: TransformerConfig
@@ -211,7 +237,9 @@ class LanguageModelConfig:
         for field in ("pad_token", "eos_token"):
             value = getattr(self, field)
             expected = f"a token below vocab_size = {self.vocab_size}"
-            _require(isinstance(value, int) and 0 <= value < self.vocab_size, field, expected, value)
+            _require(
+                isinstance(value, int) and 0 <= value < self.vocab_size, field, expected, value
+            )
         dtypes = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
         _require(
             jnp.dtype(self.fprop_dtype) in dtypes,
@@ -228,7 +256,9 @@ class LanguageModelConfig:
         """
         fields = dict(fields)
         inner = fields.pop("model", None)
-        _require(isinstance(inner, Mapping), "model", "an object of the transformer's fields", inner)
+        _require(
+            isinstance(inner, Mapping), "model", "an object of the transformer's fields", inner
+        )
         return _build(cls, {**fields, "model": _build(TransformerConfig, inner)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,7 +282,9 @@ class LanguageModelConfig:
         self.model.check_mesh(mesh)
         size = mesh.shape[self.model.model_axis]
         _require(
-            self.vocab_size % size == 0, "vocab_size", f"a multiple of the model axis {size}",
+            self.vocab_size % size == 0,
+            "vocab_size",
+            f"a multiple of the model axis {size}",
             self.vocab_size,
         )
 
@@ -412,7 +444,11 @@ class Linear(hk.Module):
     """
 
     def __init__(
-        self, output_size: int, with_bias: bool = True, *, row_shards: int = 1,
+        self,
+        output_size: int,
+        with_bias: bool = True,
+        *,
+        row_shards: int = 1,
         name: str | None = None,
     ):
         super().__init__(name=name)
@@ -426,7 +462,7 @@ class Linear(hk.Module):
         return hk.get_parameter("w", [input_size, self.output_size], jnp.float32, init=init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., I] in the activation dtype -> float32 [..., O]."""
+        """X [..., I] in the activation dtype -> float32 [..., O]."""
         y = matmul(x, split_groups(self.weight(x.shape[-1]), self.row_shards))
         if self.with_bias:
             y += hk.get_parameter("b", [self.output_size], jnp.float32, init=jnp.zeros)
@@ -440,7 +476,7 @@ class RMSNorm(hk.Module):
         super().__init__(name=name)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> float32 [..., D]; the caller casts it for the product that follows."""
+        """X [..., D] -> float32 [..., D]; the caller casts it for the product that follows."""
         x = x.astype(jnp.float32)
         scale = hk.get_parameter("scale", [x.shape[-1]], jnp.float32, init=jnp.ones)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -514,7 +550,7 @@ class InOutEmbed(hk.Module):
         return self.embeddings[tokens].astype(dtype).astype(jnp.float32)
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> float32 [..., V], `x @ embeddings.T`."""
+        """X [..., D] -> float32 [..., V], `x @ embeddings.T`."""
         return product("...d,vd->...v", x, self.embeddings.astype(x.dtype))
 
 
@@ -622,7 +658,7 @@ class MultiHeadAttention(hk.Module):
     def _heads(
         self, x: jax.Array, heads: int, width: int, name: str, mesh: Mesh | None
     ) -> jax.Array:
-        """x [B, T, D] -> float32 [B, T, heads, width], the heads over the model axis."""
+        """X [B, T, D] -> float32 [B, T, heads, width], the heads over the model axis."""
         x = Linear(heads * width, self.with_bias, name=name)(x)
         x = x.reshape(*x.shape[:-1], heads, width)
         return constrain(x, mesh, self.data_axis, None, self.model_axis, None)
@@ -654,7 +690,10 @@ class MultiHeadAttention(hk.Module):
             cache_spec = P(None, data, None, model, None)  # local [L, B/data, S, K/model, H]
             rows_spec = P(data, None, model, None)  # local [B/data, T, K/model, H]
             write = jax.shard_map(
-                write_rows, mesh=mesh, out_specs=cache_spec, check_vma=False,
+                write_rows,
+                mesh=mesh,
+                out_specs=cache_spec,
+                check_vma=False,
                 in_specs=(cache_spec, rows_spec, P(), P(data), P(data)),
             )
         caches = [
@@ -676,7 +715,7 @@ class MHABlock:
     def __call__(
         self, x: jax.Array, mask: jax.Array, kv_memory: KVMemory | None, **where: Any
     ) -> MHAOutput:
-        """x [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
+        """X [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
         config = self.config
         return MultiHeadAttention(
             config.num_q_heads,
@@ -694,17 +733,6 @@ class MHABlock:
 # -------------------------------------------------------------------------- mixture of experts
 
 
-def expert(params: Params, x: jax.Array) -> jax.Array:
-    """One expert: `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation.
-
-    params: {"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w": [F, D]}};
-    x [..., D] in the activation dtype -> float32 [..., D]. (Shazeer 2020, eq. 6, GEGLU.)
-    """
-    gate = jax.nn.gelu(matmul(x, params["linear"]["w"]), approximate=True)
-    hidden = gate * matmul(x, params["linear_v"]["w"])
-    return matmul(hidden.astype(x.dtype), params["linear_1"]["w"])
-
-
 @dataclasses.dataclass(frozen=True)
 class DenseBlock:
     """The feed-forward block of one expert, or of a layer without a mixture.
@@ -717,7 +745,7 @@ class DenseBlock:
     row_shards: int = 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D], cast to `dtype` for the products -> float32 [..., D]."""
+        """X [..., D], cast to `dtype` for the products -> float32 [..., D]."""
         width = x.shape[-1]
         hidden = ffn_size(width, self.widening_factor)
         # In this order: Haiku numbers modules by the digits at the end of their names.
@@ -755,7 +783,7 @@ class Router(hk.Module):
     def __call__(
         self, inputs: jax.Array, padding_mask: jax.Array | None, num_experts: int
     ) -> RouterOutput:
-        """inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
+        """Inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
         x = inputs.astype(jnp.float32)
         init = hk.initializers.TruncatedNormal(1 / math.sqrt(x.shape[-1]))
         w = hk.get_parameter("w", [x.shape[-1], num_experts], jnp.float32, init=init)
@@ -766,128 +794,6 @@ class Router(hk.Module):
             gates = jnp.where(padding_mask[..., None], gates, 0.0)
             index = jnp.where(padding_mask[..., None], index, num_experts)
         return RouterOutput(gates, index, probs)
-
-
-def all_experts(
-    params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
-) -> jax.Array:
-    """The mixture in its obvious form: every expert for every token, most times a zero gate.
-
-    params as `expert` takes them with a leading E axis; x [N, D] in the activation dtype, gates and
-    index [N, A] as in RouterOutput -> float32 [N, D].
-    """
-    outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, N, D]
-    return combine_all(outputs, gates, index, num_experts)
-
-
-def combine_all(
-    outputs: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
-) -> jax.Array:
-    """Sum the experts' outputs [E, N, D] by gates and index [N, A] -> float32 [N, D]."""
-    weights = jnp.sum(jax.nn.one_hot(index, num_experts) * gates[..., None], axis=-2)  # [N, E]
-    return jnp.einsum("ne,end->nd", weights, outputs, precision=lax.Precision.HIGHEST)
-
-
-class Blocks(NamedTuple):
-    """Token copies sorted by expert, each expert's run padded to whole blocks of R rows.
-
-    row_token: int32 [blocks, R], the token in each row; N where the row is padding.
-    block_expert: int32 [blocks]. used: int32, how many blocks exist.
-    copy_row: int32 [N, A], the row of each token copy; blocks * R for a masked one.
-    """
-
-    row_token: jax.Array
-    block_expert: jax.Array
-    used: jax.Array
-    copy_row: jax.Array
-
-
-def block_rows(copies: int, num_experts: int) -> int:
-    """Return R: about an expert's even share, a power of two from 4 to 256."""
-    # At least 4 rows: XLA's CPU backend multiplies fewer bfloat16 rows an order slower.
-    return min(256, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
-
-
-def sort_by_expert(index: jax.Array, num_experts: int) -> Blocks:
-    """Lay the token copies out in blocks; index int32 [N, A], `num_experts` for a masked copy."""
-    tokens, chosen = index.shape
-    copies = tokens * chosen
-    rows = block_rows(copies, num_experts)
-    # Each expert wastes less than one block, and no more blocks exist than copies.
-    most = min(copies, (copies + num_experts * (rows - 1)) // rows)
-    flat = index.reshape(-1)
-    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)  # [E]
-    blocks = (counts + rows - 1) // rows
-    ends = jnp.cumsum(blocks)
-    order = jnp.argsort(flat, stable=True)  # [copies], grouped by expert, masked ones last
-    sorted_expert = flat[order]
-    # A copy's row: its expert's first block, plus its rank within the expert.
-    rank = jnp.arange(copies) - jnp.take(jnp.cumsum(counts) - counts, sorted_expert, mode="clip")
-    row = jnp.take(ends - blocks, sorted_expert, mode="clip") * rows + rank
-    row = jnp.where(sorted_expert < num_experts, row, most * rows)
-    row_token = jnp.full([most * rows], tokens).at[row].set(order // chosen, mode="drop")
-    copy_row = jnp.zeros([copies], row.dtype).at[order].set(row)
-    block_expert = jnp.searchsorted(ends, jnp.arange(most), side="right")
-    return Blocks(
-        row_token.reshape(most, rows),
-        jnp.minimum(block_expert, num_experts - 1),
-        ends[-1],
-        copy_row.reshape(tokens, chosen),
-    )
-
-
-def chosen_experts(
-    params: Params,
-    x: jax.Array,
-    gates: jax.Array,
-    index: jax.Array,
-    num_experts: int,
-    *,
-    layer: jax.Array | None = None,
-    differentiable: bool = False,
-) -> jax.Array:
-    """The mixture, computing only the chosen experts; equal to `all_experts`.
-
-    As `all_experts`; with `layer`, the parameters have leading axes [L, E], and only the matrices
-    of one (layer, expert) are ever sliced out. differentiable: loop over a static number of blocks,
-    skipping the empty ones, since a loop with a dynamic bound has no reverse mode.
-    """
-    blocks = sort_by_expert(index, num_experts)
-    most, rows = blocks.row_token.shape
-    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-    x_blocks = padded[blocks.row_token]  # [blocks, R, D]
-
-    def weights_of(e: jax.Array) -> Params:
-        where = (e,) if layer is None else (layer, e)
-
-        def pick(w: jax.Array) -> jax.Array:
-            start = (*where, *(0,) * (w.ndim - len(where)))
-            size = (*(1,) * len(where), *w.shape[len(where) :])
-            return lax.dynamic_slice(w, start, size).reshape(w.shape[len(where) :])
-
-        return jax.tree.map(pick, params)
-
-    if differentiable:
-
-        def block(used: jax.Array, inputs: tuple[jax.Array, jax.Array, Params]) -> Any:
-            b, x_block, own = inputs
-            zeros = jnp.zeros(x_block.shape, jnp.float32)
-            return used, lax.cond(b < used, expert, lambda *_: zeros, own, x_block)
-
-        own = jax.vmap(weights_of)(blocks.block_expert)
-        # Recomputed in the backward pass: what `cond` would store includes each block's weights.
-        _, out = lax.scan(jax.checkpoint(block), blocks.used, (jnp.arange(most), x_blocks, own))
-    else:
-
-        def body(b: jax.Array, out: jax.Array) -> jax.Array:
-            y = expert(weights_of(blocks.block_expert[b]), x_blocks[b])
-            return lax.dynamic_update_index_in_dim(out, y, b, 0)
-
-        zeros = jnp.zeros(x_blocks.shape, jnp.float32)
-        out = lax.fori_loop(0, blocks.used, body, zeros)
-    out = out.reshape(most * rows, -1)
-    copies = out.at[blocks.copy_row].get(mode="fill", fill_value=0)  # [N, A, D]
-    return jnp.sum(copies * gates[..., None], axis=1)
 
 
 class MoELayer(hk.Module):
@@ -928,7 +834,7 @@ class MoELayer(hk.Module):
         layer: jax.Array | None = None,
         with_routing: bool = False,
     ) -> Any:
-        """inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D].
+        """Inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D].
 
         layer: the parameters hold all layers; use this one. with_routing: return
         (output, RouterOutput).
@@ -938,9 +844,7 @@ class MoELayer(hk.Module):
         return (y, routing) if with_routing else y
 
     @hk.transparent
-    def _mix(
-        self, inputs: jax.Array, routing: RouterOutput, layer: jax.Array | None
-    ) -> jax.Array:
+    def _mix(self, inputs: jax.Array, routing: RouterOutput, layer: jax.Array | None) -> jax.Array:
         """Apply the chosen experts to inputs [B, T, D] and sum them by their gates."""
         init, apply = hk.transform(self.layer_fn)
         keys = None
@@ -980,7 +884,10 @@ class MoELayer(hk.Module):
                 out = all_experts(own, *flat, self.num_experts)
             else:
                 out = chosen_experts(
-                    params, *flat, self.num_experts, layer=layer,
+                    params,
+                    *flat,
+                    self.num_experts,
+                    layer=layer,
                     differentiable=self.expert_dispatch == "static",
                 )
             out = out.reshape(x.shape)
@@ -1014,7 +921,10 @@ class DecoderLayer(hk.Module):
     """One layer, its four norms before and after each block ("sandwich")."""
 
     def __init__(
-        self, config: TransformerConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32,
+        self,
+        config: TransformerConfig,
+        mesh: Mesh | None = None,
+        dtype: Any = jnp.float32,
         name: str = "decoder_layer",
     ):
         super().__init__(name=name)
@@ -1031,7 +941,7 @@ class DecoderLayer(hk.Module):
         layer: jax.Array | None = None,
         length: jax.Array | None = None,
     ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
-        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory, sites.
+        """H float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory, sites.
 
         `layer` and `length` as in MultiHeadAttention; sites: what `capture` can ask for.
         """
@@ -1084,7 +994,10 @@ class Transformer(hk.Module):
     """The stack of decoder layers: one layer body, scanned over stacked parameters."""
 
     def __init__(
-        self, config: TransformerConfig, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16,
+        self,
+        config: TransformerConfig,
+        mesh: Mesh | None = None,
+        dtype: Any = jnp.bfloat16,
         name: str = "transformer",
     ):
         super().__init__(name=name)
@@ -1102,7 +1015,7 @@ class Transformer(hk.Module):
         length: jax.Array | None = None,
         capture: Collection[str] = (),
     ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
-        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T].
+        """H float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T].
 
         Returns the new h, the memory with T (or `length`) more positions, and the captured arrays,
         each with a leading layer axis.
@@ -1156,7 +1069,10 @@ class LanguageModel(hk.Module):
     """Tokens to logits. Made by `LanguageModelConfig.make`."""
 
     def __init__(
-        self, model: Transformer, config: LanguageModelConfig, mesh: Mesh | None = None,
+        self,
+        model: Transformer,
+        config: LanguageModelConfig,
+        mesh: Mesh | None = None,
         name: str = "language_model",
     ):
         super().__init__(name=name)
@@ -1177,7 +1093,7 @@ class LanguageModel(hk.Module):
         length: jax.Array | None = None,
         capture: Collection[str] = (),
     ) -> LanguageModelOutput | jax.Array:
-        """tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
+        """Tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
 
         memory: past positions, which these tokens continue; None: they start at position 0 and
         nothing is remembered.
@@ -1204,7 +1120,9 @@ class LanguageModel(hk.Module):
         mask = causal & valid[:, None, :]
 
         embed = InOutEmbed(
-            config.vocab_size, config.model.emb_size, config.embedding_init_scale,
+            config.vocab_size,
+            config.model.emb_size,
+            config.embedding_init_scale,
             name="in_out_embed",
         )
         h = embed(tokens, config.fprop_dtype) * config.embedding_multiplier_scale
@@ -1237,7 +1155,7 @@ class LanguageModel(hk.Module):
 
 
 def _last_real(real: jax.Array) -> jax.Array:
-    """real bool [B, T] -> int32 [B], the last True position of each row."""
+    """Real bool [B, T] -> int32 [B], the last True position of each row."""
     return jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
 
 

@@ -1,6 +1,6 @@
 """Sample text from Grok-1, or from the small demo model that comes with it.
 
-    python run.py --prompt "Once upon a time" --max-len 120 --temperature 0.7 --seed 1
+python run.py --prompt "Once upon a time" --max-len 120 --temperature 0.7 --seed 1
 """
 
 import argparse
@@ -168,7 +168,9 @@ def make_server(options: argparse.Namespace) -> Any:
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
     devices = options.mesh[0] * options.mesh[1]
     flag = f"--xla_force_host_platform_device_count={devices}"
-    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     import dataclasses
 
@@ -263,7 +265,9 @@ class TextPrinter:
         answer = self.open.pop(index)
         text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
         prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
-        print(f"[{index + 1}] {prompt}{text if answer.text is not None else ' ' + text}", flush=True)
+        print(
+            f"[{index + 1}] {prompt}{text if answer.text is not None else ' ' + text}", flush=True
+        )
 
 
 class JsonPrinter:

@@ -10,7 +10,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import functools
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -616,9 +616,7 @@ class InferenceRunner:
         memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
         for first in range(0, padded, size):
             chunk = whole[:, :, first : first + size]
-            result, memory = step(
-                self.params, memory, *chunk, config=self.config, mesh=self.mesh
-            )
+            result, memory = step(self.params, memory, *chunk, config=self.config, mesh=self.mesh)
             yield result
 
 
@@ -627,6 +625,11 @@ def sample_from_model(
 ) -> str:
     """Continue one prompt on a running `InferenceRunner.run()`; returns the text without it."""
     next(server)
-    return server.send(
-        Request(prompt=prompt, temperature=temperature, nucleus_p=1.0, rng_seed=42, max_len=max_len)
-    ) or ""
+    return (
+        server.send(
+            Request(
+                prompt=prompt, temperature=temperature, nucleus_p=1.0, rng_seed=42, max_len=max_len
+            )
+        )
+        or ""
+    )

@@ -72,7 +72,7 @@ def axis_size(mesh: Mesh | None, axis: str) -> int:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *spec: str | None) -> jax.Array:
-    """Ask for `x` to lie as `spec` says, one mesh axis or None a dimension. No mesh: `x` as it is."""
+    """Lay `x` out as `spec` says, one mesh axis or None a dimension; without a mesh do nothing."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))

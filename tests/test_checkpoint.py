@@ -131,6 +131,8 @@ class StandIn:
 
 
 class TrustingUnpickler(pickle.Unpickler):
+    """Loads the golden files, which are ours, as the released loader would."""
+
     def find_class(self, module: str, name: str) -> Any:
         return StandIn if module == "__main__" else super().find_class(module, name)
 

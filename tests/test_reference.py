@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
 import reference
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
 
 
 class Golden(NamedTuple):
+    """One golden model and its recorded outputs."""
+
     config: dict[str, Any]
     weights: dict[str, Any]
     arrays: dict[str, np.ndarray]

@@ -88,7 +88,7 @@ def batches(
 
 
 def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
+    """Rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
     model = hk.without_apply_rng(
         hk.transform(lambda tokens: CONFIG.make()(tokens, capture=("router_probs",)))
     )

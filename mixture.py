@@ -1,0 +1,153 @@
+"""The mixture of experts as pure functions: the obvious form, and the one that pays only its share.
+
+Dimension letters: `M` tokens, `D` model width, `F` expert hidden width, `E` experts, `A` experts
+used per token, `R` rows of a block, `L` layers.
+
+An expert's parameters are `{"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w":
+[F, D]}}`, float or int8; those of a mixture have a leading E axis.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quantization import matmul
+
+Params = Mapping[str, Mapping[str, Any]]
+
+
+def expert(params: Params, x: jax.Array) -> jax.Array:
+    """One expert: `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation.
+
+    params: {"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w": [F, D]}};
+    x [..., D] in the activation dtype -> float32 [..., D]. (Shazeer 2020, eq. 6, GEGLU.)
+    """
+    gate = jax.nn.gelu(matmul(x, params["linear"]["w"]), approximate=True)
+    hidden = gate * matmul(x, params["linear_v"]["w"])
+    return matmul(hidden.astype(x.dtype), params["linear_1"]["w"])
+
+
+def all_experts(
+    params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
+) -> jax.Array:
+    """The mixture in its obvious form: every expert for every token, most times a zero gate.
+
+    params as `expert` takes them with a leading E axis; x [M, D] in the activation dtype, gates and
+    index [M, A] as in RouterOutput -> float32 [M, D].
+    """
+    outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, M, D]
+    return combine_all(outputs, gates, index, num_experts)
+
+
+def combine_all(
+    outputs: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
+) -> jax.Array:
+    """Sum the experts' outputs [E, M, D] by gates and index [M, A] -> float32 [M, D]."""
+    weights = jnp.sum(jax.nn.one_hot(index, num_experts) * gates[..., None], axis=-2)  # [M, E]
+    return jnp.einsum("me,emd->md", weights, outputs, precision=lax.Precision.HIGHEST)
+
+
+class Blocks(NamedTuple):
+    """Token copies sorted by expert, each expert's run padded to whole blocks of R rows.
+
+    row_token: int32 [blocks, R], the token in each row; M where the row is padding.
+    block_expert: int32 [blocks]. used: int32, how many blocks exist.
+    copy_row: int32 [M, A], the row of each token copy; blocks * R for a masked one.
+    """
+
+    row_token: jax.Array
+    block_expert: jax.Array
+    used: jax.Array
+    copy_row: jax.Array
+
+
+def block_rows(copies: int, num_experts: int) -> int:
+    """Return R: about an expert's even share, a power of two from 4 to 256."""
+    # At least 4 rows: XLA's CPU backend multiplies fewer bfloat16 rows an order slower.
+    return min(256, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
+
+
+def sort_by_expert(index: jax.Array, num_experts: int) -> Blocks:
+    """Lay the token copies out in blocks; index int32 [M, A], `num_experts` for a masked copy."""
+    tokens, chosen = index.shape
+    copies = tokens * chosen
+    rows = block_rows(copies, num_experts)
+    # Each expert wastes less than one block, and no more blocks exist than copies.
+    most = min(copies, (copies + num_experts * (rows - 1)) // rows)
+    flat = index.reshape(-1)
+    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)  # [E]
+    blocks = (counts + rows - 1) // rows
+    ends = jnp.cumsum(blocks)
+    order = jnp.argsort(flat, stable=True)  # [copies], grouped by expert, masked ones last
+    sorted_expert = flat[order]
+    # A copy's row: its expert's first block, plus its rank within the expert.
+    rank = jnp.arange(copies) - jnp.take(jnp.cumsum(counts) - counts, sorted_expert, mode="clip")
+    row = jnp.take(ends - blocks, sorted_expert, mode="clip") * rows + rank
+    row = jnp.where(sorted_expert < num_experts, row, most * rows)
+    row_token = jnp.full([most * rows], tokens).at[row].set(order // chosen, mode="drop")
+    copy_row = jnp.zeros([copies], row.dtype).at[order].set(row)
+    block_expert = jnp.searchsorted(ends, jnp.arange(most), side="right")
+    return Blocks(
+        row_token.reshape(most, rows),
+        jnp.minimum(block_expert, num_experts - 1),
+        ends[-1],
+        copy_row.reshape(tokens, chosen),
+    )
+
+
+def chosen_experts(
+    params: Params,
+    x: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
+    num_experts: int,
+    *,
+    layer: jax.Array | None = None,
+    differentiable: bool = False,
+) -> jax.Array:
+    """The mixture, computing only the chosen experts; equal to `all_experts`.
+
+    As `all_experts`; with `layer`, the parameters have leading axes [L, E], and only the matrices
+    of one (layer, expert) are ever sliced out. differentiable: loop over a static number of blocks,
+    skipping the empty ones, since a loop with a dynamic bound has no reverse mode.
+    """
+    blocks = sort_by_expert(index, num_experts)
+    most, rows = blocks.row_token.shape
+    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+    x_blocks = padded[blocks.row_token]  # [blocks, R, D]
+
+    def weights_of(e: jax.Array) -> Params:
+        where = (e,) if layer is None else (layer, e)
+
+        def pick(w: jax.Array) -> jax.Array:
+            start = (*where, *(0,) * (w.ndim - len(where)))
+            size = (*(1,) * len(where), *w.shape[len(where) :])
+            return lax.dynamic_slice(w, start, size).reshape(w.shape[len(where) :])
+
+        return jax.tree.map(pick, params)
+
+    if differentiable:
+
+        def block(used: jax.Array, inputs: tuple[jax.Array, jax.Array, Params]) -> Any:
+            b, x_block, own = inputs
+            zeros = jnp.zeros(x_block.shape, jnp.float32)
+            return used, lax.cond(b < used, expert, lambda *_: zeros, own, x_block)
+
+        own = jax.vmap(weights_of)(blocks.block_expert)
+        # Recomputed in the backward pass: what `cond` would store includes each block's weights.
+        _, out = lax.scan(jax.checkpoint(block), blocks.used, (jnp.arange(most), x_blocks, own))
+    else:
+
+        def body(b: jax.Array, out: jax.Array) -> jax.Array:
+            y = expert(weights_of(blocks.block_expert[b]), x_blocks[b])
+            return lax.dynamic_update_index_in_dim(out, y, b, 0)
+
+        zeros = jnp.zeros(x_blocks.shape, jnp.float32)
+        out = lax.fori_loop(0, blocks.used, body, zeros)
+    out = out.reshape(most * rows, -1)
+    copies = out.at[blocks.copy_row].get(mode="fill", fill_value=0)  # [M, A, D]
+    return jnp.sum(copies * gates[..., None], axis=1)
