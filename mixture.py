@@ -32,13 +32,22 @@ def expert(params: Params, x: jax.Array) -> jax.Array:
 
 
 def all_experts(
-    params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, num_experts: int
+    params: Params,
+    x: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
+    num_experts: int,
+    *,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """The mixture in its obvious form: every expert for every token, most times a zero gate.
+    """Compute every expert for every token, most times a zero gate: the obvious form.
 
-    params as `expert` takes them with a leading E axis; x [M, D] in the activation dtype, gates and
-    index [M, A] as in RouterOutput -> float32 [M, D].
+    params as `expert` takes them with a leading E axis, or with [L, E] and the `layer` to use;
+    x [M, D] in the activation dtype, gates float32 [M, A], index int32 [M, A] (E for a masked
+    token) -> float32 [M, D].
     """
+    if layer is not None:
+        params = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
     outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, M, D]
     return combine_all(outputs, gates, index, num_experts)
 
@@ -111,8 +120,8 @@ def chosen_experts(
 ) -> jax.Array:
     """The mixture, computing only the chosen experts; equal to `all_experts`.
 
-    As `all_experts`; with `layer`, the parameters have leading axes [L, E], and only the matrices
-    of one (layer, expert) are ever sliced out. differentiable: loop over a static number of blocks,
+    Arguments as there; only the matrices of one (layer, expert) are ever sliced out.
+    differentiable: loop over a static number of blocks,
     skipping the empty ones, since a loop with a dynamic bound has no reverse mode.
     """
     blocks = sort_by_expert(index, num_experts)

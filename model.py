@@ -17,6 +17,7 @@ accumulation and logits. Weights may be float or int8 (`QuantizedWeight8bit`) in
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
@@ -382,8 +383,8 @@ class KVMemory(NamedTuple):
     step: int32 [B], the positions that each sequence has filled.
     """
 
-    k: jax.Array | None
-    v: jax.Array | None
+    k: jax.Array
+    v: jax.Array
     step: jax.Array
 
 
@@ -462,7 +463,7 @@ class Linear(hk.Module):
         return hk.get_parameter("w", [input_size, self.output_size], jnp.float32, init=init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X [..., I] in the activation dtype -> float32 [..., O]."""
+        """x [..., I] in the activation dtype -> float32 [..., O]."""
         y = matmul(x, split_groups(self.weight(x.shape[-1]), self.row_shards))
         if self.with_bias:
             y += hk.get_parameter("b", [self.output_size], jnp.float32, init=jnp.zeros)
@@ -476,7 +477,7 @@ class RMSNorm(hk.Module):
         super().__init__(name=name)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X [..., D] -> float32 [..., D]; the caller casts it for the product that follows."""
+        """x [..., D] -> float32 [..., D]; the caller casts it for the product that follows."""
         x = x.astype(jnp.float32)
         scale = hk.get_parameter("scale", [x.shape[-1]], jnp.float32, init=jnp.ones)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -550,7 +551,7 @@ class InOutEmbed(hk.Module):
         return self.embeddings[tokens].astype(dtype).astype(jnp.float32)
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """X [..., D] -> float32 [..., V], `x @ embeddings.T`."""
+        """x [..., D] -> float32 [..., V], `x @ embeddings.T`."""
         return product("...d,vd->...v", x, self.embeddings.astype(x.dtype))
 
 
@@ -658,7 +659,7 @@ class MultiHeadAttention(hk.Module):
     def _heads(
         self, x: jax.Array, heads: int, width: int, name: str, mesh: Mesh | None
     ) -> jax.Array:
-        """X [B, T, D] -> float32 [B, T, heads, width], the heads over the model axis."""
+        """x [B, T, D] -> float32 [B, T, heads, width], the heads over the model axis."""
         x = Linear(heads * width, self.with_bias, name=name)(x)
         x = x.reshape(*x.shape[:-1], heads, width)
         return constrain(x, mesh, self.data_axis, None, self.model_axis, None)
@@ -702,7 +703,7 @@ class MultiHeadAttention(hk.Module):
         ]
         k, v = (lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in caches)
         stored = (k, v) if one_layer else caches
-        return k, v, KVMemory(*stored, memory.step + length)
+        return k, v, KVMemory(stored[0], stored[1], memory.step + length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -715,7 +716,7 @@ class MHABlock:
     def __call__(
         self, x: jax.Array, mask: jax.Array, kv_memory: KVMemory | None, **where: Any
     ) -> MHAOutput:
-        """X [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
+        """x [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
         config = self.config
         return MultiHeadAttention(
             config.num_q_heads,
@@ -745,7 +746,7 @@ class DenseBlock:
     row_shards: int = 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X [..., D], cast to `dtype` for the products -> float32 [..., D]."""
+        """x [..., D], cast to `dtype` for the products -> float32 [..., D]."""
         width = x.shape[-1]
         hidden = ffn_size(width, self.widening_factor)
         # In this order: Haiku numbers modules by the digits at the end of their names.
@@ -764,12 +765,12 @@ class RouterOutput(NamedTuple):
     """The experts chosen for each token.
 
     gates: float32 [..., A], their probabilities as they are, zero for a masked token.
-    index: int32 [..., A], the experts, best first; E for a masked token, which goes to none.
+    expert_index: int32 [..., A], the experts, best first; E for a masked token, which goes to none.
     probs: float32 [..., E], the softmax over all experts.
     """
 
     gates: jax.Array
-    index: jax.Array
+    expert_index: jax.Array
     probs: jax.Array
 
 
@@ -783,7 +784,7 @@ class Router(hk.Module):
     def __call__(
         self, inputs: jax.Array, padding_mask: jax.Array | None, num_experts: int
     ) -> RouterOutput:
-        """Inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
+        """inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
         x = inputs.astype(jnp.float32)
         init = hk.initializers.TruncatedNormal(1 / math.sqrt(x.shape[-1]))
         w = hk.get_parameter("w", [x.shape[-1], num_experts], jnp.float32, init=init)
@@ -834,7 +835,7 @@ class MoELayer(hk.Module):
         layer: jax.Array | None = None,
         with_routing: bool = False,
     ) -> Any:
-        """Inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D].
+        """inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D].
 
         layer: the parameters hold all layers; use this one. with_routing: return
         (output, RouterOutput).
@@ -862,7 +863,7 @@ class MoELayer(hk.Module):
         mixed = combine_all(
             outputs.reshape(self.num_experts, -1, inputs.shape[-1]).astype(jnp.float32),
             flat.gates,
-            flat.index,
+            flat.expert_index,
             self.num_experts,
         )
         return mixed.reshape(inputs.shape)
@@ -873,23 +874,19 @@ class MoELayer(hk.Module):
         """Each data shard sorts its own tokens and loops locally; one sum over the model axis."""
         mesh, data, model = self.mesh, self.data_axis, self.model_axis
         scatter = self.shard_activations and mesh is not None
+        forms: dict[str, Callable[..., jax.Array]] = {
+            "dynamic": chosen_experts,
+            "static": functools.partial(chosen_experts, differentiable=True),
+            "all": all_experts,
+        }
+        compute = forms[self.expert_dispatch]
 
         def local(
             params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, layer: jax.Array
         ) -> jax.Array:
             # Local shapes: x [B/data, T, D], w [L, E, D, F/model] or [L, E, F/model, D].
-            flat = [a.reshape(-1, a.shape[-1]) for a in (x, gates, index)]
-            if self.expert_dispatch == "all":
-                own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
-                out = all_experts(own, *flat, self.num_experts)
-            else:
-                out = chosen_experts(
-                    params,
-                    *flat,
-                    self.num_experts,
-                    layer=layer,
-                    differentiable=self.expert_dispatch == "static",
-                )
+            x_rows, gate_rows, index_rows = (a.reshape(-1, a.shape[-1]) for a in (x, gates, index))
+            out = compute(params, x_rows, gate_rows, index_rows, self.num_experts, layer=layer)
             out = out.reshape(x.shape)
             if scatter:
                 return lax.psum_scatter(out, model, scatter_dimension=2, tiled=True)
@@ -911,7 +908,7 @@ class MoELayer(hk.Module):
                 out_specs=P(data, None, model if scatter else None),
                 check_vma=False,
             )
-        return local(params, x, routing.gates, routing.index, layer)
+        return local(params, x, routing.gates, routing.expert_index, layer)
 
 
 # --------------------------------------------------------------------------------- the decoder
@@ -941,7 +938,7 @@ class DecoderLayer(hk.Module):
         layer: jax.Array | None = None,
         length: jax.Array | None = None,
     ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
-        """H float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory, sites.
+        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory, sites.
 
         `layer` and `length` as in MultiHeadAttention; sites: what `capture` can ask for.
         """
@@ -1015,7 +1012,7 @@ class Transformer(hk.Module):
         length: jax.Array | None = None,
         capture: Collection[str] = (),
     ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
-        """H float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T].
+        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T].
 
         Returns the new h, the memory with T (or `length`) more positions, and the captured arrays,
         each with a leading layer axis.
@@ -1030,7 +1027,7 @@ class Transformer(hk.Module):
         keys = None
         if hk.running_init():
             keys = jax.random.split(hk.next_rng_key(), config.num_layers)
-        params = hk.transparent_lift(jax.vmap(init, in_axes=(0, None, None, None)))(
+        params: Any = hk.transparent_lift(jax.vmap(init, in_axes=(0, None, None, None)))(
             keys, h, None, None
         )
         if hk.running_init():
@@ -1040,25 +1037,23 @@ class Transformer(hk.Module):
             whole = {name: p for name, p in params.items() if "/moe/" in name}
         sliced = {name: p for name, p in params.items() if name not in whole}
 
-        def body(carry: tuple[jax.Array, Any], xs: tuple[jax.Array, Any]) -> Any:
-            h, cache = carry
+        def body(carry: tuple[jax.Array, KVMemory | None], xs: tuple[jax.Array, Any]) -> Any:
+            h, memory = carry
             layer, own = xs
-            own = {**own, **whole}
-            kv_memory = None if memory is None else KVMemory(*cache, memory.step)
-            h, kv_memory, sites = apply(own, None, h, kv_memory, layer)
-            cache = None if kv_memory is None else (kv_memory.k, kv_memory.v)
-            return (h, cache), {name: sites[name] for name in capture}
+            h, new, sites = apply({**own, **whole}, None, h, memory, layer)
+            if memory is not None:
+                # All layers write at the same positions: the step moves on after the last one.
+                new = new._replace(step=memory.step)
+            return (h, new), {name: sites[name] for name in capture}
 
-        cache = None if memory is None else (memory.k, memory.v)
-        (h, cache), captured = lax.scan(
+        (h, memory), captured = lax.scan(
             body,
-            (h, cache),
+            (h, memory),
             (jnp.arange(config.num_layers), sliced),
             unroll=min(config.scan_unroll, config.num_layers),
         )
         if memory is not None:
-            written = h.shape[1] if length is None else length
-            memory = KVMemory(*cache, memory.step + written)
+            memory = memory._replace(step=memory.step + (h.shape[1] if length is None else length))
         return h, memory, captured
 
 
@@ -1129,8 +1124,7 @@ class LanguageModel(hk.Module):
         h = constrain(h, self.mesh, config.model.data_axis, None, None)
         layers = None if memory is None else memory.layers
         h, layers, captured = self.model(h, mask, real, layers, length=length, capture=capture)
-        if memory is not None:
-            memory = Memory(layers, valid)
+        memory = None if layers is None else Memory(layers, valid)
 
         h = RMSNorm(name="rms_norm")(h)
         if length is not None or last_hid_only:
@@ -1155,7 +1149,7 @@ class LanguageModel(hk.Module):
 
 
 def _last_real(real: jax.Array) -> jax.Array:
-    """Real bool [B, T] -> int32 [B], the last True position of each row."""
+    """real bool [B, T] -> int32 [B], the last True position of each row."""
     return jnp.max(jnp.where(real, jnp.arange(real.shape[1]), 0), axis=1)
 
 

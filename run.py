@@ -250,9 +250,9 @@ class TextPrinter:
             text = event.text if event.completion.text is not None else f"{event.token_id} "
             print(text, end="", flush=True)
             return
-        self.open[event.index] = event.completion
+        self.open[event.request] = event.completion
         if event.completion.finish_reason is not None:
-            self._whole(event.index)
+            self._whole(event.request)
 
     def close(self) -> None:
         """End the line, and print what answers there are of an interrupted batch."""
@@ -281,7 +281,7 @@ class JsonPrinter:
     def show(self, event: Any) -> None:
         """Print the answers that are finished and whose turn it is."""
         if event.completion.finish_reason is not None:
-            self.finished[event.index] = event.completion
+            self.finished[event.request] = event.completion
         while self.next in self.finished:
             self._print(self.finished.pop(self.next))
             self.next += 1

@@ -39,21 +39,22 @@ TOKENIZER_SOURCE = (
 class Slots(NamedTuple):
     """What each slot needs for its next token, on the device.
 
-    token: int32 [B, 1], the last token. count: int32 [B], how many tokens it has generated.
+    token: int32 [B, 1], the last token. drawn: int32 [B], how many tokens it has drawn.
     seed: uint32 [B]. settings: SampleSettings; `active` marks the slots that are in use.
     """
 
     token: jax.Array
-    count: jax.Array
+    drawn: jax.Array
     seed: jax.Array
     settings: SampleSettings
 
 
-def memory_specs(config: LanguageModelConfig) -> Memory:
+def memory_specs(config: LanguageModelConfig) -> Any:
     """Return the PartitionSpecs of a Memory: sequences over the data axis, heads over the model."""
     data, model = config.model.data_axis, config.model.model_axis
-    cache = P(None, data, None, model, None)
-    return Memory(KVMemory(cache, cache, P(data)), P(data, None))
+    specs: Any = P(None, data, None, model, None), P(data), P(data, None)
+    cache, step, valid = specs
+    return Memory(KVMemory(cache, cache, step), valid)
 
 
 def apply_model(
@@ -63,9 +64,9 @@ def apply_model(
     tokens: jax.Array,
     memory: Memory | None = None,
     length: jax.Array | None = None,
-) -> LanguageModelOutput:
-    """Run the model on tokens [B, T], outside `hk.transform`."""
-    model = hk.without_apply_rng(
+) -> Any:
+    """Run the model on tokens [B, T], outside `hk.transform` -> LanguageModelOutput."""
+    model: Any = hk.without_apply_rng(
         hk.transform(lambda: config.make(mesh)(tokens, memory, length=length))
     )
     output = model.apply(params)
@@ -85,13 +86,13 @@ def _sample(
     # Sampling looks at whole rows: gathering them once is cheaper than many reductions.
     logits = constrain(output.logits, mesh, config.model.data_axis, None, None)
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
-        slots.seed, slots.count
+        slots.seed, slots.drawn
     )
     sample = sample_token(keys, output._replace(logits=logits), slots.settings)
     active = slots.settings.active
     return sample, slots._replace(
         token=jnp.where(active[:, None], sample.token_id, slots.token),
-        count=slots.count + active,
+        drawn=slots.drawn + active,
     )
 
 
@@ -215,11 +216,11 @@ class Completion:
 class Event(NamedTuple):
     """One new token of one request of a batch.
 
-    index: the request. text: what is new of its text and final: a character whose bytes are not
-    all there yet, and the text of special tokens, stay out. completion: the answer so far.
+    request: which one, from 0. text: what is new of its text and final: a character whose bytes
+    are not all there yet stays out. completion: the answer so far.
     """
 
-    index: int
+    request: int
     token_id: int
     text: str
     completion: Completion
@@ -351,7 +352,7 @@ class InferenceRunner:
             runner.checkpoint_path = load
         self.config = runner.model
         self.tokenizer_path = tokenizer_path
-        self.mesh_config = (tuple(local_mesh_config), tuple(between_hosts_config))
+        self.mesh_config = (local_mesh_config, between_hosts_config)
         self.pad_sizes = sorted({min(size, self.config.sequence_len) for size in pad_sizes})
         self.tokenizer: sentencepiece.SentencePieceProcessor | None = None
         self.mesh: Mesh | None = None
@@ -379,7 +380,7 @@ class InferenceRunner:
         """Answer all requests, in their order. Raises ValueError before the first token."""
         answers: dict[int, Completion] = {}
         for event in self.stream(requests):
-            answers[event.index] = event.completion
+            answers[event.request] = event.completion
         return [answers[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
@@ -419,15 +420,7 @@ class InferenceRunner:
                 )
             if request.max_len < 1:
                 raise ValueError(f"max_len must be at least 1, got {request.max_len}")
-            validate_settings(
-                SampleSettings(
-                    np.asarray(request.temperature),
-                    np.asarray(request.nucleus_p),
-                    self._mask(request),
-                    np.asarray(True),
-                    np.asarray(request.top_k),
-                )
-            )
+            validate_settings(self._settings(request, True))
         except ValueError as error:
             raise ValueError(f"request {index + 1}: {error}") from error
         text = request.prompt if isinstance(request.prompt, str) else None
@@ -435,13 +428,20 @@ class InferenceRunner:
         answer = Completion(text, ids, [], [], None if self.tokenizer is None else "", None)
         return _Sequence(index, request, answer, self._chunks(len(ids)), known)
 
-    def _mask(self, request: Request) -> np.ndarray:
-        """Return bool [V], the tokens that a request may draw."""
-        if request.allowed_tokens is None:
-            return np.ones([self.config.vocab_size], bool)
-        mask = np.zeros([self.config.vocab_size], bool)
-        mask[self.encode(list(request.allowed_tokens))] = True
-        return mask
+    def _settings(self, request: Request, active: bool) -> SampleSettings:
+        """Return a request's settings as numpy values, without a batch axis."""
+        mask = np.ones([self.config.vocab_size], bool)
+        if request.allowed_tokens is not None:
+            mask[:] = False
+            mask[self.encode(list(request.allowed_tokens))] = True
+        values: dict[str, Any] = {
+            "temperature": np.float32(request.temperature),
+            "nucleus_p": np.float32(request.nucleus_p),
+            "mask": mask,
+            "active": np.bool_(active),
+            "top_k": np.int32(request.top_k),
+        }
+        return SampleSettings(**values)
 
     def _chunks(self, length: int) -> list[int]:
         """Return the chunk sizes for a prompt: a function of its own length only.
@@ -469,27 +469,22 @@ class InferenceRunner:
             ]
             if not running:
                 return
-            active = np.isin(np.arange(self.num_slots), running)
+            active = jnp.asarray(np.isin(np.arange(self.num_slots), running))
             slots = slots._replace(settings=slots.settings._replace(active=active))
             sample, memory, slots = decode_step(self.params, memory, slots, **where)
             yield from self._deliver(sequences, running, sample)
 
     def _fill_slots(self, sequences: list[_Sequence]) -> Slots:
         """Return the device state of a fresh batch; slots without a sequence are not active."""
-        unused = Request([0], temperature=0.0)
-        rows = [s.request for s in sequences]
-        rows += [unused] * (self.num_slots - len(rows))
+        rows = [self._settings(s.request, True) for s in sequences]
+        rows += [self._settings(Request([0]), False)] * (self.num_slots - len(rows))
+        seeds = np.zeros([self.num_slots], np.uint32)
+        seeds[: len(sequences)] = [s.request.rng_seed % 2**32 for s in sequences]
         return Slots(
-            token=np.zeros([len(rows), 1], np.int32),
-            count=np.zeros([len(rows)], np.int32),
-            seed=np.array([r.rng_seed % 2**32 for r in rows], np.uint32),
-            settings=SampleSettings(
-                temperature=np.array([r.temperature for r in rows], np.float32),
-                nucleus_p=np.array([r.nucleus_p for r in rows], np.float32),
-                mask=np.stack([self._mask(r) for r in rows]),
-                active=np.arange(len(rows)) < len(sequences),
-                top_k=np.array([r.top_k for r in rows], np.int32),
-            ),
+            token=jnp.zeros([self.num_slots, 1], jnp.int32),
+            drawn=jnp.zeros([self.num_slots], jnp.int32),
+            seed=jnp.asarray(seeds),
+            settings=jax.tree.map(lambda *values: jnp.stack(values), *rows),
         )
 
     def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:
@@ -555,7 +550,7 @@ class InferenceRunner:
                 f"expected integer token ids [B, T], got {tokens.dtype} {list(tokens.shape)}"
             )
         self._check_length(tokens.shape[1])
-        self.encode(tokens.reshape(-1))
+        self.encode(tokens.reshape(-1).tolist())
         rows = []
         for first in range(0, len(tokens), self.num_slots):
             batch = tokens[first : first + self.num_slots]

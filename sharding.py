@@ -57,13 +57,9 @@ def make_mesh(
             f"with XLA_FLAGS=--xla_force_host_platform_device_count={per_host}"
         )
     blocks = np.array([devices[:per_host] for _, devices in sorted(hosts.items())])
-    grid = blocks.reshape(*between_hosts_config, *local_mesh_config)
-    # [hosts_d, hosts_m, d, m] -> [hosts_d * d, hosts_m * m]
-    grid = grid.transpose(0, 2, 1, 3).reshape(
-        between_hosts_config[0] * local_mesh_config[0],
-        between_hosts_config[1] * local_mesh_config[1],
-    )
-    return Mesh(grid, (DATA_AXIS, MODEL_AXIS))
+    grid = blocks.reshape(*between_hosts_config, *local_mesh_config)  # [hosts_d, hosts_m, d, m]
+    shape = [between_hosts_config[i] * local_mesh_config[i] for i in range(2)]
+    return Mesh(grid.transpose(0, 2, 1, 3).reshape(shape), (DATA_AXIS, MODEL_AXIS))
 
 
 def axis_size(mesh: Mesh | None, axis: str) -> int:

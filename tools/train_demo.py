@@ -89,7 +89,7 @@ def batches(
 
 def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
-    model = hk.without_apply_rng(
+    model: Any = hk.without_apply_rng(
         hk.transform(lambda tokens: CONFIG.make()(tokens, capture=("router_probs",)))
     )
     output = model.apply(params, rows[:, :-1])
@@ -146,7 +146,7 @@ def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
     @jax.jit
     def initial() -> State:
         params = CONFIG.init_params(options.seed)
-        return State(params, optimizer.init(params), np.int32(0))
+        return State(params, optimizer.init(params), np.zeros([], np.int32))
 
     def update(state: State, rows: jax.Array) -> tuple[State, Any]:
         (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, rows)
