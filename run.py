@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds ckpt-0 once it has been downloaded
@@ -64,9 +65,18 @@ def number(low: float, high: float, kind: type, wanted: str) -> Any:
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """Ends with one sentence where argparse would print its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        say(f"error: {message}; --help lists all options")
+        sys.exit(2)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 and one sentence if it is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -116,6 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--nucleus-p",
+        "--top-p",
         type=number(sys.float_info.min, 1, float, "a number above 0 and at most 1"),
         default=1.0,
         metavar="X",
@@ -153,6 +164,12 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
         directory = RELEASED if (RELEASED / "ckpt-0").is_dir() else DEMO
         if directory == DEMO:
             say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
+    if not (directory / "ckpt-0").is_dir():
+        found = "one without" if directory.is_dir() else "no such directory"
+        raise ValueError(
+            f"{directory}: expected a directory that holds ckpt-0, got {found}; "
+            "name the checkpoint's with --checkpoint"
+        )
     tokenizer = options.tokenizer
     if tokenizer is None:
         own = directory / "tokenizer.model"
@@ -163,22 +180,19 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     return directory, tokenizer
 
 
-def make_server(options: argparse.Namespace) -> Any:
+def make_server(options: argparse.Namespace, directory: Path, tokenizer: Path | None) -> Any:
     """Load the model as the options say."""
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
     devices = options.mesh[0] * options.mesh[1]
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    flags = os.environ.get("XLA_FLAGS", "")
+    if devices > 1 and "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     import dataclasses
 
     import jax
 
     from runner import InferenceRunner, ModelRunner, read_model_config
 
-    directory, tokenizer = choose_files(options)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = dataclasses.replace(
         read_model_config(directory), fprop_dtype=jax.numpy.dtype(dtype).type
@@ -202,7 +216,7 @@ def make_server(options: argparse.Namespace) -> Any:
     return server
 
 
-def generate(server: Any, options: argparse.Namespace) -> None:
+def generate(worker: ThreadPoolExecutor, server: Any, options: argparse.Namespace) -> None:
     """Print the answers, then a line of statistics."""
     from runner import Request
 
@@ -217,10 +231,11 @@ def generate(server: Any, options: argparse.Namespace) -> None:
         )
         for prompt in options.prompts
     ]
-    printer = JsonPrinter(requests) if options.json else TextPrinter(requests)
+    events = server.stream(requests)
+    printer = JsonPrinter() if options.json else TextPrinter(options.prompts)
     began, first, tokens = time.perf_counter(), 0.0, 0
     try:
-        for event in server.stream(requests):
+        while event := worker.submit(next, events, None).result():
             first = first or time.perf_counter() - began
             tokens += 1
             printer.show(event)
@@ -238,15 +253,15 @@ def generate(server: Any, options: argparse.Namespace) -> None:
 class TextPrinter:
     """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
 
-    def __init__(self, requests: Sequence[Any]):
-        self.requests = requests
+    def __init__(self, prompts: Sequence[Any]):
+        self.alone = len(prompts) == 1
         self.open: dict[int, Any] = {}
-        if len(requests) == 1 and isinstance(requests[0].prompt, str):
-            print(requests[0].prompt, end="", flush=True)
+        if self.alone and isinstance(prompts[0], str):
+            print(prompts[0], end="", flush=True)
 
     def show(self, event: Any) -> None:
         """Print what is new."""
-        if len(self.requests) == 1:
+        if self.alone:
             text = event.text if event.completion.text is not None else f"{event.token_id} "
             print(text, end="", flush=True)
             return
@@ -256,25 +271,22 @@ class TextPrinter:
 
     def close(self) -> None:
         """End the line, and print what answers there are of an interrupted batch."""
-        if len(self.requests) == 1:
+        if self.alone:
             print(flush=True)
         for index in sorted(self.open):
             self._whole(index)
 
     def _whole(self, index: int) -> None:
         answer = self.open.pop(index)
-        text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
         prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
-        print(
-            f"[{index + 1}] {prompt}{text if answer.text is not None else ' ' + text}", flush=True
-        )
+        text = " " + " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
+        print(f"[{index + 1}] {prompt}{text}", flush=True)
 
 
 class JsonPrinter:
     """Prints finished answers as JSON lines, in the order of the prompts."""
 
-    def __init__(self, requests: Sequence[Any]):
-        del requests
+    def __init__(self) -> None:
         self.finished: dict[int, Any] = {}
         self.next = 0
 
@@ -305,16 +317,18 @@ class JsonPrinter:
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    options = parse_arguments()
+    # jax works in a thread of its own. Ctrl-C strikes the main one, which waits and prints: at
+    # once, and never halfway through an import, a trace or a compilation.
+    worker = ThreadPoolExecutor(max_workers=1)
     try:
-        generate(make_server(options), options)
+        options = parse_arguments()
+        server = worker.submit(make_server, options, *choose_files(options)).result()
+        generate(worker, server, options)
     except KeyboardInterrupt:
         say("interrupted")
-        return 130
+        os._exit(130)  # sys.exit would wait for the worker
     except BrokenPipeError:
-        # The reader has gone, as with `| head`: leave nothing for the interpreter to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        os._exit(141)  # the reader has gone, as with `| head`
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 1

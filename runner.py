@@ -9,6 +9,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -47,6 +48,18 @@ class Slots(NamedTuple):
     drawn: jax.Array
     seed: jax.Array
     settings: SampleSettings
+
+
+EMBEDDINGS = "language_model/in_out_embed", "embeddings"
+
+
+def stored_shapes(config: LanguageModelConfig) -> dict[str, dict[str, Any]]:
+    """Return the parameters as they lie on the devices: as released, the embedding in bfloat16."""
+    shapes = config.param_shapes()
+    module, name = EMBEDDINGS
+    table = shapes[module][name]
+    shapes[module][name] = jax.ShapeDtypeStruct(table.shape, config.fprop_dtype)
+    return shapes
 
 
 def memory_specs(config: LanguageModelConfig) -> Any:
@@ -172,6 +185,40 @@ def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = N
     """Return an empty memory for `batch` sequences of the whole context."""
     memory = config.model.init_memory(batch, config.sequence_len, config.fprop_dtype)
     return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
+
+
+def abstract_inputs(
+    config: LanguageModelConfig, mesh: Mesh | None, batch: int, chunk: int | None = None
+) -> tuple[Any, ...]:
+    """Return what `prefill` of a chunk length, or `decode_step`, takes, without any data.
+
+    Leaves are jax.ShapeDtypeStruct with shardings, to compile a step ahead of time:
+    `decode_step.lower(*abstract_inputs(config, mesh, 1), config=config, mesh=mesh).compile()`.
+    """
+
+    def place(tree: Any, specs: Any) -> Any:
+        if mesh is None:
+            return tree
+        shardings = named_shardings(specs, mesh)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
+
+    shapes = stored_shapes(config)
+    params = place(shapes, parameter_specs(shapes, config.partition_rules()))
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
+    memory = place(memory, memory_specs(config))
+    rows = jax.ShapeDtypeStruct([batch], jnp.int32)
+    flags = jax.ShapeDtypeStruct([batch], bool)
+    numbers = jax.ShapeDtypeStruct([batch], jnp.float32)
+    mask = jax.ShapeDtypeStruct([batch, config.vocab_size], bool)
+    settings: Any = SampleSettings(numbers, numbers, mask, flags, rows)
+    token = jax.ShapeDtypeStruct([batch, 1], jnp.int32)
+    slots = Slots(token, rows, jax.ShapeDtypeStruct([batch], jnp.uint32), settings)  # type: ignore[arg-type]
+    if chunk is None:
+        return params, memory, slots
+    tokens = jax.ShapeDtypeStruct([batch, chunk], jnp.int32)
+    return params, memory, slots, tokens, rows, flags
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -305,8 +352,8 @@ class ModelRunner:
         if self.checkpoint_path is None:
             params = config.init_params(self.rng_seed, quantized=True)
             return params if shardings is None else jax.device_put(params, shardings)
-        table = {"language_model/in_out_embed/embeddings": config.fprop_dtype}
-        return checkpoint.load(self.checkpoint_path, shapes, shardings, table)
+        dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
+        return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes)
 
 
 @dataclasses.dataclass
@@ -384,14 +431,16 @@ class InferenceRunner:
         return [answers[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Yield each token of each request as it is drawn.
+        """Return an iterator over each token of each request as it is drawn.
 
-        All requests are checked first: ValueError names the request and what is wrong with it.
+        All requests are checked at once: ValueError names the request and what is wrong with it.
         Requests beyond the number of slots wait for the batch before them.
         """
         sequences = [self._admit(index, request) for index, request in enumerate(requests)]
-        for first in range(0, len(sequences), self.num_slots):
-            yield from self._run_batch(sequences[first : first + self.num_slots])
+        return itertools.chain.from_iterable(
+            self._run_batch(sequences[first : first + self.num_slots])
+            for first in range(0, len(sequences), self.num_slots)
+        )
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError."""
@@ -435,11 +484,11 @@ class InferenceRunner:
             mask[:] = False
             mask[self.encode(list(request.allowed_tokens))] = True
         values: dict[str, Any] = {
-            "temperature": np.float32(request.temperature),
-            "nucleus_p": np.float32(request.nucleus_p),
+            "temperature": np.asarray(request.temperature),
+            "nucleus_p": np.asarray(request.nucleus_p),
             "mask": mask,
-            "active": np.bool_(active),
-            "top_k": np.int32(request.top_k),
+            "active": np.asarray(active),
+            "top_k": np.asarray(request.top_k),
         }
         return SampleSettings(**values)
 
@@ -478,13 +527,18 @@ class InferenceRunner:
         """Return the device state of a fresh batch; slots without a sequence are not active."""
         rows = [self._settings(s.request, True) for s in sequences]
         rows += [self._settings(Request([0]), False)] * (self.num_slots - len(rows))
+        types: Any = (jnp.float32, jnp.float32, bool, bool, jnp.int32)
         seeds = np.zeros([self.num_slots], np.uint32)
         seeds[: len(sequences)] = [s.request.rng_seed % 2**32 for s in sequences]
         return Slots(
             token=jnp.zeros([self.num_slots, 1], jnp.int32),
             drawn=jnp.zeros([self.num_slots], jnp.int32),
             seed=jnp.asarray(seeds),
-            settings=jax.tree.map(lambda *values: jnp.stack(values), *rows),
+            settings=jax.tree.map(
+                lambda dtype, *values: jnp.asarray(np.stack(values), dtype),
+                SampleSettings(*types),
+                *rows,
+            ),
         )
 
     def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:

@@ -63,13 +63,17 @@ def dequantize(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return weight.astype(np.float64) * np.repeat(scales.astype(np.float64), rows_per_group, axis=-2)
 
 
-def load_tensor(path: pathlib.Path) -> np.ndarray:
-    """Read one checkpoint file as float64."""
+def load_arrays(path: pathlib.Path) -> list[np.ndarray]:
+    """Return what one checkpoint file holds, as it is: an array, or a weight and its scales."""
     with path.open("rb") as file:
         stored = _TrustedUnpickler(file).load()
-    if isinstance(stored, StoredWeight8bit):
-        return dequantize(stored.weight, stored.scales)
-    return stored.astype(np.float64)
+    return [stored.weight, stored.scales] if isinstance(stored, StoredWeight8bit) else [stored]
+
+
+def load_tensor(path: pathlib.Path) -> np.ndarray:
+    """Read one checkpoint file as float64."""
+    array, *scales = load_arrays(path)
+    return dequantize(array, *scales) if scales else array.astype(np.float64)
 
 
 def load_weights(directory: str | pathlib.Path) -> dict[str, Any]:

@@ -1,18 +1,14 @@
 """Checkpoints are read to the last bit and written as they were; anything else is refused."""
 
-import dataclasses
-import io
+import functools
 import json
 import os
 import pathlib
 import pickle
-import pickletools
-import random
 import re
 import shutil
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +21,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import checkpoint
+import reference
+import tensor_file
 from checkpoint import CheckpointError
+from model import LanguageModelConfig, grok_1
 from quantization import QuantizedWeight8bit
+from sharding import named_shardings, parameter_specs
 
 DATA = pathlib.Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
@@ -49,42 +49,10 @@ def stacked(layers: int, *shape: int, groups: int = 0) -> Any:
     )
 
 
-def model_shapes(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shapes of all parameters of a quantised model, written out independently of the model."""
-    model = config["model"]
-    layers, width, experts = model["num_layers"], model["emb_size"], model["num_experts"]
-    hidden = -(-(int(model["widening_factor"] * width) * 2 // 3) // 8) * 8
-    queries = model["num_q_heads"] * model["key_size"]
-    keys = model["num_kv_heads"] * model["key_size"]
-    attention = LAYER + "multi_head_attention/"
-    shapes = {
-        EMBED: {"embeddings": jax.ShapeDtypeStruct((config["vocab_size"], width), jnp.float32)},
-        "language_model/rms_norm": {"scale": jax.ShapeDtypeStruct((width,), jnp.float32)},
-        LAYER + "moe/linear": {"w": stacked(layers, experts, width, hidden, groups=1)},
-        LAYER + "moe/linear_v": {"w": stacked(layers, experts, width, hidden, groups=1)},
-        LAYER + "moe/linear_1": {"w": stacked(layers, experts, hidden, width, groups=8)},
-        attention + "query": {"w": stacked(layers, width, queries, groups=1)},
-        attention + "key": {"w": stacked(layers, width, keys, groups=1)},
-        attention + "value": {"w": stacked(layers, width, keys, groups=1)},
-        attention + "linear": {"w": stacked(layers, queries, width, groups=8)},
-        LAYER + "router": {"w": stacked(layers, width, experts)},
-    }
-    for norm in ("rms_norm", "rms_norm_1", "rms_norm_2", "rms_norm_3"):
-        shapes[LAYER + norm] = {"scale": stacked(layers, width)}
-    return shapes
-
-
-def full_shapes() -> dict[str, dict[str, Any]]:
-    """Shapes of Grok-1's parameters."""
-    model = {
-        "emb_size": 48 * 128, "widening_factor": 8, "key_size": 128, "num_q_heads": 48,
-        "num_kv_heads": 8, "num_layers": 64, "num_experts": 8,
-    }  # fmt: skip
-    return model_shapes({"vocab_size": 128 * 1024, "model": model})
-
-
+@functools.cache
 def golden_shapes(name: str) -> dict[str, dict[str, Any]]:
-    return model_shapes(json.loads((GOLDEN / name / "config.json").read_text()))
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    return LanguageModelConfig.from_dict(config).param_shapes()
 
 
 def tiny_shapes(layers: int = 2) -> dict[str, dict[str, Any]]:
@@ -117,41 +85,6 @@ def assert_same(got: Any, expected: Any) -> None:
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-# Pickle's own view of the files, to compare with. Only for files that the tests made, or brought.
-
-
-class StandIn:
-    """What pickle knows as `__main__.QuantizedWeight8bit`."""
-
-    __module__, __qualname__ = "__main__", "QuantizedWeight8bit"
-
-    def __init__(self, weight: np.ndarray, scales: np.ndarray):
-        self.weight = weight
-        self.scales = scales
-
-
-class TrustingUnpickler(pickle.Unpickler):
-    """Loads the golden files, which are ours, as the released loader would."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return StandIn if module == "__main__" else super().find_class(module, name)
-
-
-def unpickle(path: pathlib.Path) -> list[np.ndarray]:
-    value = TrustingUnpickler(io.BytesIO(path.read_bytes())).load()
-    return [value.weight, value.scales] if isinstance(value, StandIn) else [value]
-
-
-@pytest.fixture
-def dumps(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], bytes]:
-    """pickle.dumps, protocol 4, that names the class and numpy's function as the layout does."""
-    main = sys.modules["__main__"]
-    monkeypatch.setattr(main, "QuantizedWeight8bit", StandIn, raising=False)
-    function = np.zeros(0).__reduce__()[0]
-    monkeypatch.setattr(function, "__module__", "numpy.core.multiarray")
-    return lambda value: pickle.dumps(value, protocol=4)
-
-
 # Reading and writing.
 
 
@@ -168,7 +101,7 @@ def test_golden_models_load_as_pickle_reads_them(name: str) -> None:
     for record, path in zip(records, paths, strict=True):
         arrays = jax.tree.leaves(params[record.module][record.param])
         assert record.size == path.stat().st_size
-        for array, stored in zip(arrays, unpickle(path), strict=True):
+        for array, stored in zip(arrays, reference.load_arrays(path), strict=True):
             own = array if record.layer is None else array[record.layer]
             assert own.dtype == stored.dtype
             np.testing.assert_array_equal(np.asarray(own), stored)
@@ -178,8 +111,9 @@ def test_layers_are_read_in_lexicographic_order() -> None:
     """File 26 begins layer 10, not layer 2: in numeric order, all loads and nothing makes sense."""
     params = checkpoint.load(GOLDEN / "twelve-layers", golden_shapes("twelve-layers"))
     for index, layer in ((2, 0), (14, 1), (26, 10), (38, 11), (50, 2), (134, 9)):
-        weight, _ = unpickle(GOLDEN / f"twelve-layers/ckpt-0/tensor{index:05d}_000")
-        (norm,) = unpickle(GOLDEN / f"twelve-layers/ckpt-0/tensor{index + 7:05d}_000")
+        folder = GOLDEN / "twelve-layers/ckpt-0"
+        weight, _ = reference.load_arrays(folder / f"tensor{index:05d}_000")
+        (norm,) = reference.load_arrays(folder / f"tensor{index + 7:05d}_000")
         np.testing.assert_array_equal(params[LAYER + "moe/linear"]["w"].weight[layer], weight)
         np.testing.assert_array_equal(params[LAYER + "rms_norm"]["scale"][layer], norm)
 
@@ -196,9 +130,10 @@ def test_saving_a_golden_model_gives_back_its_bytes(name: str, tmp_path: pathlib
     assert (tmp_path / "config.json").read_bytes() == config
 
 
-def test_all_files_of_grok_1_are_as_released() -> None:
+def test_all_files_of_the_model_are_as_released() -> None:
+    """Every name, type, shape, scales shape and size, as the model's own code gives them."""
     rows = (DATA / "grok1_tensors.tsv").read_text().splitlines()[1:]
-    records = checkpoint.files(full_shapes())
+    records = checkpoint.files(grok_1().param_shapes())
     assert len(records) == len(rows) == 770
     for record, row in zip(records, rows, strict=True):
         weight, *scales = jax.tree.leaves(record.leaf)
@@ -209,41 +144,6 @@ def test_all_files_of_grok_1_are_as_released() -> None:
             str(record.size),
         ]  # fmt: skip
     assert sum(record.size for record in records) == 318_239_886_140
-
-
-ODD_SHAPES = [
-    (), (1,), (5,), (0,), (255,), (256,), (3, 4), (2, 3, 4), (2, 1, 2, 1), (1,) * 6, (70_000,),
-    (300, 2), (16_320,), (16_350,), (16_383,), (16_384,), (16_385,),
-]  # fmt: skip
-ODD_PAIRS = [  # Frames end at 64 KiB: weights and scales just around it, in every combination.
-    (weight, scales)
-    for weight in ((3, 4), (1, 65_000), (1, 65_352), (1, 65_400), (1, 65_535), (1, 65_536))
-    for scales in ((1, 4), (1, 128), (1, 32_600), (1, 32_700), (1, 32_767), (1, 32_768))
-]
-
-
-def test_odd_arrays_are_written_as_pickle_writes_them(
-    dumps: Callable[[Any], bytes], tmp_path: pathlib.Path
-) -> None:
-    rng = np.random.default_rng(0)
-    leaves: list[Any] = [rng.normal(size=shape).astype(np.float32) for shape in ODD_SHAPES]
-    for dtype in (np.int8, np.uint16, np.float64, np.bool_, ml_dtypes.bfloat16):
-        leaves.append(rng.integers(0, 2, size=(3, 5)).astype(dtype))
-    for weight, scales in ODD_PAIRS:
-        leaves.append(
-            QuantizedWeight8bit(
-                rng.integers(-128, 128, size=weight).astype(np.int8),
-                rng.normal(size=scales).astype(ml_dtypes.bfloat16),
-            )
-        )
-    params = {"m": {f"{index:03d}": leaf for index, leaf in enumerate(leaves)}}
-    checkpoint.save(tmp_path, params)
-    for record, leaf in zip(checkpoint.files(params), leaves, strict=True):
-        written = (tmp_path / "ckpt-0" / record.file).read_bytes()
-        if isinstance(leaf, QuantizedWeight8bit):
-            leaf = StandIn(leaf.weight, leaf.scales)
-        assert written == dumps(leaf), record
-        assert len(written) == record.size
 
 
 def test_what_is_saved_can_be_unpickled_by_a_program_with_the_class(tmp_path: pathlib.Path) -> None:
@@ -272,39 +172,6 @@ for path in sorted(glob.glob(sys.argv[1] + "/ckpt-0/*")):
             own = array if record.layer is None else array[record.layer]
             expected.append(f"{own.dtype} {own.shape} {own.astype(np.float64).sum()} True")
     assert printed == expected
-
-
-def test_arrays_over_4_gib_have_a_longer_length_and_are_not_read(tmp_path: pathlib.Path) -> None:
-    below, above = (
-        checkpoint.files({"m": {"p": jax.ShapeDtypeStruct((rows, 1 << 16), jnp.int8)}})[0]
-        for rows in (0xFFFF, 0x10000)
-    )
-    # Beside the eight-byte length, the row count no longer fits two bytes.
-    assert above.size - (1 << 32) == below.size - (0xFFFF << 16) + 4 + 2
-    pieces = checkpoint._Writer(checkpoint._describe(above.leaf)).pieces
-    hole = max(index for index, piece in enumerate(pieces) if piece is None)
-    with open(tmp_path / above.file, "wb") as file:
-        file.write(b"".join(piece for piece in pieces[:hole] if piece is not None))
-        file.seek(1 << 32, os.SEEK_CUR)
-        file.write(b"".join(piece for piece in pieces[hole + 1 :] if piece is not None))
-    assert (tmp_path / above.file).stat().st_size == above.size
-    start_time = time.perf_counter()
-    header = checkpoint._read_header(str(tmp_path), above)
-    assert time.perf_counter() - start_time < 1
-    assert header.shape == (0x10000, 1 << 16)
-
-
-def test_files_that_newer_numpy_wrote_are_read(
-    dumps: Callable[[Any], bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
-    params = random_params(tiny_shapes())
-    checkpoint.save(tmp_path, params)
-    function = np.zeros(0).__reduce__()[0]
-    monkeypatch.setattr(function, "__module__", "numpy._core.multiarray")
-    router = params[LAYER + "router"]["w"][0]
-    (tmp_path / "ckpt-0/tensor00004_000").write_bytes(dumps(router))
-    assert b"numpy._core.multiarray" in (tmp_path / "ckpt-0/tensor00004_000").read_bytes()
-    assert_same(checkpoint.load(tmp_path, tiny_shapes()), params)
 
 
 def test_params_are_saved_alike_from_anywhere_and_in_any_order(tmp_path: pathlib.Path) -> None:
@@ -384,23 +251,8 @@ def mesh_of(data: int, model: int) -> Mesh:
 
 
 def shardings_of(mesh: Mesh, shapes: Any) -> Any:
-    """Shardings by the table of GROK-1's own mesh: which axis lies over `model`."""
-    columns = PartitionSpec(None, "model")
-    rows = PartitionSpec("model", None)
-    specs = {
-        EMBED: rows, "moe/linear": columns, "moe/linear_v": columns, "moe/linear_1": rows,
-        "multi_head_attention/linear": rows, "multi_head_attention/query": columns,
-        "multi_head_attention/key": columns, "multi_head_attention/value": columns,
-    }  # fmt: skip
-
-    def place(path: Any, array: Any) -> NamedSharding:
-        spec = specs.get(path[0].key.removeprefix(LAYER), PartitionSpec())
-        lead = (None,) * (array.ndim - len(spec)) if spec else ()
-        axes = [axis if size > 1 else None for axis, size in
-                zip((*lead, *spec), array.shape[: len(lead) + len(spec)], strict=True)]  # fmt: skip
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    """The model's own shardings."""
+    return named_shardings(parameter_specs(shapes, grok_1().partition_rules()), mesh)
 
 
 @pytest.mark.parametrize(("data", "model"), [(1, 8), (2, 4)])
@@ -473,7 +325,7 @@ def test_layers_are_filled_into_one_buffer_that_stays_in_place(
 
 def test_filling_the_largest_stack_of_grok_1_takes_no_memory_beside_it() -> None:
     mesh = mesh_of(1, 8)
-    stack = full_shapes()[LAYER + "moe/linear"]["w"].weight
+    stack = grok_1().param_shapes()[LAYER + "moe/linear"]["w"].weight
     sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "model"))
     layer = jax.ShapeDtypeStruct((1, *stack.shape[1:]), jnp.int8, sharding=sharding)
     stack = jax.ShapeDtypeStruct(stack.shape, jnp.int8, sharding=sharding)
@@ -530,228 +382,93 @@ def test_importing_touches_no_device() -> None:
 # Damaged and hostile files.
 
 
-@dataclasses.dataclass
-class Scene:
-    """What a damaging function may use: it returns the file's new bytes, or acts by itself."""
-
-    good: bytes
-    path: pathlib.Path
-    sentinel: pathlib.Path
-    dumps: Callable[[Any], bytes]
+Damage = Callable[[pathlib.Path], Any]
+FLOATS, INTS = 4, 2  # The files of a float parameter, and of an int8 one.
 
 
-class Evil:
-    """An object whose pickle calls a function when it is loaded."""
-
-    def __init__(self, function: Any, *arguments: Any):
-        self.function = function
-        self.arguments = arguments
-
-    def __reduce__(self) -> Any:
-        return self.function, self.arguments
+def holding(*arrays: np.ndarray) -> Damage:
+    """The file holds this array, or this weight and its scales."""
+    leaf: Any = QuantizedWeight8bit(*arrays) if len(arrays) == 2 else arrays[0]
+    return lambda path: path.write_bytes(b"".join(tensor_file.contents(leaf, arrays)))
 
 
-def evil(name: str, scene: Scene) -> Evil:
-    """An object that makes the sentinel file when it is unpickled."""
-    path = str(scene.sentinel)
-    code = f"open({path!r}, 'w').close()"
-    return {
-        "system": Evil(os.system, f"touch {path}"),
-        "eval": Evil(eval, code),
-        "exec": Evil(exec, code),
-        "open": Evil(open, path, "w"),
-        "Popen": Evil(subprocess.Popen, ["touch", path]),
-    }[name]
-
-
-def router(dtype: Any = np.float32, shape: tuple[int, ...] = (8, 2)) -> np.ndarray:
-    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-
-
-def laughs(start: int, count: int) -> bytes:
-    """Opcodes that pair the value on the stack with itself, stored as `start`, again and again."""
-    return b"".join(b"h" + bytes([start + i]) + b"\x86\x94" for i in range(count))
-
-
-def replaced_by(make: Callable[[pathlib.Path], object]) -> Callable[[Scene], None]:
-    def damage(scene: Scene) -> None:
-        scene.path.unlink()
-        make(scene.path)
+def edited(edit: Callable[[bytes], bytes]) -> Damage:
+    def damage(path: pathlib.Path) -> None:
+        good = path.read_bytes()
+        path.write_bytes(edit(good))
+        assert path.read_bytes() != good
 
     return damage
 
 
-def made(value: Any) -> Callable[[Scene], bytes]:
-    return lambda scene: scene.dumps(value)
-
-
-def raw(opcodes: bytes) -> Callable[[Scene], bytes]:
-    """A pickle of these opcodes, with enough behind them that it does not end too early."""
-    return lambda _: b"\x80\x04" + opcodes + bytes(300)
-
-
-def hostile(name: str) -> Callable[[Scene], bytes]:
-    return lambda scene: scene.dumps(evil(name, scene))
-
-
-def patch(old: bytes, new: bytes) -> Callable[[Scene], bytes]:
-    def damage(scene: Scene) -> bytes:
-        assert scene.good.count(old) == 1
-        return scene.good.replace(old, new)
+def replaced_by(make: Damage) -> Damage:
+    def damage(path: pathlib.Path) -> None:
+        path.unlink()
+        make(path)
 
     return damage
 
 
-def pair(weight: Any = None, scales: Any = None, **state: Any) -> Callable[[Scene], bytes]:
-    """A QuantizedWeight8bit, right but for the arguments."""
-    value = StandIn(
-        np.ones((2, 16, 8), np.int8) if weight is None else weight,
-        np.ones((2, 8, 8), ml_dtypes.bfloat16) if scales is None else scales,
-    )
-    value.__dict__.update(state)
-    return made(value)
-
-
-def link_to(target: str) -> Callable[[Scene], None]:
-    return replaced_by(lambda path: path.symlink_to(target))
+def floats(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.ones(shape, dtype)
 
 
 # fmt: off
-FLOATS, INTS = 4, 2  # The files of a float parameter, and of an int8 one.
-OPEN = "expected only the pickle opcodes of an array, got"
-ONLY = "expected only the globals __main__.QuantizedWeight8bit, numpy.core.multiarray._reconstruct"
-NOTHING = "expected one array or one QuantizedWeight8bit, got something else"
-SHAPE = b"K\x08K\x02\x86"  # (8, 2)
-INT = b"J\xff\xff\xff\x7f"
-DAMAGE = Callable[[Scene], bytes | None]
+WEIGHT, SCALES = np.ones((2, 16, 8), np.int8), floats(2, 8, 8, dtype=ml_dtypes.bfloat16)
 
 # id -> (file, damage, what the sentence must say)
-FILE_CASES: dict[str, tuple[int, DAMAGE, list[str]]] = {
+FILE_CASES: dict[str, tuple[int, Damage, list[str]]] = {
     # Not whole.
-    "empty": (INTS, lambda _: b"", ["is cut: expected 814 bytes, got 0; download it again"]),
-    "one-byte": (INTS, lambda s: s.good[:1], ["is cut: expected 814 bytes, got 1;"]),
-    "cut-in-header": (INTS, lambda s: s.good[:100], ["is cut: expected 814 bytes, got 100;"]),
-    "cut-in-weight": (INTS, lambda s: s.good[:300], ["is cut: expected 814 bytes, got 300;"]),
-    "cut-in-scales": (INTS, lambda s: s.good[:700], ["is cut: expected 814 bytes, got 700;"]),
-    "cut-by-a-byte": (INTS, lambda s: s.good[:-1], ["is cut: expected 814 bytes, got 813;"]),
-    "long-by-a-byte": (INTS, lambda s: s.good + b"\0", ["too long: expected 814 bytes, got 815;"]),
-    "two-pickles": (INTS, lambda s: s.good * 2, ["too long: expected 814 bytes, got 1628;"]),
-    "zeros": (INTS, lambda _: bytes(814), [r"expected b'\x80\x04' at its start, got b'\x00\x00'"]),
-    "html": (INTS, lambda _: b"<html>404</html>", ["at its start, got b'<h'"]),
-    "lfs": (INTS, lambda _: b"version https://git-lfs.github.com/spec/v1", ["got b've'"]),
-    "numpy-file": (INTS, lambda _: b"\x93NUMPY" + bytes(99), [r"got b'\x93N'"]),
+    "empty": (INTS, edited(lambda _: b""),
+              ["the file is cut: expected 814 bytes, got 0; download it again"]),
+    "cut-in-header": (INTS, edited(lambda good: good[:100]), ["cut: expected 814 bytes, got 100;"]),
+    "cut-in-weight": (INTS, edited(lambda good: good[:300]), ["cut: expected 814 bytes, got 300;"]),
+    "cut-in-scales": (INTS, edited(lambda good: good[:700]), ["cut: expected 814 bytes, got 700;"]),
+    "cut-by-a-byte": (INTS, edited(lambda good: good[:-1]), ["cut: expected 814 bytes, got 813;"]),
+    # As tensor_file says.
+    "long-by-a-byte": (INTS, edited(lambda good: good + b"\0"),
+                       ["the file is too long: expected 814 bytes, got 815; download it again"]),
+    "html": (INTS, edited(lambda _: b"<html>404</html>"),
+             [r"the file is no tensor file: expected b'\x80\x04' at its start, got b'<h'"]),
+    "another-axis": (FLOATS, edited(lambda good: good.replace(b"K\x08K\x02", b"K\x09K\x02")),
+                     ["the file contradicts itself: expected 72 bytes for its float32 [9, 2]"]),
+    "length-that-lies": (FLOATS, edited(lambda good: good.replace(b"C\x40", b"C\xff")),
+                         ["the file ends too early: expected 255 more bytes after byte"]),
+    "hostile": (FLOATS, edited(lambda _: pickle.dumps(print, protocol=4)),
+                ["expected only the globals __main__.Quant", "got 'builtins.print'; download"]),
     # Not a file.
     "directory": (INTS, replaced_by(pathlib.Path.mkdir), ["it is not a regular file"]),
     "pipe": (INTS, replaced_by(os.mkfifo), ["it is not a regular file"]),
-    "dangling-link": (INTS, link_to("gone"), ["got an error (No such file or directory)"]),
-    "link-to-directory": (INTS, link_to("."), ["it is not a regular file"]),
-    "link-to-itself": (INTS, link_to("tensor00002_000"), ["Too many levels of symbolic links"]),
+    "dangling-link": (INTS, replaced_by(lambda path: path.symlink_to("gone")),
+                      ["expected a readable file of 814 bytes, got an error (No such file or"]),
+    "link-to-directory": (INTS, replaced_by(lambda path: path.symlink_to(".")),
+                          ["it is not a regular file"]),
+    "link-to-itself": (INTS, replaced_by(lambda path: path.symlink_to(path.name)),
+                       ["Too many levels of symbolic links"]),
     # Another array.
-    "float64": (FLOATS, made(router(np.float64)),
+    "float64": (FLOATS, holding(floats(8, 2, dtype=np.float64)),
                 ["expected float32 [8, 2], got float64 [8, 2]; check that the configuration"]),
-    "float16": (FLOATS, made(router(np.float16)), ["got float16 [8, 2]"]),
-    "bfloat16": (FLOATS, made(router(ml_dtypes.bfloat16)), ["got bfloat16 [8, 2]"]),
-    "int8-alone": (INTS, made(np.ones((2, 16, 8), np.int8)),
+    "float16": (FLOATS, holding(floats(8, 2, dtype=np.float16)), ["got float16 [8, 2]"]),
+    "bfloat16": (FLOATS, holding(floats(8, 2, dtype=ml_dtypes.bfloat16)), ["got bfloat16 [8, 2]"]),
+    "int8-alone": (INTS, holding(WEIGHT),
                    ["expected quantised int8 [2, 16, 8] with scales bfloat16 [2, 8, 8], got int8"]),
-    "float-for-int8": (INTS, made(np.ones((2, 16, 8), np.float32)),
+    "float-for-int8": (INTS, holding(floats(2, 16, 8)),
                        ["got float32 [2, 16, 8]; this checkpoint is not quantised: load it as"]),
-    "int8-for-float": (FLOATS, pair(),
+    "int8-for-float": (FLOATS, holding(WEIGHT, SCALES),
                        ["expected float32 [8, 2], got quantised", "this checkpoint is quantised"]),
-    "transposed": (FLOATS, made(router(shape=(2, 8))), ["got float32 [2, 8]"]),
-    "flat": (FLOATS, made(router(shape=(16,))), ["got float32 [16]"]),
-    "more-rows": (FLOATS, made(router(shape=(9, 2))), ["got float32 [9, 2]"]),
-    "uint8-weight": (INTS, pair(np.ones((2, 16, 8), np.uint8)), ["got quantised uint8"]),
-    "one-group": (INTS, pair(scales=np.ones((2, 1, 8), ml_dtypes.bfloat16)),
+    "transposed": (FLOATS, holding(floats(2, 8)), ["got float32 [2, 8]"]),
+    "flat": (FLOATS, holding(floats(16)), ["got float32 [16]"]),
+    "more-rows": (FLOATS, holding(floats(9, 2)), ["got float32 [9, 2]"]),
+    "uint8-weight": (INTS, holding(WEIGHT.astype(np.uint8), SCALES), ["got quantised uint8"]),
+    "one-group": (INTS, holding(WEIGHT, SCALES[:, :1]),
                   ["got quantised int8 [2, 16, 8] with scales bfloat16 [2, 1, 8]"]),
-    "float32-scales": (INTS, pair(scales=np.ones((2, 8, 8), np.float32)),
-                       ["with scales float32 [2, 8, 8]"]),
-    "fortran": (FLOATS, made(np.asfortranarray(router())),
+    "float32-scales": (INTS, holding(WEIGHT, floats(2, 8, 8)), ["with scales float32 [2, 8, 8]"]),
+    "fortran": (FLOATS, edited(lambda good: good.replace(b"b\x89C", b"b\x88C")),
                 ["got Fortran-ordered float32 [8, 2]; save it again, little-endian and in C"]),
-    "fortran-weight": (INTS, pair(np.asfortranarray(np.ones((2, 16, 8), np.int8))),
+    "fortran-weight": (INTS, edited(lambda good: good.replace(b"b\x89B", b"b\x88B", 1)),
                        ["got quantised Fortran-ordered int8 [2, 16, 8]", "save it again"]),
-    "big-endian": (FLOATS, made(router(">f4")),
+    "big-endian": (FLOATS, edited(lambda good: good.replace(b"\x8c\x01<", b"\x8c\x01>")),
                    ["got big-endian float32 [8, 2]; save it again, little-endian and in C order"]),
-    "odd-endian": (FLOATS, patch(b"\x8c\x01<", b"\x8c\x01="), ["'='-endian"]),
-    "complex": (FLOATS, made(router(np.complex64)), ["plain number type", "got 'c8'"]),
-    "text": (FLOATS, made(np.array(["a", "b"])), ["plain number type", "got 'U1'"]),
-    "objects": (FLOATS, made(np.array([None, {}])), [OPEN, "EMPTY_LIST at byte"]),
-    "records": (FLOATS, made(np.zeros(2, "i4,f4")), [NOTHING]),
-    "scalar": (FLOATS, made(np.float32(1)), [ONLY, "got 'numpy", ".scalar'"]),
-    "number": (FLOATS, made(1), [NOTHING]),
-    "dict": (FLOATS, made({}), [NOTHING]),
-    "tuple": (FLOATS, made((router(), router())), [NOTHING]),
-    "list": (FLOATS, made([router()]), [f"{OPEN} EMPTY_LIST at byte 11"]),
-    "array-without-state": (FLOATS, lambda s: s.good[:2] + s.good[11:83] + b".", [NOTHING]),
-    "extra-state": (INTS, pair(bias=router()), [NOTHING]),
-    "nested": (INTS, pair(StandIn(router(), router())), [NOTHING]),
-    # Numbers that lie.
-    "negative-axis": (FLOATS, patch(SHAPE, b"K\x08J\xff\xff\xff\xff\x86"), [NOTHING]),
-    "huge-axes": (FLOATS, patch(SHAPE, INT + INT + b"\x86"),
-                  ["contradicts itself: expected 18446744056529682436 bytes for its float32"]),
-    "many-axes": (FLOATS, patch(SHAPE, b"(" + b"K\xff" * 200 + b"t"), ["at most 256 opcodes, got"]),
-    "short-data": (FLOATS, patch(SHAPE, b"K\x09K\x02\x86"),
-                   ["contradicts itself: expected 72 bytes for its float32 [9, 2], got 64"]),
-    "huge-data": (FLOATS, patch(b"C\x40", b"\x8e" + b"\xff" * 7 + b"\x7f"),
-                  ["ends too early: expected 9223372036854775807 more bytes after byte", "got 69"]),
-    "huge-frame": (FLOATS, lambda s: s.good[:3] + b"\xff" * 8 + s.good[11:],
-                   ["expected frames within 213 bytes, got one to 18446744073709551626"]),
-    # Not a pickle of an array.
-    "protocol-0": (FLOATS, lambda _: pickle.dumps(router(), protocol=0), ["got b'cn'"]),
-    "protocol-2": (FLOATS, lambda _: pickle.dumps(router(), protocol=2), [r"got b'\x80\x02'"]),
-    "protocol-5": (FLOATS, lambda _: pickle.dumps(router(), protocol=5), [r"got b'\x80\x05'"]),
-    "second-protocol": (FLOATS, lambda s: s.good[:2] + s.good, [f"{OPEN} PROTO at byte 2"]),
-    "stop-at-once": (FLOATS, raw(b"."), ["expected a value, got none before byte 3"]),
-    "two-values": (FLOATS, raw(b"NN."), ["expected one value, got 2"]),
-    "empty-stack": (FLOATS, raw(b"R."), ["expected a value, got none before byte 3"]),
-    "pop-mark": (FLOATS, raw(b"(\x85."), ["expected a value, got none before byte 4"]),
-    "store-mark": (FLOATS, raw(b"(\x94."), ["expected a value, got none before byte 4"]),
-    "no-mark": (FLOATS, raw(b"Nt."), ["expected MARK as an array needs it, got another use"]),
-    "recall-nothing": (FLOATS, raw(b"h\xc8."), ["expected BINGET as an array needs it"]),
-    "call-nothing": (FLOATS, raw(b"NNR."), ["expected REDUCE as an array needs it"]),
-    "build-nothing": (FLOATS, raw(b"NNb."), ["expected BUILD as an array needs it"]),
-    "build-dict": (FLOATS, raw(b"}Nb."), ["expected BUILD as an array needs it"]),
-    "fill-nothing": (FLOATS, raw(b"N(u."), ["expected SETITEMS as an array needs it"]),
-    "fill-itself": (FLOATS, lambda _: b"\x80\x04}\x94(h\0h\0u.", [NOTHING]),
-    "nameless": (FLOATS, raw(b"NN\x93."), ["expected STACK_GLOBAL as an array needs it"]),
-    "not-utf-8": (FLOATS, raw(b"\x8c\x02\xff\xfe\x8c\x01x\x93."), [ONLY, r"got '\\xff\\xfe.x'"]),
-    "escapes": (FLOATS, raw(b"\x8c\x05\n\x1b[2J\x8c\x01x\x93."), [ONLY, r"got '\n\x1b[2J.x'"]),
-    "deep": (FLOATS, raw(b")" + b"\x85" * 10**6 + b"."), ["at most 256 opcodes, got more"]),
-    "marks": (FLOATS, raw(b"(" * 10**6), ["at most 256 opcodes, got more"]),
-    # A tuple that holds the one before twice, and so on: 2**50 values, if one were to print it.
-    "laughs": (FLOATS, lambda _: b"\x80\x04)\x94" + laughs(0, 50) + b".", [NOTHING]),
-    "laughing-dtype": (FLOATS, patch(b"\x8c\x02f4\x94", b")\x94" + laughs(13, 40)), [NOTHING]),
-    "laughing-axes": (FLOATS, patch(SHAPE, b")\x94" + laughs(10, 40)), [NOTHING]),
-    # Opcodes that the layout does not have.
-    "global-call": (FLOATS, lambda s: b"\x80\x04cos\nsystem\n(S'touch %b'\ntR." % bytes(s.sentinel),
-                    [f"{OPEN} GLOBAL at byte 2"]),
-    "inst-call": (FLOATS, raw(b"(\x8c\x01xios\nsystem\n."), [f"{OPEN} INST at byte 6"]),
-    "unknown-opcode": (FLOATS, raw(b"\xff"), [rf"{OPEN} b'\xff' at byte 2"]),
-    # Globals that the layout does not have.
-    "evil-in-state": (INTS, lambda s: pair(bias=evil("open", s))(s), [ONLY, "got 'io.open'"]),
-    "evil-as-scales": (INTS, lambda s: pair(scales=evil("open", s))(s), [ONLY, "got 'io.open'"]),
-    "evil-after-the-end": (FLOATS, lambda s: s.good + s.dumps(evil("open", s)), ["is too long"]),
-    "evil-before": (FLOATS, lambda s: s.dumps((evil("open", s), router())), ["got 'io.open'"]),
-    "evil-method": (FLOATS, raw(b"\x8c\x05numpy\x8c\x12ndarray.__reduce__\x93."),
-                    [ONLY, "got 'numpy.ndarray.__reduce__'"]),
-    "model-class": (INTS, patch(b"\x8c\x08__main__", b"\x8c\x05model"),
-                    [ONLY, "got 'model.QuantizedWeight8bit'"]),
-    "class-called": (INTS, patch(b")\x81", b"\x8c\x01x\x85R"), [NOTHING]),
-    "other-function": (FLOATS, patch(b"\x8c\x0c_reconstruct", b"\x8c\x06scalar"),
-                       [ONLY, "got 'numpy.core.multiarray.scalar'"]),
-    "ndarray-called": (FLOATS, lambda _: b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93K\xff\x85R.",
-                       [NOTHING]),
-}
-LAYOUT_OPCODES = {"BINBYTES8"}.union(*(
-    {opcode.name for opcode, _, _ in pickletools.genops(path.read_bytes())}
-    for path in (GOLDEN / "three-layers/ckpt-0").glob("tensor0000[0-9]_000")))
-FILE_CASES |= {
-    opcode.name: (FLOATS, raw(b"N" + opcode.code.encode("latin-1")), [f"{OPEN} {opcode.name} at"])
-    for opcode in pickletools.opcodes if opcode.name not in LAYOUT_OPCODES
-}
-FILE_CASES |= {
-    name: (FLOATS, hostile(name), [ONLY, f"got '{got}'"])
-    for name, got in {"system": "posix.system", "eval": "builtins.eval", "exec": "builtins.exec",
-                      "open": "io.open", "Popen": "subprocess.Popen"}.items()
 }
 # fmt: on
 
@@ -775,36 +492,22 @@ def refusal(directory: pathlib.Path, shapes: Any = None) -> str:
 
 
 @pytest.mark.parametrize(("index", "damage", "parts"), FILE_CASES.values(), ids=FILE_CASES.keys())
-def test_damaged_and_hostile_files_are_refused_in_one_sentence(
+def test_files_that_hold_something_else_are_refused_in_one_sentence(
     index: int,
-    damage: DAMAGE,
+    damage: Damage,
     parts: list[str],
     tiny_checkpoint: pathlib.Path,
     tmp_path: pathlib.Path,
-    dumps: Callable[[Any], bytes],
 ) -> None:
     directory = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, directory)
     path = directory / f"ckpt-0/tensor{index:05d}_000"
-    scene = Scene(path.read_bytes(), path, tmp_path / "sentinel", dumps)
-    content = damage(scene)
-    if content is not None:
-        assert content != scene.good
-        path.write_bytes(content)
-    started = time.perf_counter()
+    damage(path)
     message = refusal(directory)
-    assert time.perf_counter() - started < 2
     name = {FLOATS: "router/w", INTS: "moe/linear_1/w"}[index]
     assert message.startswith(f"{path} (transformer/decoder_layer_0/{name}): ")
     for part in parts:
         assert part in message
-    assert not scene.sentinel.exists()
-
-
-def test_the_hostile_files_would_do_harm_if_they_were_unpickled(tmp_path: pathlib.Path) -> None:
-    scene = Scene(b"", tmp_path, tmp_path / "sentinel", pickle.dumps)
-    pickle.loads(pickle.dumps(evil("open", scene), protocol=4)).close()
-    assert scene.sentinel.exists()
 
 
 def test_loading_runs_no_pickle(
@@ -843,7 +546,7 @@ def test_a_file_that_is_cut_while_loading_is_named(
     assert len(jax.live_arrays()) == before
 
 
-def remove(*names: str) -> Callable[[pathlib.Path], None]:
+def remove(*names: str) -> Damage:
     def damage(directory: pathlib.Path) -> None:
         for name in names:
             (directory / "ckpt-0" / name).unlink()
@@ -851,7 +554,7 @@ def remove(*names: str) -> Callable[[pathlib.Path], None]:
     return damage
 
 
-def add(*names: str) -> Callable[[pathlib.Path], None]:
+def add(*names: str) -> Damage:
     def damage(directory: pathlib.Path) -> None:
         for name in names:
             (directory / "ckpt-0" / name).touch()
@@ -865,7 +568,7 @@ def as_file(directory: pathlib.Path) -> None:
 
 
 # fmt: off
-DIRECTORY_CASES: dict[str, tuple[Callable[[pathlib.Path], Any], list[str]]] = {
+DIRECTORY_CASES: dict[str, tuple[Damage, list[str]]] = {
     "no-directory": (shutil.rmtree,
      ["ckpt-0: expected a directory of 8 tensor files, got an error (No such file or directory)",
       "give the directory that contains ckpt-0"]),
@@ -895,7 +598,7 @@ DIRECTORY_CASES: dict[str, tuple[Callable[[pathlib.Path], Any], list[str]]] = {
 
 @pytest.mark.parametrize(("damage", "parts"), DIRECTORY_CASES.values(), ids=DIRECTORY_CASES.keys())
 def test_directories_with_other_files_are_refused_in_one_sentence(
-    damage: Callable[[pathlib.Path], Any],
+    damage: Damage,
     parts: list[str],
     tiny_checkpoint: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -918,44 +621,6 @@ def test_other_files_beside_the_tensors_are_no_matter(
     path.rename(tmp_path / "blob")  # As download caches store it.
     path.symlink_to(tmp_path / "blob")
     assert_same(checkpoint.load(tmp_path, tiny_shapes()), random_params(tiny_shapes()))
-
-
-def test_mutated_headers_give_the_layout_or_a_refusal(
-    tiny_checkpoint: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """Cheap fuzzing with a fixed seed: nothing but CheckpointError may ever come out."""
-    rng = random.Random(0)
-    records = checkpoint.files(tiny_shapes())
-    outcomes = {"read": 0, "refused": 0}
-    for _ in range(600):
-        record = records[rng.choice((INTS, FLOATS))]
-        good = (tiny_checkpoint / "ckpt-0" / record.file).read_bytes()
-        expected = checkpoint._read_header(str(tiny_checkpoint / "ckpt-0"), record)
-        data = bytearray(good)
-        for _ in range(rng.randint(1, 3)):
-            place = rng.randrange(len(data))
-            match rng.randrange(5):
-                case 0:
-                    data[place] ^= 1 << rng.randrange(8)
-                case 1:
-                    data[place] = rng.choice(b"().NRbhtuKMJCB}\x80\x81\x85\x8e\x93\x94\x95\xff\0")
-                case 2:
-                    del data[place : place + rng.randint(1, 9)]
-                case 3:
-                    data[place:place] = data[place : place + rng.randint(1, 9)]
-                case 4:
-                    del data[place + 1 :]
-        (tmp_path / record.file).write_bytes(data)
-        try:
-            header = checkpoint._read_header(str(tmp_path), record)
-        except CheckpointError as error:
-            assert record.file in str(error) and record.name in str(error)
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-        else:
-            assert header == expected
-            outcomes["read"] += 1
-    assert outcomes["read"] > 20 and outcomes["refused"] > 300
 
 
 # The configuration.

@@ -1,0 +1,105 @@
+"""The golden models, loaded through checkpoint.py onto any mesh, and their recorded outputs."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import reference
+from model import LanguageModelConfig
+from runner import InferenceRunner, ModelRunner, read_model_config
+from sharding import make_mesh
+
+DIRECTORY = pathlib.Path(__file__).parent / "data" / "golden"
+NAMES = ("three-layers", "twelve-layers")
+MESHES = (None, (1, 8), (2, 4))
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Golden(NamedTuple):
+    """What the golden files hold.
+
+    tokens int32 [3, 48]; exact float64 [3, 48, V]; margin float64 [3, 48], the running minimum of
+    the router's margin; real bool [3, 48], False at the pads, whose positions do not count.
+    """
+
+    tokens: np.ndarray
+    exact: np.ndarray
+    margin: np.ndarray
+    real: np.ndarray
+    greedy: list[dict[str, list[int]]]
+
+
+@functools.cache
+def recorded(name: str) -> Golden:
+    """Read the recorded outputs of a model."""
+    with np.load(DIRECTORY / name / "golden.npz") as file:
+        arrays = dict(file)
+    return Golden(
+        arrays["tokens"],
+        arrays["exact_logits"],
+        np.minimum.accumulate(arrays["router_margin"], axis=1),
+        arrays["tokens"] > 0,
+        json.loads((DIRECTORY / name / "greedy.json").read_text()),
+    )
+
+
+@functools.cache
+def exact_greedy(name: str) -> list[tuple[list[int], list[float]]]:
+    """Return the float64 reference's own 40 tokens after each prompt, with the logit margins."""
+    fields = json.loads((DIRECTORY / name / "config.json").read_text())
+    weights = reference.load_weights(DIRECTORY / name / "ckpt-0")
+    steps = len(recorded(name).greedy[0]["greedy"])
+    answers = []
+    for entry in recorded(name).greedy:
+        tokens, margins = reference.greedy(weights, fields, entry["prompt"], steps)
+        answers.append(([int(token) for token in tokens], [float(m) for m in margins]))
+    return answers
+
+
+def exact_logits(name: str, tokens: list[int]) -> np.ndarray:
+    """Return the float64 reference's logits [T, V] for one sequence."""
+    fields = json.loads((DIRECTORY / name / "config.json").read_text())
+    weights = reference.load_weights(DIRECTORY / name / "ckpt-0")
+    return reference.forward(weights, fields, np.array([tokens]))[0]
+
+
+def config(name: str, dtype: str) -> LanguageModelConfig:
+    """Return a golden model's configuration with activations of `dtype`."""
+    return dataclasses.replace(read_model_config(DIRECTORY / name), fprop_dtype=DTYPES[dtype])
+
+
+@functools.cache
+def runner(
+    name: str, dtype: str = "float32", mesh: tuple[int, int] | None = None, slots: int = 6
+) -> InferenceRunner:
+    """Return a runner of a golden model, shared by all tests that ask for the same one."""
+    sizes = mesh or (1, 1)
+    server = InferenceRunner(
+        name=name,
+        runner=ModelRunner(config(name, dtype), slots / (sizes[0] * sizes[1]), DIRECTORY / name),
+        load=None,
+        tokenizer_path=None,
+        local_mesh_config=sizes,
+        pad_sizes=(16, 48),
+    )
+    server.initialize()
+    assert server.num_slots == slots
+    return server
+
+
+@functools.cache
+def device_mesh(sizes: tuple[int, int] | None) -> Mesh | None:
+    """Return the mesh, None for none."""
+    return None if sizes is None else make_mesh(sizes)
+
+
+def relative_error(got: Any, exact: np.ndarray) -> np.ndarray:
+    """norm(got - exact) / norm(exact) over the last axis."""
+    difference = np.asarray(got, np.float64) - exact
+    return np.linalg.norm(difference, axis=-1) / np.linalg.norm(exact, axis=-1)

@@ -1,0 +1,105 @@
+"""The model agrees with exact arithmetic, and with what the original produced, on every mesh."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import golden
+from runner import Request, apply_model, new_memory
+
+name = pytest.mark.parametrize("name", golden.NAMES)
+mesh = pytest.mark.parametrize("mesh", golden.MESHES, ids=str)
+
+
+@name
+@mesh
+def test_float32_logits_are_exact_wherever_no_expert_is_a_tie(name, mesh):
+    files = golden.recorded(name)
+    error = golden.relative_error(
+        golden.runner(name, "float32", mesh).logits(files.tokens), files.exact
+    )
+    clear = files.real & (files.margin > 1e-4)
+    assert clear.sum() > 50
+    assert error[clear].max() <= 1e-4  # measured: 4e-6
+
+
+@name
+@mesh
+def test_bfloat16_logits_are_as_close_as_their_rounding_allows(name, mesh):
+    files = golden.recorded(name)
+    server = golden.runner(name, "bfloat16", mesh)
+    error = golden.relative_error(server.logits(files.tokens), files.exact)
+    allowed = {"three-layers": 0.013, "twelve-layers": 0.030}[name]
+    # Measured: 0.0088 and 0.0172. Rounding is there: exact logits would mean float32 in disguise.
+    assert 1e-3 < np.median(error[files.real]) <= allowed
+
+
+def test_bfloat16_mode_multiplies_and_remembers_bfloat16():
+    """Of all products only the router's is float32, and the cache is bfloat16."""
+    config = golden.config("three-layers", "bfloat16")
+    params = config.param_shapes()
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=2))
+    assert memory.layers.k.dtype == memory.layers.v.dtype == jnp.bfloat16
+
+    def step(params, memory, tokens):
+        return apply_model(config, None, params, tokens, memory)
+
+    tokens = jax.ShapeDtypeStruct([2, 16], jnp.int32)
+    text = jax.jit(step).lower(params, memory, tokens).as_text()
+    products = re.findall(
+        r"stablehlo.dot_general.*: \(tensor<([\dx]*)x(\w+)>, tensor<([\dx]*)x(\w+)>\) -> "
+        r"tensor<[\dx]*x(\w+)>",
+        text,
+    )
+    router = [p for p in products if p[2] == "128x8"]
+    others = [p for p in products if p[2] != "128x8"]
+    assert [(p[1], p[3], p[4]) for p in router] == [("f32", "f32", "f32")]
+    # query, key, value, linear, scores, weighted values, three of an expert, logits.
+    assert len(others) == 10
+    assert {(p[1], p[3], p[4]) for p in others} == {("bf16", "bf16", "f32")}
+
+
+def first_difference(a, b):
+    """Return the first step at which two token lists differ, None if none does."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """Greedy float32 continuations of the recorded prompts, by model and mesh."""
+
+    def of(name, mesh):
+        prompts = [entry["prompt"] for entry in golden.recorded(name).greedy]
+        requests = [Request(prompt, temperature=0.0, max_len=40) for prompt in prompts]
+        server = golden.runner(name, "float32", mesh)
+        return [answer.token_ids for answer in server.generate(requests)]
+
+    return of
+
+
+@name
+@mesh
+def test_greedy_tokens_are_those_of_exact_arithmetic_until_a_near_tie(name, mesh, greedy):
+    for ours, (exact, margins) in zip(greedy(name, mesh), golden.exact_greedy(name), strict=True):
+        near_tie = next((i for i, margin in enumerate(margins) if margin < 1e-3), len(exact))
+        assert ours[:near_tie] == exact[:near_tie]
+
+
+@name
+@mesh
+def test_greedy_tokens_differ_from_the_originals_only_at_near_ties(name, mesh, greedy):
+    agree = 0
+    recorded = golden.recorded(name).greedy
+    rows = zip(greedy(name, mesh), recorded, golden.exact_greedy(name), strict=True)
+    for ours, entry, (exact, margins) in rows:
+        step = first_difference(ours, entry["greedy"])
+        agree += step is None
+        if step is not None:
+            # The margin is that of the common prefix only if exact arithmetic shares it too.
+            assert exact[:step] == ours[:step]
+            assert margins[step] < 0.15
+    if name == "three-layers":
+        assert agree >= 4
