@@ -90,6 +90,20 @@ def _require(condition: bool, field: str, expected: str, got: Any) -> None:
         raise ValueError(f"{field}: expected {expected}, got {got!r}")
 
 
+def _require_integers(config: Any, least: int, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole and value >= least, field, f"an integer >= {least}", value)
+
+
+def _require_positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number and 0 < value < math.inf, field, "a positive number", value)
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of the decoder stack. Raises ValueError naming the field, expected and got.
@@ -117,10 +131,12 @@ class TransformerConfig:
     scan_unroll: int = 1
 
     def __post_init__(self):
-        for field in ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers"):
-            value = getattr(self, field)
-            _require(isinstance(value, int) and value > 0, field, "a positive integer", value)
-        _require(self.widening_factor > 0, "widening_factor", "> 0", self.widening_factor)
+        sizes = ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers")
+        _require_integers(self, 1, *sizes, "num_selected_experts", "scan_unroll")
+        _require_integers(self, 0, "num_experts")
+        _require_positive(self, "widening_factor", "attn_output_multiplier")
+        sharded = self.shard_activations
+        _require(isinstance(sharded, bool), "shard_activations", "true or false", sharded)
         _require(self.key_size % 2 == 0, "key_size", "an even head width", self.key_size)
         _require(
             self.num_q_heads % self.num_kv_heads == 0,
@@ -128,12 +144,11 @@ class TransformerConfig:
             f"a multiple of num_kv_heads = {self.num_kv_heads}",
             self.num_q_heads,
         )
-        _require(isinstance(self.num_experts, int), "num_experts", "an integer", self.num_experts)
         most = max(self.num_experts, 1)
         _require(
-            1 <= self.num_selected_experts <= most,
+            self.num_selected_experts <= most,
             "num_selected_experts",
-            f"between 1 and num_experts = {most}",
+            f"at most num_experts = {most}",
             self.num_selected_experts,
         )
         choices = ("dynamic", "static", "all")
@@ -143,7 +158,6 @@ class TransformerConfig:
             f"one of {choices}",
             self.expert_dispatch,
         )
-        _require(self.scan_unroll >= 1, "scan_unroll", ">= 1", self.scan_unroll)
 
     @property
     def ffn_size(self) -> int:
@@ -181,9 +195,10 @@ class TransformerConfig:
         widths = {"num_kv_heads": self.num_kv_heads, "the expert width": self.ffn_size}
         if self.shard_activations:
             widths["emb_size"] = self.emb_size
+        shared = math.gcd(*widths.values())
+        fitting = [n for n in range(1, shared + 1) if shared % n == 0]
         for name, width in widths.items():
             if width % size:
-                fitting = [n for n in range(1, width + 1) if width % n == 0]
                 raise ValueError(
                     f"mesh: a model axis of {size} does not divide {name} = {width}; "
                     f"use one of {fitting[:12]}"
@@ -232,18 +247,17 @@ class LanguageModelConfig:
         _require(
             isinstance(self.model, TransformerConfig), "model", "a TransformerConfig", self.model
         )
-        for field in ("vocab_size", "sequence_len"):
-            value = getattr(self, field)
-            _require(isinstance(value, int) and value > 0, field, "a positive integer", value)
+        _require_integers(self, 1, "vocab_size", "sequence_len")
+        _require_integers(self, 0, "pad_token", "eos_token")
         for field in ("pad_token", "eos_token"):
             value = getattr(self, field)
             expected = f"a token below vocab_size = {self.vocab_size}"
-            _require(
-                isinstance(value, int) and 0 <= value < self.vocab_size, field, expected, value
-            )
+            _require(value < self.vocab_size, field, expected, value)
+        scales = ("embedding_init_scale", "output_multiplier_scale", "embedding_multiplier_scale")
+        _require_positive(self, *scales)
         dtypes = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
         _require(
-            jnp.dtype(self.fprop_dtype) in dtypes,
+            any(dtype == self.fprop_dtype for dtype in dtypes),
             "fprop_dtype",
             "bfloat16 or float32",
             self.fprop_dtype,
@@ -298,7 +312,7 @@ class LanguageModelConfig:
     def init_params(self, seed: int = 0, *, quantized: bool = False) -> dict[str, dict[str, Any]]:
         """Return random parameters: float32, or int8 with the released scale groups.
 
-        Matrices are truncated normal of variance 1 / fan-in, norms one.
+        Matrices are normal with deviation 1 / sqrt(fan-in), cut at two of them; norms one.
         """
         params = jax.jit(self._initialise)(jax.random.key(seed))
         return jax.jit(self.quantize_params)(params) if quantized else params
@@ -575,7 +589,7 @@ def attend(
     """
     scores = product("btkgh,bskh->bkgts", query, key) * multiplier
     scores = ATTENTION_SOFT_CAP * jnp.tanh(scores / ATTENTION_SOFT_CAP)
-    mask = mask[:, None, None]  # [B, 1, 1, T, S]
+    mask = mask[..., None, None, :, :]  # [B, 1, 1, T, S]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1)
     weights = jnp.where(mask, weights, 0.0).astype(value.dtype)
     return product("bkgts,bskh->btkgh", weights, value)
@@ -629,7 +643,8 @@ class MultiHeadAttention(hk.Module):
         layer: the layer to use of a memory that holds all of them. length: int32 [B], how many of
         the new positions are real; default all.
 
-        Raises ValueError if the new keys do not fit the memory's length.
+        Raises ValueError if the new keys do not fit the memory's length, or if a mask [B, N, T, S]
+        tells the heads apart.
         """
         dtype = query.dtype
         heads = (self.num_kv_heads, self.num_q_heads // self.num_kv_heads)
@@ -645,6 +660,7 @@ class MultiHeadAttention(hk.Module):
         if mask is None:
             mask = jnp.ones([1, 1, 1], bool)
         if mask.ndim == 4:
+            _require(mask.shape[1] == 1, "mask", "one mask for all heads", mask.shape)
             mask = mask[:, 0]
         q = q.reshape(*q.shape[:2], *heads, self.key_size)
         # Training recomputes the [B, N, T, S] weights in the backward pass instead of storing them.
@@ -774,6 +790,21 @@ class RouterOutput(NamedTuple):
     probs: jax.Array
 
 
+def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return the `count` largest of x [..., E] and their indices, of equal ones the lower first.
+
+    As `lax.top_k`, for which a compiler gathers a batch that lies over several devices.
+    """
+    index: list[jax.Array] = []
+    rest = x
+    for _ in range(count):
+        index.append(jnp.argmax(rest, axis=-1))
+        taken = jax.nn.one_hot(index[-1], x.shape[-1], dtype=bool)
+        rest = jnp.where(taken, -jnp.inf, rest)
+    chosen = jnp.stack(index, axis=-1).astype(jnp.int32)
+    return jnp.take_along_axis(x, chosen, axis=-1), chosen
+
+
 class Router(hk.Module):
     """Chooses the experts of each token, in float32."""
 
@@ -790,7 +821,7 @@ class Router(hk.Module):
         w = hk.get_parameter("w", [x.shape[-1], num_experts], jnp.float32, init=init)
         probs = jax.nn.softmax(matmul(x, w), axis=-1)
         # As in Grok-1: the chosen probabilities are not renormalised to sum to one.
-        gates, index = lax.top_k(probs, self.num_selected_experts)
+        gates, index = largest(probs, self.num_selected_experts)
         if padding_mask is not None:
             gates = jnp.where(padding_mask[..., None], gates, 0.0)
             index = jnp.where(padding_mask[..., None], index, num_experts)

@@ -1,0 +1,283 @@
+"""Requests in, tokens out: each request gets what it would get alone."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import golden
+from model import LanguageModelConfig, TransformerConfig
+from runner import InferenceRunner, ModelRunner, Request, load_tokenizer, sample_from_model
+
+TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
+TINY = LanguageModelConfig(
+    vocab_size=4096,
+    sequence_len=64,
+    output_multiplier_scale=1.0,
+    embedding_multiplier_scale=6.0,
+    fprop_dtype=np.float32,
+    model=TransformerConfig(
+        emb_size=32,
+        key_size=8,
+        num_q_heads=8,
+        num_kv_heads=8,
+        num_layers=2,
+        attn_output_multiplier=0.35,
+        num_experts=8,
+        num_selected_experts=2,
+    ),
+)
+
+
+def make(config=TINY, slots=4, mesh=(1, 1), **options):
+    devices = mesh[0] * mesh[1]
+    server = InferenceRunner(
+        name="tiny",
+        runner=ModelRunner(config, slots / devices, None, rng_seed=1),
+        load=None,
+        tokenizer_path=TOKENIZER,
+        local_mesh_config=mesh,
+        pad_sizes=(8, 32),
+        **options,
+    )
+    server.initialize()
+    return server
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Random int8 weights, words for tokens, four slots."""
+    return make()
+
+
+MIXED = [
+    Request([7], temperature=0.0, max_len=12),
+    Request([*range(20, 80)], temperature=0.7, nucleus_p=0.9, rng_seed=1, max_len=20),
+    Request([300, 17, 250, 44], temperature=1.3, rng_seed=2, max_len=30),
+    Request([*range(100, 117)], temperature=0.7, rng_seed=3, max_len=9, top_k=40),
+    Request([9, 0, 8, 7, 6], temperature=1.3, nucleus_p=0.5, rng_seed=1, max_len=25),
+]
+
+
+@pytest.mark.parametrize("mesh", golden.MESHES, ids=str)
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(mesh):
+    server = golden.runner("three-layers", "float32", mesh)
+    together = server.generate(MIXED)
+    for request, answer in zip(MIXED, together, strict=True):
+        alone = server.generate([request])[0]
+        assert dataclasses.astuple(alone) == dataclasses.astuple(answer)  # logprobs bit for bit
+        assert len(answer.token_ids) == request.max_len or answer.finish_reason == "eos"
+
+
+def test_more_requests_than_slots_wait_their_turn(tiny):
+    requests = [Request([5 + i], temperature=1.0, rng_seed=i, max_len=3 + i) for i in range(9)]
+    answers = tiny.generate(requests)
+    assert [len(a.token_ids) for a in answers] == [3 + i for i in range(9)]
+    assert answers[8] == tiny.generate(requests[8:])[0]
+
+
+def test_the_seed_decides_the_tokens(tiny):
+    def draw(seed):
+        return tiny.generate([Request([5, 6], rng_seed=seed, max_len=12)])[0].token_ids
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_settings_and_prompts_of_any_kind_compile_nothing_new(tiny):
+    from runner import decode_step, prefill
+
+    tiny.generate([Request([5], max_len=2), Request([*range(3, 40)], max_len=2)])
+    compiled = prefill._cache_size(), decode_step._cache_size()
+    tiny.generate(
+        [
+            Request([*range(3, 23)], temperature=0.0, max_len=4),
+            Request([4], temperature=2.0, nucleus_p=0.1, top_k=3, rng_seed=9, max_len=7),
+            Request([9, 9], allowed_tokens=[5, 6, 7], max_len=5),
+        ]
+    )
+    assert (prefill._cache_size(), decode_step._cache_size()) == compiled
+
+
+def test_only_allowed_tokens_are_drawn(tiny):
+    answer = tiny.generate([Request([5, 6], allowed_tokens=[70, 71, 72], max_len=20)])[0]
+    assert set(answer.token_ids) <= {70, 71, 72}
+    assert len(set(answer.token_ids)) > 1
+
+
+def test_generation_stops_at_max_len(tiny):
+    answer = tiny.generate([Request([5], temperature=0.0, max_len=3)])[0]
+    assert (len(answer.token_ids), answer.finish_reason) == (3, "length")
+
+
+def test_generation_stops_when_the_context_is_full(tiny):
+    prompt = [*range(10, 70)]
+    answer = tiny.generate([Request(prompt, temperature=0.0, max_len=1000)])[0]
+    assert len(prompt) + len(answer.token_ids) == TINY.sequence_len
+    assert answer.finish_reason == "context"
+
+
+def test_generation_stops_at_the_end_of_sequence_token(tiny):
+    """The original never stops at it."""
+    free = tiny.generate([Request([5], temperature=0.0, max_len=6)])[0]
+    eos = free.token_ids[3]
+    first = free.token_ids.index(eos)
+    stopping = make(dataclasses.replace(TINY, eos_token=eos))
+    answers = stopping.generate(
+        [Request([5], temperature=0.0, max_len=6), Request([99, 98], temperature=0.0, max_len=6)]
+    )
+    assert answers[0].token_ids == free.token_ids[: first + 1]
+    assert answers[0].finish_reason == "eos"
+    assert answers[1].finish_reason == "length" or answers[1].token_ids[-1] == eos
+
+
+def test_logprobs_are_the_models_own_before_all_filters(tiny):
+    request = Request([5, 6, 7], temperature=0.3, nucleus_p=0.2, top_k=5, max_len=6)
+    answer = tiny.generate([request])[0]
+    ids = answer.prompt_ids + answer.token_ids
+    logits = tiny.logits(ids)[0].astype(np.float64)
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = [scores[i - 1, ids[i]] for i in range(3, len(ids))]
+    np.testing.assert_allclose(answer.logprobs, expected, atol=1e-5)
+
+
+def test_the_text_is_what_the_tokens_add_to_the_prompt(tiny):
+    prompt = "The cat sat on"
+    events = list(tiny.stream([Request(prompt, rng_seed=4, max_len=20)]))
+    answer = events[-1].completion
+    whole = tiny.tokenizer.decode(answer.prompt_ids + answer.token_ids)
+    assert whole == prompt + answer.text
+    assert "".join(event.text for event in events) == answer.text
+
+
+def test_a_character_in_several_byte_pieces_is_streamed_whole(tiny):
+    """Byte pieces may end in the middle of a character: no replacement mark may be printed."""
+    first = 69  # the piece of byte 0
+    pieces = [first + byte for byte in "né€😀".encode()]
+    sequence = tiny._admit(0, Request("a", max_len=len(pieces)))
+    texts = []
+    for token in pieces:
+        sequence.completion.token_ids.append(token)
+        texts.append(tiny._new_text(sequence))
+    assert texts == ["n", "", "é", "", "", "€", "", "", "", "😀"]
+
+
+def test_sample_from_model_works_as_published(tiny):
+    server = tiny.run()
+    text = sample_from_model(server, "Once upon a time", max_len=8, temperature=0.01)
+    again = sample_from_model(server, "Once upon a time", max_len=8, temperature=0.01)
+    request = Request("Once upon a time", 0.01, 1.0, 42, 8)
+    assert text == again == tiny.generate([request])[0].text
+    assert text
+
+
+def test_a_batch_is_padded_to_a_multiple_of_the_data_axis():
+    server = make(slots=1, mesh=(4, 2))
+    assert server.num_slots == 4
+    requests = [Request([5], temperature=0.0, max_len=4), Request([9], temperature=0.0, max_len=5)]
+    plain = make(slots=4).generate(requests)
+    assert [a.token_ids for a in server.generate(requests)] == [a.token_ids for a in plain]
+
+
+def test_bs_per_device_counts_devices():
+    for per_device, slots in ((0.125, 1), (1, 8), (2, 16)):
+        runner = ModelRunner(TINY, per_device, None)
+        assert runner.num_slots(golden.device_mesh((1, 8))) == slots
+
+
+WRONG = {
+    "an empty prompt": (Request(""), "the prompt is empty"),
+    "no ids": (Request([]), "the prompt is empty"),
+    "an id too large": (Request([5, 4096]), "expected token ids from 0 to 4095, got 4096"),
+    "a negative id": (Request([-1]), "got -1"),
+    "a prompt too long": (Request([5] * 64), "has 64 tokens, and the context of 64"),
+    "max_len": (Request([5], max_len=0), "max_len must be at least 1, got 0"),
+    "temperature": (Request([5], temperature=-0.5), "temperature must be .* got -0.5"),
+    "not a number": (Request([5], temperature=float("nan")), "temperature must be .* got nan"),
+    "nucleus_p": (Request([5], nucleus_p=0.0), "nucleus_p must be .* got 0"),
+    "top_k": (Request([5], top_k=-1), "top_k must be .* got -1"),
+    "a fraction": (Request([5], top_k=1.5), "top_k must be .* got 1.5"),
+    "no allowed token": (Request([5], allowed_tokens=[]), "mask must be"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_is_refused_by_name_before_any_token(case, tiny):
+    request, message = WRONG[case]
+    with pytest.raises(ValueError, match=f"request 2: .*{message}"):
+        next(tiny.stream([Request([5]), request]))
+
+
+def test_words_need_a_tokenizer():
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        golden.runner("three-layers").generate([Request("words")])
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="131072 pieces .* got 4096; fetch the tokenizer.model"):
+        load_tokenizer(TOKENIZER, 131072)
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 31, 64])
+def test_logits_are_those_of_one_forward_pass(length, tiny):
+    from runner import apply_model
+
+    ids = np.random.default_rng(0).integers(3, 4096, [2, length])
+    expected = jax.jit(lambda p, t: apply_model(TINY, None, p, t).logits)(tiny.params, ids)
+    got = tiny.logits(ids)
+    assert got.shape == (2, length, 4096)
+    assert got.dtype == np.float32
+    assert golden.relative_error(got, np.asarray(expected)).max() < 1e-5
+
+
+def test_logits_of_more_rows_than_slots(tiny):
+    ids = np.random.default_rng(0).integers(3, 4096, [6, 5])
+    assert np.array_equal(tiny.logits(ids)[5], tiny.logits(ids[5])[0])
+
+
+def test_logits_refuse_more_than_the_context(tiny):
+    with pytest.raises(ValueError, match="at most the context of 64 tokens, got 65"):
+        tiny.logits([5] * 65)
+
+
+def score_by_hand(server, ids, start, end, bos=True):
+    """Log-probabilities of ids[start:end], read from the logits of one window."""
+    window = ([1] if bos else []) + ids[start:end]
+    logits = server.logits(window[:-1])[0].astype(np.float64)
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return scores[np.arange(len(window) - 1), window[1:]]
+
+
+def test_score_counts_every_token_once_given_bos(tiny):
+    text = "The cat sat on the mat."
+    ids = tiny.tokenizer.encode(text)
+    [scores] = tiny.score([text])
+    assert len(scores) == len(ids)
+    np.testing.assert_allclose(scores, score_by_hand(tiny, ids, 0, len(ids)), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [64, 65, 96, 97, 150])
+def test_long_texts_are_scored_in_windows_that_overlap_by_half(length, tiny):
+    ids = np.random.default_rng(length).integers(3, 4096, length).tolist()
+    [scores] = tiny.score([ids])
+    expected = list(score_by_hand(tiny, ids, 0, 64))
+    # A window from `start` reads ids[start - 1 : start + 63] and counts its second half.
+    for start in range(32, length - 32, 32):
+        end = min(start + 64, length)
+        window = score_by_hand(tiny, ids, start - 1, end, bos=False)
+        expected += list(window[32:])
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_what_else_is_scored(tiny):
+    rng = np.random.default_rng(5)
+    texts = [rng.integers(3, 4096, n).tolist() for n in (3, 64, 100, 1, 33)]
+    together = tiny.score(texts)
+    for text, scores in zip(texts, together, strict=True):
+        np.testing.assert_allclose(tiny.score([text])[0], scores, atol=1e-5)
+
+
+def test_score_of_nothing_is_nothing(tiny):
+    assert [len(scores) for scores in tiny.score(["", "Once"])] == [0, len(tiny.encode("Once"))]
