@@ -433,8 +433,10 @@ def write_rows(
     Rows past a sequence's length, or past the end of the cache, are dropped.
     """
     rows, slots = new.shape[1], cache.shape[2]
+    new = _as_bits(new) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)
+
     # One update a sequence: a vmapped one copies the stacked cache in every layer.
-    for b in range(cache.shape[1]):
+    def write(b: jax.Array, cache: jax.Array) -> jax.Array:
         # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
         # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
         window = jnp.clip(start[b], 0, slots - rows)
@@ -442,11 +444,23 @@ def write_rows(
         keep = (row >= 0) & (row < length[b])
         at = (layer, b, window, 0, 0)
         old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
-        fresh = new[b].astype(cache.dtype)[jnp.maximum(row, 0)]
-        cache = lax.dynamic_update_slice(
-            cache, jnp.where(keep[:, None, None], fresh, old[0, 0])[None, None], at
-        )
-    return cache
+        fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
+        return lax.dynamic_update_slice(cache, fresh[None, None], at)
+
+    return lax.fori_loop(0, cache.shape[1], write, cache)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """See bfloat16 numbers as the integers of their bits; leave other types as they are.
+
+    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
+    convert the whole cache to float32 and back, in every layer. The loop over layers carries bits.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 # --------------------------------------------------------------------------------- small modules
@@ -717,7 +731,7 @@ class MultiHeadAttention(hk.Module):
             write(cache, new, layer, memory.step, length)
             for cache, new in zip(caches, (k, v), strict=True)
         ]
-        k, v = (lax.dynamic_index_in_dim(c, layer, 0, keepdims=False) for c in caches)
+        k, v = (_from_bits(lax.dynamic_index_in_dim(c, layer, 0, keepdims=False)) for c in caches)
         stored = (k, v) if one_layer else caches
         return k, v, KVMemory(stored[0], stored[1], memory.step + length)
 
@@ -1079,11 +1093,12 @@ class Transformer(hk.Module):
 
         (h, memory), captured = lax.scan(
             body,
-            (h, memory),
+            (h, jax.tree.map(_as_bits, memory)),
             (jnp.arange(config.num_layers), sliced),
             unroll=min(config.scan_unroll, config.num_layers),
         )
         if memory is not None:
+            memory = jax.tree.map(_from_bits, memory)
             memory = memory._replace(step=memory.step + (h.shape[1] if length is None else length))
         return h, memory, captured
 

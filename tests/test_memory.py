@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import golden
 from quantization import QuantizedWeight8bit
-from runner import apply_model, new_memory
+from runner import abstract_inputs, apply_model, decode_step, new_memory
 
 PROMPT = [17, 300, 44, 9, 0, 250, 7, 7, 121, 480, 5, 0, 33, 402, 2, 91]  # two pads inside
 MORE = [64, 200, 11, 0, 350]
@@ -174,3 +175,17 @@ def test_a_query_that_sees_no_key_attends_to_nothing():
     before, after = np.asarray(run(params, tokens)), np.asarray(run(changed, tokens))
     assert np.array_equal(before[0, 0], after[0, 0])
     assert not np.array_equal(before[0, 1], after[0, 1])
+
+
+@pytest.mark.parametrize("dtype", golden.DTYPES)
+def test_a_step_writes_its_rows_and_copies_no_cache(dtype):
+    """XLA's CPU backend converted a bfloat16 cache to float32 and back for every row written."""
+    config = dataclasses.replace(golden.config("three-layers", dtype), sequence_len=8192)
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=4))
+    compiled = decode_step.lower(*abstract_inputs(config, None, batch=4), config=config).compile()
+    shape = ",".join(map(str, memory.layers.k.shape))
+    made = re.findall(rf"= (\w+)\[{shape}\]\S* ([\w-]+)\(", compiled.as_text())
+    kinds = {kind for _, kind in made}
+    assert "dynamic-update-slice" in kinds
+    assert not kinds & {"copy", "convert", "select", "scatter", "concatenate"}
+    assert "f32" not in {number for number, _ in made} or dtype == "float32"
