@@ -1,0 +1,89 @@
+"""Measure a checkpoint on held-out documents: nats per byte, and how evenly its experts are used.
+
+    python tools/evaluate_demo.py
+
+scores tests/data/stories_valid.txt.gz with the demo, document by document, through the runner.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo_corpus import encode_documents, read_documents  # noqa: E402  (after the path)
+from runner import InferenceRunner, ModelRunner, read_model_config  # noqa: E402
+
+SLOTS = 4
+CHUNK = 512
+
+
+def make_server(directory: Path, tokenizer: Path, dtype: Any) -> InferenceRunner:
+    """Load a checkpoint for scoring."""
+    config = dataclasses.replace(read_model_config(directory), fprop_dtype=dtype)
+    server = InferenceRunner(
+        name="evaluation",
+        runner=ModelRunner(config, SLOTS, directory),
+        load=None,
+        tokenizer_path=tokenizer,
+        pad_sizes=(CHUNK,),
+    )
+    server.initialize()
+    return server
+
+
+def nats_per_byte(server: InferenceRunner, documents: list[str]) -> float:
+    """Return the negative log-likelihood of all documents over their bytes in UTF-8."""
+    nats = -sum(float(np.sum(scores, dtype=np.float64)) for scores in server.score(documents))
+    return nats / sum(len(document.encode()) for document in documents)
+
+
+def expert_load(server: InferenceRunner, documents: list[str]) -> np.ndarray:
+    """Return the share of the token copies that goes to each expert, [L, E]; rows sum to 1."""
+    config = server.config
+    assert server.tokenizer is not None
+    tokens = encode_documents(server.tokenizer, documents)
+    rows = tokens[: len(tokens) // CHUNK * CHUNK].reshape(-1, CHUNK).astype(np.int32)
+    model: Any = hk.without_apply_rng(
+        hk.transform(lambda tokens: config.make()(tokens, capture=("router_probs",)))
+    )
+
+    @jax.jit
+    def count(params: Any, tokens: jax.Array) -> jax.Array:
+        probs = model.apply(params, tokens).captured["router_probs"]  # [L, B, T, E]
+        chosen = jax.lax.top_k(probs, config.model.num_selected_experts)[1]
+        return jnp.sum(jax.nn.one_hot(chosen, config.model.num_experts), axis=(1, 2, 3))
+
+    counts = sum(np.asarray(count(server.params, row[None])) for row in rows)
+    return counts / np.sum(counts, axis=1, keepdims=True)
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "demo")
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "tokenizer.model")
+    parser.add_argument(
+        "--documents", type=Path, default=ROOT / "tests" / "data" / "stories_valid.txt.gz"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args()
+    documents = read_documents(options.documents)
+    server = make_server(options.checkpoint, options.tokenizer, jnp.dtype(options.dtype).type)
+    size = sum(len(document.encode()) for document in documents)
+    print(f"{len(documents)} documents, {size} bytes, int8 weights, {options.dtype} activations")
+    print(f"held out: {nats_per_byte(server, documents):.4f} nats per byte")
+    for layer, load in enumerate(expert_load(server, documents)):
+        print(f"layer {layer}, share of each expert: {' '.join(f'{x:.3f}' for x in load)}")
+
+
+if __name__ == "__main__":
+    main()
