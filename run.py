@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds ckpt-0 once it has been downloaded
 DEMO = ROOT / "checkpoints" / "demo"
-PAD_SIZES = (16, 128, 1024)
 MOST_SLOTS = 8
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -79,6 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -171,12 +171,10 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
             "name the checkpoint's with --checkpoint"
         )
     tokenizer = options.tokenizer
-    if tokenizer is None:
-        own = directory / "tokenizer.model"
-        tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
-        in_words = any(isinstance(prompt, str) for prompt in options.prompts)
-        if not in_words and not own.is_file():
-            return directory, None
+    if tokenizer is None and (directory / "tokenizer.model").is_file():
+        tokenizer = directory / "tokenizer.model"
+    elif tokenizer is None and any(isinstance(prompt, str) for prompt in options.prompts):
+        tokenizer = ROOT / "tokenizer.model"
     return directory, tokenizer
 
 
@@ -187,31 +185,23 @@ def make_server(options: argparse.Namespace, directory: Path, tokenizer: Path | 
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-    import dataclasses
+    import jax  # Takes seconds: after all that can be checked without it.
 
-    import jax
+    from runner import load_server
 
-    from runner import InferenceRunner, ModelRunner, read_model_config
-
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config = dataclasses.replace(
-        read_model_config(directory), fprop_dtype=jax.numpy.dtype(dtype).type
-    )
-    slots = min(len(options.prompts), MOST_SLOTS)
-    server = InferenceRunner(
-        name="run",
-        runner=ModelRunner(config, slots / devices, directory),
-        load=None,
-        tokenizer_path=tokenizer,
-        local_mesh_config=options.mesh,
-        pad_sizes=PAD_SIZES,
-    )
     began = time.perf_counter()
-    server.initialize()
+    server = load_server(
+        directory,
+        tokenizer,
+        mesh=options.mesh,
+        slots=min(len(options.prompts), MOST_SLOTS),
+        dtype=options.dtype,
+    )
+    dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(
-        f"loaded {directory} in {time.perf_counter() - began:.1f} s: {config.model.num_layers} "
-        f"layers, {dtype} activations, mesh {options.mesh[0]},{options.mesh[1]} on "
-        f"{jax.devices()[0].device_kind}"
+        f"loaded {directory} in {time.perf_counter() - began:.1f} s: "
+        f"{server.config.model.num_layers} layers, {dtype} activations, "
+        f"mesh {options.mesh[0]},{options.mesh[1]} on {jax.devices()[0].device_kind}"
     )
     return server
 
@@ -331,6 +321,11 @@ def main() -> int:
         os._exit(141)  # the reader has gone, as with `| head`
     except (ValueError, OSError) as error:
         say(f"error: {error}")
+        return 1
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say(f"error: too little memory for the model or its cache ({error}); use more devices")
         return 1
     return 0
 

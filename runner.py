@@ -447,6 +447,10 @@ class InferenceRunner:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt is not text in UTF-8: {error.reason}") from error
             return self.tokenizer.encode(prompt)
         ids = [int(token) for token in prompt]
         for token in ids:
@@ -667,6 +671,38 @@ class InferenceRunner:
             chunk = whole[:, :, first : first + size]
             result, memory = step(self.params, memory, *chunk, config=self.config, mesh=self.mesh)
             yield result
+
+
+def load_server(
+    directory: str | os.PathLike,
+    tokenizer_path: str | os.PathLike | None = None,
+    *,
+    mesh: tuple[int, int] = (1, 1),
+    slots: int = 1,
+    dtype: str | None = None,
+    pad_sizes: Sequence[int] = (16, 128, 1024),
+) -> InferenceRunner:
+    """Load the checkpoint in `directory` and return an initialised runner: the short way in.
+
+    tokenizer_path: a SentencePiece model; None: prompts are token ids. mesh: (data, model).
+    slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
+    activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
+    pad_sizes: as in InferenceRunner.
+
+    Raises ValueError, in one sentence, if anything is missing or does not fit.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config = dataclasses.replace(read_model_config(directory), fprop_dtype=jnp.dtype(dtype).type)
+    server = InferenceRunner(
+        name=str(directory),
+        runner=ModelRunner(config, slots / (mesh[0] * mesh[1]), directory),
+        load=None,
+        tokenizer_path=tokenizer_path,
+        local_mesh_config=mesh,
+        pad_sizes=pad_sizes,
+    )
+    server.initialize()
+    return server
 
 
 def sample_from_model(

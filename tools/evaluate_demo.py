@@ -6,7 +6,6 @@ scores tests/data/stories_valid.txt.gz with the demo, document by document, thro
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from demo_corpus import encode_documents, read_documents  # noqa: E402  (after the path)
-from runner import InferenceRunner, ModelRunner, read_model_config  # noqa: E402
+from runner import InferenceRunner, load_server  # noqa: E402
 
 SLOTS = 4
 CHUNK = 512
-
-
-def make_server(directory: Path, tokenizer: Path, dtype: Any) -> InferenceRunner:
-    """Load a checkpoint for scoring."""
-    config = dataclasses.replace(read_model_config(directory), fprop_dtype=dtype)
-    server = InferenceRunner(
-        name="evaluation",
-        runner=ModelRunner(config, SLOTS, directory),
-        load=None,
-        tokenizer_path=tokenizer,
-        pad_sizes=(CHUNK,),
-    )
-    server.initialize()
-    return server
 
 
 def nats_per_byte(server: InferenceRunner, documents: list[str]) -> float:
@@ -77,7 +62,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     documents = read_documents(options.documents)
-    server = make_server(options.checkpoint, options.tokenizer, jnp.dtype(options.dtype).type)
+    server = load_server(
+        options.checkpoint, options.tokenizer, slots=SLOTS, dtype=options.dtype, pad_sizes=(CHUNK,)
+    )
     size = sum(len(document.encode()) for document in documents)
     print(f"{len(documents)} documents, {size} bytes, int8 weights, {options.dtype} activations")
     print(f"held out: {nats_per_byte(server, documents):.4f} nats per byte")

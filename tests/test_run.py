@@ -1,0 +1,436 @@
+"""The command as a user meets it: answers on stdout, all else on stderr, one sentence a mistake."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+
+import checkpoint
+import run
+from model import LanguageModelConfig, TransformerConfig
+
+ROOT = pathlib.Path(run.__file__).parent
+CONFIG = LanguageModelConfig(
+    vocab_size=4096,
+    sequence_len=64,
+    model=TransformerConfig(
+        emb_size=64,
+        key_size=8,
+        num_q_heads=8,
+        num_kv_heads=8,
+        num_layers=2,
+        num_experts=8,
+        num_selected_experts=2,
+    ),
+)
+PROMPT = "Once upon a time"
+LOADED = r"loaded [^\n]+ in [\d.]+ s: 2 layers, (bfloat16|float32) activations, mesh \d,\d on cpu\n"
+COUNTED = r"\d+ tokens in [\d.]+ s: [\d.]+ s to the first token \(.+\), then [\d.]+ tokens/s\n"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A random checkpoint whose vocabulary is that of the repository's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoint.save(directory, CONFIG.init_params(0, quantized=True), CONFIG.to_dict())
+    return directory
+
+
+def changed(directory: pathlib.Path, target: pathlib.Path, **fields: Any) -> pathlib.Path:
+    """The same parameters with other fields in config.json; `model__x` is a field of the model."""
+    config = json.loads((directory / "config.json").read_text())
+    for name, value in fields.items():
+        place = config["model"] if name.startswith("model__") else config
+        place[name.removeprefix("model__")] = value
+    target.mkdir()
+    (target / "ckpt-0").symlink_to(directory / "ckpt-0")
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    status: int | str | None
+    out: str
+    err: str
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The JSON objects, one a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        try:
+            status: int | str | None = run.main()
+        except SystemExit as exit_:
+            status = exit_.code
+        return Result(status, *capsys.readouterr())
+
+    return call
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    """Start the command as its own process, elsewhere, and with no settings for XLA."""
+    environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", ROOT / "run.py", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd="/",
+    )
+
+
+def finish(process: subprocess.Popen[bytes], seen: bytes = b"") -> Result:
+    """Wait for the end of a process, of whose output `seen` has been read."""
+    out, err = process.communicate(timeout=60)
+    return Result(process.returncode, (seen + out).decode(), err.decode())
+
+
+# Answers.
+
+
+def test_text_goes_to_stdout_and_all_else_to_stderr_alike_in_every_process(
+    tiny: pathlib.Path, command: Command
+) -> None:
+    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 12, "--seed", 1]
+    result = finish(start(*arguments))
+    assert result.status == 0
+    assert result.out.startswith(PROMPT) and len(result.out) > len(PROMPT) + 12
+    assert re.fullmatch(LOADED + COUNTED, result.err), result.err
+    assert "float32 activations, mesh 1,1" in result.err and "12 tokens" in result.err
+    assert command(*arguments).out == result.out
+    (answer,) = command(*arguments, "--json").answers
+    assert result.out == PROMPT + answer["text"] + "\n"
+    (other,) = command(*arguments[:-1], 2, "--json").answers
+    assert len(other["token_ids"]) == 12
+    assert other["token_ids"] != answer["token_ids"]
+
+
+MIXED = ("--prompt", PROMPT, "--prompt-ids", "5 6,7", "--prompt", "A dog ", "--temperature", 0)
+
+
+@pytest.mark.parametrize("mesh", ["1,8", "2,4"])
+def test_json_is_one_object_a_line_and_the_same_on_every_mesh(
+    mesh: str, tiny: pathlib.Path, command: Command
+) -> None:
+    """No devices are asked for in the environment: run.py makes them."""
+    arguments = ["--checkpoint", tiny, *MIXED, "--max-len", 8, "--json"]
+    result = finish(start(*arguments, "--mesh", mesh))
+    assert result.status == 0
+    assert re.fullmatch(LOADED + COUNTED, result.err), result.err
+    assert f"mesh {mesh} on" in result.err and "24 tokens" in result.err
+    assert result.out.count("\n") == 3
+    assert [answer["prompt"] for answer in result.answers] == [PROMPT, None, "A dog "]
+    assert result.answers[1]["prompt_ids"] == [5, 6, 7]
+    for answer, alone in zip(result.answers, command(*arguments).answers, strict=True):
+        assert list(answer) == [
+            "prompt", "prompt_ids", "token_ids", "text", "finish_reason", "logprobs",
+        ]  # fmt: skip
+        assert answer["token_ids"] == alone["token_ids"]
+        assert answer["text"] == alone["text"]
+        assert answer["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4)
+        assert len(answer["token_ids"]) == len(answer["logprobs"]) == 8
+        assert answer["finish_reason"] == "length"
+
+
+def test_several_answers_are_printed_whole_each_with_its_prompt(
+    tiny: pathlib.Path, command: Command
+) -> None:
+    arguments = ["--checkpoint", tiny, *MIXED, "--max-len", 8]
+    first, second, third = command(*arguments, "--json").answers
+    result = command(*arguments)
+    expected = (
+        f"[1] {PROMPT}{first['text']}\n[2] 5 6 7{second['text']}\n[3] A dog {third['text']}\n"
+    )
+    assert result.out == expected
+
+
+def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
+    tiny: pathlib.Path, command: Command
+) -> None:
+    long = " ".join(str(token) for token in range(100, 160))
+    prompts = ("--prompt", PROMPT, "--prompt-ids", long, "--prompt", PROMPT)
+    result = command("--checkpoint", tiny, *prompts, "--json", "--max-len", 10, "--temperature", 0)
+    first, second, third = result.answers
+    assert first == third and first["finish_reason"] == "length"
+    assert len(second["prompt_ids"]) == 60
+    assert second["finish_reason"] == "context" and len(second["token_ids"]) == 4
+
+
+def test_token_ids_need_no_tokenizer(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    arguments = ["--checkpoint", tiny, "--prompt-ids", "5 6 7", "--max-len", 4]
+    (answer,) = command(*arguments, "--json").answers
+    assert answer["prompt"] is answer["text"] is None
+    assert command(*arguments).out.split() == [str(token) for token in answer["token_ids"]]
+    result = command("--checkpoint", tiny, "--prompt", PROMPT)
+    assert result.status == 1
+    assert f"{tmp_path / 'tokenizer.model'}: expected a tokenizer, found no such" in result.err
+
+
+def test_the_most_probable_token_by_any_setting(tiny: pathlib.Path, command: Command) -> None:
+    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 12, "--json"]
+    greedy = command(*arguments, "--temperature", 0).answers
+    for settings in (
+        ("--temperature", 0, "--seed", 5),
+        ("--temperature", 2, "--top-k", 1),
+        ("--temperature", 2, "--nucleus-p", 1e-6),
+        ("--temperature", 2, "--top-p", 1e-6),
+    ):
+        assert command(*arguments, *settings).answers == greedy
+    assert command(*arguments, "--temperature", 2).answers != greedy
+
+
+def test_an_end_of_sequence_token_ends_the_answer(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    arguments = ["--prompt", PROMPT, "--max-len", 12, "--json", "--temperature", 0, "--checkpoint"]
+    (answer,) = command(*arguments, tiny).answers
+    eos = answer["token_ids"][3]
+    end = answer["token_ids"].index(eos) + 1
+    (short,) = command(*arguments, changed(tiny, tmp_path / "eos", eos_token=eos)).answers
+    assert short["finish_reason"] == "eos"
+    assert short["token_ids"] == answer["token_ids"][:end]
+
+
+def test_bfloat16_runs_and_is_announced(tiny: pathlib.Path, command: Command) -> None:
+    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 4, "--json"]
+    result = command(*arguments, "--dtype", "bfloat16")
+    assert result.status == 0
+    assert re.fullmatch(LOADED + COUNTED, result.err) and "bfloat16 activations" in result.err
+    (rounded,), (exact,) = result.answers, command(*arguments).answers
+    assert rounded["logprobs"][0] != exact["logprobs"][0]
+    assert rounded["logprobs"][0] == pytest.approx(exact["logprobs"][0], abs=0.3)
+
+
+def test_without_a_checkpoint_the_demo_is_used_and_said_to_be(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(run, "RELEASED", tmp_path)
+    monkeypatch.setattr(run, "DEMO", tiny)
+    result = command("--max-len", 1)
+    assert result.out.startswith(run.DEFAULT_PROMPT)
+    assert result.err.startswith("checkpoints/ckpt-0 is not there: using the small bundled demo")
+    monkeypatch.setattr(run, "RELEASED", tiny)
+    monkeypatch.setattr(run, "DEMO", tmp_path)
+    assert re.fullmatch(LOADED + COUNTED, command("--max-len", 1).err)
+
+
+def test_help_names_every_option(command: Command) -> None:
+    result = command("--help")
+    assert result.status == 0 and result.err == ""
+    for option in ("checkpoint", "tokenizer", "prompt", "prompt-ids", "max-len", "temperature",
+                   "top-k", "nucleus-p", "seed", "mesh", "dtype", "json"):  # fmt: skip
+        assert f"--{option}" in result.out
+
+
+# Mistakes.
+
+
+def assert_one_sentence(result: Result, status: int, *parts: str) -> None:
+    """The command failed, printed nothing, and said why in one line."""
+    assert result.status == status and result.out == ""
+    sentence = re.sub(f"^{LOADED}", "", result.err)
+    assert re.fullmatch(r"error: [^\n]+\n", sentence), result.err
+    for part in parts:
+        assert part in sentence
+
+
+# fmt: off
+# id -> (arguments, exit status, what the sentence must say)
+ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
+    "mesh-of-one": (("--mesh", "8"), 2,
+                    "--mesh: expected two positive numbers DATA,MODEL such as 1,8, got '8'"),
+    "mesh-of-three": (("--mesh", "1,2,4"), 2, "such as 1,8, got '1,2,4'"),
+    "mesh-of-words": (("--mesh", "a,b"), 2, "such as 1,8, got 'a,b'"),
+    "mesh-of-none": (("--mesh", "0,8"), 2, "such as 1,8, got '0,8'"),
+    "mesh-that-does-not-fit": (("--mesh", "1,3"), 1,
+                               "a model axis of 3 does not divide num_kv_heads = 8; use one of "
+                               "[1, 2, 4, 8]"),
+    "mesh-too-large": (("--mesh", "4,4"), 1,
+                       "a mesh of 4,4 needs 16 devices, but this machine has 8"),
+    "cold": (("--temperature", "-0.1"), 2, "--temperature: expected a number of at least 0"),
+    "nan": (("--temperature", "nan"), 2, "--temperature: expected a number of at least 0"),
+    "hot": (("--temperature", "high"), 2, "got 'high'"),
+    "no-nucleus": (("--top-p", "0"), 2,
+                   "--top-p: expected a number above 0 and at most 1, got '0'"),
+    "large-nucleus": (("--top-p", "1.5"), 2, "expected a number above 0 and at most 1, got '1.5'"),
+    "top-k": (("--top-k", "-1"), 2, "--top-k: expected a whole number of at least 0"),
+    "no-tokens": (("--max-len", "0"), 2,
+                  "--max-len: expected a whole number of at least 1, got '0'"),
+    "half-a-token": (("--max-len", "1.5"), 2, "at least 1, got '1.5'"),
+    "seed": (("--seed", "-1"), 2, "--seed: expected a whole number from 0 to 4294967295, got '-1'"),
+    "dtype": (("--dtype", "int8"), 2, "--dtype: invalid choice: 'int8'"),
+    "no-option": (("--tempratur", "1"), 2, "unrecognized arguments: --tempratur 1"),
+    "no-value": (("--prompt",), 2, "--prompt: expected one argument"),
+    "empty-prompt": (("--prompt", ""), 1,
+                     "request 1: the prompt is empty; give at least one token"),
+    "second-prompt": (("--prompt", "Hi", "--prompt", ""), 1, "request 2: the prompt is empty"),
+    "long-prompt": (("--prompt", "so " * 80), 1,
+                    "request 1: the prompt has 81 tokens, and the context of 64 must hold at "
+                    "least one more; shorten it"),
+    "broken-text": (("--prompt", "\udcff"), 1, "request 1: the prompt is not text in UTF-8"),
+    "words-for-ids": (("--prompt-ids", "five"), 2,
+                      "expected token ids such as '5 6 7', got 'five'"),
+    "empty-ids": (("--prompt-ids", " "), 1, "request 1: the prompt is empty"),
+    "high-id": (("--prompt-ids", "5 4096"), 1,
+                "request 1: expected token ids from 0 to 4095, got 4096"),
+    "negative-id": (("--prompt-ids", "5 -1"), 1, "expected token ids from 0 to 4095, got -1"),
+    "no-tokenizer": (("--prompt", "Hi", "--tokenizer", "/no/such.model"), 1,
+                     "/no/such.model: expected a tokenizer, found no such file; fetch the"),
+    "not-a-tokenizer": (("--prompt", "Hi", "--tokenizer", __file__), 1,
+                        "test_run.py: expected a SentencePiece model, got a file that is none"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "part"), ARGUMENT_CASES.values(), ids=ARGUMENT_CASES.keys()
+)
+def test_a_wrong_argument_is_answered_with_one_sentence(
+    arguments: Sequence[object], status: int, part: str, tiny: pathlib.Path, command: Command
+) -> None:
+    assert_one_sentence(command("--checkpoint", tiny, *arguments), status, part)
+
+
+Damage = Callable[[pathlib.Path], object]
+
+
+def config_of(**fields: Any) -> Damage:
+    def damage(directory: pathlib.Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | fields))
+
+    return damage
+
+
+# fmt: off
+FILE_CASES: dict[str, tuple[Damage, str]] = {
+    "no-directory": (shutil.rmtree,
+                     "expected a directory that holds ckpt-0, got no such directory; name the "
+                     "checkpoint's with --checkpoint"),
+    "no-ckpt-0": (lambda d: shutil.rmtree(d / "ckpt-0"), "holds ckpt-0, got one without; name the"),
+    "no-tensors": (lambda d: [path.unlink() for path in (d / "ckpt-0").iterdir()],
+                   "tensor00000_000 (language_model/in_out_embed/embeddings): the file is missing"),
+    "missing-file": (lambda d: (d / "ckpt-0/tensor00005_000").unlink(),
+                     "tensor00005_000 (transformer/decoder_layer_0/multi_head_attention/key/w): "
+                     "the file is missing: expected 26 tensor files, got 25; download it again"),
+    "cut-file": (lambda d: os.truncate(d / "ckpt-0/tensor00002_000", 1000),
+                 "tensor00002_000 (transformer/decoder_layer_0/moe/linear/w): the file is cut: "),
+    "broken-config": (lambda d: (d / "config.json").write_text("{"),
+                      "config.json: expected valid JSON"),
+    "unknown-field": (config_of(emb_sise=64), "config.json: emb_sise: expected one of ['"),
+    "wrong-field": (config_of(sequence_len="long"), "config.json: sequence_len: expected "),
+    "no-model": (config_of(model=None), "config.json: model: expected an object of the trans"),
+    "no-config": (lambda d: (d / "config.json").unlink(),
+                  "expected the 131072 pieces of the checkpoint's vocabulary, got 4096; fetch the "
+                  "tokenizer.model that belongs to the checkpoint (Grok-1's is in the "
+                  "xai-org/grok-1 repository on GitHub) and name it with --tokenizer"),
+    "own-tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"\0" * 1000),
+                      "tokenizer.model: expected a SentencePiece model, got a file that is none"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("damage", "part"), FILE_CASES.values(), ids=FILE_CASES.keys())
+def test_a_wrong_file_is_answered_with_one_sentence(
+    damage: Damage, part: str, tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(tiny, directory)
+    damage(directory)
+    result = command("--checkpoint", directory, "--prompt", PROMPT)
+    assert_one_sentence(result, 1, str(directory) if "pieces" not in part else "", part)
+
+
+def test_a_missing_checkpoint_is_reported_first_and_at_once() -> None:
+    """Before anything about tokenizers, and before the seconds that importing jax takes."""
+    arguments = ("--checkpoint", "no/such", "--tokenizer", "no/such.model")
+    assert_one_sentence(finish(start(*arguments)), 1, "no/such: expected a directory that holds")
+    program = (
+        f"import sys, run; sys.argv[1:] = {arguments}; run.main(); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_too_little_memory_is_answered_with_one_sentence(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    directory = changed(tiny, tmp_path / "endless", sequence_len=10**12)
+    result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
+    assert_one_sentence(result, 1, "too little memory for the model or its cache", "; use more dev")
+
+
+# Interruptions.
+
+
+def interrupt(process: subprocess.Popen[bytes], seen: bytes = b"") -> Result:
+    """Press Ctrl-C."""
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    pressed = time.perf_counter()
+    result = finish(process, seen)
+    assert time.perf_counter() - pressed < 2
+    assert result.status == 130
+    return result
+
+
+@pytest.fixture(scope="module")
+def long(tiny: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A context that takes long to fill."""
+    return changed(tiny, tmp_path_factory.mktemp("long") / "copy", sequence_len=16384)
+
+
+def test_ctrl_c_leaves_the_text_so_far(long: pathlib.Path) -> None:
+    process = start("--checkpoint", long, "--prompt", PROMPT, "--max-len", 16384, "--top-k", 50)
+    assert process.stdout is not None
+    seen = b""
+    while len(seen) < len(PROMPT) + 30:  # It is streamed: this is there long before the end.
+        piece = process.stdout.read1()
+        assert piece
+        seen += piece
+    result = interrupt(process, seen)
+    assert result.out.startswith(PROMPT) and result.out.endswith("\n")
+    assert re.fullmatch(LOADED + "interrupted\n", result.err), result.err
+
+
+def test_ctrl_c_is_obeyed_at_once_while_starting(tiny: pathlib.Path) -> None:
+    """While jax is imported, and while XLA compiles: Python looks for signals in between only."""
+    for delay in (0.5, 2.0, 3.5):
+        process = start("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 60)
+        time.sleep(delay)
+        result = interrupt(process)
+        assert result.err.endswith("interrupted\n") and "Traceback" not in result.err
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tiny: pathlib.Path) -> None:
+    process = start("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 60)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    with process.stderr:
+        err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 141
+    assert re.fullmatch(LOADED, err), err
