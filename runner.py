@@ -208,17 +208,18 @@ def abstract_inputs(
     params = place(shapes, parameter_specs(shapes, config.partition_rules()))
     memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
     memory = place(memory, memory_specs(config))
-    rows = jax.ShapeDtypeStruct([batch], jnp.int32)
-    flags = jax.ShapeDtypeStruct([batch], bool)
-    numbers = jax.ShapeDtypeStruct([batch], jnp.float32)
-    mask = jax.ShapeDtypeStruct([batch, config.vocab_size], bool)
-    settings: Any = SampleSettings(numbers, numbers, mask, flags, rows)
-    token = jax.ShapeDtypeStruct([batch, 1], jnp.int32)
-    slots = Slots(token, rows, jax.ShapeDtypeStruct([batch], jnp.uint32), settings)  # type: ignore[arg-type]
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rows, flags = array(batch), array(batch, dtype=bool)
+    numbers = array(batch, dtype=jnp.float32)
+    mask = array(batch, config.vocab_size, dtype=bool)
+    settings = SampleSettings(numbers, numbers, mask, flags, rows)
+    slots = Slots(array(batch, 1), rows, array(batch, dtype=jnp.uint32), settings)
     if chunk is None:
         return params, memory, slots
-    tokens = jax.ShapeDtypeStruct([batch, chunk], jnp.int32)
-    return params, memory, slots, tokens, rows, flags
+    return params, memory, slots, array(batch, chunk), rows, flags
 
 
 # --------------------------------------------------------------------------- requests and answers
