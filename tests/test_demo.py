@@ -1,0 +1,85 @@
+"""The bundled demo: what a stranger sees first."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+import evaluate_demo
+from demo_corpus import read_documents
+from runner import load_server
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEMO = ROOT / "checkpoints" / "demo"
+VALIDATION = pathlib.Path(__file__).parent / "data" / "stories_valid.txt.gz"
+COMMAND = ("--prompt", "Once upon a time", "--max-len", "120", "--seed", "1", "--temperature", "0.7")
+
+
+def run(*arguments: str) -> str:
+    """Run the command as from a shell, elsewhere, and return its standard output."""
+    environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, ROOT / "run.py", "--checkpoint", DEMO, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+        env=environment,
+    ).stdout
+
+
+def test_it_writes_legible_english_within_half_a_minute_and_the_same_twice():
+    began = time.perf_counter()
+    text = run(*COMMAND)
+    assert time.perf_counter() - began < 30
+    assert text == run(*COMMAND)
+    assert text.startswith("Once upon a time")
+    # Legible: almost every word is one that the held-out stories use too.
+    known = set(re.findall(r"[a-z']+", " ".join(read_documents(VALIDATION)).lower()))
+    words = re.findall(r"[a-z']+", text.lower())
+    assert len(words) > 60
+    assert sum(word in known for word in words) / len(words) > 0.9
+
+
+@pytest.mark.slow
+def test_greedy_float32_text_is_the_same_on_every_mesh():
+    arguments = (*COMMAND[:4], "--temperature", "0", "--dtype", "float32", "--json")
+    answers = [json.loads(run(*arguments, "--mesh", mesh)) for mesh in ("1,1", "1,8", "2,4")]
+    assert len(answers[0]["token_ids"]) == 120 or answers[0]["finish_reason"] == "eos"
+    for answer in answers[1:]:
+        assert answer["text"] == answers[0]["text"]
+        assert answer["token_ids"] == answers[0]["token_ids"]
+
+
+def test_all_that_belongs_to_it_is_small():
+    files = [ROOT / "tokenizer.model", *(path for path in DEMO.rglob("*") if path.is_file())]
+    assert sum(path.stat().st_size for path in files) < 24e6
+
+
+@pytest.mark.slow
+def test_held_out_likelihood_is_the_one_in_the_model_card():
+    server = load_server(
+        DEMO, ROOT / "tokenizer.model", slots=4, dtype="float32", pad_sizes=(evaluate_demo.CHUNK,)
+    )
+    nats = evaluate_demo.nats_per_byte(server, read_documents(VALIDATION))
+    assert nats <= 1.00
+    card = (ROOT / "checkpoints" / "README.md").read_text()
+    assert f"{nats:.3f} nats per byte" in card
+
+
+def test_every_token_sees_its_document_once():
+    """The score of a text is over all of its bytes: each token's pieces are decoded once."""
+    server = load_server(DEMO, ROOT / "tokenizer.model", dtype="float32", pad_sizes=(128,))
+    text = read_documents(VALIDATION)[0][:300]
+    [scores] = server.score([text])
+    assert server.tokenizer is not None
+    assert server.tokenizer.decode(server.encode(text)) == text
+    assert len(scores) == len(server.encode(text))
+    # Word order matters to a language model: the text is likelier than its words reversed.
+    [backwards] = server.score([" ".join(reversed(text.split(" ")))])
+    assert scores.sum() > backwards.sum() + 20
