@@ -433,7 +433,8 @@ def write_rows(
     Rows past a sequence's length, or past the end of the cache, are dropped.
     """
     rows, slots = new.shape[1], cache.shape[2]
-    new = _as_bits(new) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)
+    as_bits = cache.dtype == jnp.uint16
+    new = _as_bits(new.astype(jnp.bfloat16)) if as_bits else new.astype(cache.dtype)
 
     # One update a sequence: a vmapped one copies the stacked cache in every layer.
     def write(b: jax.Array, cache: jax.Array) -> jax.Array:

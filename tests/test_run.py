@@ -17,6 +17,7 @@ import pytest
 import checkpoint
 import run
 from model import LanguageModelConfig, TransformerConfig
+from runner import Completion, Event
 
 ROOT = pathlib.Path(run.__file__).parent
 CONFIG = LanguageModelConfig(
@@ -46,14 +47,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def changed(directory: pathlib.Path, target: pathlib.Path, **fields: Any) -> pathlib.Path:
-    """The same parameters with other fields in config.json; `model__x` is a field of the model."""
+    """The same parameters with other fields in config.json."""
     config = json.loads((directory / "config.json").read_text())
-    for name, value in fields.items():
-        place = config["model"] if name.startswith("model__") else config
-        place[name.removeprefix("model__")] = value
     target.mkdir()
     (target / "ckpt-0").symlink_to(directory / "ckpt-0")
-    (target / "config.json").write_text(json.dumps(config))
+    (target / "config.json").write_text(json.dumps(config | fields))
     return target
 
 
@@ -166,15 +164,21 @@ def test_several_answers_are_printed_whole_each_with_its_prompt(
 
 
 def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
-    tiny: pathlib.Path, command: Command
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    long = " ".join(str(token) for token in range(100, 160))
-    prompts = ("--prompt", PROMPT, "--prompt-ids", long, "--prompt", PROMPT)
-    result = command("--checkpoint", tiny, *prompts, "--json", "--max-len", 10, "--temperature", 0)
-    first, second, third = result.answers
-    assert first == third and first["finish_reason"] == "length"
-    assert len(second["prompt_ids"]) == 60
-    assert second["finish_reason"] == "context" and len(second["token_ids"]) == 4
+    printer = run.JsonPrinter()
+
+    def show(index: int, finish_reason: str | None) -> list[Any]:
+        answer = Completion(None, [index], [5], [-1.0], None, finish_reason)
+        printer.show(Event(index, 5, "", answer))
+        return [json.loads(line)["prompt_ids"] for line in capsys.readouterr().out.splitlines()]
+
+    assert show(0, None) == show(3, None) == []
+    assert show(1, "eos") == show(3, "length") == []
+    assert show(0, "context") == [[0], [1]]
+    assert show(2, None) == []
+    printer.close()  # As after Ctrl-C: what is finished is printed.
+    assert json.loads(capsys.readouterr().out)["prompt_ids"] == [3]
 
 
 def test_token_ids_need_no_tokenizer(
@@ -203,20 +207,22 @@ def test_the_most_probable_token_by_any_setting(tiny: pathlib.Path, command: Com
     assert command(*arguments, "--temperature", 2).answers != greedy
 
 
-def test_an_end_of_sequence_token_ends_the_answer(
+def test_an_answer_says_why_it_ends(
     tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
 ) -> None:
-    arguments = ["--prompt", PROMPT, "--max-len", 12, "--json", "--temperature", 0, "--checkpoint"]
-    (answer,) = command(*arguments, tiny).answers
-    eos = answer["token_ids"][3]
-    end = answer["token_ids"].index(eos) + 1
-    (short,) = command(*arguments, changed(tiny, tmp_path / "eos", eos_token=eos)).answers
-    assert short["finish_reason"] == "eos"
-    assert short["token_ids"] == answer["token_ids"][:end]
+    arguments = ["--prompt", PROMPT, "--json", "--temperature", 0, "--checkpoint"]
+    (answer,) = command(*arguments, tiny, "--max-len", 3).answers
+    assert answer["finish_reason"] == "length" and len(answer["token_ids"]) == 3
+    (full,) = command(*arguments, tiny).answers
+    assert full["finish_reason"] == "context"
+    assert len(full["prompt_ids"]) + len(full["token_ids"]) == 64
+    eos = changed(tiny, tmp_path / "eos", eos_token=answer["token_ids"][0])
+    (short,) = command(*arguments, eos).answers
+    assert short["finish_reason"] == "eos" and short["token_ids"] == answer["token_ids"][:1]
 
 
 def test_bfloat16_runs_and_is_announced(tiny: pathlib.Path, command: Command) -> None:
-    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 4, "--json"]
+    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 1, "--json"]
     result = command(*arguments, "--dtype", "bfloat16")
     assert result.status == 0
     assert re.fullmatch(LOADED + COUNTED, result.err) and "bfloat16 activations" in result.err
@@ -416,13 +422,21 @@ def test_ctrl_c_leaves_the_text_so_far(long: pathlib.Path) -> None:
     assert re.fullmatch(LOADED + "interrupted\n", result.err), result.err
 
 
-def test_ctrl_c_is_obeyed_at_once_while_starting(tiny: pathlib.Path) -> None:
-    """While jax is imported, and while XLA compiles: Python looks for signals in between only."""
-    for delay in (0.5, 2.0, 3.5):
-        process = start("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 60)
-        time.sleep(delay)
-        result = interrupt(process)
-        assert result.err.endswith("interrupted\n") and "Traceback" not in result.err
+def test_ctrl_c_is_obeyed_at_once_while_jax_is_imported(tiny: pathlib.Path) -> None:
+    process = start("--checkpoint", tiny, "--prompt", PROMPT)
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    while "jaxlib" not in maps.read_text():
+        time.sleep(0.01)
+    assert interrupt(process) == Result(130, "", "interrupted\n")
+
+
+def test_ctrl_c_is_obeyed_at_once_while_the_model_is_compiled(tiny: pathlib.Path) -> None:
+    """In the main thread, it would wait for the compiler, and jax's callbacks could swallow it."""
+    process = start("--checkpoint", tiny, "--prompt", PROMPT)
+    assert process.stderr is not None
+    assert re.fullmatch(LOADED, process.stderr.readline().decode())
+    time.sleep(0.5)
+    assert interrupt(process) == Result(130, PROMPT + "\n", "interrupted\n")
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(tiny: pathlib.Path) -> None:

@@ -41,11 +41,11 @@ CONFIG = LanguageModelConfig(
     model=TransformerConfig(
         emb_size=256,
         widening_factor=3,
-        key_size=32,
-        num_q_heads=8,
+        key_size=16,
+        num_q_heads=16,
         num_kv_heads=8,
         num_layers=4,
-        attn_output_multiplier=0.17677669529663687,  # 1 / sqrt(key_size)
+        attn_output_multiplier=0.25,  # 1 / sqrt(key_size)
         shard_activations=True,
         num_experts=8,
         num_selected_experts=2,
@@ -53,6 +53,9 @@ CONFIG = LanguageModelConfig(
     ),
 )
 TOKENS_PER_STEP = 4096
+# Short rows train faster, and a last part of long ones suffices to learn the far positions:
+# (part of the steps, rows as a part of the context).
+ROW_LENGTHS = ((0.60, 1 / 4), (0.25, 1 / 2), (0.15, 1))
 BALANCE_WEIGHT = 0.01
 
 
@@ -64,18 +67,16 @@ class State(NamedTuple):
     step: np.ndarray
 
 
-def batches(
-    tokens: np.ndarray, seed: int, steps: int, long_from: int, context: int
-) -> Iterator[np.ndarray]:
+def batches(tokens: np.ndarray, seed: int, steps: int, context: int) -> Iterator[np.ndarray]:
     """Yield int32 [rows, T + 1] for each step, TOKENS_PER_STEP targets each.
 
-    T is half the context, and from step `long_from` on the whole: short rows train faster, and a
-    last part suffices to learn the far positions. Each pass over the corpus cuts it at other
-    places and visits the rows in another order.
+    T follows ROW_LENGTHS. Each pass over the corpus cuts it at other places and visits the rows in
+    another order.
     """
+    parts, fractions = zip(*ROW_LENGTHS, strict=True)
+    lengths = np.repeat([int(context * f) for f in fractions], np.diff(_ends(parts, steps)))
     epoch, rows = 0, np.zeros([0, 0], np.int32)
-    for step in range(steps):
-        length = context if step >= long_from else context // 2
+    for length in lengths:
         count = TOKENS_PER_STEP // length
         if len(rows) < count or rows.shape[1] != length + 1:
             rng = np.random.default_rng([seed, epoch])
@@ -85,6 +86,11 @@ def batches(
             epoch += 1
         yield rows[:count]
         rows = rows[count:]
+
+
+def _ends(parts: Sequence[float], steps: int) -> np.ndarray:
+    """Return where each part of `steps` ends, after a leading 0."""
+    return np.concatenate([[0], np.round(np.cumsum(parts) * steps).astype(int)])
 
 
 def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -161,8 +167,7 @@ def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
         state = load_state(path, state)
         print(f"continuing after step {int(state.step)}", flush=True)
     first, began = int(state.step), time.time()
-    long_from = int(options.steps * 0.85)
-    schedule = batches(tokens, options.seed, options.steps, long_from, CONFIG.sequence_len)
+    schedule = batches(tokens, options.seed, options.steps, CONFIG.sequence_len)
     for step, rows in enumerate(schedule):
         if step < first:
             continue
@@ -206,7 +211,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "tokenizer.model")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "demo")
     parser.add_argument("--state", type=Path, default=Path("train_demo.npz"))
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
