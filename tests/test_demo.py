@@ -17,7 +17,8 @@ from runner import load_server
 ROOT = pathlib.Path(__file__).parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
 VALIDATION = pathlib.Path(__file__).parent / "data" / "stories_valid.txt.gz"
-COMMAND = ("--prompt", "Once upon a time", "--max-len", "120", "--seed", "1", "--temperature", "0.7")
+PROMPT = ("--prompt", "Once upon a time", "--max-len", "120")
+COMMAND = (*PROMPT, "--seed", "1", "--temperature", "0.7")
 
 
 def run(*arguments: str) -> str:
@@ -48,7 +49,7 @@ def test_it_writes_legible_english_within_half_a_minute_and_the_same_twice():
 
 @pytest.mark.slow
 def test_greedy_float32_text_is_the_same_on_every_mesh():
-    arguments = (*COMMAND[:4], "--temperature", "0", "--dtype", "float32", "--json")
+    arguments = (*PROMPT, "--temperature", "0", "--dtype", "float32", "--json")
     answers = [json.loads(run(*arguments, "--mesh", mesh)) for mesh in ("1,1", "1,8", "2,4")]
     assert len(answers[0]["token_ids"]) == 120 or answers[0]["finish_reason"] == "eos"
     for answer in answers[1:]:
