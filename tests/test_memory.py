@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import golden
+import mixture
 from quantization import QuantizedWeight8bit
 from runner import abstract_inputs, apply_model, decode_step, new_memory
 
@@ -189,3 +190,28 @@ def test_a_step_writes_its_rows_and_copies_no_cache(dtype):
     assert "dynamic-update-slice" in kinds
     assert not kinds & {"copy", "convert", "select", "scatter", "concatenate"}
     assert "f32" not in {number for number, _ in made} or dtype == "float32"
+
+
+def test_padding_is_sent_to_no_expert(monkeypatch):
+    """Rows past a sequence's length must not cost an expert's work."""
+    config = golden.config("three-layers", "float32")
+    seen = []
+    plain = mixture.sort_by_expert
+
+    def record(index, num_experts):
+        jax.debug.callback(lambda index: seen.append(np.array(index)), index)
+        return plain(index, num_experts)
+
+    monkeypatch.setattr(mixture, "sort_by_expert", record)
+    tokens, length = chunks([PROMPT[:3], [], PROMPT[:4]], 8)
+    tokens = jnp.where(tokens == 0, 55, tokens)  # padding that looks like text
+    params = golden.runner("three-layers").params
+    # A function of its own, so that nothing traced without the recorder is used again.
+    run = jax.jit(lambda m: apply_model(config, None, params, tokens, m, length).logits)
+    jax.block_until_ready(run(empty(3)))
+    jax.effects_barrier()
+    assert len(seen) == config.model.num_layers
+    real = np.arange(8) < np.asarray(length)[:, None]
+    for index in seen:
+        sent = (index < config.model.num_experts).all(axis=-1).reshape(3, 8)
+        assert np.array_equal(sent, real)

@@ -263,6 +263,7 @@ INTS = QuantizedWeight8bit(np.ones((2, 16, 8), np.int8), np.ones((2, 8, 8), ml_d
 OPEN = "is no tensor file: expected only the pickle opcodes of an array, got"
 ONLY = "expected only the globals __main__.QuantizedWeight8bit, numpy.core.multiarray._reconstruct"
 NOTHING = "is no tensor file: expected one array or one QuantizedWeight8bit, got something else"
+OPENED = f"got '{open.__module__}.open'"  # The module is not the same in every Python.
 SHAPE = b"K\x08K\x02\x86"  # (8, 2)
 INT = b"J\xff\xff\xff\x7f"
 
@@ -338,10 +339,10 @@ CASES: dict[str, tuple[Any, Callable[[Scene], bytes], list[str]]] = {
     "inst-call": (FLOATS, raw(b"(\x8c\x01xios\nsystem\n."), [f"{OPEN} INST at byte 6"]),
     "unknown-opcode": (FLOATS, raw(b"\xff"), [rf"{OPEN} b'\xff' at byte 2"]),
     # Globals that the layout does not have.
-    "evil-in-state": (INTS, lambda s: pair(bias=evil("open", s))(s), [ONLY, "got 'io.open'"]),
-    "evil-as-scales": (INTS, lambda s: pair(scales=evil("open", s))(s), [ONLY, "got 'io.open'"]),
+    "evil-in-state": (INTS, lambda s: pair(bias=evil("open", s))(s), [ONLY, OPENED]),
+    "evil-as-scales": (INTS, lambda s: pair(scales=evil("open", s))(s), [ONLY, OPENED]),
     "evil-after-the-end": (FLOATS, lambda s: s.good + s.dumps(evil("open", s)), ["is too long"]),
-    "evil-before": (FLOATS, lambda s: s.dumps((evil("open", s), floats())), ["got 'io.open'"]),
+    "evil-before": (FLOATS, lambda s: s.dumps((evil("open", s), floats())), [OPENED]),
     "evil-method": (FLOATS, raw(b"\x8c\x05numpy\x8c\x12ndarray.__reduce__\x93."),
                     [ONLY, "got 'numpy.ndarray.__reduce__'"]),
     "model-class": (INTS, patch(b"\x8c\x08__main__", b"\x8c\x05model"),
@@ -362,7 +363,7 @@ CASES |= {
 CASES |= {
     name: (FLOATS, hostile(name), [ONLY, f"got '{got}'"])
     for name, got in {"system": "posix.system", "eval": "builtins.eval", "exec": "builtins.exec",
-                      "open": "io.open", "Popen": "subprocess.Popen"}.items()
+                      "open": f"{open.__module__}.open", "Popen": "subprocess.Popen"}.items()
 }
 # fmt: on
 
