@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
 import reference
@@ -18,6 +19,8 @@ from sharding import make_mesh
 DIRECTORY = pathlib.Path(__file__).parent / "data" / "golden"
 NAMES = ("three-layers", "twelve-layers")
 MESHES = (None, (1, 8), (2, 4))
+# Decoding compiles longest: on the meshes it is left to the slow proofs.
+DECODING_MESHES = (None, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[1:]))
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

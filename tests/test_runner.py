@@ -61,7 +61,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("mesh", golden.MESHES, ids=str)
+@pytest.mark.parametrize("mesh", golden.DECODING_MESHES, ids=str)
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(mesh):
     server = golden.runner("three-layers", "float32", mesh)
     together = server.generate(MIXED)
