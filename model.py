@@ -137,6 +137,11 @@ class TransformerConfig:
         _require_positive(self, "widening_factor", "attn_output_multiplier")
         sharded = self.shard_activations
         _require(isinstance(sharded, bool), "shard_activations", "true or false", sharded)
+        for field in ("data_axis", "model_axis"):
+            axis = getattr(self, field)
+            _require(isinstance(axis, str), field, "the name of a mesh axis", axis)
+        axis = self.model_axis
+        _require(axis != self.data_axis, "model_axis", "another name than data_axis", axis)
         _require(self.key_size % 2 == 0, "key_size", "an even head width", self.key_size)
         _require(
             self.num_q_heads % self.num_kv_heads == 0,

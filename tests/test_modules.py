@@ -254,10 +254,11 @@ def test_attention_is_that_of_the_grouped_heads_one_by_one(with_bias):
         out, memory = apply(params, query, key, value, given)
         assert out.dtype == jnp.float32 and memory is None
         np.testing.assert_allclose(out, expected, rtol=0, atol=5e-5)
-    shared, _ = apply(params, query, key, value, mask[:1])
     both = np.broadcast_to(mask[:1], mask.shape)
     expected = exact_attention(params, query, key, value, both)
-    np.testing.assert_allclose(shared, expected, rtol=0, atol=5e-5)
+    for given in (mask[:1], mask[0]):  # [T, S] was once taken for [B, S]
+        shared, _ = apply(params, query, key, value, given)
+        np.testing.assert_allclose(shared, expected, rtol=0, atol=5e-5)
     everywhere, _ = apply(params, query, key, value)
     expected = exact_attention(params, query, key, value, np.ones_like(mask))
     np.testing.assert_allclose(everywhere, expected, rtol=0, atol=5e-5)

@@ -222,6 +222,7 @@ def main() -> None:
     """Run the whole recipe."""
     options = parse()
     documents = read_documents(options.corpus)
+    validation = read_documents(options.validation)
     if options.tokenizer.exists():
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(options.tokenizer))
     else:
@@ -229,7 +230,6 @@ def main() -> None:
     tokens = encode_documents(tokenizer, documents)
     print(f"{len(documents)} documents, {len(tokens)} tokens", flush=True)
     params = train(tokens, options)
-    validation = read_documents(options.validation)
     quantized = jax.jit(CONFIG.quantize_params)(params)
     for name, weights in (("float32", params), ("int8", quantized)):
         print(f"held out, {name}: {held_out(weights, tokenizer, validation):.4f} nats per byte")
@@ -247,4 +247,9 @@ if __name__ == "__main__":
     }
     if sys.platform == "linux" and not set(keep) <= set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep})
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command continues from the last saved step")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,89 @@
+"""The recipe of the demo, on a tiny model and random tokens."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import train_demo
+
+STEPS = 6
+
+
+@pytest.fixture
+def recipe(monkeypatch, tmp_path):
+    """Train a tiny model; returns a function of the name of the state's file."""
+    inner = dataclasses.replace(
+        train_demo.CONFIG.model,
+        emb_size=16, key_size=4, num_q_heads=4, num_kv_heads=2, num_layers=2, num_experts=4,
+        widening_factor=1,
+    )  # fmt: skip
+    config = dataclasses.replace(
+        train_demo.CONFIG,
+        vocab_size=32,
+        sequence_len=16,
+        model=inner,
+        embedding_multiplier_scale=4.0,
+    )
+    monkeypatch.setattr(train_demo, "CONFIG", config)
+    monkeypatch.setattr(train_demo, "TOKENS_PER_STEP", 64)
+    # Numbers that follow one another: something to learn.
+    tokens = (np.arange(600) % 32).astype(np.uint16)
+
+    def train(name, stop_after=None):
+        words = ["--corpus", "-", "--validation", "-", "--state", str(tmp_path / name)]
+        options = train_demo.parse([*words, "--steps", str(STEPS), "--save-every", "2"])
+        if stop_after is None:
+            return train_demo.train(tokens, options)
+        plain = train_demo.batches
+
+        def interrupted(*arguments):
+            for step, rows in enumerate(plain(*arguments)):
+                if step == stop_after:
+                    raise KeyboardInterrupt
+                yield rows
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_demo, "batches", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train_demo.train(tokens, options)
+        return None
+
+    return train
+
+
+def test_training_continues_after_an_interruption_as_if_there_had_been_none(recipe):
+    whole = recipe("whole.npz")
+    recipe("cut.npz", stop_after=5)  # after the state of step 4 was saved
+    resumed = recipe("cut.npz")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_rows_are_cut_from_the_text_and_grow_to_the_whole_context():
+    tokens = np.arange(20000) % 4096
+    rows = list(train_demo.batches(tokens, seed=0, steps=20, context=512))
+    assert [r.shape for r in rows] == [(32, 129)] * 12 + [(16, 257)] * 5 + [(8, 513)] * 3
+    for batch in rows:
+        assert np.array_equal((batch[:, :1] + np.arange(batch.shape[1])) % 4096, batch)
+    again = list(train_demo.batches(tokens, seed=0, steps=20, context=512))
+    assert all(np.array_equal(a, b) for a, b in zip(rows, again, strict=True))
+    assert not np.array_equal(rows[0], next(train_demo.batches(tokens, 1, 20, 512)))
+
+
+def test_the_balance_loss_is_least_for_an_even_router(recipe):
+    del recipe  # the tiny configuration
+    config = train_demo.CONFIG
+    params = config.init_params(0)
+    rows = np.random.default_rng(0).integers(3, 32, (4, 17)).astype(np.int32)
+
+    def extra(scale):
+        router = params["transformer/decoder_layer/router"]["w"] * scale
+        changed = {**params, "transformer/decoder_layer/router": {"w": router}}
+        loss, (nats, load) = train_demo.loss_fn(changed, rows)
+        np.testing.assert_allclose(load.sum(-1), 1, rtol=1e-5)
+        return float(loss - nats) / train_demo.BALANCE_WEIGHT
+
+    assert extra(0.0) == pytest.approx(1, rel=1e-4)
+    assert extra(10.0) > 1.05
