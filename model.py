@@ -319,21 +319,13 @@ class LanguageModelConfig:
 
         Matrices are normal with deviation 1 / sqrt(fan-in), cut at two of them; norms one.
         """
-        params = jax.jit(self._initialise)(jax.random.key(seed))
-        return jax.jit(self.quantize_params)(params) if quantized else params
+        return _random_params(jax.random.key(seed), config=self, quantized=quantized)
 
     def param_shapes(self, *, quantized: bool = True) -> dict[str, dict[str, Any]]:
         """Return the parameter tree with jax.ShapeDtypeStruct leaves; computes nothing."""
-
-        def make() -> Any:
-            params = self._initialise(jax.random.key(0))
-            return self.quantize_params(params) if quantized else params
-
-        return jax.eval_shape(make)
-
-    def _initialise(self, key: jax.Array) -> dict[str, dict[str, Any]]:
-        tokens = jnp.zeros([1, 1], jnp.int32)
-        return hk.transform(lambda: self.make()(tokens)).init(key)
+        return jax.eval_shape(
+            lambda: _random_params(jax.random.key(0), config=self, quantized=quantized)
+        )
 
     def quantize_params(self, params: Params) -> dict[str, dict[str, Any]]:
         """Round the weight matrices of a float parameter tree to int8.
@@ -353,6 +345,15 @@ class LanguageModelConfig:
             module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
             for module, leaves in params.items()
         }
+
+
+@functools.partial(jax.jit, static_argnames=("config", "quantized"))
+def _random_params(
+    key: jax.Array, *, config: LanguageModelConfig, quantized: bool
+) -> dict[str, dict[str, Any]]:
+    tokens = jnp.zeros([1, 1], jnp.int32)
+    params = hk.transform(lambda: config.make()(tokens)).init(key)
+    return config.quantize_params(params) if quantized else params
 
 
 def _build(cls: type, fields: Mapping[str, Any]) -> Any:
