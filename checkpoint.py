@@ -133,6 +133,17 @@ def files(shapes: Params) -> list[TensorFile]:
     ]
 
 
+def check_files(directory: Directory, shapes: Params) -> list[Any]:
+    """Check the names, sizes and headers of all files in DIR/ckpt-0; puts nothing on a device.
+
+    Returns where the arrays of each file lie, in the order of `files`. Raises CheckpointError.
+    """
+    records = files(shapes)
+    folder = os.path.join(directory, "ckpt-0")
+    _check_names(folder, records)
+    return [_read_header(folder, record) for record in records]
+
+
 def load(
     directory: Directory,
     shapes: Params,
@@ -161,8 +172,7 @@ def load(
     if shardings is not None:
         jax.tree_util.tree_map_with_path(_check_sharding, wanted, shardings)
     folder = os.path.join(directory, "ckpt-0")
-    _check_names(folder, records)
-    headers = [_read_header(folder, record) for record in records]
+    headers = check_files(directory, shapes)
     if shardings is None:
         default = jnp.zeros(()).sharding
         shardings = jax.tree.map(lambda _: default, shapes)

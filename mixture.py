@@ -120,9 +120,9 @@ def chosen_experts(
 ) -> jax.Array:
     """The mixture, computing only the chosen experts; equal to `all_experts`.
 
-    Arguments as there; only the matrices of one (layer, expert) are ever sliced out.
-    differentiable: loop over a static number of blocks,
-    skipping the empty ones, since a loop with a dynamic bound has no reverse mode.
+    Arguments as there. The matrices of one (layer, expert) at a time are sliced out, inside the
+    loop. differentiable: loop over a static number of blocks, each with its own copy of its
+    expert's matrices, and skip the empty ones: a loop with a dynamic bound has no reverse mode.
     """
     blocks = sort_by_expert(index, num_experts)
     most, rows = blocks.row_token.shape

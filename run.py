@@ -77,7 +77,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line; exits with status 2 and one sentence if it is wrong."""
     parser = Parser(
         description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -109,20 +108,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="token ids to continue, may be repeated; needs no tokenizer",
     )
     count = number(1, 2**31 - 1, int, "a whole number of at least 1")
-    add("--max-len", type=count, default=200, metavar="N", help="most tokens to generate")
+    add(
+        "--max-len",
+        type=count,
+        default=200,
+        metavar="N",
+        help="most tokens to generate, beside the prompt's (200)",
+    )
     add(
         "--temperature",
         type=number(0, 1e6, float, "a number of at least 0 (0: the most probable token)"),
         default=0.7,
         metavar="X",
-        help="0 takes the most probable token",
+        help="0 takes the most probable token (0.7)",
     )
     add(
         "--top-k",
         type=number(0, 2**31 - 1, int, "a whole number of at least 0 (0: no limit)"),
         default=0,
         metavar="N",
-        help="draw from the N most probable tokens; 0: no limit",
+        help="draw from the N most probable tokens (0: no limit)",
     )
     add(
         "--nucleus-p",
@@ -130,21 +135,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=number(sys.float_info.min, 1, float, "a number above 0 and at most 1"),
         default=1.0,
         metavar="X",
-        help="draw from the fewest tokens whose probability reaches X",
+        help="draw from the fewest tokens whose probability reaches X (1)",
     )
     add(
         "--seed",
         type=number(0, 2**32 - 1, int, "a whole number from 0 to 4294967295"),
         default=42,
         metavar="N",
-        help="the same seed gives the same text",
+        help="the same seed gives the same text (42)",
     )
     add(
         "--mesh",
         type=mesh_sizes,
         default=(1, 1),
         metavar="DATA,MODEL",
-        help="devices along the batch and along heads and hidden widths; Grok-1 needs 1,8",
+        help="devices along the batch and along heads and hidden widths (1,1); Grok-1 needs 1,8",
     )
     add(
         "--dtype",
@@ -168,13 +173,12 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
         found = "one without" if directory.is_dir() else "no such directory"
         raise ValueError(
             f"{directory}: expected a directory that holds ckpt-0, got {found}; "
-            "name the checkpoint's with --checkpoint"
+            "name the right one with --checkpoint"
         )
     tokenizer = options.tokenizer
-    if tokenizer is None and (directory / "tokenizer.model").is_file():
-        tokenizer = directory / "tokenizer.model"
-    elif tokenizer is None and any(isinstance(prompt, str) for prompt in options.prompts):
-        tokenizer = ROOT / "tokenizer.model"
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in options.prompts):
+        own = directory / "tokenizer.model"
+        tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
     return directory, tokenizer
 
 
@@ -196,6 +200,8 @@ def make_server(options: argparse.Namespace, directory: Path, tokenizer: Path | 
         mesh=options.mesh,
         slots=min(len(options.prompts), MOST_SLOTS),
         dtype=options.dtype,
+        requests=make_requests(options),
+        progress=LoadProgress(),
     )
     dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(
@@ -206,11 +212,25 @@ def make_server(options: argparse.Namespace, directory: Path, tokenizer: Path | 
     return server
 
 
-def generate(worker: ThreadPoolExecutor, server: Any, options: argparse.Namespace) -> None:
-    """Print the answers, then a line of statistics."""
+class LoadProgress:
+    """Says every few seconds how much of a checkpoint has been loaded."""
+
+    def __init__(self, seconds: float = 5.0):
+        self.seconds = seconds
+        self.next = time.perf_counter() + seconds
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the bytes that are loaded, and all there are."""
+        if time.perf_counter() >= self.next:
+            say(f"loading: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            self.next = time.perf_counter() + self.seconds
+
+
+def make_requests(options: argparse.Namespace) -> list[Any]:
+    """Return a request for each prompt."""
     from runner import Request
 
-    requests = [
+    return [
         Request(
             prompt=prompt,
             temperature=options.temperature,
@@ -221,7 +241,11 @@ def generate(worker: ThreadPoolExecutor, server: Any, options: argparse.Namespac
         )
         for prompt in options.prompts
     ]
-    events = server.stream(requests)
+
+
+def generate(worker: ThreadPoolExecutor, server: Any, options: argparse.Namespace) -> None:
+    """Print the answers, then a line of statistics."""
+    events = server.stream(make_requests(options))
     printer = JsonPrinter() if options.json else TextPrinter(options.prompts)
     began, first, tokens = time.perf_counter(), 0.0, 0
     try:
@@ -233,11 +257,10 @@ def generate(worker: ThreadPoolExecutor, server: Any, options: argparse.Namespac
         # After an interruption too: nothing that was computed is lost.
         printer.close()
     total = time.perf_counter() - began
-    rate = (tokens - 1) / (total - first) if tokens > 1 else 0.0
-    say(
-        f"{tokens} tokens in {total:.2f} s: {first:.2f} s to the first token (with compilation), "
-        f"then {rate:.1f} tokens/s"
-    )
+    line = f"{tokens} tokens in {total:.2f} s, compilation included: {first:.2f} s to the first"
+    if tokens > 1:
+        line += f" token, then {(tokens - 1) / (total - first):.1f} tokens/s"
+    say(line)
 
 
 class TextPrinter:
@@ -269,8 +292,10 @@ class TextPrinter:
     def _whole(self, index: int) -> None:
         answer = self.open.pop(index)
         prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
-        text = " " + " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
-        print(f"[{index + 1}] {prompt}{text}", flush=True)
+        text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
+        # Ids do not run on into an answer, as words do.
+        between = " | " if answer.prompt is None else ""
+        print(f"[{index + 1}] {prompt}{between}{text}", flush=True)
 
 
 class JsonPrinter:
@@ -321,6 +346,9 @@ def main() -> int:
         os._exit(141)  # the reader has gone, as with `| head`
     except (ValueError, OSError) as error:
         say(f"error: {error}")
+        return 1
+    except ModuleNotFoundError as error:
+        say(f"error: {error.name} is not installed; run: pip install -r requirements.txt")
         return 1
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

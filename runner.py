@@ -10,8 +10,9 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import functools
 import itertools
+import numbers
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -29,8 +30,8 @@ from sharding import axis_size, constrain, make_mesh, named_shardings, parameter
 
 BOS_TOKEN = 1  # as in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
-    "fetch the tokenizer.model that belongs to the checkpoint "
-    "(Grok-1's is in the xai-org/grok-1 repository on GitHub) and name it with --tokenizer"
+    "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
+    "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer"
 )
 
 
@@ -229,7 +230,8 @@ def abstract_inputs(
 class Request:
     """One prompt and how to continue it.
 
-    prompt: text, or token ids. temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all.
+    prompt: text, or token ids; nothing is put before it. Token 0 is padding: it takes a position,
+    but no other token sees it. temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all.
     rng_seed: the same request with the same seed gives the same tokens. max_len: how many tokens
     to generate at most. top_k: 0 keeps all. allowed_tokens: the only ids that may be drawn.
     """
@@ -295,7 +297,13 @@ def load_tokenizer(
 
 
 def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
-    """Return the configuration in DIR/config.json; without one, Grok-1's own."""
+    """Return the configuration in DIR/config.json; without one, Grok-1's own.
+
+    Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
+    """
+    if not os.path.isdir(os.path.join(directory, "ckpt-0")):
+        got = "one without" if os.path.isdir(directory) else "no such directory"
+        raise ValueError(f"{directory}: expected a directory that holds ckpt-0, got {got}")
     fields = checkpoint.read_config(directory)
     if fields is None:
         return grok_1()
@@ -338,23 +346,32 @@ class ModelRunner:
         wanted = max(1, round(self.bs_per_device * devices))
         return -(-wanted // data) * data
 
-    def load_or_init(self, mesh: Mesh | None) -> Any:
+    def check(self, mesh: Mesh | None) -> None:
+        """Raise ValueError if the mesh or the checkpoint's files do not fit; loads nothing."""
+        if mesh is not None:
+            self.model.check_mesh(mesh)
+        if self.checkpoint_path is not None:
+            checkpoint.check_files(self.checkpoint_path, self.model.param_shapes())
+
+    def load_or_init(
+        self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
+    ) -> Any:
         """Return the parameters, placed on the mesh or on the default device.
 
-        Raises checkpoint.CheckpointError (a ValueError) if the files are not as they should be.
+        progress: called as progress(bytes_done, bytes_total) while loading. Raises
+        checkpoint.CheckpointError (a ValueError) if the files are not as they should be.
         """
         config = self.model
         shapes = config.param_shapes()
         shardings = None
         if mesh is not None:
-            config.check_mesh(mesh)
             specs = parameter_specs(shapes, config.partition_rules())
             shardings = named_shardings(specs, mesh)
         if self.checkpoint_path is None:
             params = config.init_params(self.rng_seed, quantized=True)
             return params if shardings is None else jax.device_put(params, shardings)
         dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
-        return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes)
+        return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
 
 
 @dataclasses.dataclass
@@ -407,19 +424,33 @@ class InferenceRunner:
         self.params: Any = None
         self.num_slots = 0
 
-    def initialize(self) -> None:
-        """Make the mesh, load the tokenizer and the weights. Raises ValueError with the reason."""
+    def initialize(
+        self,
+        requests: Sequence["Request"] = (),
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Make the mesh, check the files, load the tokenizer and then the weights.
+
+        requests: checked before the weights are loaded, which may take long. progress: called as
+        progress(bytes_done, bytes_total). Raises ValueError with the reason in one sentence.
+        """
         if self.mesh_config != ((1, 1), (1, 1)):
             self.mesh = make_mesh(*self.mesh_config)
+        self.runner.check(self.mesh)
         if self.tokenizer_path is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_path, self.config.vocab_size)
-        self.params = self.runner.load_or_init(self.mesh)
         self.num_slots = self.runner.num_slots(self.mesh)
+        self._admit_all(requests)
+        self.params = self.runner.load_or_init(self.mesh, progress)
 
     # ---------------------------------------------------------------------------- generation
 
     def run(self) -> Generator[str | None, Request, None]:
-        """Serve one request at a time: `next(server)`, then `server.send(request)` -> the text."""
+        """Serve one request at a time: `next(server)`, then `server.send(request)` -> the text.
+
+        A wrong request raises ValueError, which ends the generator, as in Python every exception
+        does; call `run()` again.
+        """
         while True:
             request = yield None
             yield self.generate([request])[0].text
@@ -437,7 +468,7 @@ class InferenceRunner:
         All requests are checked at once: ValueError names the request and what is wrong with it.
         Requests beyond the number of slots wait for the batch before them.
         """
-        sequences = [self._admit(index, request) for index, request in enumerate(requests)]
+        sequences = self._admit_all(requests)
         return itertools.chain.from_iterable(
             self._run_batch(sequences[first : first + self.num_slots])
             for first in range(0, len(sequences), self.num_slots)
@@ -453,17 +484,25 @@ class InferenceRunner:
             except UnicodeEncodeError as error:
                 raise ValueError(f"the prompt is not text in UTF-8: {error.reason}") from error
             return self.tokenizer.encode(prompt)
-        ids = [int(token) for token in prompt]
-        for token in ids:
-            if not 0 <= token < self.config.vocab_size:
+        for token in prompt:
+            whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+            if not (whole and 0 <= token < self.config.vocab_size):
                 raise ValueError(
-                    f"expected token ids from 0 to {self.config.vocab_size - 1}, got {token}"
+                    f"expected token ids from 0 to {self.config.vocab_size - 1}, got {token!r}"
                 )
-        return ids
+        return [int(token) for token in prompt]
+
+    def _admit_all(self, requests: Sequence[Request]) -> list[_Sequence]:
+        """Check all requests and prepare them for slots."""
+        if isinstance(requests, str | Request):
+            raise ValueError(f"expected a list of requests, got {requests!r}; put it in a list")
+        return [self._admit(index, request) for index, request in enumerate(requests)]
 
     def _admit(self, index: int, request: Request) -> _Sequence:
         """Check a request and prepare it for a slot."""
         try:
+            if not isinstance(request, Request):
+                raise ValueError(f"expected a Request, got {request!r}; write Request(prompt)")
             ids = self.encode(request.prompt)
             if not ids:
                 raise ValueError("the prompt is empty; give at least one token")
@@ -472,8 +511,12 @@ class InferenceRunner:
                     f"the prompt has {len(ids)} tokens, and the context of "
                     f"{self.config.sequence_len} must hold at least one more; shorten it"
                 )
-            if request.max_len < 1:
-                raise ValueError(f"max_len must be at least 1, got {request.max_len}")
+            if not isinstance(request.max_len, int) or request.max_len < 1:
+                raise ValueError(f"max_len must be an integer of at least 1, got {request.max_len}")
+            if not isinstance(request.rng_seed, int):
+                raise ValueError(f"rng_seed must be an integer, got {request.rng_seed!r}")
+            if request.allowed_tokens is not None and not len(request.allowed_tokens):
+                raise ValueError("allowed_tokens must hold at least one token, got none")
             validate_settings(self._settings(request, True))
         except ValueError as error:
             raise ValueError(f"request {index + 1}: {error}") from error
@@ -682,16 +725,22 @@ def load_server(
     slots: int = 1,
     dtype: str | None = None,
     pad_sizes: Sequence[int] = (16, 128, 1024),
+    requests: Sequence[Request] = (),
+    progress: Callable[[int, int], object] | None = None,
 ) -> InferenceRunner:
     """Load the checkpoint in `directory` and return an initialised runner: the short way in.
 
     tokenizer_path: a SentencePiece model; None: prompts are token ids. mesh: (data, model).
     slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
-    pad_sizes: as in InferenceRunner.
+    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
+    if slots < 1:
+        raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = dataclasses.replace(read_model_config(directory), fprop_dtype=jnp.dtype(dtype).type)
     server = InferenceRunner(
@@ -702,7 +751,7 @@ def load_server(
         local_mesh_config=mesh,
         pad_sizes=pad_sizes,
     )
-    server.initialize()
+    server.initialize(requests, progress)
     return server
 
 

@@ -35,7 +35,10 @@ CONFIG = LanguageModelConfig(
 )
 PROMPT = "Once upon a time"
 LOADED = r"loaded [^\n]+ in [\d.]+ s: 2 layers, (bfloat16|float32) activations, mesh \d,\d on cpu\n"
-COUNTED = r"\d+ tokens in [\d.]+ s: [\d.]+ s to the first token \(.+\), then [\d.]+ tokens/s\n"
+COUNTED = (
+    r"\d+ tokens in [\d.]+ s, compilation included: [\d.]+ s to the first"
+    r"( token, then [\d.]+ tokens/s)?\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +161,7 @@ def test_several_answers_are_printed_whole_each_with_its_prompt(
     first, second, third = command(*arguments, "--json").answers
     result = command(*arguments)
     expected = (
-        f"[1] {PROMPT}{first['text']}\n[2] 5 6 7{second['text']}\n[3] A dog {third['text']}\n"
+        f"[1] {PROMPT}{first['text']}\n[2] 5 6 7 | {second['text']}\n[3] A dog {third['text']}\n"
     )
     assert result.out == expected
 
@@ -336,7 +339,7 @@ def config_of(**fields: Any) -> Damage:
 FILE_CASES: dict[str, tuple[Damage, str]] = {
     "no-directory": (shutil.rmtree,
                      "expected a directory that holds ckpt-0, got no such directory; name the "
-                     "checkpoint's with --checkpoint"),
+                     "right one with --checkpoint"),
     "no-ckpt-0": (lambda d: shutil.rmtree(d / "ckpt-0"), "holds ckpt-0, got one without; name the"),
     "no-tensors": (lambda d: list(map(os.unlink, (d / "ckpt-0").iterdir())),
                    "tensor00000_000 (language_model/in_out_embed/embeddings): the file is missing"),
@@ -350,10 +353,7 @@ FILE_CASES: dict[str, tuple[Damage, str]] = {
     "unknown-field": (config_of(emb_sise=64), "config.json: emb_sise: expected one of ['"),
     "wrong-field": (config_of(sequence_len="long"), "config.json: sequence_len: expected "),
     "no-model": (config_of(model=None), "config.json: model: expected an object of the trans"),
-    "no-config": (lambda d: (d / "config.json").unlink(),
-                  "expected the 131072 pieces of the checkpoint's vocabulary, got 4096; fetch the "
-                  "tokenizer.model that belongs to the checkpoint (Grok-1's is in the "
-                  "xai-org/grok-1 repository on GitHub) and name it with --tokenizer"),
+    "no-config": (lambda d: (d / "config.json").unlink(), "expected 770 tensor files, got 26"),
     "own-tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"\0" * 1000),
                       "tokenizer.model: expected a SentencePiece model, got a file that is none"),
 }
@@ -368,7 +368,35 @@ def test_a_wrong_file_is_answered_with_one_sentence(
     shutil.copytree(tiny, directory)
     damage(directory)
     result = command("--checkpoint", directory, "--prompt", PROMPT)
-    assert_one_sentence(result, 1, str(directory) if "pieces" not in part else "", part)
+    assert_one_sentence(result, 1, str(directory), part)
+
+
+def test_a_tokenizer_of_another_model_is_refused_and_the_right_one_named(command: Command) -> None:
+    golden = pathlib.Path(__file__).parent / "data" / "golden" / "three-layers"
+    result = command("--checkpoint", golden, "--prompt", PROMPT)
+    assert_one_sentence(
+        result,
+        1,
+        "tokenizer.model: expected the 512 pieces of the checkpoint's vocabulary, got 4096; fetch "
+        "the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
+        "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer",
+    )
+
+
+def test_prompts_are_checked_before_the_weights_are_loaded(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", None)
+    result = command("--checkpoint", tiny, "--prompt", "")
+    assert_one_sentence(result, 1, "request 1: the prompt is empty")
+
+
+def test_a_long_load_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = run.LoadProgress(seconds=0)
+    progress(12_300_000_000, 318_239_886_140)
+    assert capsys.readouterr().err == "loading: 12.3 of 318.2 GB\n"
+    run.LoadProgress()(1, 2)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_missing_checkpoint_is_reported_first_and_at_once() -> None:

@@ -9,7 +9,14 @@ import pytest
 
 import golden
 from model import LanguageModelConfig, TransformerConfig
-from runner import InferenceRunner, ModelRunner, Request, load_tokenizer, sample_from_model
+from runner import (
+    InferenceRunner,
+    ModelRunner,
+    Request,
+    load_server,
+    load_tokenizer,
+    sample_from_model,
+)
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
 TINY = LanguageModelConfig(
@@ -193,13 +200,17 @@ WRONG = {
     "an id too large": (Request([5, 4096]), "expected token ids from 0 to 4095, got 4096"),
     "a negative id": (Request([-1]), "got -1"),
     "a prompt too long": (Request([5] * 64), "has 64 tokens, and the context of 64"),
-    "max_len": (Request([5], max_len=0), "max_len must be at least 1, got 0"),
+    "max_len": (Request([5], max_len=0), "max_len must be an integer of at least 1, got 0"),
     "temperature": (Request([5], temperature=-0.5), "temperature must be .* got -0.5"),
     "not a number": (Request([5], temperature=float("nan")), "temperature must be .* got nan"),
     "nucleus_p": (Request([5], nucleus_p=0.0), "nucleus_p must be .* got 0"),
     "top_k": (Request([5], top_k=-1), "top_k must be .* got -1"),
     "a fraction": (Request([5], top_k=1.5), "top_k must be .* got 1.5"),
-    "no allowed token": (Request([5], allowed_tokens=[]), "mask must be"),
+    "a fractional id": (Request([1.7]), "expected token ids from 0 to 4095, got 1.7"),
+    "a fractional max_len": (Request([5], max_len=2.5), "max_len must be an integer"),
+    "a seed in words": (Request([5], rng_seed="x"), "rng_seed must be an integer, got 'x'"),
+    "bare words": ("The little", "expected a Request, got 'The little'"),
+    "no allowed token": (Request([5], allowed_tokens=[]), "allowed_tokens must hold"),
 }
 
 
@@ -208,6 +219,26 @@ def test_a_wrong_request_is_refused_by_name_before_any_token(case, tiny):
     request, message = WRONG[case]
     with pytest.raises(ValueError, match=f"request 2: .*{message}"):
         next(tiny.stream([Request([5]), request]))
+
+
+@pytest.mark.parametrize("requests", ["words", Request([5])])
+def test_requests_come_in_a_list(requests, tiny):
+    with pytest.raises(ValueError, match="expected a list of requests"):
+        tiny.generate(requests)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype: expected float32 or bfloat16, got 'bf16'"),
+        ({"slots": 0}, "slots: expected at least 1, got 0"),
+        ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0"),
+    ],
+)
+def test_load_server_says_what_is_wrong(options, message):
+    directory = golden.DIRECTORY / "three-layers"
+    with pytest.raises(ValueError, match=message):
+        load_server(**{"directory": directory, **options})
 
 
 def test_words_need_a_tokenizer():
