@@ -31,9 +31,10 @@ def recipe(monkeypatch, tmp_path):
     # Numbers that follow one another: something to learn.
     tokens = (np.arange(600) % 32).astype(np.uint16)
 
-    def train(name, stop_after=None):
+    def train(name, stop_after=None, seed=0):
         words = ["--corpus", "-", "--validation", "-", "--state", str(tmp_path / name)]
-        options = train_demo.parse([*words, "--steps", str(STEPS), "--save-every", "2"])
+        words += ["--steps", str(STEPS), "--save-every", "2", "--seed", str(seed)]
+        options = train_demo.parse(words)
         if stop_after is None:
             return train_demo.train(tokens, options)
         plain = train_demo.batches
@@ -60,6 +61,8 @@ def test_training_continues_after_an_interruption_as_if_there_had_been_none(reci
     resumed = recipe("cut.npz")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         assert np.array_equal(a, b)
+    with pytest.raises(ValueError, match="expected a state of the recipe seed 1, .* got one of"):
+        recipe("cut.npz", seed=1)
 
 
 def test_rows_are_cut_from_the_text_and_grow_to_the_whole_context():

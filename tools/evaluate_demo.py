@@ -53,24 +53,36 @@ def expert_load(server: InferenceRunner, documents: list[str]) -> np.ndarray:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "demo")
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "tokenizer.model")
-    parser.add_argument(
-        "--documents", type=Path, default=ROOT / "tests" / "data" / "stories_valid.txt.gz"
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=ROOT / "checkpoints" / "demo", help="DIR with ckpt-0")
+    add("--tokenizer", type=Path, default=ROOT / "tokenizer.model", help="SentencePiece model")
+    held_out = ROOT / "tests" / "data" / "stories_valid.txt.gz"
+    add("--documents", type=Path, default=held_out, help="gzipped, a line <|doc|> after each")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     options = parser.parse_args()
     documents = read_documents(options.documents)
     server = load_server(
         options.checkpoint, options.tokenizer, slots=SLOTS, dtype=options.dtype, pad_sizes=(CHUNK,)
     )
     size = sum(len(document.encode()) for document in documents)
-    print(f"{len(documents)} documents, {size} bytes, int8 weights, {options.dtype} activations")
-    print(f"held out: {nats_per_byte(server, documents):.4f} nats per byte")
+    print(
+        f"{len(documents)} documents, {size} bytes, int8 weights, {options.dtype} activations; "
+        "a minute or two on a laptop",
+        flush=True,
+    )
+    print(f"held out: {nats_per_byte(server, documents):.4f} nats per byte", flush=True)
     for layer, load in enumerate(expert_load(server, documents)):
         print(f"layer {layer}, share of each expert: {' '.join(f'{x:.3f}' for x in load)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

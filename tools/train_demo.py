@@ -130,18 +130,23 @@ def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
     )
 
 
-def save_state(path: Path, state: State) -> None:
-    """Write the state atomically."""
+def save_state(path: Path, state: State, recipe: str) -> None:
+    """Write the state atomically, with the recipe that it belongs to."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, *leaves)
+    np.savez(partial, *leaves, recipe=recipe)
     os.replace(partial, path)
 
 
-def load_state(path: Path, like: State) -> State:
-    """Read a state that has the structure of `like`."""
+def load_state(path: Path, like: State, recipe: str) -> State:
+    """Read a state that has the structure of `like`; ValueError if its recipe is another."""
     with np.load(path) as saved:
-        leaves = [saved[name] for name in saved.files]
+        if str(saved["recipe"]) != recipe:
+            raise ValueError(
+                f"{path}: expected a state of the recipe {recipe}, got one of {saved['recipe']}; "
+                "name another file with --state, or remove this one"
+            )
+        leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -163,8 +168,10 @@ def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
     update = jax.jit(update, donate_argnums=0)
     state = initial()
     path = options.state
+    recipe = f"seed {options.seed}, {options.steps} steps, rate {options.learning_rate}, "
+    recipe += f"{len(tokens)} tokens, {CONFIG.to_dict()}"
     if path.exists():
-        state = load_state(path, state)
+        state = load_state(path, state, recipe)
         print(f"continuing after step {int(state.step)}", flush=True)
     first, began = int(state.step), time.time()
     schedule = batches(tokens, options.seed, options.steps, CONFIG.sequence_len)
@@ -182,7 +189,7 @@ def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
                 flush=True,
             )
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-            save_state(path, state)
+            save_state(path, state, recipe)
     return state.params
 
 
@@ -205,16 +212,20 @@ def held_out(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--corpus", required=True, help="gzipped training documents")
-    parser.add_argument("--validation", required=True, help="gzipped held-out documents")
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "tokenizer.model")
-    parser.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "demo")
-    parser.add_argument("--state", type=Path, default=Path("train_demo.npz"))
-    parser.add_argument("--steps", type=int, default=1700)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--corpus", required=True, help="gzipped training documents, a line <|doc|> after each")
+    add("--validation", required=True, help="gzipped held-out documents, in the same form")
+    add("--tokenizer", type=Path, default=ROOT / "tokenizer.model", help="trained if missing")
+    add("--output", type=Path, default=ROOT / "checkpoints" / "demo", help="checkpoint directory")
+    add("--state", type=Path, default=Path("train_demo.npz"), help="where training is saved")
+    add("--steps", type=int, default=1700, help=f"of {TOKENS_PER_STEP} tokens")
+    add("--learning-rate", type=float, default=3e-3, help="at its peak")
+    add("--save-every", type=int, default=100, help="steps between saves")
+    add("--seed", type=int, default=0, help="of the weights and the order of the data")
     return parser.parse_args(arguments)
 
 
