@@ -899,6 +899,8 @@ class MoELayer(hk.Module):
     @hk.transparent
     def _mix(self, inputs: jax.Array, routing: RouterOutput, layer: jax.Array | None) -> jax.Array:
         """Apply the chosen experts to inputs [B, T, D] and sum them by their gates."""
+        # One expert becomes a pure function of its parameters; the lift makes those of all experts,
+        # with a leading axis, parameters of this module.
         init, apply = hk.transform(self.layer_fn)
         keys = None
         if hk.running_init():
@@ -999,7 +1001,7 @@ class DecoderLayer(hk.Module):
         attention, memory = MHABlock(config, mesh)(x, mask, kv_memory, layer=layer, length=length)
         h += RMSNorm(name="rms_norm_1")(self._spread(attention))
         h = self._spread(h)
-        x = self._gathered(RMSNorm(name="rms_norm_2")(h))
+        x = self._gathered(RMSNorm(name="rms_norm_2")(h))  # float32, for the router
         y, sites = self._feed_forward(x, padding_mask, layer)
         h += RMSNorm(name="rms_norm_3")(self._spread(y))
         return self._spread(h), memory, sites
@@ -1075,6 +1077,8 @@ class Transformer(hk.Module):
             decoder_layer = DecoderLayer(config, self.mesh, self.dtype)
             return decoder_layer(h, mask, padding_mask, kv_memory, layer, length)
 
+        # One layer becomes a pure function of its parameters; the lift makes those of all layers,
+        # with a leading axis, parameters of this module.
         init, apply = hk.transform(run)
         keys = None
         if hk.running_init():

@@ -353,7 +353,8 @@ FILE_CASES: dict[str, tuple[Damage, str]] = {
     "unknown-field": (config_of(emb_sise=64), "config.json: emb_sise: expected one of ['"),
     "wrong-field": (config_of(sequence_len="long"), "config.json: sequence_len: expected "),
     "no-model": (config_of(model=None), "config.json: model: expected an object of the trans"),
-    "no-config": (lambda d: (d / "config.json").unlink(), "expected 770 tensor files (64 layers), got 26"),
+    "no-config": (lambda d: (d / "config.json").unlink(),
+                  "expected 770 tensor files (64 layers), got 26"),
     "own-tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"\0" * 1000),
                       "tokenizer.model: expected a SentencePiece model, got a file that is none"),
 }
