@@ -427,7 +427,7 @@ class LanguageModelOutput(NamedTuple):
 
     logits: jax.Array
     model_state: Memory | None
-    captured: dict[str, jax.Array] = {}  # noqa: RUF012  (a NamedTuple default, never written to)
+    captured: dict[str, jax.Array] = {}  # a default that is never written to
 
 
 def write_rows(
@@ -439,8 +439,10 @@ def write_rows(
     Rows past a sequence's length, or past the end of the cache, are dropped.
     """
     rows, slots = new.shape[1], cache.shape[2]
-    as_bits = cache.dtype == jnp.uint16
-    new = _as_bits(new.astype(jnp.bfloat16)) if as_bits else new.astype(cache.dtype)
+    if cache.dtype == jnp.uint16:  # the bits of bfloat16
+        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+    else:
+        new = new.astype(cache.dtype)
 
     # One update a sequence: a vmapped one copies the stacked cache in every layer.
     def write(b: jax.Array, cache: jax.Array) -> jax.Array:
@@ -458,12 +460,14 @@ def write_rows(
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-    """See bfloat16 numbers as the integers of their bits; leave other types as they are.
+    """On a CPU, see bfloat16 numbers as the integers of their bits; else leave them as they are.
 
     XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
     convert the whole cache to float32 and back, in every layer. The loop over layers carries bits.
     """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    if x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return x
+    return lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def _from_bits(x: jax.Array) -> jax.Array:

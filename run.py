@@ -4,6 +4,7 @@ python run.py --prompt "Once upon a time" --max-len 120 --temperature 0.7 --seed
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -335,6 +336,8 @@ def main() -> int:
     # jax works in a thread of its own. Ctrl-C strikes the main one, which waits and prints: at
     # once, and never halfway through an import, a trace or a compilation.
     worker = ThreadPoolExecutor(max_workers=1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     try:
         options = parse_arguments()
         server = worker.submit(make_server, options, *choose_files(options)).result()

@@ -12,7 +12,7 @@ import functools
 import itertools
 import numbers
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -214,9 +214,9 @@ def abstract_inputs(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows, flags = array(batch), array(batch, dtype=bool)
-    numbers = array(batch, dtype=jnp.float32)
+    reals = array(batch, dtype=jnp.float32)
     mask = array(batch, config.vocab_size, dtype=bool)
-    settings = SampleSettings(numbers, numbers, mask, flags, rows)
+    settings = SampleSettings(reals, reals, mask, flags, rows)
     slots = Slots(array(batch, 1), rows, array(batch, dtype=jnp.uint32), settings)
     if chunk is None:
         return params, memory, slots
@@ -369,6 +369,8 @@ class ModelRunner:
             shardings = named_shardings(specs, mesh)
         if self.checkpoint_path is None:
             params = config.init_params(self.rng_seed, quantized=True)
+            module, name = EMBEDDINGS
+            params[module][name] = params[module][name].astype(config.fprop_dtype)
             return params if shardings is None else jax.device_put(params, shardings)
         dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
         return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
@@ -484,6 +486,8 @@ class InferenceRunner:
             except UnicodeEncodeError as error:
                 raise ValueError(f"the prompt is not text in UTF-8: {error.reason}") from error
             return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
         for token in prompt:
             whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
             if not (whole and 0 <= token < self.config.vocab_size):
@@ -646,7 +650,10 @@ class InferenceRunner:
 
         Raises ValueError if T exceeds the context or an id is out of range.
         """
-        tokens = np.atleast_2d(np.asarray(token_ids))
+        try:
+            tokens = np.atleast_2d(np.asarray(token_ids))
+        except ValueError as error:
+            raise ValueError("expected token ids [B, T], got rows of unlike lengths") from error
         if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"expected integer token ids [B, T], got {tokens.dtype} {list(tokens.shape)}"

@@ -89,9 +89,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
+def start(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
     """Start the command as its own process, elsewhere, and with no settings for XLA."""
     environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
+    environment |= variables
     return subprocess.Popen(
         [sys.executable, "-W", "error", ROOT / "run.py", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -222,6 +223,12 @@ def test_an_answer_says_why_it_ends(
     eos = changed(tiny, tmp_path / "eos", eos_token=answer["token_ids"][0])
     (short,) = command(*arguments, eos).answers
     assert short["finish_reason"] == "eos" and short["token_ids"] == answer["token_ids"][:1]
+
+
+def test_a_terminal_that_cannot_show_a_character_loses_no_answer(tiny: pathlib.Path) -> None:
+    arguments = ("--checkpoint", tiny, "--prompt", "caf\u00e9", "--max-len", 1)
+    result = finish(start(*arguments, PYTHONIOENCODING="ascii"))
+    assert result.status == 0 and result.out.startswith("caf\\xe9")
 
 
 def test_bfloat16_runs_and_is_announced(tiny: pathlib.Path, command: Command) -> None:

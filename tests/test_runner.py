@@ -10,6 +10,7 @@ import pytest
 import golden
 from model import LanguageModelConfig, TransformerConfig
 from runner import (
+    EMBEDDINGS,
     InferenceRunner,
     ModelRunner,
     Request,
@@ -194,6 +195,15 @@ def test_bs_per_device_counts_devices():
         assert runner.num_slots(golden.device_mesh((1, 8))) == slots
 
 
+@pytest.mark.parametrize("dtype", golden.DTYPES)
+def test_the_embedding_lies_on_the_device_in_the_activation_type(dtype):
+    module, name = EMBEDDINGS
+    config = dataclasses.replace(TINY, fprop_dtype=golden.DTYPES[dtype])
+    random = ModelRunner(config, 1, None).load_or_init(None)
+    released = golden.runner("three-layers", dtype).params
+    assert random[module][name].dtype == released[module][name].dtype == dtype
+
+
 WRONG = {
     "an empty prompt": (Request(""), "the prompt is empty"),
     "no ids": (Request([]), "the prompt is empty"),
@@ -271,6 +281,17 @@ def test_logits_of_more_rows_than_slots(tiny):
 def test_logits_refuse_more_than_the_context(tiny):
     with pytest.raises(ValueError, match="at most the context of 64 tokens, got 65"):
         tiny.logits([5] * 65)
+
+
+def test_logits_and_score_refuse_what_are_no_tokens(tiny):
+    with pytest.raises(ValueError, match="rows of unlike lengths"):
+        tiny.logits([[5, 6], [7]])
+    with pytest.raises(ValueError, match="expected integer token ids"):
+        tiny.logits([[5.5, 6]])
+    with pytest.raises(ValueError, match="score takes a list of texts, got one text 'The cat'"):
+        tiny.score("The cat")
+    with pytest.raises(ValueError, match="expected a text or a list of token ids, got 5"):
+        tiny.score([5, 6])
 
 
 def score_by_hand(server, ids, start, end, bos=True):

@@ -19,8 +19,12 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import sentencepiece
+
+try:
+    import optax
+except ModuleNotFoundError:
+    sys.exit("error: optax is not installed; run: pip install -r requirements-dev.txt")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
