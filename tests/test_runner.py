@@ -14,8 +14,12 @@ from runner import (
     InferenceRunner,
     ModelRunner,
     Request,
+    apply_model,
+    decode_step,
     load_server,
     load_tokenizer,
+    new_memory,
+    prefill,
     sample_from_model,
 )
 
@@ -95,8 +99,6 @@ def test_the_seed_decides_the_tokens(tiny):
 
 
 def test_settings_and_prompts_of_any_kind_compile_nothing_new(tiny):
-    from runner import decode_step, prefill
-
     tiny.generate([Request([5], max_len=2), Request([*range(3, 40)], max_len=2)])
     compiled = prefill._cache_size(), decode_step._cache_size()
     tiny.generate(
@@ -107,6 +109,23 @@ def test_settings_and_prompts_of_any_kind_compile_nothing_new(tiny):
         ]
     )
     assert (prefill._cache_size(), decode_step._cache_size()) == compiled
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks"), [(1, [8]), (8, [8]), (9, [32]), (32, [32]), (40, [32, 8]), (63, [32, 32])]
+)
+def test_a_prompt_is_read_in_the_largest_chunks_and_its_rest_in_the_smallest_that_holds_it(
+    length, chunks, tiny
+):
+    assert tiny._chunks(length) == chunks
+
+
+def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
+    memory = new_memory(config=TINY, batch=4)
+    slots = tiny._fill_slots([tiny._admit(0, Request([5]))])  # the other three are empty
+    sample, memory, slots = decode_step(tiny.params, memory, slots, config=TINY)
+    assert memory.layers.step.tolist() == slots.drawn.tolist() == [1, 0, 0, 0]
+    assert sample.token_id[1:].tolist() == [[0]] * 3
 
 
 def test_only_allowed_tokens_are_drawn(tiny):
@@ -263,8 +282,6 @@ def test_a_tokenizer_of_another_vocabulary_is_refused():
 
 @pytest.mark.parametrize("length", [1, 8, 9, 31, 64])
 def test_logits_are_those_of_one_forward_pass(length, tiny):
-    from runner import apply_model
-
     ids = np.random.default_rng(0).integers(3, 4096, [2, length])
     expected = jax.jit(lambda p, t: apply_model(TINY, None, p, t).logits)(tiny.params, ids)
     got = tiny.logits(ids)
