@@ -268,10 +268,11 @@ def _read_header(folder: str, record: TensorFile) -> Any:
     Raises CheckpointError unless the file holds what `record` says; then it has the right length
     too, since its arrays have the expected number of bytes, all there, and nothing follows them.
     """
-    where = f"{os.path.join(folder, record.file)} ({record.name})"
+    path = os.path.join(folder, record.file)
+    where = f"{path} ({record.name})"
     size = f"{record.size} bytes"
     try:
-        with _open(os.path.join(folder, record.file)) as file:
+        with _open(path) as file:
             length = os.fstat(file.fileno()).st_size
             leaf = tensor_file.read_header(file, length)
     except OSError as error:
@@ -285,7 +286,7 @@ def _read_header(folder: str, record: TensorFile) -> Any:
         raise CheckpointError(f"{where}: the file {problem}; download it again") from error
     expected, got = tensor_file.describe(record.leaf), tensor_file.describe(leaf)
     if got == expected:
-        return leaf
+        return jax.tree.map(lambda array: dataclasses.replace(array, path=path), leaf)
     kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
     if kinds == (True, False) and "float" in leaf.dtype:
         remedy = "this checkpoint is not quantised: load it as float, or quantise and save it first"

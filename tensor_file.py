@@ -46,11 +46,15 @@ class LayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """An array whose bytes begin at `offset`; `dtype` says so if they are in no usual order."""
+    """An array whose bytes begin at `offset`; `dtype` says so if they are in no usual order.
+
+    path: the file that holds it, where the one who made this knows it.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    path: str = ""
 
 
 def read_header(file: BinaryIO, size: int) -> Any:
