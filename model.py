@@ -35,10 +35,14 @@ from quantization import QuantizedWeight8bit, matmul, product, quantize, split_g
 from sharding import (
     DATA_AXIS,
     MODEL_AXIS,
+    REPLICA_AXIS,
+    Axes,
     Rules,
+    all_model_axes,
     axis_size,
     constrain,
     match_rule,
+    parameter_specs,
 )
 
 __all__ = [
@@ -178,11 +182,15 @@ class TransformerConfig:
         """
         return self.expert_dispatch == "dynamic"
 
-    def partition_rules(self) -> Rules:
-        """Return (pattern, spec) for the parameters of one layer, the first match holding."""
-        model = self.model_axis
+    def partition_rules(self, mesh: Mesh | None = None) -> Rules:
+        """Return (pattern, spec) for the parameters of one layer, the first match holding.
+
+        mesh: the mesh they are for, if it may have a replica axis.
+        """
+        model = all_model_axes(mesh, self.model_axis)
         return (
-            (r"multi_head_attention/(query|key|value)/w$", P(None, model)),
+            (r"multi_head_attention/(key|value)/w$", P(None, self.model_axis)),
+            (r"multi_head_attention/query/w$", P(None, model)),
             (r"multi_head_attention/linear/w$", P(model, None)),
             (r"moe/(linear|linear_v)/w$", P(None, None, model)),
             (r"moe/linear_1/w$", P(None, model, None)),
@@ -196,18 +204,39 @@ class TransformerConfig:
         """Raise ValueError unless the mesh has both axes and its model axis splits every width."""
         for axis in (self.data_axis, self.model_axis):
             _require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
-        size = mesh.shape[self.model_axis]
-        widths = {"num_kv_heads": self.num_kv_heads, "the expert width": self.ffn_size}
-        if self.shard_activations:
-            widths["emb_size"] = self.emb_size
-        shared = math.gcd(*widths.values())
-        fitting = [n for n in range(1, shared + 1) if shared % n == 0]
-        for name, width in widths.items():
+        size = axis_size(mesh, all_model_axes(mesh, self.model_axis))
+        for name, width in self._split_widths(size).items():
             if width % size:
                 raise ValueError(
                     f"mesh: a model axis of {size} does not divide {name} = {width}; "
-                    f"use one of {fitting[:12]}"
+                    f"use one of {self.model_axis_sizes()}"
                 )
+        heads = mesh.shape[self.model_axis]
+        _require(
+            self.num_kv_heads % heads == 0 and (heads == size or heads == self.num_kv_heads),
+            "mesh",
+            f"a model axis of {min(size, self.num_kv_heads)}, one key/value head each, and the "
+            "rest on a replica axis, as make_mesh(..., num_kv_heads=...) lays them",
+            dict(mesh.shape),
+        )
+
+    def model_axis_sizes(self) -> list[int]:
+        """Return the sizes of a model axis (model times replica) that split every width."""
+        return [
+            size
+            for size in range(1, self.num_q_heads + 1)
+            if all(width % size == 0 for width in self._split_widths(size).values())
+        ]
+
+    def _split_widths(self, size: int) -> dict[str, int]:
+        """Return the widths that a model axis of this size must divide, by name."""
+        # Beyond the key/value heads, several devices share one and divide its query heads.
+        shared = size > self.num_kv_heads and size % self.num_kv_heads == 0
+        heads = {"num_q_heads": self.num_q_heads} if shared else {"num_kv_heads": self.num_kv_heads}
+        widths = {**heads, "the expert width": self.ffn_size}
+        if self.shard_activations:
+            widths["emb_size"] = self.emb_size
+        return widths
 
     def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> "Memory":
         """Return an empty memory for `batch_size` sequences of up to `seq_len` positions.
@@ -290,17 +319,20 @@ class LanguageModelConfig:
         del fields["fprop_dtype"]
         return {**fields, "model": inner}
 
-    def partition_rules(self) -> Rules:
-        """Return (pattern, spec) for every parameter, without the leading layer axis."""
+    def partition_rules(self, mesh: Mesh | None = None) -> Rules:
+        """Return (pattern, spec) for every parameter, without the leading layer axis.
+
+        mesh: the mesh they are for, if it may have a replica axis.
+        """
         return (
-            (r"in_out_embed/embeddings$", P(self.model.model_axis, None)),
-            *self.model.partition_rules(),
+            (r"in_out_embed/embeddings$", P(all_model_axes(mesh, self.model.model_axis), None)),
+            *self.model.partition_rules(mesh),
         )
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError unless the model can lie on the mesh."""
         self.model.check_mesh(mesh)
-        size = mesh.shape[self.model.model_axis]
+        size = axis_size(mesh, all_model_axes(mesh, self.model.model_axis))
         _require(
             self.vocab_size % size == 0,
             "vocab_size",
@@ -673,9 +705,11 @@ class MultiHeadAttention(hk.Module):
         """
         dtype = query.dtype
         heads = (self.num_kv_heads, self.num_q_heads // self.num_kv_heads)
-        q = self._heads(query, self.num_q_heads, self.key_size, "query", mesh)
-        k = self._heads(key, self.num_kv_heads, self.key_size, "key", mesh)
-        v = self._heads(value, self.num_kv_heads, self.value_size, "value", mesh).astype(dtype)
+        model, every = self.model_axis, all_model_axes(mesh, self.model_axis)
+        q = self._heads(query, self.num_q_heads, self.key_size, "query", mesh, every)
+        k = self._heads(key, self.num_kv_heads, self.key_size, "key", mesh, model)
+        v = self._heads(value, self.num_kv_heads, self.value_size, "value", mesh, model)
+        v = v.astype(dtype)
         offset = 0 if kv_memory is None else kv_memory.step
         rotary = RotaryEmbedding(self.key_size)
         q = rotary(q, 1, offset).astype(dtype)  # rounded once, after the rotation
@@ -688,22 +722,25 @@ class MultiHeadAttention(hk.Module):
             _require(mask.shape[1] == 1, "mask", "one mask for all heads", mask.shape)
             mask = mask[:, 0]
         q = q.reshape(*q.shape[:2], *heads, self.key_size)
+        # Devices that share a key/value head have its query heads in turn.
+        shared = REPLICA_AXIS if every != model else None
+        q = constrain(q, mesh, self.data_axis, None, model, shared, None)
         # Training recomputes the [B, N, T, S] weights in the backward pass instead of storing them.
         out = jax.checkpoint(attend, static_argnums=4)(q, k, v, mask, self.attn_output_multiplier)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)  # [B, T, N * H']
-        out = constrain(out, mesh, self.data_axis, None, self.model_axis)
-        shards = axis_size(mesh, self.model_axis)
+        out = constrain(out, mesh, self.data_axis, None, every)
+        shards = axis_size(mesh, every)
         out = Linear(self.model_size, self.with_bias, row_shards=shards, name="linear")(out)
         return MHAOutput(out, kv_memory)
 
     @hk.transparent
     def _heads(
-        self, x: jax.Array, heads: int, width: int, name: str, mesh: Mesh | None
+        self, x: jax.Array, heads: int, width: int, name: str, mesh: Mesh | None, axes: Axes
     ) -> jax.Array:
-        """x [B, T, D] -> float32 [B, T, heads, width], the heads over the model axis."""
+        """x [B, T, D] -> float32 [B, T, heads, width], the heads over the mesh axes `axes`."""
         x = Linear(heads * width, self.with_bias, name=name)(x)
         x = x.reshape(*x.shape[:-1], heads, width)
-        return constrain(x, mesh, self.data_axis, None, self.model_axis, None)
+        return constrain(x, mesh, self.data_axis, None, axes, None)
 
     def _remember(
         self,
@@ -930,7 +967,8 @@ class MoELayer(hk.Module):
         self, params: Params, x: jax.Array, routing: RouterOutput, layer: jax.Array | None
     ) -> jax.Array:
         """Each data shard sorts its own tokens and loops locally; one sum over the model axis."""
-        mesh, data, model = self.mesh, self.data_axis, self.model_axis
+        mesh, data = self.mesh, self.data_axis
+        model = all_model_axes(mesh, self.model_axis)
         scatter = self.shard_activations and mesh is not None
         forms: dict[str, Callable[..., jax.Array]] = {
             "dynamic": chosen_experts,
@@ -953,11 +991,7 @@ class MoELayer(hk.Module):
         if layer is None:
             params, layer = jax.tree.map(lambda w: w[None], params), jnp.int32(0)
         if mesh is not None:
-            params = dict(params)
-            shards = axis_size(mesh, model)
-            params["linear_1"] = {"w": split_groups(params["linear_1"]["w"], shards)}
-            by_column, by_row = P(None, None, None, model), P(None, None, model, None)
-            specs = {"linear": by_column, "linear_v": by_column, "linear_1": by_row}
+            params, specs = self._local_experts(params, mesh)
             tokens = P(data, None, None)
             local = jax.shard_map(
                 local,
@@ -967,6 +1001,28 @@ class MoELayer(hk.Module):
                 check_vma=False,
             )
         return local(params, x, routing.gates, routing.expert_index, layer)
+
+    def _local_experts(self, params: Params, mesh: Mesh) -> tuple[Params, Any]:
+        """Return the experts' parameters and their specs, so that a shard has its own scales."""
+        model = all_model_axes(mesh, self.model_axis)
+        by_column, by_row = P(None, None, None, model), P(None, None, model, None)
+        row_parallel = params["linear_1"]["w"]
+        if isinstance(row_parallel, QuantizedWeight8bit):
+            # As released, on eight key/value heads and several devices for each: one group for
+            # these, whole on each. To repeat it in all layers would cost more than it is.
+            one_each = row_parallel.scales.shape[-2] == mesh.shape[self.model_axis]
+            if not one_each:
+                row_parallel = split_groups(row_parallel, axis_size(mesh, model))
+        specs = parameter_specs(
+            {
+                "linear": params["linear"],
+                "linear_v": params["linear_v"],
+                "linear_1": {"w": row_parallel},
+            },
+            ((r"linear(_v)?/w$", by_column), (r"linear_1/w$", by_row)),
+            mesh,
+        )
+        return {**params, "linear_1": {"w": row_parallel}}, specs
 
 
 # --------------------------------------------------------------------------------- the decoder
@@ -1016,7 +1072,7 @@ class DecoderLayer(hk.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The mixture, or one dense block where there are no experts to choose from."""
         config = self.config
-        shards = axis_size(self.mesh, config.model_axis)
+        shards = axis_size(self.mesh, all_model_axes(self.mesh, config.model_axis))
         block = DenseBlock(config.widening_factor, self.dtype, shards)
         if config.num_experts <= 1:
             return block(x), {}
@@ -1037,7 +1093,8 @@ class DecoderLayer(hk.Module):
 
     def _spread(self, x: jax.Array) -> jax.Array:
         """[B, T, D] between blocks: over the model axis too if `shard_activations`."""
-        last = self.config.model_axis if self.config.shard_activations else None
+        model = all_model_axes(self.mesh, self.config.model_axis)
+        last = model if self.config.shard_activations else None
         return constrain(x, self.mesh, self.config.data_axis, None, last)
 
     def _gathered(self, x: jax.Array) -> jax.Array:
@@ -1195,7 +1252,8 @@ class LanguageModel(hk.Module):
             return h[:, 0]
         h = constrain(h, self.mesh, config.model.data_axis, None, None)
         logits = embed.decode(h.astype(config.fprop_dtype)) * config.output_multiplier_scale
-        logits = constrain(logits, self.mesh, config.model.data_axis, None, config.model.model_axis)
+        model = all_model_axes(self.mesh, config.model.model_axis)
+        logits = constrain(logits, self.mesh, config.model.data_axis, None, model)
         return LanguageModelOutput(logits, memory, captured)
 
     def _check(self, batch: int, capture: Collection[str]) -> None:

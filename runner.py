@@ -206,7 +206,7 @@ def abstract_inputs(
         )
 
     shapes = stored_shapes(config)
-    params = place(shapes, parameter_specs(shapes, config.partition_rules()))
+    params = place(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh))
     memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
     memory = place(memory, memory_specs(config))
 
@@ -365,7 +365,7 @@ class ModelRunner:
         shapes = config.param_shapes()
         shardings = None
         if mesh is not None:
-            specs = parameter_specs(shapes, config.partition_rules())
+            specs = parameter_specs(shapes, config.partition_rules(mesh), mesh)
             shardings = named_shardings(specs, mesh)
         if self.checkpoint_path is None:
             params = config.init_params(self.rng_seed, quantized=True)
@@ -437,7 +437,8 @@ class InferenceRunner:
         progress(bytes_done, bytes_total). Raises ValueError with the reason in one sentence.
         """
         if self.mesh_config != ((1, 1), (1, 1)):
-            self.mesh = make_mesh(*self.mesh_config)
+            heads = self.config.model.num_kv_heads
+            self.mesh = make_mesh(*self.mesh_config, num_kv_heads=heads)
         self.runner.check(self.mesh)
         if self.tokenizer_path is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_path, self.config.vocab_size)

@@ -3,8 +3,13 @@
 Model code is written as for one device. It calls `constrain` at the few places where the layout is
 a decision; without a mesh that does nothing. Only what a compiler cannot split by itself (the
 mixture of experts and the cache write) runs inside `shard_map`.
+
+The model axis can be longer than there are key/value heads. The mesh then has a third axis: model
+(one key/value head each) and replica (so many devices share it). Keys, values, their cache and
+scale groups that do not divide further lie over the first, everything else over both.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,18 +23,25 @@ from quantization import QuantizedWeight8bit
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
+REPLICA_AXIS = "replica"
 
+# What a PartitionSpec says of one dimension: a mesh axis, several of them, or None.
+Axes = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, P]]
 
 
 def make_mesh(
     local_mesh_config: tuple[int, int] = (1, 1),
     between_hosts_config: tuple[int, int] = (1, 1),
+    *,
+    num_kv_heads: int | None = None,
 ) -> Mesh:
-    """Return a (data, model) mesh.
+    """Return a (data, model) mesh, or a (data, model, replica) one.
 
     local_mesh_config: (data, model) sizes among the devices of one host.
     between_hosts_config: (data, model) sizes among hosts; the mesh's axes are the products.
+    num_kv_heads: of the model. A model axis that is a multiple of it is split in two: model, of
+        this size, and replica. Neighbours along replica share a key/value head.
 
     On one host a mesh smaller than the machine takes its first devices. Raises ValueError if an
     axis is not positive, if there are too few devices, or if the hosts do not fit.
@@ -57,18 +69,29 @@ def make_mesh(
             f"with XLA_FLAGS=--xla_force_host_platform_device_count={per_host}"
         )
     blocks = np.array([devices[:per_host] for _, devices in sorted(hosts.items())])
-    grid = blocks.reshape(*between_hosts_config, *local_mesh_config)  # [hosts_d, hosts_m, d, m]
-    shape = [between_hosts_config[i] * local_mesh_config[i] for i in range(2)]
-    return Mesh(grid.transpose(0, 2, 1, 3).reshape(shape), (DATA_AXIS, MODEL_AXIS))
+    blocks = blocks.reshape(*between_hosts_config, *local_mesh_config)  # [hosts_d, hosts_m, d, m]
+    data, model = (between_hosts_config[i] * local_mesh_config[i] for i in range(2))
+    grid = blocks.transpose(0, 2, 1, 3).reshape(data, model)
+    if num_kv_heads is not None and model > num_kv_heads and model % num_kv_heads == 0:
+        return Mesh(grid.reshape(data, num_kv_heads, -1), (DATA_AXIS, MODEL_AXIS, REPLICA_AXIS))
+    return Mesh(grid, (DATA_AXIS, MODEL_AXIS))
 
 
-def axis_size(mesh: Mesh | None, axis: str) -> int:
-    """Return the number of devices along a mesh axis: 1 without a mesh."""
-    return 1 if mesh is None else mesh.shape[axis]
+def axis_size(mesh: Mesh | None, axes: Axes) -> int:
+    """Return the number of devices along a mesh axis, or along several: 1 without a mesh."""
+    if mesh is None or axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, *spec: str | None) -> jax.Array:
-    """Lay `x` out as `spec` says, one mesh axis or None a dimension; without a mesh do nothing."""
+def all_model_axes(mesh: Mesh | None, model_axis: str) -> str | tuple[str, str]:
+    """Return what splits all widths but those of keys and values: replica too, if it is there."""
+    replicated = mesh is not None and REPLICA_AXIS in mesh.shape
+    return (model_axis, REPLICA_AXIS) if replicated else model_axis
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *spec: Axes) -> jax.Array:
+    """Lay `x` out as `spec` says, a mesh axis or more a dimension; without a mesh do nothing."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
@@ -85,11 +108,30 @@ def match_rule(rules: Rules, name: str) -> P:
     raise ValueError(f"no partition rule matches the parameter {name!r}; add one to the table")
 
 
-def parameter_specs(shapes: Mapping[str, Mapping[str, Any]], rules: Rules) -> dict[str, Any]:
+def scales_spec(spec: P, shape: Sequence[int], mesh: Mesh | None = None) -> P:
+    """Return the spec of the scales, of this shape, of a weight with `spec`.
+
+    As the weight's, but None where the scales have size 1, and over several mesh axes only as many
+    of them, from the first, as divide the size.
+    """
+
+    def of(axes: Axes, size: int) -> Axes:
+        if size == 1:
+            return None
+        while isinstance(axes, tuple) and size % axis_size(mesh, axes):
+            axes = axes[:-1] if len(axes) > 2 else axes[0]
+        return axes
+
+    return P(*(of(axes, size) for axes, size in zip(spec, shape, strict=True)))
+
+
+def parameter_specs(
+    shapes: Mapping[str, Mapping[str, Any]], rules: Rules, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Return the PartitionSpec of every array of a two-level parameter tree.
 
     The rules speak of one layer; stacked parameters get None for their leading layer axis. Scales
-    take their weight's spec, with None where their axis has size 1.
+    lie as `scales_spec` says; it needs the mesh if the rules name several axes a dimension.
     """
 
     def of(name: str, leaf: Any) -> Any:
@@ -97,8 +139,7 @@ def parameter_specs(shapes: Mapping[str, Mapping[str, Any]], rules: Rules) -> di
         spec = P(*(None,) * (len(leaf.shape) - len(rule)), *rule)
         if not isinstance(leaf, QuantizedWeight8bit):
             return spec
-        scales = P(*(a if n > 1 else None for a, n in zip(spec, leaf.scales.shape, strict=True)))
-        return QuantizedWeight8bit(spec, scales)
+        return QuantizedWeight8bit(spec, scales_spec(spec, leaf.scales.shape, mesh))
 
     return {
         module: {name: of(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
