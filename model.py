@@ -241,7 +241,7 @@ class TransformerConfig:
     def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> "Memory":
         """Return an empty memory for `batch_size` sequences of up to `seq_len` positions.
 
-        k, v: `dtype` [L, B, S, K, H]; step: int32 [B]; valid: bool [B, S].
+        k, v: `dtype` [L, B, S, K, H], zero; see `cache_dtype`. step: int32 [B]. valid: bool [B, S].
         """
         shape = (self.num_layers, batch_size, seq_len, self.num_kv_heads, self.key_size)
         return Memory(
@@ -462,6 +462,14 @@ class LanguageModelOutput(NamedTuple):
     captured: dict[str, jax.Array] = {}  # a default that is never written to
 
 
+def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
+    """See a cache of bfloat16 as the uint16 of its bits, or the other way round."""
+    if memory.k.dtype == dtype:
+        return memory
+    k, v = (lax.bitcast_convert_type(cache, dtype) for cache in (memory.k, memory.v))
+    return memory._replace(k=k, v=v)
+
+
 def write_rows(
     cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array
 ) -> jax.Array:
@@ -491,15 +499,15 @@ def write_rows(
     return lax.fori_loop(0, cache.shape[1], write, cache)
 
 
-def _as_bits(x: jax.Array) -> jax.Array:
-    """On a CPU, see bfloat16 numbers as the integers of their bits; else leave them as they are.
+def cache_dtype(dtype: Any) -> Any:
+    """Return the type in which a cache of `dtype` is best kept: on a CPU, bfloat16 as its bits.
 
     XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
-    convert the whole cache to float32 and back, in every layer. The loop over layers carries bits.
+    convert the whole cache to float32 and back, in every layer. So the loop over layers carries
+    uint16 there. A cache of bfloat16 works as well, but is converted when a step begins and ends.
     """
-    if x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
-        return x
-    return lax.bitcast_convert_type(x, jnp.uint16)
+    bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jnp.uint16 if bits else dtype
 
 
 def _from_bits(x: jax.Array) -> jax.Array:
@@ -1163,14 +1171,18 @@ class Transformer(hk.Module):
                 new = new._replace(step=memory.step)
             return (h, new), {name: sites[name] for name in capture}
 
+        carried = memory
+        if memory is not None:
+            stored = memory.k.dtype
+            carried = _recast(memory, cache_dtype(stored))
         (h, memory), captured = lax.scan(
             body,
-            (h, jax.tree.map(_as_bits, memory)),
+            (h, carried),
             (jnp.arange(config.num_layers), sliced),
             unroll=min(config.scan_unroll, config.num_layers),
         )
         if memory is not None:
-            memory = jax.tree.map(_from_bits, memory)
+            memory = _recast(memory, stored)
             memory = memory._replace(step=memory.step + (h.shape[1] if length is None else length))
         return h, memory, captured
 

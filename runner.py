@@ -24,7 +24,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import checkpoint
-from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory, grok_1
+from model import (
+    KVMemory,
+    LanguageModelConfig,
+    LanguageModelOutput,
+    Memory,
+    cache_dtype,
+    grok_1,
+)
 from sampling import SampleOutput, SampleSettings, sample_token, validate_settings
 from sharding import axis_size, constrain, make_mesh, named_shardings, parameter_specs
 
@@ -102,7 +109,12 @@ def _sample(
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
         slots.seed, slots.drawn
     )
-    sample = sample_token(keys, output._replace(logits=logits), slots.settings)
+    draw = sample_token
+    if mesh is not None:
+        # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
+        rows = P(config.model.data_axis)
+        draw = jax.shard_map(draw, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    sample = draw(keys, LanguageModelOutput(logits, None), slots.settings)
     active = slots.settings.active
     return sample, slots._replace(
         token=jnp.where(active[:, None], sample.token_id, slots.token),
@@ -184,7 +196,8 @@ def score_step(
 @functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
 def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> Memory:
     """Return an empty memory for `batch` sequences of the whole context."""
-    memory = config.model.init_memory(batch, config.sequence_len, config.fprop_dtype)
+    dtype = cache_dtype(config.fprop_dtype)
+    memory = config.model.init_memory(batch, config.sequence_len, dtype)
     return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
 
 

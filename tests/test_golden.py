@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import golden
+from model import cache_dtype
 from runner import Request, apply_model, new_memory
 
 name = pytest.mark.parametrize("name", golden.NAMES)
@@ -43,7 +44,11 @@ def test_bfloat16_mode_multiplies_and_remembers_bfloat16():
     config = golden.config("three-layers", "bfloat16")
     params = config.param_shapes()
     memory = jax.eval_shape(lambda: new_memory(config=config, batch=2))
-    assert memory.layers.k.dtype == memory.layers.v.dtype == jnp.bfloat16
+    # On a CPU kept as the uint16 of its bits; as itself when asked for by its type.
+    assert memory.layers.k.dtype == memory.layers.v.dtype == cache_dtype(jnp.bfloat16)
+    assert memory.layers.k.dtype == jnp.uint16
+    plain = jax.eval_shape(lambda: config.model.init_memory(2, 16, jnp.bfloat16))
+    assert plain.layers.k.dtype == jnp.bfloat16
 
     def step(params, memory, tokens):
         return apply_model(config, None, params, tokens, memory)
