@@ -200,14 +200,15 @@ def _check_sharding(path: Any, array: Any, sharding: jax.sharding.Sharding) -> N
         )
 
 
-def _tensor_names(folder: str) -> set[str]:
+def tensor_names(folder: str) -> set[str]:
+    """Return the names in a folder that are those of tensor files. Raises OSError."""
     return {name for name in os.listdir(folder) if re.fullmatch("tensor[0-9]+_[0-9]+", name)}
 
 
 def _check_names(folder: str, records: list[TensorFile]) -> None:
     """Raise CheckpointError unless the folder's tensor files are exactly those of `records`."""
     try:
-        found = _tensor_names(folder)
+        found = tensor_names(folder)
     except OSError as error:
         raise _error(
             folder,
@@ -342,7 +343,7 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     text = None if config is None else json.dumps(config, indent=2).encode()
     folder = os.path.join(directory, storage.FOLDER)
     os.makedirs(folder, exist_ok=True)
-    stale = sorted(_tensor_names(folder) - {record.file for record in records})
+    stale = sorted(tensor_names(folder) - {record.file for record in records})
     if stale:
         raise _error(
             os.path.join(folder, stale[0]),

@@ -81,14 +81,19 @@ def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> N
     folder, name = os.path.split(path)
     temporary = temporary or os.path.join(folder, f".{name}.partial")
     try:
-        with open(temporary, "wb") as file:
-            for piece in contents:
-                file.write(piece)
+        fill(temporary, contents)
         place(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def fill(path: str, contents: Iterable[Any]) -> None:
+    """Write a file, of which `place` can then make a lasting one."""
+    with open(path, "wb") as file:
+        for piece in contents:
+            file.write(piece)
 
 
 def place(temporary: str, path: str) -> None:
