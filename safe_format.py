@@ -175,8 +175,8 @@ def read_index(directory: Directory) -> Index:
     """Return the index of DIR, its own form checked. Raises CheckpointError."""
     path = os.path.join(directory, storage.INDEX)
     try:
-        with storage.open_regular(path) as file:
-            text = file.read(_MAX_INDEX_BYTES + 1)
+        with storage.open_regular(path) as opened:
+            text = opened.read(_MAX_INDEX_BYTES + 1)
     except OSError as problem:
         got = f"an error ({problem.strerror})"
         raise error(path, "a readable file", got, "check its permissions") from problem
@@ -197,6 +197,9 @@ def read_index(directory: Directory) -> Index:
         raise error(path, f"the format {_FORMAT}", _short(kind), "convert the released files")
     for name in files.keys() ^ checksums.keys():
         raise error(path, "a file and a checksum for each tensor", _short(name), _DAMAGED)
+    for name, file in files.items():
+        if not isinstance(file, str):
+            raise error(f"{path} ({_short(name)})", "a file's name", _short(file), _DAMAGED)
     for name, value in checksums.items():
         if not isinstance(value, str) or not re.fullmatch("sha256:[0-9a-f]{64}", value):
             where = f"{path} ({_short(name)})"
@@ -263,7 +266,7 @@ def _read_header(path: str) -> dict[str, tensor_file.Located]:
             pass
     except OSError as problem:
         got = f"an error ({problem.strerror or problem})"
-        remedy = f"check its permissions, or {_DAMAGED}"
+        remedy = f"check that it is there and may be read, or {_DAMAGED}"
         raise error(path, "a readable safetensors file", got, remedy) from problem
     except safetensors.SafetensorError as problem:
         got = f"a damaged one ({_short(str(problem))})"
