@@ -249,8 +249,8 @@ def _check_space(job: Job, state: State | None) -> None:
     if needed + largest > free:
         raise error(
             job.target,
-            f"{(needed + largest) / 1e9:.3f} GB of free disk space",
-            f"{free / 1e9:.3f} GB",
+            f"{needed + largest:,} bytes of free disk space",
+            f"{free:,} bytes",
             "make room, or name a directory on another disk",
         )
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -169,9 +169,7 @@ print(there.total, peak - before)
 # Verification.
 
 
-def test_what_is_whole_is_verified(
-    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_what_is_whole_is_verified(released: pathlib.Path, safe: pathlib.Path) -> None:
     summary, problems = verify(safe)
     assert not problems
     total = safe_format.read_index(safe).total_size
@@ -272,7 +270,7 @@ def test_a_finished_file_that_was_touched_is_written_again(
 
 @pytest.mark.parametrize("change", ["touched", "config", "other"])
 def test_another_source_starts_anew(
-    change: str, safe: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    change: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, target = save(tmp_path / "source", 3, seed=1), tmp_path / "target"
     with pytest.raises(KeyboardInterrupt):
@@ -306,9 +304,7 @@ def test_a_damaged_state_starts_anew(
 def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: pathlib.Path) -> None:
     source = save(tmp_path / "source", 3)
     touch = lambda *_: os.utime(source / "ckpt-0/tensor00000_000")  # noqa: E731
-    with pytest.raises(
-        CheckpointError, match="expected files that stay as they are, got some that"
-    ):
+    with pytest.raises(CheckpointError, match="files that stay as they are, got some that"):
         convert(source, tmp_path / "target", "safetensors", touch)
     assert not (tmp_path / "target" / INDEX).exists()
 
@@ -432,23 +428,23 @@ def _broken(directory: pathlib.Path) -> list[object]:
 # fmt: off
 REFUSALS: dict[str, tuple[Callable[[pathlib.Path], list[object]], str]] = {
     "no-source": (lambda d: ["convert", d / "no", d / "target", "--to", "released"],
-                  "no: expected a directory that holds ckpt-0 or model.safetensors.index.json, got no"),
+                  "no: expected a directory that holds ckpt-0 or model"),
     "no-checkpoint": (lambda d: ["convert", d, d / "target", "--to", "released"],
                       "index.json, got one with neither; name the right one"),
     "nothing-to-verify": (lambda d: ["verify", d], "got one with neither; name the right one"),
     "already": (lambda d: ["convert", d / "released", d / "target", "--to", "released"],
-                "released: expected a checkpoint in another form, got one that is released already"),
+                "released: expected a checkpoint in another form, got one that is released"),
     "broken-source": (_broken, "the file is cut"),
     "source-of-grok-1": (_without_config, "got 38 (3 layers); correct the number of layers"),
-    "onto-itself": (lambda d: _to(d, "released/../released/"), "got the source itself; name another"),
-    "into-its-files": (lambda d: _to(d, "released/ckpt-0/x"), "got a part of the source; name another"),
+    "onto-itself": (lambda d: _to(d, "released/../released/"), "got the source itself; name"),
+    "into-its-files": (lambda d: _to(d, "released/ckpt-0/x"), "got a part of the source; name"),
     "onto-a-file": (lambda d: _to(d, "released/config.json"), "expected a directory to write to"),
     "below-a-file": (lambda d: _to(d, "released/config.json/x"), "got an error (Not a directory)"),
     "no-such-place": (lambda d: ["convert", d / "released", "/proc/x", "--to", "safetensors"],
-                      "/proc/x: expected files that can be read and written, got an error ("),
+                      " bytes of free disk space, got 0 bytes; make room"),
     "stale-layer": (_with("layer-03.safetensors"),
-                    "layer-03.safetensors: expected only files that the new checkpoint replaces, got"),
-    "stale-form": (_with("ckpt-0/tensor00000_000"), "target/ckpt-0: expected only files that the new"),
+                    "layer-03.safetensors: expected only files that the new checkpoint r"),
+    "stale-form": (_with("ckpt-0/tensor00000_000"), "target/ckpt-0: expected only files that"),
 }
 # fmt: on
 
@@ -506,9 +502,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(
-        CheckpointError, match=r"expected 0\.0\d\d GB of free disk space, got 0\.000"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected [\d,]+ bytes of free disk .*10,000 by"):
         convert(released, tmp_path / "target", "safetensors")
     assert not (tmp_path / "target").exists()
 
@@ -522,9 +516,13 @@ def test_a_write_that_fails_is_one_sentence_and_can_go_on(
     limited = (
         f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import conversion; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
-        f"sys.exit(conversion.main(['convert', {str(source)!r}, {str(tmp_path)!r}, '--to', {form!r}]))"
+        "sys.exit(conversion.main(['convert', *sys.argv[1:]]))"
     )
-    process = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", limited, source, tmp_path, "--to", form],
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "File too large" in process.stderr
     assert "start the same command again: it goes on from there" in process.stderr
@@ -532,16 +530,25 @@ def test_a_write_that_fails_is_one_sentence_and_can_go_on(
     assert contents(tmp_path) == contents(expected)
 
 
-def wait_for_work(process: subprocess.Popen[str], target: pathlib.Path) -> None:
-    """Return when the first file is being written."""
-    while process.poll() is None and not (target / WORK / "state.json").exists():
+def start_work(*arguments: object, target: pathlib.Path) -> subprocess.Popen[str]:
+    """Start a conversion, and return when it has begun or has finished one more file."""
+
+    def written() -> int:
+        try:
+            return (target / WORK / "state.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    before = written()
+    process = start(*arguments)
+    while process.poll() is None and written() == before:
         time.sleep(0.002)
+    return process
 
 
 def test_ctrl_c_ends_it_at_once_and_the_same_command_goes_on(tmp_path: pathlib.Path) -> None:
     source, target = save(tmp_path / "source", 60), tmp_path / "target"
-    process = start("convert", source, target, "--to", "safetensors")
-    wait_for_work(process, target)
+    process = start_work("convert", source, target, "--to", "safetensors", target=target)
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
@@ -569,9 +576,8 @@ def test_kills_at_random_moments_end_in_the_same_bytes(
     seconds = time.perf_counter() - began
     target, state = tmp_path / "target", tmp_path / "target" / WORK / "state.json"
     rng, kills, progress = random.Random(0), 0, []
-    while kills < 10 or not progress:
-        process = start("convert", source, target, "--to", form)
-        wait_for_work(process, target)
+    while kills < 10:
+        process = start_work("convert", source, target, "--to", form, target=target)
         time.sleep(rng.uniform(0.0, seconds / 8))
         process.kill()
         out, err = process.communicate()
@@ -586,8 +592,9 @@ def test_kills_at_random_moments_end_in_the_same_bytes(
             progress.append(len(json.loads(state.read_text())["files"]))
     assert command("convert", source, target, "--to", form).status == 0
     assert contents(target) == contents(whole)
-    midway = [done for done in progress if 0 < done < files]
-    assert len(midway) >= 5 and len(set(midway)) >= 4, (files, progress)
+    midway = {done for done in progress if 0 < done < files}
+    assert len(midway) >= 5, (files, progress)
+    print(f"{files} files; finished at each kill: {progress}")
 
 
 def test_the_command_touches_no_device(safe: pathlib.Path) -> None:

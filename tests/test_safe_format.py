@@ -239,7 +239,7 @@ INDEX_CASES: dict[str, tuple[Damage, str]] = {
     "outside": (index(lambda f: f["weight_map"].update(
                     {k: "../../etc/passwd" for k, v in f["weight_map"].items() if "00" in v})),
                 "expected layer-00.safetensors, got '../../etc/passwd'"),
-    "number-as-file": (index(lambda f: f["weight_map"].update({ROUTER: 5})), "a file's name, got 5"),
+    "number-as-file": (index(lambda f: f["weight_map"].update({ROUTER: 5})), "name, got 5"),
     "list-as-file": (index(lambda f: f["weight_map"].update({ROUTER: [[]]})),
                      "expected a file's name, got 'list'"),
     "pipe": (replaced_by(os.mkfifo), "expected a directory"),
