@@ -5,68 +5,39 @@ A checkpoint is `DIR/ckpt-0/tensorNNNNN_000`, one file per parameter and layer, 
 `transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. The files are not:
 layer `i` of such a module is stored as `transformer/decoder_layer_{i}/...`, and the file numbers
 follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... What is inside of one file is
-tensor_file.py's to know; here, its arrays are mapped into memory from where they lie.
+tensor_file.py's to know; here, its arrays are mapped into memory from where they lie. A checkpoint
+may also have the form that safe_format.py knows; it is loaded just so.
+
+python checkpoint.py --help says how to convert one form into the other, and to verify them.
 """
 
 import dataclasses
-import errno
 import functools
 import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import safe_format
+import storage
 import tensor_file
 from quantization import QuantizedWeight8bit
+from storage import CheckpointError, Directory, TensorFile
+from storage import error as _error
+from storage import open_regular as _open
 
 STACKED = "transformer/decoder_layer/"
 
 _MAX_CONFIG_BYTES = 1 << 20
 
 Params = Mapping[str, Mapping[str, Any]]  # {module: {param: leaf}}
-Directory = str | os.PathLike[str]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is not what was asked for: one sentence says where, how, and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """One file of a checkpoint, as the layout demands it.
-
-    file: its name in ckpt-0, "tensor00003_000".
-    name: the parameter that it holds, "transformer/decoder_layer_0/moe/linear_1/w".
-    module, param, layer: where that lies in the stacked parameters; layer None if not stacked.
-    leaf: the stored array(s): jax.ShapeDtypeStruct, or a QuantizedWeight8bit of two.
-    size: its exact length in bytes, as `save` writes it.
-    """
-
-    file: str
-    name: str
-    module: str
-    param: str
-    layer: int | None
-    leaf: Any
-    size: int
-
-
-def _error(where: str, expected: str, got: str, remedy: str) -> CheckpointError:
-    return CheckpointError(f"{where}: expected {expected}, got {got}; {remedy}")
-
-
-def _open(path: str) -> BinaryIO:
-    """Open a regular file. Anything else is an OSError: opening a pipe would wait for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    return open(path, "rb")
 
 
 def read_config(directory: Directory) -> dict[str, Any] | None:
@@ -134,12 +105,19 @@ def files(shapes: Params) -> list[TensorFile]:
 
 
 def check_files(directory: Directory, shapes: Params) -> list[Any]:
-    """Check the names, sizes and headers of all files in DIR/ckpt-0; puts nothing on a device.
+    """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
 
-    Returns where the arrays of each file lie, in the order of `files`. Raises CheckpointError.
+    If DIR has both, DIR/ckpt-0 counts, and not the safetensors files.
+
+    Returns where the arrays of each parameter lie, in the order of `files`. Raises CheckpointError.
     """
     records = files(shapes)
-    folder = os.path.join(directory, "ckpt-0")
+    if os.path.lexists(os.path.join(directory, storage.WORK)):
+        remedy = f"start the same conversion again, or remove {storage.WORK} and what it made"
+        raise _error(str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy)
+    if storage.form(directory) == storage.SAFETENSORS:
+        return safe_format.check_files(directory, records)
+    folder = os.path.join(directory, storage.FOLDER)
     _check_names(folder, records)
     return [_read_header(folder, record) for record in records]
 
@@ -151,7 +129,7 @@ def load(
     dtypes: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Load DIR/ckpt-0 onto devices, each device reading only its own slices.
+    """Load the checkpoint in DIR onto devices, each device reading only its own slices.
 
     All names, sizes and headers are checked before anything is put on a device. Stacked parameters
     are allocated once and filled in place layer by layer, so beside the parameters there is never
@@ -171,7 +149,6 @@ def load(
     wanted = _cast(shapes, dtypes or {})
     if shardings is not None:
         jax.tree_util.tree_map_with_path(_check_sharding, wanted, shardings)
-    folder = os.path.join(directory, "ckpt-0")
     headers = check_files(directory, shapes)
     if shardings is None:
         default = jnp.zeros(()).sharding
@@ -187,7 +164,7 @@ def load(
     for record, header in zip(records, headers, strict=True):
         leaves = params[record.module]
         leaf = jax.tree.map(
-            functools.partial(_load_array, folder, record),
+            functools.partial(_load_array, record),
             header,
             record.leaf,
             leaves[record.param],
@@ -223,14 +200,15 @@ def _check_sharding(path: Any, array: Any, sharding: jax.sharding.Sharding) -> N
         )
 
 
-def _tensor_names(folder: str) -> set[str]:
+def tensor_names(folder: str) -> set[str]:
+    """Return the names in a folder that are those of tensor files. Raises OSError."""
     return {name for name in os.listdir(folder) if re.fullmatch("tensor[0-9]+_[0-9]+", name)}
 
 
 def _check_names(folder: str, records: list[TensorFile]) -> None:
     """Raise CheckpointError unless the folder's tensor files are exactly those of `records`."""
     try:
-        found = _tensor_names(folder)
+        found = tensor_names(folder)
     except OSError as error:
         raise _error(
             folder,
@@ -305,7 +283,6 @@ def _allocate(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> j
 
 
 def _load_array(
-    folder: str,
     record: TensorFile,
     stored: tensor_file.Located,
     part: jax.ShapeDtypeStruct,
@@ -316,7 +293,7 @@ def _load_array(
 
     part: what is stored. target: what is wanted; a stack [L, ...] is donated and comes back filled.
     """
-    path = os.path.join(folder, record.file)
+    path = stored.path
     try:
         view: np.ndarray = np.memmap(
             path, part.dtype, mode="r", offset=stored.offset, shape=part.shape
@@ -364,9 +341,9 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     """
     records = files(jax.tree.map(_native, params))
     text = None if config is None else json.dumps(config, indent=2).encode()
-    folder = os.path.join(directory, "ckpt-0")
+    folder = os.path.join(directory, storage.FOLDER)
     os.makedirs(folder, exist_ok=True)
-    stale = sorted(_tensor_names(folder) - {record.file for record in records})
+    stale = sorted(tensor_names(folder) - {record.file for record in records})
     if stale:
         raise _error(
             os.path.join(folder, stale[0]),
@@ -376,9 +353,10 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
         )
     for record in records:
         arrays = _fetch(record, params[record.module][record.param])
-        _write(os.path.join(folder, record.file), tensor_file.contents(record.leaf, arrays))
+        path = os.path.join(folder, record.file)
+        storage.write(path, tensor_file.contents(record.leaf, arrays))
     if text is not None:
-        _write(os.path.join(directory, "config.json"), [text])
+        storage.write(os.path.join(directory, "config.json"), [text])
 
 
 def _native(array: Any) -> jax.ShapeDtypeStruct:
@@ -394,17 +372,8 @@ def _fetch(record: TensorFile, leaf: Any) -> Iterator[Any]:
         yield array
 
 
-def _write(path: str, contents: Iterable[Any]) -> None:
-    """Write a file under a temporary name beside it, and rename it when it is safely stored."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            for piece in contents:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+if __name__ == "__main__":
+    # This module is `__main__` now. The classes are those of the module `checkpoint`: one copy.
+    from conversion import main
+
+    sys.exit(main())

@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import storage
+
 ROOT = Path(__file__).resolve().parent
-RELEASED = ROOT / "checkpoints"  # holds ckpt-0 once it has been downloaded
+RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
 DEMO = ROOT / "checkpoints" / "demo"
 MOST_SLOTS = 8
 DEFAULT_PROMPT = "Once upon a time"
@@ -85,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="directory that holds ckpt-0; by default checkpoints/ if it does, else the demo",
+        help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
     )
     add(
         "--tokenizer",
@@ -167,15 +169,10 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """Return the checkpoint directory and the tokenizer, None if only ids are given."""
     directory = options.checkpoint
     if directory is None:
-        directory = RELEASED if (RELEASED / "ckpt-0").is_dir() else DEMO
+        directory = RELEASED if storage.form(RELEASED) else DEMO
         if directory == DEMO:
             say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
-    if not (directory / "ckpt-0").is_dir():
-        found = "one without" if directory.is_dir() else "no such directory"
-        raise ValueError(
-            f"{directory}: expected a directory that holds ckpt-0, got {found}; "
-            "name the right one with --checkpoint"
-        )
+    storage.require_form(directory, "name the right one with --checkpoint")
     tokenizer = options.tokenizer
     if tokenizer is None and any(isinstance(prompt, str) for prompt in options.prompts):
         own = directory / "tokenizer.model"

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import checkpoint
+import storage
 from model import (
     KVMemory,
     LanguageModelConfig,
@@ -314,9 +315,7 @@ def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
 
     Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
     """
-    if not os.path.isdir(os.path.join(directory, "ckpt-0")):
-        got = "one without" if os.path.isdir(directory) else "no such directory"
-        raise ValueError(f"{directory}: expected a directory that holds ckpt-0, got {got}")
+    storage.require_form(directory, "name the right one, or download the checkpoint into it")
     fields = checkpoint.read_config(directory)
     if fields is None:
         return grok_1()
@@ -335,7 +334,7 @@ class ModelRunner:
     model: the configuration, its `fprop_dtype` included.
     bs_per_device: sequences per device; the number of slots is their product with the devices of
     the mesh, at least one, rounded up to a multiple of the data axis.
-    checkpoint_path: DIR with DIR/ckpt-0; None: random int8 weights from `rng_seed`.
+    checkpoint_path: a directory that holds a checkpoint; None: random int8 weights, `rng_seed`.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import checkpoint
 import reference
+import storage
 import tensor_file
 from checkpoint import CheckpointError
 from model import LanguageModelConfig, grok_1
@@ -302,9 +303,9 @@ def test_layers_are_filled_into_one_buffer_that_stays_in_place(
     def pointers(array: jax.Array) -> list[int]:
         return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
-    def watched(folder: Any, record: Any, stored: Any, part: Any, target: Any, *rest: Any) -> Any:
+    def watched(record: Any, stored: Any, part: Any, target: Any, *rest: Any) -> Any:
         before = pointers(target) if record.layer is not None else None
-        array = load_array(folder, record, stored, part, target, *rest)
+        array = load_array(record, stored, part, target, *rest)
         if before is not None:
             assert pointers(array) == before
             assert target.is_deleted()
@@ -529,7 +530,7 @@ def test_a_file_without_permission_is_named(
             raise PermissionError(13, "Permission denied")
         return open(path, mode)
 
-    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)  # Root may open everything.
+    monkeypatch.setattr(storage, "open", refuse, raising=False)  # Root may open everything.
     message = refusal(tiny_checkpoint)
     assert "tensor00003_000 (transformer/decoder_layer_0/rms_norm/scale): expected a rea" in message
     assert "got an error (Permission denied); check its permissions" in message

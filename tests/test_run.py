@@ -345,9 +345,10 @@ def config_of(**fields: Any) -> Damage:
 # fmt: off
 FILE_CASES: dict[str, tuple[Damage, str]] = {
     "no-directory": (shutil.rmtree,
-                     "expected a directory that holds ckpt-0, got no such directory; name the "
+                     "expected a directory that holds ckpt-0 or model.safetensors.index.json, "
+                     "got no such directory; name the "
                      "right one with --checkpoint"),
-    "no-ckpt-0": (lambda d: shutil.rmtree(d / "ckpt-0"), "holds ckpt-0, got one without; name the"),
+    "no-ckpt-0": (lambda d: shutil.rmtree(d / "ckpt-0"), "got one with neither; name the"),
     "no-tensors": (lambda d: list(map(os.unlink, (d / "ckpt-0").iterdir())),
                    "tensor00000_000 (language_model/in_out_embed/embeddings): the file is missing"),
     "missing-file": (lambda d: (d / "ckpt-0/tensor00005_000").unlink(),

@@ -261,7 +261,7 @@ def test_requests_come_in_a_list(requests, tiny):
     [
         ({"dtype": "bf16"}, "dtype: expected float32 or bfloat16, got 'bf16'"),
         ({"slots": 0}, "slots: expected at least 1, got 0"),
-        ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0"),
+        ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0 or model"),
     ],
 )
 def test_load_server_says_what_is_wrong(options, message):

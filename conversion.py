@@ -1,0 +1,556 @@
+"""Converts a checkpoint between its two forms, and verifies checksums.
+
+python checkpoint.py convert SRC DST --to safetensors
+python checkpoint.py convert SRC DST --to released
+python checkpoint.py verify DIR
+
+While it lasts, DST/.converting holds the files that are being written and `state.json`: which are
+finished, and from which source. Every finished file is renamed to its place, so that whatever ends
+the command, a power cut included, the same command goes on after the last finished file.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import checkpoint
+import safe_format
+import storage
+import tensor_file
+from run import Parser, say
+from storage import Directory, TensorFile, error
+
+_COPIED = ("config.json", "tokenizer.model")
+_STATE = "state.json"
+_THREADS = 4  # that compute checksums
+_HEADER = 256  # bytes, about, of a tensor in a safetensors header
+
+Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
+
+
+class Counter:
+    """Adds up the bytes that several threads have done, for a Progress."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.total = total
+        self.progress = progress
+        self.done = 0
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Count so many bytes more."""
+        with self.lock:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+
+# ---------------------------------------------------------------------------------------- convert
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One file to write.
+
+    file: its path in DST. members: the parameters in it. size: in bytes, perhaps a little more.
+    """
+
+    file: str
+    members: list[TensorFile]
+    size: int
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors in it."""
+        return [name for record in self.members for name in safe_format.tensors(record)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A conversion whose source has been checked.
+
+    located: where each tensor lies in the source. checksums: what they must be, if it says so.
+    identity: changes if a file of the source is written.
+    """
+
+    source: str
+    target: str
+    form: str
+    records: list[TensorFile]
+    located: Mapping[str, tensor_file.Located]
+    checksums: Mapping[str, str]
+    outputs: list[Output]
+    identity: str
+
+    @property
+    def total(self) -> int:
+        """The bytes of all tensors."""
+        return sum(map(safe_format.nbytes, self.located.values()))
+
+
+@dataclasses.dataclass
+class State:
+    """What DST/.converting/state.json says of a conversion that is under way.
+
+    files: {file: [size, time of its last change in ns]} of those that are finished.
+    checksums: {tensor: checksum} of what is in them.
+    """
+
+    identity: str
+    files: dict[str, list[int]]
+    checksums: dict[str, str]
+
+
+def convert(
+    source: Directory, target: Directory, form: str, progress: Progress | None = None
+) -> Job:
+    """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
+
+    Arrays go from file to file without being held in memory. Files that an earlier, interrupted
+    call has finished are kept if the source is still the same. The source's checksums are verified
+    if it has any. config.json and tokenizer.model are copied.
+
+    progress: called as progress(bytes_done, bytes_total). Raises CheckpointError (a ValueError) in
+    one sentence; what was finished stays, and the same call goes on from there.
+    """
+    job = _plan(os.fspath(source), os.fspath(target), form)
+    with _writing(job.target):
+        state = _read_state(job)
+        _check_space(job, state)
+        with _working(job.target) as work:
+            if state is None:
+                state = _begin(job, work)
+            for name in _COPIED:
+                _copy(job, work, name)
+            _write_outputs(job, state, work, progress)
+            if _identity(job.source, job.form, job.located) != job.identity:
+                raise error(job.source, "files that stay as they are", *_CHANGED)
+            if form == storage.SAFETENSORS:
+                text = safe_format.write_index(job.records, state.checksums)
+                _put(job, work, storage.INDEX, [text])
+    return job
+
+
+_CHANGED = "some that changed meanwhile", "start the same command again when nothing writes there"
+
+
+def _plan(source: str, target: str, form: str) -> Job:
+    """Check all that can be checked before the first byte is written."""
+    from runner import read_model_config  # Takes seconds.
+
+    config = read_model_config(source)
+    if storage.form(source) == form:
+        remedy = f"name another form than {form} with --to"
+        raise error(source, "a checkpoint in another form", f"one that is {form} already", remedy)
+    shapes = config.param_shapes()
+    records = checkpoint.files(shapes)
+    located = _locate(source, shapes)
+    if form == storage.SAFETENSORS:
+        checksums: Mapping[str, str] = {}
+        outputs = [_safe_output(*item) for item in safe_format.layout(records).items()]
+    else:
+        checksums = safe_format.read_index(source).checksums
+        outputs = [Output(f"{storage.FOLDER}/{r.file}", [r], r.size) for r in records]
+    identity = _identity(source, form, located)
+    job = Job(source, target, form, records, located, checksums, outputs, identity)
+    with _writing(target):
+        _check_target(job)
+    return job
+
+
+def _locate(directory: Directory, shapes: Any) -> dict[str, tensor_file.Located]:
+    """Return where each tensor lies in a checkpoint of either form, all headers checked."""
+    located: dict[str, tensor_file.Located] = {}
+    leaves = checkpoint.check_files(directory, shapes)
+    for record, leaf in zip(checkpoint.files(shapes), leaves, strict=True):
+        located |= safe_format.tensors(record, leaf)
+    return located
+
+
+def _safe_output(file: str, members: list[TensorFile]) -> Output:
+    arrays = [array for record in members for array in safe_format.tensors(record).values()]
+    size = sum(map(safe_format.nbytes, arrays)) + _HEADER * len(arrays)
+    return Output(file, members, size)
+
+
+def _identity(source: str, form: str, located: Mapping[str, tensor_file.Located]) -> str:
+    """Return a digest of what is converted: the names, sizes and times of all files."""
+    paths = {array.path for array in located.values()}
+    paths |= {os.path.join(source, name) for name in (*_COPIED, storage.INDEX)}
+    seen: list[Any] = [form, checkpoint.read_config(source)]
+    for path in sorted(paths):
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path)
+            name = os.path.relpath(path, source)
+            seen.append([name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+def _check_target(job: Job) -> None:
+    """Raise CheckpointError if DST holds what would be left over, or cannot be there."""
+    target, source = os.path.realpath(job.target), os.path.realpath(job.source)
+    inside = os.path.commonpath([target, os.path.join(source, storage.FOLDER)])
+    if target == source or inside == os.path.join(source, storage.FOLDER):
+        got = "the source itself" if target == source else "a part of the source"
+        raise error(job.target, "another directory than the source", got, "name another one")
+    if os.path.lexists(job.target) and not os.path.isdir(job.target):
+        remedy = "name a directory, which need not exist"
+        raise error(job.target, "a directory to write to", "something else", remedy)
+    other = storage.FOLDER if job.form == storage.SAFETENSORS else storage.INDEX
+    left = [other] if os.path.lexists(os.path.join(job.target, other)) else []
+    with contextlib.suppress(FileNotFoundError):
+        left += sorted(_tensor_files(job) - {output.file for output in job.outputs})
+    own, others = (os.path.join(folder, "config.json") for folder in (job.source, job.target))
+    if os.path.lexists(others) and not os.path.lexists(own):
+        left.append("config.json")
+    if left:
+        got = f"{len(left)} of another one that would be left over"
+        remedy = "remove what is there, or name another directory"
+        where = os.path.join(job.target, left[0])
+        raise error(where, "only files that the new checkpoint replaces", got, remedy)
+
+
+def _tensor_files(job: Job) -> set[str]:
+    """Return the files in DST that are of the form to be written."""
+    if job.form == storage.SAFETENSORS:
+        return {name for name in os.listdir(job.target) if name.endswith(".safetensors")}
+    folder = os.path.join(job.target, storage.FOLDER)
+    return {f"{storage.FOLDER}/{name}" for name in checkpoint.tensor_names(folder)}
+
+
+def _check_space(job: Job, state: State | None) -> None:
+    """Raise CheckpointError if the disk is too small for what is still to be written."""
+    needed = largest = 0
+    for output in job.outputs:
+        if state is None or not _finished(job, state, output):
+            with contextlib.suppress(FileNotFoundError):
+                old = os.stat(os.path.join(job.target, output.file)).st_size
+                needed, largest = needed - old, max(largest, old)
+            needed += output.size
+    place = os.path.abspath(job.target)
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if needed + largest > free:
+        raise error(
+            job.target,
+            f"{needed + largest:,} bytes of free disk space",
+            f"{free:,} bytes",
+            "make room, or name a directory on another disk",
+        )
+
+
+@contextlib.contextmanager
+def _writing(target: str) -> Iterator[None]:
+    """Turn what the system says against writing into one sentence."""
+    try:
+        yield
+    except OSError as problem:
+        got = f"an error ({problem.strerror or problem})"
+        remedy = "mend that and start the same command again: it goes on from there"
+        where = os.fspath(problem.filename or target)
+        raise error(where, "files that can be read and written", got, remedy) from problem
+
+
+@contextlib.contextmanager
+def _working(target: str) -> Iterator[str]:
+    """Make DST/.converting, for this process alone; it stays if the block ends in an error."""
+    work = os.path.join(target, storage.WORK)
+    os.makedirs(work, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            expected, got = "one conversion at a time", "another one at work"
+            raise error(target, expected, got, "wait until it ends") from None
+        except OSError:
+            pass  # This file system knows no locks.
+        _clean(work)
+        try:
+            yield work
+        except BaseException:
+            _clean(work)
+            raise
+        storage.remove(os.path.join(work, _STATE))
+        os.rmdir(work)
+    finally:
+        os.close(descriptor)
+
+
+def _clean(work: str) -> None:
+    """Remove what was being written, perhaps by a process that was killed."""
+    for name in os.listdir(work):
+        if name != _STATE:
+            os.remove(os.path.join(work, name))
+
+
+def _read_state(job: Job) -> State | None:
+    """Return how far an earlier call with the same source came; None: there was none."""
+    path = os.path.join(job.target, storage.WORK, _STATE)
+    try:
+        with storage.open_regular(path) as file:
+            state = State(**json.load(file))
+        if not isinstance(state.files, dict) or not isinstance(state.checksums, dict):
+            raise ValueError("expected two objects")
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError, RecursionError):
+        say(f"{path} is damaged: starting anew")
+        return None
+    if state.identity != job.identity:
+        say(f"{job.source} is not what {job.target} was begun with: starting anew")
+        return None
+    return state
+
+
+def _begin(job: Job, work: str) -> State:
+    """Forget an earlier conversion; what it finished is now only in the way."""
+    state = State(job.identity, {}, {})
+    _write_state(work, state)
+    storage.remove(os.path.join(job.target, storage.INDEX))
+    return state
+
+
+def _write_state(work: str, state: State) -> None:
+    storage.write(os.path.join(work, _STATE), [json.dumps(dataclasses.asdict(state)).encode()])
+
+
+def _put(job: Job, work: str, name: str, contents: Any) -> None:
+    """Write a small file of DST."""
+    temporary = os.path.join(work, name)
+    storage.write(os.path.join(job.target, name), contents, temporary)
+
+
+def _copy(job: Job, work: str, name: str) -> None:
+    path = os.path.join(job.source, name)
+    if os.path.lexists(path):
+        with storage.open_regular(path) as file:
+            _put(job, work, name, iter(functools.partial(file.read, 1 << 20), b""))
+
+
+def _stamp(path: str) -> list[int]:
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _finished(job: Job, state: State, output: Output) -> bool:
+    """Return whether a file is there as this conversion left it."""
+    path = os.path.join(job.target, output.file)
+    stamp = state.files.get(output.file)
+    known = stamp is not None and state.checksums.keys() >= set(output.names)
+    return known and os.path.isfile(path) and _stamp(path) == stamp
+
+
+def _write_outputs(job: Job, state: State, work: str, progress: Progress | None) -> None:
+    """Write the files that are not finished, and note each as soon as it is."""
+    counter = Counter(job.total, progress)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for output in job.outputs:
+            if _finished(job, state, output):
+                counter.add(sum(safe_format.nbytes(job.located[name]) for name in output.names))
+                continue
+            path = os.path.join(job.target, output.file)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            state.checksums |= _write_output(job, output, path, work, pool, counter)
+            state.files[output.file] = _stamp(path)
+            _write_state(work, state)
+
+
+def _write_output(
+    job: Job, output: Output, path: str, work: str, pool: ThreadPoolExecutor, counter: Counter
+) -> dict[str, str]:
+    """Write one file; returns the checksums of its tensors, computed from the source."""
+    futures = {
+        # Beside the writing: both take the same pages of the source while they are in memory.
+        name: pool.submit(safe_format.checksum, job.located[name], counter.add)
+        for name in output.names
+    }
+    arrays = {name: _map(job.located[name]) for name in output.names}
+    temporary = os.path.join(work, os.path.basename(path))
+    if job.form == storage.SAFETENSORS:
+        safe_format.write_tensors(temporary, arrays)
+    else:
+        (record,) = output.members
+        pieces = tensor_file.contents(record.leaf, arrays.values())
+        storage.fill(temporary, pieces)
+    checksums = {name: future.result() for name, future in futures.items()}
+    for name, found in checksums.items():
+        if job.checksums.get(name, found) != found:
+            raise _mismatch(name, job.located[name], job.checksums[name], found)
+    storage.place(temporary, path)
+    return checksums
+
+
+def _map(array: tensor_file.Located) -> np.ndarray:
+    """Return an array of the source where it lies."""
+    try:
+        return np.memmap(array.path, array.dtype, "r", offset=array.offset, shape=array.shape)
+    except ValueError as problem:
+        raise error(array.path, "a file that stays as it is", *_CHANGED) from problem
+
+
+def _mismatch(
+    name: str, array: tensor_file.Located, expected: str, got: str
+) -> storage.CheckpointError:
+    remedy = "the values have changed since they were written: convert or download them again"
+    return error(f"{array.path} ({name})", expected, got, remedy)
+
+
+# ----------------------------------------------------------------------------------------- verify
+
+
+def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
+    """Check all headers of a checkpoint and, if it holds checksums, every value.
+
+    Returns a sentence that says what was checked, and one for each tensor that is not what it was.
+    Raises CheckpointError (a ValueError) if the files cannot be those of a checkpoint.
+    """
+    from runner import read_model_config  # Takes seconds.
+
+    shapes = read_model_config(directory).param_shapes()
+    records = checkpoint.files(shapes)
+    located = _locate(directory, shapes)
+    if storage.form(directory) == storage.RELEASED:
+        return (
+            f"{directory}: the names, sizes and headers of {len(records)} files with "
+            f"{sum(record.size for record in records):,} bytes are right; this form holds no "
+            f"checksums of the values: python checkpoint.py convert {directory} DST --to "
+            "safetensors writes one that does"
+        ), []
+    checksums = safe_format.read_index(directory).checksums
+    problems = _verify_tensors(located, checksums, progress)
+    files = len({array.path for array in located.values()})
+    size = sum(map(safe_format.nbytes, located.values()))
+    right = len(located) - len(problems)
+    counts = f"{right} of {len(located)} tensors in {files} files with {size:,} bytes"
+    return f"{directory}: {counts} have the checksums of the index", problems
+
+
+def _verify_tensors(
+    located: Mapping[str, tensor_file.Located],
+    checksums: Mapping[str, str],
+    progress: Progress | None,
+) -> list[str]:
+    """Return a sentence for each tensor that cannot be read or has another checksum."""
+    counter = Counter(sum(map(safe_format.nbytes, located.values())), progress)
+    problems = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        futures = {
+            pool.submit(safe_format.checksum, array, counter.add): name
+            for name, array in located.items()
+        }
+        for future in as_completed(futures):
+            name = futures[future]
+            try:
+                found = future.result()
+            except OSError as problem:
+                found = f"an error ({problem.strerror})"
+            if found != checksums[name]:
+                problems[name] = str(_mismatch(name, located[name], checksums[name], found))
+    return [problems[name] for name in located if name in problems]
+
+
+# ---------------------------------------------------------------------------------------- the shell
+
+
+class ByteProgress:
+    """Shows how many bytes are done: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self, label: str, seconds: float = 5.0):
+        self.label = label
+        self.seconds = seconds
+        self.next = time.perf_counter() + seconds
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the bytes that are done, and all there are."""
+        if sys.stderr.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=total, desc=self.label, unit="B", unit_scale=True)
+            self.bar.update(done - self.bar.n)
+        elif time.perf_counter() >= self.next:
+            say(f"{self.label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            self.next = time.perf_counter() + self.seconds
+
+    def close(self) -> None:
+        """End the line of the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    parser = Parser(
+        prog="checkpoint.py",
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")
+    text = "write a checkpoint in another form; interrupted, the same command goes on"
+    command = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
+    command.add_argument("source", metavar="SRC", help="directory that holds the checkpoint")
+    command.add_argument("target", metavar="DST", help="directory to write to; made if need be")
+    command.add_argument(
+        "--to",
+        choices=(storage.SAFETENSORS, storage.RELEASED),
+        required=True,
+        help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
+    )
+    text = "check all headers and, of safetensors, the checksum of every tensor"
+    command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
+    command.add_argument("directory", metavar="DIR", help="directory that holds the checkpoint")
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
+    """Carry out the command; returns the exit status."""
+    if options.command == "verify":
+        summary, problems = verify(options.directory, progress)
+        progress.close()
+        for problem in problems:
+            say(f"error: {problem}")
+        print(summary, flush=True)
+        return 1 if problems else 0
+    job = convert(options.source, options.target, options.to, progress)
+    progress.close()
+    print(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors", flush=True)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    # As in run.py: Ctrl-C strikes the main thread, which only waits.
+    worker = ThreadPoolExecutor(max_workers=1)
+    options = parse_arguments(arguments)
+    progress = ByteProgress(options.command)
+    try:
+        return worker.submit(_run, options, progress).result()
+    except KeyboardInterrupt:
+        progress.close()
+        say("interrupted; the same command goes on from here")
+        os._exit(130)  # sys.exit would wait for the worker
+    except BrokenPipeError:
+        os._exit(141)  # the reader has gone
+    except (ValueError, OSError) as problem:
+        progress.close()
+        say(f"error: {problem}")
+        return 1
+    except ModuleNotFoundError as problem:
+        say(f"error: {problem.name} is not installed; run: pip install -r requirements.txt")
+        return 1

@@ -1,0 +1,305 @@
+"""The safetensors form of a checkpoint: its names, its index, its headers and its checksums.
+
+DIR holds one file a layer, `layer-00.safetensors` and on, `outer.safetensors` with what belongs to
+no layer, and the index `model.safetensors.index.json`:
+
+    {"metadata": {"format": "grok-1-jax/1", "total_size": bytes of all tensors},
+     "weight_map": {tensor: file},
+     "checksums": {tensor: "sha256:" and 64 hexadecimal digits}}
+
+A tensor is named like the released parameter, `transformer/decoder_layer_0/rms_norm/scale`; an int8
+matrix is two of them, `.../w/weight` and `.../w/scales`. Values are stored as they were released.
+The safetensors library writes the files, and checks that a file's tensors lie in it one after
+another without gap or overlap; where each lies is then read from the header (a length in eight
+bytes, little-endian, and so much JSON).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes  # numpy learns the name "bfloat16"
+import numpy as np
+import safetensors
+
+import storage
+import tensor_file
+from quantization import QuantizedWeight8bit
+from storage import Directory, TensorFile, error
+
+OUTER = "outer.safetensors"
+_FORMAT = "grok-1-jax/1"
+# Grok-1's index has 0.4 MB and its headers 3 kB. The limits bound what a hostile file can take.
+_MAX_INDEX_BYTES = 4 << 20
+_MAX_HEADER_BYTES = 1 << 18
+_PIECE = 4 << 20  # bytes that are read at a time
+
+_DTYPES = {
+    **{f"I{8 * size}": f"int{8 * size}" for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": f"uint{8 * size}" for size in (1, 2, 4, 8)},
+    **{f"F{8 * size}": f"float{8 * size}" for size in (2, 4, 8)},
+    "BF16": np.dtype(ml_dtypes.bfloat16).name,
+    "BOOL": "bool",
+}
+_DAMAGED = "convert or download it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What the index says: the file and the checksum of each tensor, and the bytes of all."""
+
+    files: Mapping[str, str]
+    checksums: Mapping[str, str]
+    total_size: int
+
+
+# Names.
+
+
+def tensors(record: TensorFile, leaf: Any = None) -> dict[str, Any]:
+    """Return {name: array} of a parameter's leaf; by default of `record.leaf`."""
+    leaf = record.leaf if leaf is None else leaf
+    if isinstance(leaf, QuantizedWeight8bit):
+        return {f"{record.name}/weight": leaf.weight, f"{record.name}/scales": leaf.scales}
+    return {record.name: leaf}
+
+
+def layout(records: Iterable[TensorFile]) -> dict[str, list[TensorFile]]:
+    """Return {file: the parameters that it holds}: first what belongs to no layer, then layers."""
+    groups: dict[int, list[TensorFile]] = {}
+    for record in records:
+        groups.setdefault(-1 if record.layer is None else record.layer, []).append(record)
+    digits = max(2, len(str(max(groups))))  # so that they sort
+    return {
+        OUTER if layer < 0 else f"layer-{layer:0{digits}d}.safetensors": groups[layer]
+        for layer in sorted(groups)
+    }
+
+
+def nbytes(array: Any) -> int:
+    """Return how many bytes an array's values take."""
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+# Writing.
+
+
+def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> bytes:
+    """Return the bytes of the index; the same parameters make the same bytes."""
+    weight_map, size = {}, 0
+    for file, members in layout(records).items():
+        for record in members:
+            for name, array in tensors(record).items():
+                weight_map[name] = file
+                size += nbytes(array)
+    fields = {
+        "metadata": {"format": _FORMAT, "total_size": size},
+        "weight_map": weight_map,
+        "checksums": {name: checksums[name] for name in weight_map},
+    }
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def write_tensors(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file straight from where the arrays lie: nothing is copied.
+
+    arrays: little-endian and in C order. Raises OSError.
+    """
+    with open(path, "wb") as file:  # The library makes files that nobody else may read.
+        mode = os.fstat(file.fileno()).st_mode
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=array.dtype.name,
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in arrays.items()
+    }
+    try:
+        # One entry at most: the library writes several in any order.
+        safetensors.serialize_file(specs, path, {"format": "np"})
+    except safetensors.SafetensorError as problem:
+        raise OSError(None, str(problem), path) from problem
+    os.chmod(path, mode & 0o777)
+
+
+# Checksums.
+
+
+def checksum(array: tensor_file.Located, count: Callable[[int], object] | None = None) -> str:
+    """Return the checksum of an array's bytes as the index has it.
+
+    count: called with the bytes of each piece. Raises OSError, also if the file ends too early:
+    unlike a mapped one, which would end the process.
+    """
+    digest, left = hashlib.sha256(), nbytes(array)
+    buffer = memoryview(bytearray(min(_PIECE, left)))
+    with storage.open_regular(array.path) as file:
+        file.seek(array.offset)
+        while left:
+            got = file.readinto(buffer[: min(len(buffer), left)])  # type: ignore[attr-defined]
+            if not got:
+                raise OSError(None, f"it ends {left} bytes too early", array.path)
+            digest.update(buffer[:got])
+            left -= got
+            if count is not None:
+                count(got)
+    return f"sha256:{digest.hexdigest()}"
+
+
+# Reading and checking.
+
+
+def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
+    """Check the index, and the sizes and headers of all files of DIR.
+
+    Returns where the arrays of each parameter lie, in the order of `records`: a
+    tensor_file.Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
+    """
+    files = layout(records)
+    _check_index(os.path.join(directory, storage.INDEX), read_index(directory), files)
+    leaves: dict[str, Any] = {}
+    for file, members in files.items():
+        leaves |= _check_file(os.path.join(directory, file), members)
+    return [leaves[record.name] for record in records]
+
+
+def read_index(directory: Directory) -> Index:
+    """Return the index of DIR, its own form checked. Raises CheckpointError."""
+    path = os.path.join(directory, storage.INDEX)
+    try:
+        with storage.open_regular(path) as opened:
+            text = opened.read(_MAX_INDEX_BYTES + 1)
+    except OSError as problem:
+        got = f"an error ({problem.strerror})"
+        raise error(path, "a readable file", got, "check its permissions") from problem
+    if len(text) > _MAX_INDEX_BYTES:
+        raise error(path, f"at most {_MAX_INDEX_BYTES} bytes of JSON", "more", _DAMAGED)
+    match _parse(path, text):
+        case {
+            "metadata": {"format": str(kind), "total_size": int(size)},
+            "weight_map": dict(files),
+            "checksums": dict(checksums),
+        }:
+            pass
+        case _:
+            expected, got = "metadata, weight_map and checksums", "something else"
+            remedy = "an index by another program does not do: convert the released files"
+            raise error(path, expected, got, remedy)
+    if kind != _FORMAT:
+        raise error(path, f"the format {_FORMAT}", _short(kind), "convert the released files")
+    for name in files.keys() ^ checksums.keys():
+        raise error(path, "a file and a checksum for each tensor", _short(name), _DAMAGED)
+    for name, file in files.items():
+        if not isinstance(file, str):
+            raise error(f"{path} ({_short(name)})", "a file's name", _short(file), _DAMAGED)
+    for name, value in checksums.items():
+        if not isinstance(value, str) or not re.fullmatch("sha256:[0-9a-f]{64}", value):
+            where = f"{path} ({_short(name)})"
+            raise error(where, "a checksum like sha256:00ff", _short(value), _DAMAGED)
+    return Index(files, checksums, size)
+
+
+def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]]) -> None:
+    """Raise CheckpointError unless the index has exactly the tensors of `files`, each in its."""
+    arrays = {
+        file: [item for record in members for item in tensors(record).items()]
+        for file, members in files.items()
+    }
+    expected = {name: file for file, items in arrays.items() for name, _ in items}
+    depth = len(files.keys() - {OUTER})
+    layers = {file for file in index.files.values() if file != OUTER}
+    if len(layers) != depth:
+        remedy = "correct the number of layers in the configuration, or convert again"
+        raise error(path, f"files of {depth} layers", f"{len(layers)}", remedy)
+    for name in sorted(expected.keys() ^ index.files.keys()):
+        got = "none" if name in expected else f"one more, {_short(name)}"
+        where = f"{path} ({name})" if name in expected else path
+        remedy = "check that the configuration is that of this checkpoint"
+        raise error(where, f"the {len(expected)} tensors of the model", got, remedy)
+    for name, file in expected.items():
+        if index.files[name] != file:
+            raise error(f"{path} ({name})", file, _short(index.files[name]), _DAMAGED)
+    size = sum(nbytes(array) for items in arrays.values() for _, array in items)
+    if index.total_size != size:
+        raise error(path, f"a total_size of {size}", _short(index.total_size), _DAMAGED)
+
+
+def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
+    """Return {parameter: the leaf with the places of its arrays} of one file."""
+    found = _read_header(path)
+    expected = {name: array for record in members for name, array in tensors(record).items()}
+    for name in sorted(expected.keys() ^ found.keys()):
+        got = f"none of the name {name}" if name in expected else f"one more, {_short(name)}"
+        raise error(path, f"{len(expected)} tensors", got, _DAMAGED)
+    for name, array in expected.items():
+        if tensor_file.describe(found[name]) != tensor_file.describe(array):
+            wanted, got = tensor_file.describe(array), tensor_file.describe(found[name])
+            remedy = "check that the configuration is that of this checkpoint"
+            raise error(f"{path} ({name})", wanted, got, remedy)
+    return {
+        record.name: jax.tree.unflatten(
+            jax.tree.structure(record.leaf), [found[name] for name in tensors(record)]
+        )
+        for record in members
+    }
+
+
+def _read_header(path: str) -> dict[str, tensor_file.Located]:
+    """Return where the tensors of a whole and consistent safetensors file lie."""
+    try:
+        with storage.open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                limit = f"a header of at most {_MAX_HEADER_BYTES} bytes"
+                raise error(path, limit, f"one of {length}", _DAMAGED)
+            text = file.read(length)
+        # Opening it checks every type, shape and place, and that the file has the right length.
+        with safetensors.safe_open(path, "np"):
+            pass
+    except OSError as problem:
+        got = f"an error ({problem.strerror or problem})"
+        remedy = f"check that it is there and may be read, or {_DAMAGED}"
+        raise error(path, "a readable safetensors file", got, remedy) from problem
+    except safetensors.SafetensorError as problem:
+        got = f"a damaged one ({_short(str(problem))})"
+        raise error(path, "a whole safetensors file", got, _DAMAGED) from problem
+    located = {}
+    for name, entry in _parse(path, text).items():
+        match entry:
+            case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int()]}:
+                dtype = _DTYPES.get(code, code)
+                located[name] = tensor_file.Located(tuple(shape), dtype, 8 + length + begin, path)
+            case _ if name != "__metadata__":
+                raise error(f"{path} ({_short(name)})", "a tensor", "something else", _DAMAGED)
+    return located
+
+
+def _parse(path: str, text: bytes) -> dict[str, Any]:
+    """Return a JSON object in which no key comes twice: programs differ in which they take."""
+    try:
+        fields = json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as problem:
+        raise error(path, "valid JSON", f"an error ({problem})", _DAMAGED) from problem
+    if not isinstance(fields, dict):
+        raise error(path, "a JSON object", f"a {type(fields).__name__}", _DAMAGED)
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name comes twice")
+    return fields
+
+
+def _short(value: Any) -> str:
+    """Return a value of a file as an error may show it: on one line, and not all of it."""
+    return ascii(value if not isinstance(value, (dict, list)) else type(value).__name__)[:120]

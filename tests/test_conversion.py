@@ -1,0 +1,618 @@
+"""Conversions keep every byte, whatever interrupts them, and damage is found and named."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import checkpoint
+import conversion
+import golden
+import safe_format
+import storage
+from checkpoint import CheckpointError
+from conversion import convert, verify
+from model import LanguageModelConfig, TransformerConfig
+from test_checkpoint import assert_same, random_params
+
+ROOT = pathlib.Path(conversion.__file__).parent
+INDEX, WORK = storage.INDEX, storage.WORK
+
+
+def model(layers: int) -> LanguageModelConfig:
+    """A configuration whose layers take 5 kB."""
+    return LanguageModelConfig(
+        vocab_size=32,
+        sequence_len=8,
+        model=TransformerConfig(
+            emb_size=8,
+            key_size=2,
+            num_q_heads=8,
+            num_kv_heads=8,
+            num_layers=layers,
+            num_experts=2,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def save(directory: pathlib.Path, layers: int, seed: int = 0) -> pathlib.Path:
+    config = model(layers)
+    checkpoint.save(directory, random_params(config.param_shapes(), seed), config.to_dict())
+    (directory / "tokenizer.model").write_bytes(b"pieces")
+    return directory
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    """All files of a directory, hidden ones and those below it too."""
+    paths = [path for path in directory.rglob("*") if not path.is_dir()]
+    return {os.fspath(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return save(tmp_path_factory.mktemp("released"), 3)
+
+
+@pytest.fixture(scope="module")
+def safe(released: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("safe")
+    convert(released, directory, "safetensors")
+    return directory
+
+
+# What comes out.
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_there_and_back_again_every_byte_is_the_same(name: str, tmp_path: pathlib.Path) -> None:
+    source = golden.DIRECTORY / name
+    convert(source, tmp_path / "there", "safetensors")
+    convert(tmp_path / "there", tmp_path / "back", "released")
+    expected = contents(source / "ckpt-0")
+    assert contents(tmp_path / "back/ckpt-0") == expected and len(expected) > 30
+    for folder in ("there", "back"):
+        assert (tmp_path / folder / "config.json").read_bytes() == (
+            source / "config.json"
+        ).read_bytes()
+        assert not (tmp_path / folder / WORK).exists()
+    shapes = golden.config(name, "float32").param_shapes()
+    assert_same(checkpoint.load(tmp_path / "there", shapes), checkpoint.load(source, shapes))
+    convert(tmp_path / "back", tmp_path / "again", "safetensors")
+    assert contents(tmp_path / "again") == contents(tmp_path / "there")
+
+
+def test_a_converted_directory_has_all_that_belongs_to_it_and_nothing_else(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    layers = {f"layer-{layer:02d}.safetensors" for layer in range(3)}
+    others = {safe_format.OUTER, INDEX, "config.json", "tokenizer.model"}
+    assert contents(safe).keys() == layers | others
+    convert(safe, tmp_path, "released")
+    assert contents(tmp_path) == contents(released)
+
+
+def test_a_finished_conversion_done_again_ends_in_the_same_bytes(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for _ in range(2):
+        convert(released, tmp_path, "safetensors")
+        assert contents(tmp_path) == contents(safe)
+
+
+def test_another_checkpoint_of_the_same_layout_is_replaced(
+    safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    convert(save(tmp_path / "other", 3, seed=1), tmp_path / "new", "safetensors")
+    shutil.copytree(safe, tmp_path / "target")
+    convert(tmp_path / "other", tmp_path / "target", "safetensors")
+    assert contents(tmp_path / "target") == contents(tmp_path / "new")
+
+
+def test_progress_counts_every_byte_once(released: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    calls: list[tuple[int, int]] = []
+    job = convert(released, tmp_path, "safetensors", lambda *call: calls.append(call))
+    done = [call[0] for call in calls]
+    assert done == sorted(done) and calls[-1] == (job.total, job.total)
+    assert job.total == safe_format.read_index(tmp_path).total_size
+
+
+def test_arrays_are_not_held_in_memory(tmp_path: pathlib.Path) -> None:
+    """A layer of Grok-1 has 4.9 GB."""
+    program = f"""
+import threading, time
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import jax, jax.numpy as jnp, numpy as np
+import checkpoint, conversion, model, runner
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+config = model.LanguageModelConfig(vocab_size=64, sequence_len=8, model=model.TransformerConfig(
+    emb_size=512, key_size=8, num_q_heads=8, num_kv_heads=8, num_layers=1, num_experts=8,
+    num_selected_experts=2, widening_factor=16))
+ones = jax.tree.map(lambda s: np.broadcast_to(np.ones((), s.dtype), s.shape), config.param_shapes())
+checkpoint.save({str(tmp_path / "a")!r}, ones, config.to_dict())
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+there = conversion.convert({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "safetensors")
+conversion.convert({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}, "released")
+conversion.verify({str(tmp_path / "b")!r})
+done = True
+thread.join()
+print(there.total, peak - before)
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    printed = subprocess.run(command, capture_output=True, check=True, cwd=tmp_path).stdout
+    total, grown = map(int, printed.split())
+    assert total > 60e6
+    assert grown < 32e6, printed  # four buffers of 4 MiB, and the rest of the work
+
+
+# Verification.
+
+
+def test_what_is_whole_is_verified(released: pathlib.Path, safe: pathlib.Path) -> None:
+    summary, problems = verify(safe)
+    assert not problems
+    total = safe_format.read_index(safe).total_size
+    assert summary == (
+        f"{safe}: 59 of 59 tensors in 4 files with {total:,} bytes have the checksums of the index"
+    )
+    summary, problems = verify(released)
+    assert not problems
+    assert "headers of 38 files" in summary and "this form holds no checksums" in summary
+    assert f"convert {released} DST --to safetensors" in summary
+
+
+def flip(directory: pathlib.Path, name: str, place: int = 0) -> pathlib.Path:
+    """Change one bit of a tensor's values."""
+    path = directory / safe_format.read_index(directory).files[name]
+    shapes = model(3).param_shapes()
+    leaves = zip(checkpoint.files(shapes), checkpoint.check_files(directory, shapes), strict=True)
+    located = {
+        k: v for record, leaf in leaves for k, v in safe_format.tensors(record, leaf).items()
+    }
+    data = bytearray(path.read_bytes())
+    data[located[name].offset + place] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+WEIGHT = "transformer/decoder_layer_1/moe/linear_1/w/weight"
+NORM = "language_model/rms_norm/scale"
+
+
+def test_a_flipped_bit_is_found_and_named(safe: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(safe, tmp_path / "bad")
+    first, last = flip(tmp_path / "bad", NORM), flip(tmp_path / "bad", WEIGHT, place=100)
+    summary, problems = verify(tmp_path / "bad")
+    assert "57 of 59 tensors" in summary
+    hashes = "expected sha256:[0-9a-f]{64}, got sha256:[0-9a-f]{64}; the values have changed"
+    assert len(problems) == 2
+    for problem, path, name in zip(problems, (first, last), (NORM, WEIGHT), strict=True):
+        assert re.match(re.escape(f"{path} ({name}): ") + hashes, problem), problem
+
+
+def test_damaged_values_are_not_converted(safe: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(safe, tmp_path / "bad")
+    path = flip(tmp_path / "bad", WEIGHT)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} ({WEIGHT}): expected sha256:")):
+        convert(tmp_path / "bad", tmp_path / "out", "released")
+    # What came before it stays, and the good source starts anew.
+    assert os.listdir(tmp_path / "out" / WORK) == ["state.json"]
+    convert(safe, tmp_path / "out", "released")
+    convert(tmp_path / "out", tmp_path / "again", "safetensors")
+    assert contents(tmp_path / "again") == contents(safe)
+
+
+# Interruptions.
+
+
+def stop_after(count: int) -> Callable[[int, int], None]:
+    """A progress that raises, as if by a signal, once so many calls were made."""
+    calls = iter(range(count))
+
+    def progress(*_: int) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("form", ["safetensors", "released"])
+def test_finished_files_are_not_written_again(
+    form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source, expected = (released, safe) if form == "safetensors" else (safe, released)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path, form, stop_after(40))
+    state = json.loads((tmp_path / WORK / "state.json").read_text())
+    finished = {name: (tmp_path / name).stat() for name in state["files"]}
+    assert 1 < len(finished) < len(contents(expected)) - 3
+    assert os.listdir(tmp_path / WORK) == ["state.json"]
+    with pytest.raises(CheckpointError, match="got a conversion's unfinished one"):
+        verify(tmp_path) if form == "released" else checkpoint.check_files(tmp_path, {})
+    convert(source, tmp_path, form)
+    assert contents(tmp_path) == contents(expected)
+    for name, before in finished.items():
+        after = (tmp_path / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_finished_file_that_was_touched_is_written_again(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(released, tmp_path, "safetensors", stop_after(40))
+    (tmp_path / safe_format.OUTER).write_bytes(b"other")
+    (tmp_path / "layer-00.safetensors").unlink()
+    convert(released, tmp_path, "safetensors")
+    assert contents(tmp_path) == contents(safe)
+
+
+@pytest.mark.parametrize("change", ["touched", "config", "other"])
+def test_another_source_starts_anew(
+    change: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = save(tmp_path / "source", 3, seed=1), tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, "safetensors", stop_after(40))
+    old = (target / safe_format.OUTER).stat().st_ino
+    if change == "touched":
+        os.utime(source / "ckpt-0/tensor00005_000", ns=(1, 1))
+    elif change == "config":
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"sequence_len": 9}))
+    else:
+        save(source, 3, seed=2)
+    convert(source, target, "safetensors")
+    assert f"{source} is not what {target} was begun with: starting anew" in capsys.readouterr().err
+    assert (target / safe_format.OUTER).stat().st_ino != old
+    convert(source, tmp_path / "fresh", "safetensors")
+    assert contents(target) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"identity": 1, "files": 2, "checksums": 3}'])
+def test_a_damaged_state_starts_anew(
+    text: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / WORK).mkdir()
+    (tmp_path / WORK / "state.json").write_text(text)
+    (tmp_path / WORK / ".tmpAbC123").write_text("of a process that was killed")
+    convert(released, tmp_path, "safetensors")
+    assert contents(tmp_path) == contents(safe)
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: pathlib.Path) -> None:
+    source = save(tmp_path / "source", 3)
+    touch = lambda *_: os.utime(source / "ckpt-0/tensor00000_000")  # noqa: E731
+    with pytest.raises(CheckpointError, match="files that stay as they are, got some that"):
+        convert(source, tmp_path / "target", "safetensors", touch)
+    assert not (tmp_path / "target" / INDEX).exists()
+
+
+def test_an_old_index_never_stands_beside_new_files(
+    safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(safe, tmp_path / "target")
+    source = save(tmp_path / "source", 3, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "target", "safetensors", stop_after(0))
+    assert not (tmp_path / "target" / INDEX).exists()
+
+
+def test_two_conversions_to_one_place_do_not_mix(
+    released: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    refused = []
+
+    def again(*_: int) -> None:
+        if not refused:
+            with pytest.raises(CheckpointError, match="one conversion at a time") as caught:
+                convert(released, tmp_path, "safetensors")
+            refused.append(caught)
+
+    convert(released, tmp_path, "safetensors", again)
+    assert refused and not verify(tmp_path)[1]
+
+
+# The command.
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", ROOT / "checkpoint.py", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+
+
+def command(*arguments: object) -> Result:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=60)
+    return Result(process.returncode, out, err)
+
+
+def test_the_command_converts_and_verifies(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    target = tmp_path / "made/for it"
+    result = command("convert", released, target, "--to", "safetensors")
+    assert result == (0, f"{target}: 4 files with {_total(safe):,} bytes of tensors\n", "")
+    assert contents(target) == contents(safe)
+    result = command("verify", target)
+    assert (result.status, result.err) == (0, "") and "59 of 59 tensors in 4 files" in result.out
+    path = flip(target, WEIGHT)
+    result = command("verify", target)
+    assert result.status == 1 and "58 of 59 tensors" in result.out
+    assert result.err.startswith(f"error: {path} ({WEIGHT}): expected sha256:")
+    assert result.err.count("\n") == 1
+
+
+def _total(directory: pathlib.Path) -> int:
+    return safe_format.read_index(directory).total_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "error: the following arguments are required: convert|verify; --help"),
+        (["convert", "a"], "required: DST, --to; --help"),
+        (["convert", "a", "b", "--to", "zip"], "argument --to: invalid choice: 'zip'"),
+        (["verify", "a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        conversion.main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1
+
+
+def _to(directory: pathlib.Path, *parts: str) -> list[object]:
+    return ["convert", directory / "released", directory.joinpath(*parts), "--to", "safetensors"]
+
+
+def _with(name: str, text: str = "x") -> Callable[[pathlib.Path], list[object]]:
+    """Convert to a directory that holds a file already."""
+
+    def arguments(directory: pathlib.Path) -> list[object]:
+        (directory / "target" / name).parent.mkdir(parents=True)
+        (directory / "target" / name).write_text(text)
+        return _to(directory, "target")
+
+    return arguments
+
+
+def _without_config(directory: pathlib.Path) -> list[object]:
+    (directory / "released/config.json").unlink()
+    return _to(directory, "target")
+
+
+def _broken(directory: pathlib.Path) -> list[object]:
+    os.truncate(directory / "released/ckpt-0/tensor00003_000", 100)
+    return _to(directory, "target")
+
+
+# fmt: off
+REFUSALS: dict[str, tuple[Callable[[pathlib.Path], list[object]], str]] = {
+    "no-source": (lambda d: ["convert", d / "no", d / "target", "--to", "released"],
+                  "no: expected a directory that holds ckpt-0 or model"),
+    "no-checkpoint": (lambda d: ["convert", d, d / "target", "--to", "released"],
+                      "index.json, got one with neither; name the right one"),
+    "nothing-to-verify": (lambda d: ["verify", d], "got one with neither; name the right one"),
+    "already": (lambda d: ["convert", d / "released", d / "target", "--to", "released"],
+                "released: expected a checkpoint in another form, got one that is released"),
+    "broken-source": (_broken, "the file is cut"),
+    "source-of-grok-1": (_without_config, "got 38 (3 layers); correct the number of layers"),
+    "onto-itself": (lambda d: _to(d, "released/../released/"), "got the source itself; name"),
+    "into-its-files": (lambda d: _to(d, "released/ckpt-0/x"), "got a part of the source; name"),
+    "onto-a-file": (lambda d: _to(d, "released/config.json"), "expected a directory to write to"),
+    "below-a-file": (lambda d: _to(d, "released/config.json/x"), "got an error (Not a directory)"),
+    "no-such-place": (lambda d: ["convert", d / "released", "/proc/x", "--to", "safetensors"],
+                      " bytes of free disk space, got 0 bytes; make room"),
+    "stale-layer": (_with("layer-03.safetensors"),
+                    "layer-03.safetensors: expected only files that the new checkpoint r"),
+    "stale-form": (_with("ckpt-0/tensor00000_000"), "target/ckpt-0: expected only files that"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("make", "part"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
+    make: Callable[[pathlib.Path], list[object]],
+    part: str,
+    released: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(released, tmp_path / "released")
+    arguments = make(tmp_path)
+    before = contents(tmp_path)
+    assert conversion.main([str(argument) for argument in arguments]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert part in output.err and not output.out
+    assert contents(tmp_path) == before
+
+
+def test_released_files_are_not_left_beside_others(
+    safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "a/ckpt-0").mkdir(parents=True)
+    (tmp_path / "a/ckpt-0/tensor00038_000").touch()
+    with pytest.raises(CheckpointError, match="ckpt-0/tensor00038_000: expected only files that"):
+        convert(safe, tmp_path / "a", "released")
+    shutil.copytree(safe, tmp_path / "b")
+    with pytest.raises(CheckpointError, match="index.json: expected only files that the new"):
+        convert(safe, tmp_path / "b", "released")
+
+
+def test_a_config_that_is_not_the_sources_is_not_left(
+    monkeypatch: pytest.MonkeyPatch, released: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Without config.json, a checkpoint is Grok-1: a stale one would make it another model."""
+    import runner
+
+    shutil.copytree(released, tmp_path / "source")
+    (tmp_path / "source/config.json").unlink()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/config.json").write_text("{}")
+    monkeypatch.setattr(runner, "grok_1", lambda: model(3))
+    with pytest.raises(CheckpointError, match="target/config.json: expected only files that the n"):
+        convert(tmp_path / "source", tmp_path / "target", "safetensors")
+    (tmp_path / "target/config.json").unlink()
+    convert(tmp_path / "source", tmp_path / "target", "safetensors")
+    assert not (tmp_path / "target/config.json").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    released: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(CheckpointError, match=r"expected [\d,]+ bytes of free disk .*10,000 by"):
+        convert(released, tmp_path / "target", "safetensors")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "released"])
+def test_a_write_that_fails_is_one_sentence_and_can_go_on(
+    form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A limit on the size of files stands for a full disk: only some of them fit."""
+    source, expected = (released, safe) if form == "safetensors" else (safe, released)
+    limited = (
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import conversion; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
+        "sys.exit(conversion.main(['convert', *sys.argv[1:]]))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", limited, source, tmp_path, "--to", form],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert "File too large" in process.stderr
+    assert "start the same command again: it goes on from there" in process.stderr
+    convert(source, tmp_path, form)
+    assert contents(tmp_path) == contents(expected)
+
+
+def start_work(*arguments: object, target: pathlib.Path) -> subprocess.Popen[str]:
+    """Start a conversion, and return when it has begun or has finished one more file."""
+
+    def written() -> int:
+        try:
+            return (target / WORK / "state.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    before = written()
+    process = start(*arguments)
+    while process.poll() is None and written() == before:
+        time.sleep(0.002)
+    return process
+
+
+def test_ctrl_c_ends_it_at_once_and_the_same_command_goes_on(tmp_path: pathlib.Path) -> None:
+    source, target = save(tmp_path / "source", 60), tmp_path / "target"
+    process = start_work("convert", source, target, "--to", "safetensors", target=target)
+    began = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert time.perf_counter() - began < 2
+    assert (process.returncode, out) == (130, "")
+    assert err == "interrupted; the same command goes on from here\n"
+    assert (target / WORK).exists() and not (target / INDEX).exists()
+    assert command("convert", source, target, "--to", "safetensors").status == 0
+    convert(source, tmp_path / "whole", "safetensors")
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "layers"), [("safetensors", 120), ("released", 30)])
+def test_kills_at_random_moments_end_in_the_same_bytes(
+    form: str, layers: int, tmp_path: pathlib.Path
+) -> None:
+    """Killed at least ten times, most of them between its first and its last file."""
+    source, whole = save(tmp_path / "source", layers), tmp_path / "whole"
+    if form == "released":
+        convert(source, tmp_path / "safe", "safetensors")
+        source = tmp_path / "safe"
+    began = time.perf_counter()
+    files = len(convert(source, whole, form).outputs)
+    seconds = time.perf_counter() - began
+    target, state = tmp_path / "target", tmp_path / "target" / WORK / "state.json"
+    rng, kills, progress = random.Random(0), 0, []
+    while kills < 10:
+        process = start_work("convert", source, target, "--to", form, target=target)
+        time.sleep(rng.uniform(0.0, seconds / 8))
+        process.kill()
+        out, err = process.communicate()
+        assert not err.count("Traceback"), err
+        if process.returncode == 0:
+            # It ended before it could be killed: from the start again.
+            assert contents(target) == contents(whole)
+            shutil.rmtree(target)
+            continue
+        kills += 1
+        if state.exists():
+            progress.append(len(json.loads(state.read_text())["files"]))
+    assert command("convert", source, target, "--to", form).status == 0
+    assert contents(target) == contents(whole)
+    midway = {done for done in progress if 0 < done < files}
+    assert len(midway) >= 5, (files, progress)
+    print(f"{files} files; finished at each kill: {progress}")
+
+
+def test_the_command_touches_no_device(safe: pathlib.Path) -> None:
+    """On a machine whose accelerators are in use, it must not take their memory."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import conversion; "
+        f"status = conversion.main(['verify', {str(safe)!r}]); "
+        "from jax._src import xla_bridge; sys.exit(status or xla_bridge.backends_are_initialized())"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_logits_are_those_of_the_released_files(tmp_path: pathlib.Path) -> None:
+    from runner import load_server
+
+    source = golden.DIRECTORY / "three-layers"
+    convert(source, tmp_path, "safetensors")
+    tokens = golden.recorded("three-layers").tokens[:1, :16]
+    one, other = (load_server(d, dtype="float32", pad_sizes=(16,)) for d in (source, tmp_path))
+    np.testing.assert_array_equal(one.logits(tokens), other.logits(tokens))
+    assert len(jax.tree.leaves(one.params)) == len(jax.tree.leaves(other.params))
