@@ -12,7 +12,6 @@ python checkpoint.py --help says how to convert one form into the other, and to 
 """
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import loading
 import safe_format
 import storage
 import tensor_file
@@ -132,14 +132,14 @@ def load(
     """Load the checkpoint in DIR onto devices, each device reading only its own slices.
 
     All names, sizes and headers are checked before anything is put on a device. Stacked parameters
-    are allocated once and filled in place layer by layer, so beside the parameters there is never
-    more than one file's worth of data, on the host or on the devices.
+    are allocated once and filled in place, so that beside the parameters there is little data on
+    the host and on the devices (see loading.py), and never a whole file's.
 
     shapes: what the files must hold, as in `files`.
     shardings: a jax.sharding.Sharding for each array of `shapes`, in the same structure, that does
         not split the layer axis. None: everything on the default device.
     dtypes: {"module/param": dtype}: float parameters to cast on the way to the device.
-    progress: called as progress(bytes_done, bytes_total) after each file.
+    progress: called as progress(bytes_done, bytes_total), of the bytes that this process reads.
 
     Returns {module: {param: leaf}} of jax.Array, structured like `shapes`.
     Raises CheckpointError if the files are not those of `shapes`, ValueError if the other arguments
@@ -154,28 +154,32 @@ def load(
         default = jnp.zeros(()).sharding
         shardings = jax.tree.map(lambda _: default, shapes)
 
-    params = {
-        module: jax.tree.map(_allocate, leaves, shardings[module])
-        if module.startswith(STACKED)
-        else dict(leaves)
+    sources = [
+        loading.Source((record.module, record.param, i), record.layer, located, record.name)
+        for record, header in zip(records, headers, strict=True)
+        for i, located in enumerate(jax.tree.leaves(header))
+    ]
+    arrays = loading.fill_arrays(sources, _by_key(wanted), _by_key(shardings), progress)
+    return {
+        module: {
+            param: jax.tree.unflatten(
+                jax.tree.structure(leaf),
+                [arrays[module, param, i] for i in range(len(jax.tree.leaves(leaf)))],
+            )
+            for param, leaf in leaves.items()
+        }
         for module, leaves in wanted.items()
     }
-    done, total = 0, sum(record.size for record in records)
-    for record, header in zip(records, headers, strict=True):
-        leaves = params[record.module]
-        leaf = jax.tree.map(
-            functools.partial(_load_array, record),
-            header,
-            record.leaf,
-            leaves[record.param],
-            shardings[record.module][record.param],
-        )
-        # Transfers run in the background: waiting keeps the host at one file's worth of data.
-        leaves[record.param] = jax.block_until_ready(leaf)
-        done += record.size
-        if progress is not None:
-            progress(done, total)
-    return params
+
+
+def _by_key(tree: Params) -> dict[tuple[str, str, int], Any]:
+    """Return the arrays of a parameter tree by module, parameter, and place in the leaf."""
+    return {
+        (module, param, i): array
+        for module, leaves in tree.items()
+        for param, leaf in leaves.items()
+        for i, array in enumerate(jax.tree.leaves(leaf))
+    }
 
 
 def _cast(shapes: Params, dtypes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -275,52 +279,6 @@ def _read_header(folder: str, record: TensorFile) -> Any:
     else:
         remedy = "check that the configuration is that of this checkpoint"
     raise _error(where, expected, got, remedy)
-
-
-def _allocate(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
-    return zeros(array.shape, array.dtype)
-
-
-def _load_array(
-    record: TensorFile,
-    stored: tensor_file.Located,
-    part: jax.ShapeDtypeStruct,
-    target: Any,
-    sharding: jax.sharding.Sharding,
-) -> jax.Array:
-    """Put one array of a checked file on the devices: by itself, or as a layer of `target`.
-
-    part: what is stored. target: what is wanted; a stack [L, ...] is donated and comes back filled.
-    """
-    path = stored.path
-    try:
-        view: np.ndarray = np.memmap(
-            path, part.dtype, mode="r", offset=stored.offset, shape=part.shape
-        )
-    except (OSError, ValueError) as error:
-        where, got = f"{path} ({record.name})", f"one that changed after the check ({error})"
-        remedy = "load it again when nothing else writes to it"
-        raise _error(where, f"a file of {record.size} bytes", got, remedy) from error
-    if record.layer is not None:
-        # With an axis of one layer, it can take the sharding of the whole stack.
-        view = view[None]
-
-    def read(index: Any) -> np.ndarray:
-        # A copy: on a CPU, the array could otherwise go on living in the mapped file.
-        return np.array(view[index], dtype=target.dtype, order="C")
-
-    array = jax.make_array_from_callback(view.shape, sharding, read)
-    if record.layer is None:
-        return array
-    return jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)(
-        target, array, record.layer
-    )
-
-
-def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-    """Replace layer `index` of [L, ...] by [1, ...]."""
-    return lax.dynamic_update_index_in_dim(stack, layer, index, axis=0)
 
 
 @jax.jit

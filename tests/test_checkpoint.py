@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -181,11 +180,13 @@ def test_params_are_saved_alike_from_anywhere_and_in_any_order(tmp_path: pathlib
     def strange(array: np.ndarray) -> np.ndarray:
         return np.asfortranarray(array.astype(array.dtype.newbyteorder(">")))
 
+    specs = parameter_specs(params, grok_1().partition_rules())
+    shardings = named_shardings(specs, mesh_of(1, 2))
     for name, variant in (
         ("plain", params),
         ("device", jax.tree.map(jnp.asarray, params)),
         ("strange", jax.tree.map(strange, params)),
-        ("sharded", jax.device_put(params, shardings_of(mesh_of(1, 2), params))),
+        ("sharded", jax.device_put(params, shardings)),
     ):
         checkpoint.save(tmp_path / name, variant)
         for path in (tmp_path / "plain/ckpt-0").iterdir():
@@ -249,114 +250,6 @@ def test_shapes_that_the_layout_has_no_place_for(shapes: Any, message: str) -> N
 def mesh_of(data: int, model: int) -> Mesh:
     devices = np.array(jax.devices()[: data * model]).reshape(data, model)
     return Mesh(devices, ("data", "model"))
-
-
-def shardings_of(mesh: Mesh, shapes: Any) -> Any:
-    """The model's own shardings."""
-    return named_shardings(parameter_specs(shapes, grok_1().partition_rules()), mesh)
-
-
-@pytest.mark.parametrize(("data", "model"), [(1, 8), (2, 4)])
-def test_each_device_reads_its_own_slice_and_nothing_else(
-    data: int, model: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert jax.device_count() == 8
-    shapes = golden_shapes("three-layers")
-    shardings = shardings_of(mesh_of(data, model), shapes)
-    make = jax.make_array_from_callback
-
-    def checked_make(shape: Any, sharding: Any, callback: Any) -> jax.Array:
-        def read(index: Any) -> np.ndarray:
-            array = callback(index)
-            assert type(array) is np.ndarray
-            assert array.shape == sharding.shard_shape(shape)
-            return array
-
-        return make(shape, sharding, read)
-
-    monkeypatch.setattr(jax, "make_array_from_callback", checked_make)
-    name = f"{EMBED}/embeddings"
-    params = checkpoint.load(GOLDEN / "three-layers", shapes, shardings, {name: jnp.bfloat16})
-    monkeypatch.undo()
-    whole = checkpoint.load(GOLDEN / "three-layers", shapes)
-    whole[EMBED]["embeddings"] = np.asarray(whole[EMBED]["embeddings"]).astype(ml_dtypes.bfloat16)
-    assert_same(params, whole)
-    for array, expected, sharding in zip(
-        *map(jax.tree.leaves, (params, whole, shardings)), strict=True
-    ):
-        assert array.sharding == sharding
-        for shard in array.addressable_shards:
-            np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])
-    linear_1 = params[LAYER + "moe/linear_1"]["w"].weight
-    assert linear_1.addressable_shards[0].data.shape == (3, 8, 688 // model, 128)
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["one-device", "eight-devices"])
-def test_layers_are_filled_into_one_buffer_that_stays_in_place(
-    sharded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = golden_shapes("three-layers")
-    shardings = shardings_of(mesh_of(1, 8), shapes) if sharded else None
-    load_array, set_layer = checkpoint._load_array, checkpoint._set_layer
-    fills, traces = [], []
-
-    def pointers(array: jax.Array) -> list[int]:
-        return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
-
-    def watched(record: Any, stored: Any, part: Any, target: Any, *rest: Any) -> Any:
-        before = pointers(target) if record.layer is not None else None
-        array = load_array(record, stored, part, target, *rest)
-        if before is not None:
-            assert pointers(array) == before
-            assert target.is_deleted()
-            fills.append(record.name)
-        return array
-
-    def traced(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-        traces.append(stack.shape)
-        return set_layer(stack, layer, index)
-
-    monkeypatch.setattr(checkpoint, "_load_array", watched)
-    monkeypatch.setattr(checkpoint, "_set_layer", traced)
-    checkpoint.load(GOLDEN / "three-layers", shapes, shardings)
-    # Seven matrices in two parts and five float parameters, three layers each.
-    assert len(fills) == (7 * 2 + 5) * 3
-    assert len(traces) <= 7 * 2 + 5
-
-
-def test_filling_the_largest_stack_of_grok_1_takes_no_memory_beside_it() -> None:
-    mesh = mesh_of(1, 8)
-    stack = grok_1().param_shapes()[LAYER + "moe/linear"]["w"].weight
-    sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "model"))
-    layer = jax.ShapeDtypeStruct((1, *stack.shape[1:]), jnp.int8, sharding=sharding)
-    stack = jax.ShapeDtypeStruct(stack.shape, jnp.int8, sharding=sharding)
-    fill = jax.jit(checkpoint._set_layer, donate_argnums=0, out_shardings=sharding)
-    memory = fill.lower(stack, layer, 63).compile().memory_analysis()
-    assert memory is not None
-    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == 64 * 6144 * 32768
-    assert memory.temp_size_in_bytes < 1 << 20
-
-
-def test_the_host_never_holds_a_stacked_parameter(tmp_path: pathlib.Path) -> None:
-    shapes = {LAYER + "a": {"w": stacked(24, 512, 512, groups=8)}}
-    checkpoint.save(tmp_path, random_params(shapes))
-    checkpoint.load(tmp_path, shapes)
-    tracemalloc.start()
-    checkpoint.load(tmp_path, shapes)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    one_file = checkpoint.files(shapes)[0].size
-    assert one_file < peak < 3 * one_file
-
-
-def test_progress_counts_every_byte_once(tmp_path: pathlib.Path) -> None:
-    checkpoint.save(tmp_path, random_params(tiny_shapes()))
-    calls: list[tuple[int, int]] = []
-    checkpoint.load(
-        tmp_path, tiny_shapes(), progress=lambda done, total: calls.append((done, total))
-    )
-    sizes = [path.stat().st_size for path in sorted((tmp_path / "ckpt-0").iterdir())]
-    assert calls == [(sum(sizes[: i + 1]), sum(sizes)) for i in range(len(sizes))]
 
 
 def test_arguments_that_do_not_fit_the_shapes_are_refused_at_once(tmp_path: pathlib.Path) -> None:
@@ -534,17 +427,6 @@ def test_a_file_without_permission_is_named(
     message = refusal(tiny_checkpoint)
     assert "tensor00003_000 (transformer/decoder_layer_0/rms_norm/scale): expected a rea" in message
     assert "got an error (Permission denied); check its permissions" in message
-
-
-def test_a_file_that_is_cut_while_loading_is_named(
-    tiny_checkpoint: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "ckpt-0/tensor00007_000"
-    before = len(jax.live_arrays())
-    with pytest.raises(CheckpointError, match=r"decoder_layer_1/router/w\): expected a file of 2"):
-        checkpoint.load(tmp_path, tiny_shapes(), progress=lambda *_: os.truncate(path, 20))
-    assert len(jax.live_arrays()) == before
 
 
 def remove(*names: str) -> Damage:

@@ -1,0 +1,293 @@
+"""Arrays come from files onto devices whole, in parallel, and with little memory beside them."""
+
+import functools
+import itertools
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+import tracemalloc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import checkpoint
+import golden
+import loading
+from checkpoint import CheckpointError
+from model import grok_1
+from sharding import make_mesh, named_shardings, parameter_specs
+
+LAYER = "transformer/decoder_layer/"
+EMBED = "language_model/in_out_embed"
+THREE_LAYERS = golden.DIRECTORY / "three-layers"
+
+
+@pytest.fixture(params=["host", "device"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Parts are filled on the host, as for a CPU; or on their devices, as for any other."""
+    if request.param == "device":
+        monkeypatch.setattr(loading, "_on_host", lambda _: False)
+        monkeypatch.setattr(loading, "SMALL_BYTES", 20_000)
+        monkeypatch.setattr(loading, "PIECE_BYTES", 30_000)
+    return request.param
+
+
+@functools.cache
+def shapes() -> Any:
+    return golden.config("three-layers", "float32").param_shapes()
+
+
+def shardings_of(sizes: tuple[int, int]) -> Any:
+    """The model's own shardings."""
+    config = golden.config("three-layers", "float32")
+    mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
+    return named_shardings(parameter_specs(shapes(), config.partition_rules(mesh), mesh), mesh)
+
+
+def one_array(path: pathlib.Path, layers: int, *shape: int, dtype: Any = jnp.int8) -> Any:
+    """Save a checkpoint of one stacked array of random numbers; returns its shapes and values."""
+    rng = np.random.default_rng(0)
+    full = (layers, *shape)
+    values: Any = rng.integers(-128, 128, full, dtype=np.int8).astype(dtype)
+    tree: Any = {LAYER + "a": {"w": jax.ShapeDtypeStruct(full, dtype)}}
+    checkpoint.save(path, {LAYER + "a": {"w": values}})
+    return tree, values
+
+
+# ------------------------------------------------------------------------------------ what arrives
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 4), (4, 1)])
+def test_each_device_gets_its_own_slice(sizes: tuple[int, int]) -> None:
+    shardings = shardings_of(sizes)
+    dtypes = {f"{EMBED}/embeddings": jnp.bfloat16}
+    params = checkpoint.load(THREE_LAYERS, shapes(), shardings, dtypes)
+    whole = jax.tree.map(np.asarray, golden.runner("three-layers").params)
+    whole[EMBED]["embeddings"] = whole[EMBED]["embeddings"].astype(ml_dtypes.bfloat16)
+    trees = (params, whole, shardings)
+    for array, expected, sharding in zip(*map(jax.tree.leaves, trees), strict=True):
+        assert array.sharding == sharding and array.dtype == expected.dtype
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
+    linear_1 = params[LAYER + "moe/linear_1"]["w"].weight
+    assert linear_1.addressable_shards[0].data.shape == (3, 8, 688 // sizes[1], 128)
+
+
+def test_both_ways_are_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above would say nothing of devices if all parts were small enough for the host."""
+    filled: set[str] = set()
+    monkeypatch.setattr(
+        loading,
+        "_set_piece",
+        lambda values, piece, _: filled.add(str(piece.shape)) or values,
+    )
+    checkpoint.load(THREE_LAYERS, shapes(), shardings_of((1, 8)))
+    assert bool(filled) == (way == "device")
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 10**9])
+def test_pieces_cover_an_array_once_and_few_shapes_are_compiled(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "PIECE_BYTES", piece)
+    for shape in [(), (1,), (13,), (64,), (3, 5), (4, 1, 6), (2, 3, 4, 5), (1, 1, 97)]:
+        for itemsize in (1, 4):
+            seen = np.zeros(shape, int)
+            sizes = set()
+            for where in loading._pieces(shape, itemsize):
+                seen[where] += 1
+                sizes.add(seen[where].shape)
+                assert seen[where].size * itemsize <= max(piece, itemsize)
+            assert (seen == 1).all()
+            assert len(sizes) <= 2
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_are_rounded_to_the_dtype_asked_for(dtype: str, tmp_path: pathlib.Path) -> None:
+    tree = {"a": {"w": jax.ShapeDtypeStruct((300, 50), jnp.float32)}}
+    values = np.random.default_rng(0).standard_normal((300, 50), np.float32)
+    checkpoint.save(tmp_path, {"a": {"w": values}})
+    params = checkpoint.load(tmp_path, tree, dtypes={"a/w": jnp.dtype(dtype)})
+    np.testing.assert_array_equal(np.asarray(params["a"]["w"]), values.astype(jnp.dtype(dtype)))
+
+
+# ----------------------------------------------------------------------------- memory and progress
+
+
+def test_a_cpu_takes_the_filled_memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy would double the memory; jax makes one when memory is not aligned."""
+    made = []
+    plain = loading._aligned
+
+    def aligned(nbytes: int) -> np.ndarray:
+        made.append(plain(nbytes))
+        return made[-1]
+
+    monkeypatch.setattr(loading, "_aligned", aligned)
+    params = checkpoint.load(THREE_LAYERS, shapes(), shardings_of((2, 4)))
+    ours = {memory.ctypes.data for memory in made}
+    for array in jax.tree.leaves(params):
+        theirs = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+        assert theirs <= ours
+
+
+def test_a_device_is_filled_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(loading, "_on_host", lambda _: False)
+    monkeypatch.setattr(loading, "SMALL_BYTES", 0)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 1000)
+    tree, values = one_array(tmp_path, 3, 64, 50)
+    plain, pointers = loading._set_piece, set()
+
+    def watched(target: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+        before = target.unsafe_buffer_pointer()
+        after = plain(target, piece, start)
+        assert target.is_deleted() and after.unsafe_buffer_pointer() == before
+        pointers.add(before)
+        return after
+
+    monkeypatch.setattr(loading, "_set_piece", watched)
+    params = checkpoint.load(tmp_path, tree)
+    assert len(pointers) == 1
+    np.testing.assert_array_equal(np.asarray(params[LAYER + "a"]["w"]), values)
+
+
+def test_the_largest_part_of_grok_1_is_filled_with_no_memory_beside_it() -> None:
+    part = jax.ShapeDtypeStruct((64, 8, 6144, 4096), jnp.int8)
+    where = next(iter(loading._pieces(part.shape[1:], 1)))
+    sizes = [n.stop - n.start for n in where]
+    piece = jax.ShapeDtypeStruct((1, *sizes), jnp.int8)
+    start = jax.ShapeDtypeStruct((4,), jnp.int32)
+    memory = loading._set_piece.lower(part, piece, start).compile().memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == math.prod(part.shape)
+    assert memory.temp_size_in_bytes < 1 << 20
+    assert math.prod(sizes) <= loading.PIECE_BYTES
+
+
+def test_the_host_holds_the_parts_that_stay_there_and_nothing_else(
+    way: str, tmp_path: pathlib.Path
+) -> None:
+    """On a device: one buffer a thread. On a CPU: the parameters, and not a file more."""
+    tree, values = one_array(tmp_path, 24, 512, 512)
+    checkpoint.load(tmp_path, tree)
+    tracemalloc.start()  # sees numpy's memory, not that of jax's devices
+    checkpoint.load(tmp_path, tree)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    slack = 200_000
+    if way == "host":
+        assert values.nbytes <= peak < values.nbytes + slack
+    else:
+        assert peak < loading.WORKERS * loading.PIECE_BYTES + slack < values.nbytes / 8
+
+
+def test_small_parts_of_grok_1_stay_small_together() -> None:
+    """What waits on the host for its last layer, on all eight devices of a host."""
+    config = grok_1()
+    mesh = make_mesh((1, 8))
+    tree = config.param_shapes()
+    specs = parameter_specs(tree, config.partition_rules(mesh), mesh)
+    waiting = 0
+    arrays = zip(jax.tree.leaves(tree), jax.tree.leaves(named_shardings(specs, mesh)), strict=True)
+    for array, sharding in arrays:
+        size = math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        if size <= loading.SMALL_BYTES:
+            parts = len({str(i) for i in sharding.devices_indices_map(array.shape).values()})
+            waiting += parts * size
+    assert waiting + loading.WORKERS * loading.PIECE_BYTES < 256 << 20
+
+
+@pytest.mark.usefixtures("way")
+def test_progress_counts_every_byte_that_is_read_once() -> None:
+    calls: list[tuple[int, int]] = []
+    for sizes in [(1, 1), (2, 4)]:
+        calls.clear()
+        checkpoint.load(
+            THREE_LAYERS,
+            shapes(),
+            shardings_of(sizes),
+            progress=lambda done, total: calls.append((done, total)),
+        )
+        # Copies for the data axis are read once; what is whole everywhere too.
+        expected = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes()))
+        assert {total for _, total in calls} == {expected}
+        done = [done for done, _ in calls]
+        assert done == sorted(done) and done[-1] == expected and len(done) > 30
+
+
+# ------------------------------------------------------------------------------- when it goes wrong
+
+
+def test_no_byte_is_moved_before_the_last_header_is_checked(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, _ = one_array(tmp_path, 3, 64)
+    (tmp_path / "ckpt-0" / "tensor00002_000").write_bytes(b"not a tensor")
+    monkeypatch.setattr(loading, "_make_parts", lambda *_: pytest.fail("memory was taken"))
+    with pytest.raises(CheckpointError, match="tensor00002_000"):
+        checkpoint.load(tmp_path, tree)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_file_that_changes_after_the_check_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, _ = one_array(tmp_path, 3, 64, 50)
+    path = tmp_path / "ckpt-0" / "tensor00001_000"
+    check = checkpoint.check_files
+
+    def then_cut(*arguments: Any) -> Any:
+        headers = check(*arguments)
+        os.truncate(path, 100)
+        return headers
+
+    monkeypatch.setattr(checkpoint, "check_files", then_cut)
+    with pytest.raises(CheckpointError, match=f"{path} .*: expected the file that was checked"):
+        checkpoint.load(tmp_path, tree)
+    assert not loading_threads()
+
+
+def loading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loading")]
+
+
+def test_ctrl_c_ends_at_the_next_piece(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, _ = one_array(tmp_path, 8, 100, 100)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 100)  # 800 pieces
+    calls = itertools.count()
+
+    def slow(*_: int) -> None:
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.load(tmp_path, tree, progress=slow)
+    assert not loading_threads()
+    assert next(calls) < 100
+
+
+def test_a_failure_ends_the_other_threads_too(tmp_path: pathlib.Path) -> None:
+    tree, _ = one_array(tmp_path, 100, 100)
+    calls = itertools.count()
+
+    def fail(*_: int) -> None:
+        if next(calls) == 3:
+            raise OSError("the terminal is gone")
+        time.sleep(0.001)
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        checkpoint.load(tmp_path, tree, progress=fail)
+    assert not loading_threads()
+    assert next(calls) < 50
