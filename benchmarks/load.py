@@ -1,0 +1,194 @@
+"""How fast a checkpoint loads, beside reading its files plainly, and how much memory it takes.
+
+python benchmarks/load.py
+
+Writes a checkpoint of 1.4 GB in the released layout to a temporary folder. Then, in turns, reads
+its files into fresh memory with `np.fromfile` and loads it, the page cache being warm. Ends with
+status 1 if the load took more than twice as long (by the median of the turns' ratios), or held more
+anonymous memory beside the parameters than 4 times a device's largest share of a file and 256 MiB.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+MOST_TIMES = 2.0
+MIB = 1 << 20
+
+
+def make_config() -> Any:
+    """Return a Grok-1 of a quarter of its width and 4 layers: 1.4 GB."""
+    from model import LanguageModelConfig, TransformerConfig
+
+    return LanguageModelConfig(
+        vocab_size=32768,
+        model=TransformerConfig(
+            emb_size=1536,
+            widening_factor=8,
+            key_size=64,
+            num_q_heads=24,
+            num_kv_heads=8,
+            num_layers=4,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def write_checkpoint(directory: Path, config: Any) -> None:
+    """Save random parameters."""
+    import jax
+    import numpy as np
+
+    import checkpoint
+
+    rng = np.random.default_rng(0)
+
+    def draw(shape: Any) -> Any:
+        if shape.dtype == np.int8:
+            return rng.integers(-127, 128, shape.shape, np.int8)
+        return rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
+
+    checkpoint.save(directory, jax.tree.map(draw, config.param_shapes()), config.to_dict())
+
+
+def anonymous_bytes() -> int:
+    """Return this process's anonymous resident memory (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, float, int]:
+    """Return what `work` returns, its seconds, and by how much anonymous memory grew at most."""
+    before, peak, over = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.002):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - began
+    over.set()
+    watcher.join()
+    return result, seconds, max(peak, anonymous_bytes()) - before
+
+
+def measure(directory: Path, config: Any, turns: int, mesh: Any) -> dict[str, Any]:
+    """Read plainly and load in turns; returns the figures."""
+    import jax
+    import numpy as np
+
+    import checkpoint
+    from sharding import named_shardings, parameter_specs
+
+    shapes = config.param_shapes()
+    specs = parameter_specs(shapes, config.partition_rules(mesh), mesh)
+    shardings = named_shardings(specs, mesh)
+    slices = [
+        int(np.prod(sharding.shard_shape(array.shape))) // (array.shape[0] if stacked else 1)
+        * array.dtype.itemsize
+        for module, leaves in shapes.items()
+        for stacked in [module.startswith(checkpoint.STACKED)]
+        for array, sharding in zip(
+            jax.tree.leaves(leaves), jax.tree.leaves(shardings[module]), strict=True
+        )
+    ]  # fmt: skip
+    paths = sorted((directory / "ckpt-0").iterdir())
+    plain, loads, beyond = [], [], []
+    for _ in range(turns):
+        began = time.perf_counter()
+        read = [np.fromfile(path, np.uint8) for path in paths]
+        plain.append(time.perf_counter() - began)
+        del read
+        params, seconds, grown = peak_of(
+            lambda: jax.block_until_ready(checkpoint.load(directory, shapes, shardings))
+        )
+        loads.append(seconds)
+        # What a CPU's parameters take is anonymous too; replicas share one array there.
+        on_host = {
+            shard.data.unsafe_buffer_pointer(): shard.data.nbytes
+            for array in jax.tree.leaves(params)
+            for shard in array.addressable_shards
+            if shard.device.platform == "cpu"
+        }
+        beyond.append(max(0, grown - sum(on_host.values())))
+        del params
+        gc.collect()
+    return {
+        "bytes": sum(path.stat().st_size for path in paths),
+        "plain_s": plain,
+        "load_s": loads,
+        "ratio": statistics.median(load / read for load, read in zip(loads, plain, strict=True)),
+        "beyond_bytes": max(beyond),
+        "bound_bytes": 4 * max(slices) + 256 * MIB,
+    }
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--turns", type=int, default=7, metavar="N", help="readings and loads, in turns (7)")
+    add("--devices", type=int, default=1, metavar="N", help="the model axis of the mesh (1)")
+    add(
+        "--through-buffers",
+        action="store_true",
+        help="load as for an accelerator, even onto a CPU: piece by piece, through small buffers",
+    )
+    add("--folder", type=Path, help="where to write the checkpoint (a temporary folder)")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run the benchmark; returns 1 if a limit was not held."""
+    options = parse_arguments()
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
+    import loading
+    from sharding import make_mesh
+
+    if options.through_buffers:
+        loading._on_host = lambda devices: not devices
+    config = make_config()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        write_checkpoint(Path(folder), config)
+        found = measure(Path(folder), config, options.turns, make_mesh((1, options.devices)))
+    if options.json:
+        print(json.dumps(found))
+    else:
+        report(found)
+    held = found["ratio"] <= MOST_TIMES and found["beyond_bytes"] <= found["bound_bytes"]
+    return 0 if held else 1
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print the figures for a person."""
+    size = found["bytes"] / 1e9
+    for name, key in (("np.fromfile", "plain_s"), ("load", "load_s")):
+        seconds = found[key]
+        middle = statistics.median(seconds)
+        times = " ".join(f"{second:.2f}" for second in seconds)
+        print(f"{name:12} {middle:.2f} s, {size / middle:.1f} GB/s   ({times})")
+    print(f"ratio        {found['ratio']:.2f}, at most {MOST_TIMES:g}")
+    beyond, bound = found["beyond_bytes"] / MIB, found["bound_bytes"] / MIB
+    print(f"memory       {beyond:.0f} MiB beside the parameters, at most {bound:.0f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
