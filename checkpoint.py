@@ -15,9 +15,14 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+if __name__ == "__main__":
+    # jax takes a second to import: Ctrl-C ends it without showing where it struck.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
 import jax.numpy as jnp
@@ -334,4 +339,5 @@ if __name__ == "__main__":
     # This module is `__main__` now. The classes are those of the module `checkpoint`: one copy.
     from conversion import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

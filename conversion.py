@@ -472,8 +472,7 @@ def _verify_tensors(
 class ByteProgress:
     """Shows how many bytes are done: a bar on a terminal, else a line every few seconds."""
 
-    def __init__(self, label: str, seconds: float = 5.0):
-        self.label = label
+    def __init__(self, seconds: float = 5.0):
         self.seconds = seconds
         self.next = time.perf_counter() + seconds
         self.bar: Any = None
@@ -482,10 +481,10 @@ class ByteProgress:
         """Take the bytes that are done, and all there are."""
         if sys.stderr.isatty():
             if self.bar is None:
-                self.bar = tqdm(total=total, desc=self.label, unit="B", unit_scale=True)
+                self.bar = tqdm(total=total, unit="B", unit_scale=True)
             self.bar.update(done - self.bar.n)
         elif time.perf_counter() >= self.next:
-            say(f"{self.label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            say(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
             self.next = time.perf_counter() + self.seconds
 
     def close(self) -> None:
@@ -537,9 +536,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     # As in run.py: Ctrl-C strikes the main thread, which only waits.
     worker = ThreadPoolExecutor(max_workers=1)
-    options = parse_arguments(arguments)
-    progress = ByteProgress(options.command)
+    progress = ByteProgress()
     try:
+        options = parse_arguments(arguments)
         return worker.submit(_run, options, progress).result()
     except KeyboardInterrupt:
         progress.close()

@@ -20,6 +20,7 @@ import pytest
 import checkpoint
 import conversion
 import golden
+import run
 import safe_format
 import storage
 from checkpoint import CheckpointError
@@ -561,6 +562,34 @@ def test_ctrl_c_ends_it_at_once_and_the_same_command_goes_on(tmp_path: pathlib.P
     assert contents(target) == contents(tmp_path / "whole")
 
 
+def test_ctrl_c_while_jax_is_imported_shows_no_traceback(safe: pathlib.Path) -> None:
+    for seconds in (0.2, 0.4, 0.6):
+        process = start("verify", safe)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert err in ("", "interrupted; the same command goes on from here\n")
+
+
+def test_progress_is_a_line_now_and_then_or_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = conversion.ByteProgress(seconds=0.05)
+    progress(10**9, 2 * 10**9)
+    time.sleep(0.06)
+    progress(15 * 10**8, 2 * 10**9)
+    progress(2 * 10**9, 2 * 10**9)
+    progress.close()
+    assert capsys.readouterr().err == "1.5 of 2.0 GB\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for done in (10**9, 2 * 10**9):
+        progress(done, 2 * 10**9)
+    progress.close()
+    bar = capsys.readouterr().err
+    assert "100%" in bar and "2.00G/2.00G" in bar and bar.endswith("\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "layers"), [("safetensors", 120), ("released", 30)])
 def test_kills_at_random_moments_end_in_the_same_bytes(
@@ -616,3 +645,13 @@ def test_logits_are_those_of_the_released_files(tmp_path: pathlib.Path) -> None:
     one, other = (load_server(d, dtype="float32", pad_sizes=(16,)) for d in (source, tmp_path))
     np.testing.assert_array_equal(one.logits(tokens), other.logits(tokens))
     assert len(jax.tree.leaves(one.params)) == len(jax.tree.leaves(other.params))
+
+
+def test_run_finds_either_form_by_itself(
+    safe: pathlib.Path, released: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for directory in (safe, released):
+        named = run.parse_arguments(["--checkpoint", str(directory)])
+        assert run.choose_files(named) == (directory, directory / "tokenizer.model")
+        monkeypatch.setattr(run, "RELEASED", directory)
+        assert run.choose_files(run.parse_arguments([]))[0] == directory
