@@ -78,20 +78,22 @@ def files(shapes: Params) -> list[TensorFile]:
 
     Raises ValueError if the stacked leaves differ in L, or the layout has no place for a leaf.
     """
-    entries: list[tuple[str, str, str, int | None, Any]] = []
+    entries: list[tuple[str, str, str, int | None, Any, int]] = []
     depths = set()
     for module, params in shapes.items():
         for param, leaf in params.items():
             tensor_file.check(f"{module}/{param}", leaf)
             if not module.startswith(STACKED):
-                entries.append((module, param, module, None, leaf))
+                size = tensor_file.file_size(leaf)
+                entries.append((module, param, module, None, leaf, size))
                 continue
             layers = {array.shape[0] for array in jax.tree.leaves(leaf)}
             depths |= layers
             own = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), leaf)
+            size = tensor_file.file_size(own)
             for layer in range(max(layers)):
                 name = f"{STACKED[:-1]}_{layer}/{module.removeprefix(STACKED)}"
-                entries.append((name, param, module, layer, own))
+                entries.append((name, param, module, layer, own, size))
     if len(depths) > 1:
         raise ValueError(f"stacked parameters: expected one number of layers, got {sorted(depths)}")
     entries.sort(key=lambda entry: entry[:2])
@@ -103,9 +105,9 @@ def files(shapes: Params) -> list[TensorFile]:
             param=param,
             layer=layer,
             leaf=leaf,
-            size=tensor_file.file_size(leaf),
+            size=size,
         )
-        for index, (name, param, module, layer, leaf) in enumerate(entries)
+        for index, (name, param, module, layer, leaf, size) in enumerate(entries)
     ]
 
 
@@ -116,7 +118,10 @@ def check_files(directory: Directory, shapes: Params) -> list[Any]:
 
     Returns where the arrays of each parameter lie, in the order of `files`. Raises CheckpointError.
     """
-    records = files(shapes)
+    return _check_files(directory, files(shapes))
+
+
+def _check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     if os.path.lexists(os.path.join(directory, storage.WORK)):
         remedy = f"start the same conversion again, or remove {storage.WORK} and what it made"
         raise _error(str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy)
@@ -154,7 +159,7 @@ def load(
     wanted = _cast(shapes, dtypes or {})
     if shardings is not None:
         jax.tree_util.tree_map_with_path(_check_sharding, wanted, shardings)
-    headers = check_files(directory, shapes)
+    headers = _check_files(directory, records)
     if shardings is None:
         default = jnp.zeros(()).sharding
         shardings = jax.tree.map(lambda _: default, shapes)

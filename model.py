@@ -36,6 +36,7 @@ from sharding import (
     DATA_AXIS,
     MODEL_AXIS,
     REPLICA_AXIS,
+    AnyMesh,
     Axes,
     Rules,
     all_model_axes,
@@ -182,7 +183,7 @@ class TransformerConfig:
         """
         return self.expert_dispatch == "dynamic"
 
-    def partition_rules(self, mesh: Mesh | None = None) -> Rules:
+    def partition_rules(self, mesh: AnyMesh | None = None) -> Rules:
         """Return (pattern, spec) for the parameters of one layer, the first match holding.
 
         mesh: the mesh they are for, if it may have a replica axis.
@@ -200,7 +201,7 @@ class TransformerConfig:
             (r"rms_norm(_\d)?/scale$", P()),
         )
 
-    def check_mesh(self, mesh: Mesh) -> None:
+    def check_mesh(self, mesh: AnyMesh) -> None:
         """Raise ValueError unless the mesh has both axes and its model axis splits every width."""
         for axis in (self.data_axis, self.model_axis):
             _require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
@@ -319,7 +320,7 @@ class LanguageModelConfig:
         del fields["fprop_dtype"]
         return {**fields, "model": inner}
 
-    def partition_rules(self, mesh: Mesh | None = None) -> Rules:
+    def partition_rules(self, mesh: AnyMesh | None = None) -> Rules:
         """Return (pattern, spec) for every parameter, without the leading layer axis.
 
         mesh: the mesh they are for, if it may have a replica axis.
@@ -329,7 +330,7 @@ class LanguageModelConfig:
             *self.model.partition_rules(mesh),
         )
 
-    def check_mesh(self, mesh: Mesh) -> None:
+    def check_mesh(self, mesh: AnyMesh) -> None:
         """Raise ValueError unless the model can lie on the mesh."""
         self.model.check_mesh(mesh)
         size = axis_size(mesh, all_model_axes(mesh, self.model.model_axis))

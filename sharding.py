@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from quantization import QuantizedWeight8bit
@@ -27,6 +27,7 @@ REPLICA_AXIS = "replica"
 
 # What a PartitionSpec says of one dimension: a mesh axis, several of them, or None.
 Axes = str | tuple[str, ...] | None
+AnyMesh = Mesh | AbstractMesh
 Rules = Sequence[tuple[str, P]]
 
 
@@ -72,19 +73,31 @@ def make_mesh(
     blocks = blocks.reshape(*between_hosts_config, *local_mesh_config)  # [hosts_d, hosts_m, d, m]
     data, model = (between_hosts_config[i] * local_mesh_config[i] for i in range(2))
     grid = blocks.transpose(0, 2, 1, 3).reshape(data, model)
+    axes = mesh_axes(data, model, num_kv_heads)
+    return Mesh(grid.reshape(*axes.values()), tuple(axes))
+
+
+def mesh_axes(data: int, model: int, num_kv_heads: int | None = None) -> dict[str, int]:
+    """Return the names and sizes of the axes of a mesh; see make_mesh."""
     if num_kv_heads is not None and model > num_kv_heads and model % num_kv_heads == 0:
-        return Mesh(grid.reshape(data, num_kv_heads, -1), (DATA_AXIS, MODEL_AXIS, REPLICA_AXIS))
-    return Mesh(grid, (DATA_AXIS, MODEL_AXIS))
+        return {DATA_AXIS: data, MODEL_AXIS: num_kv_heads, REPLICA_AXIS: model // num_kv_heads}
+    return {DATA_AXIS: data, MODEL_AXIS: model}
 
 
-def axis_size(mesh: Mesh | None, axes: Axes) -> int:
+def abstract_mesh(data: int, model: int, num_kv_heads: int | None = None) -> AbstractMesh:
+    """Return the mesh that make_mesh would, of no devices: for shapes and places, not for data."""
+    axes = mesh_axes(data, model, num_kv_heads)
+    return AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+def axis_size(mesh: AnyMesh | None, axes: Axes) -> int:
     """Return the number of devices along a mesh axis, or along several: 1 without a mesh."""
     if mesh is None or axes is None:
         return 1
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def all_model_axes(mesh: Mesh | None, model_axis: str) -> str | tuple[str, str]:
+def all_model_axes(mesh: AnyMesh | None, model_axis: str) -> str | tuple[str, str]:
     """Return what splits all widths but those of keys and values: replica too, if it is there."""
     replicated = mesh is not None and REPLICA_AXIS in mesh.shape
     return (model_axis, REPLICA_AXIS) if replicated else model_axis
@@ -108,7 +121,7 @@ def match_rule(rules: Rules, name: str) -> P:
     raise ValueError(f"no partition rule matches the parameter {name!r}; add one to the table")
 
 
-def scales_spec(spec: P, shape: Sequence[int], mesh: Mesh | None = None) -> P:
+def scales_spec(spec: P, shape: Sequence[int], mesh: AnyMesh | None = None) -> P:
     """Return the spec of the scales, of this shape, of a weight with `spec`.
 
     As the weight's, but None where the scales have size 1, and over several mesh axes only as many
@@ -126,7 +139,7 @@ def scales_spec(spec: P, shape: Sequence[int], mesh: Mesh | None = None) -> P:
 
 
 def parameter_specs(
-    shapes: Mapping[str, Mapping[str, Any]], rules: Rules, mesh: Mesh | None = None
+    shapes: Mapping[str, Mapping[str, Any]], rules: Rules, mesh: AnyMesh | None = None
 ) -> dict[str, Any]:
     """Return the PartitionSpec of every array of a two-level parameter tree.
 
@@ -147,7 +160,7 @@ def parameter_specs(
     }
 
 
-def named_shardings(specs: Any, mesh: Mesh) -> Any:
+def named_shardings(specs: Any, mesh: AnyMesh) -> Any:
     """Turn a tree of PartitionSpecs into the NamedShardings of a mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)

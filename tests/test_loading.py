@@ -243,14 +243,14 @@ def test_a_file_that_changes_after_the_check_is_named(
 ) -> None:
     tree, _ = one_array(tmp_path, 3, 64, 50)
     path = tmp_path / "ckpt-0" / "tensor00001_000"
-    check = checkpoint.check_files
+    check = checkpoint._check_files
 
     def then_cut(*arguments: Any) -> Any:
         headers = check(*arguments)
         os.truncate(path, 100)
         return headers
 
-    monkeypatch.setattr(checkpoint, "check_files", then_cut)
+    monkeypatch.setattr(checkpoint, "_check_files", then_cut)
     with pytest.raises(CheckpointError, match=f"{path} .*: expected the file that was checked"):
         checkpoint.load(tmp_path, tree)
     assert not loading_threads()

@@ -1,0 +1,529 @@
+"""Whether a model fits a mesh, and what a token costs there: no weights, no accelerator.
+
+Sizes follow from the shapes of the parameters and their places on the mesh. Prefill and decode are
+compiled ahead of time for as many virtual CPU devices: what the compiler adds (temporaries) and
+what devices exchange are read from the compiled programs. A GPU's compiler takes other temporaries,
+mostly fewer, since a CPU's converts some arrays for its products; the rest is the same there.
+
+Sizes are in bytes, and per device unless they say otherwise.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import checkpoint
+import compiled
+import storage
+from model import LanguageModelConfig
+from quantization import QuantizedWeight8bit
+from runner import abstract_inputs, decode_step, memory_specs, new_memory, prefill, stored_shapes
+from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
+
+PREFILL_CHUNK = 1024
+MOST_DEVICES = 128
+MANY = 16
+# What jax takes of a GPU's memory when it starts, unless it is told otherwise.
+PREALLOCATED = 0.75
+KINDS = ("attention", "experts", "embedding", "norms and router", "scales")
+
+Sizes = tuple[int, int]  # of the mesh: (data, model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a compiled step takes beside the weights and the cache, and what devices exchange.
+
+    temporaries: bytes that it needs while it runs. exchanged: for each kind of collective, its
+    device-to-device exchanges and the bytes that come out of them on each device, in one step.
+    """
+
+    temporaries: int
+    exchanged: dict[str, dict[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `make_plan` finds.
+
+    mesh: (data, model). weights: by kind. cache: keys, values and their marks. steps: "prefill" and
+    "decode". peak: the most that is held at once. token: what one decode step costs at the end of
+    the context, in floating-point operations and bytes read on a device, and the least seconds it
+    takes at the given bandwidth. largest: a batch that still fits, by context. files: what the
+    checkpoint directory holds, None if none was named. host: free disk and memory of this machine.
+    verdict: one sentence.
+    """
+
+    parameters: int
+    mesh: Sizes
+    devices: int
+    batch: int
+    context: int
+    dtype: str
+    prefill_chunk: int
+    weights: dict[str, int]
+    cache: int
+    steps: dict[str, Step]
+    peak: int
+    device_memory: int
+    fits: bool
+    token: dict[str, float]
+    largest: dict[int, int]
+    files: dict[str, Any] | None
+    host: dict[str, int | None]
+    verdict: str
+
+
+def make_plan(
+    config: LanguageModelConfig,
+    sizes: Sizes | None,
+    *,
+    batch: int | None = None,
+    device_memory: int = 80 << 30,
+    bandwidth: float = 3.35e12,
+    directory: Path | None = None,
+) -> Plan:
+    """Plan for a mesh of (data, model) `sizes`; None: the smallest that fits.
+
+    config: its sequence_len is the context. batch: sequences at once, over the whole mesh; by
+    default one for each part of the data axis. device_memory: bytes. bandwidth: of a device's
+    memory, in bytes a second. directory: a checkpoint to look for.
+
+    Needs as many jax devices as the mesh has. Raises ValueError if the mesh or the batch cannot be.
+    """
+    if sizes is None:
+        sizes = smallest_mesh(config, batch or 1, device_memory)
+    check_sizes(config, sizes)
+    batch = batch or sizes[0]
+    if batch % sizes[0]:
+        raise ValueError(
+            f"batch: expected a multiple of the mesh's data axis {sizes[0]}, got {batch}"
+        )
+    steps, many = compile_steps(config, sizes, batch)
+    weights = weight_bytes(config, sizes)
+    cache = cache_bytes(config, sizes, batch)
+    held = sum(weights.values())
+    most = max(step.temporaries for step in steps.values())
+    peak = held + cache + most
+    files = None if directory is None else look_for_files(config, directory)
+    found = Plan(
+        parameters=parameter_count(config),
+        mesh=sizes,
+        devices=math.prod(sizes),
+        batch=batch,
+        context=config.sequence_len,
+        dtype=jax.numpy.dtype(config.fprop_dtype).name,
+        prefill_chunk=min(PREFILL_CHUNK, config.sequence_len),
+        weights=weights,
+        cache=cache,
+        steps=steps,
+        peak=peak,
+        device_memory=device_memory,
+        fits=peak <= device_memory,
+        token=token_cost(config, sizes, batch, bandwidth),
+        largest=largest_batches(config, sizes, batch, device_memory - held, most, many),
+        files=files,
+        host=host_resources(directory),
+        verdict="",
+    )
+    return dataclasses.replace(found, verdict=verdict(config, found))
+
+
+# ----------------------------------------------------------------------------------- on which mesh
+
+
+def mesh_of(config: LanguageModelConfig, sizes: Sizes) -> AnyMesh:
+    """Return the mesh of these sizes, without devices."""
+    return abstract_mesh(*sizes, num_kv_heads=config.model.num_kv_heads)
+
+
+def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
+    """Raise ValueError, saying which would do, if the model cannot lie on such a mesh."""
+    config.check_mesh(mesh_of(config, sizes))
+    if math.prod(sizes) > MOST_DEVICES:
+        raise ValueError(
+            f"mesh: expected at most {MOST_DEVICES} devices, got {sizes[0]} x {sizes[1]}; "
+            "plan for a shorter data axis: each of its parts holds the same"
+        )
+
+
+def smallest_mesh(config: LanguageModelConfig, batch: int, device_memory: int) -> Sizes:
+    """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
+    options = [(1, n) for n in config.model.model_axis_sizes() if config.vocab_size % n == 0]
+    for sizes in options:
+        if fixed_bytes(config, sizes, batch) * 1.02 <= device_memory:
+            return sizes
+    return options[-1]
+
+
+# -------------------------------------------------------------------------------------- by formula
+
+
+def kind_of(module: str) -> str:
+    """Return which of KINDS the parameters of a module are, but for their scales."""
+    if "multi_head_attention" in module:
+        return "attention"
+    if "norm" in module or "router" in module:
+        return "norms and router"
+    return "embedding" if "embed" in module else "experts"
+
+
+def by_kind(tree: Any, size: Any) -> dict[str, Any]:
+    """Add up `size(array)` over a parameter tree, by kind."""
+    sizes = dict.fromkeys(KINDS, 0)
+    for module, leaves in tree.items():
+        for leaf in leaves.values():
+            if isinstance(leaf, QuantizedWeight8bit):
+                sizes["scales"] += size(leaf.scales)
+                leaf = leaf.weight
+            sizes[kind_of(module)] += size(leaf)
+    return sizes
+
+
+def parameter_count(config: LanguageModelConfig) -> int:
+    """Return how many numbers are stored: weights, and scales."""
+    return sum(math.prod(array.shape) for array in jax.tree.leaves(stored_shapes(config)))
+
+
+def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
+    """Return the shapes of what one device holds of each array."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype),
+        tree,
+        named_shardings(specs, mesh),
+    )
+
+
+def nbytes(array: Any) -> int:
+    """Return the bytes of an array."""
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def weight_bytes(config: LanguageModelConfig, sizes: Sizes) -> dict[str, int]:
+    """Return the bytes of the parameters on one device, by kind."""
+    return by_kind(_own_weights(config, sizes), nbytes)
+
+
+def _own_weights(config: LanguageModelConfig, sizes: Sizes) -> Any:
+    mesh, shapes = mesh_of(config, sizes), stored_shapes(config)
+    return on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
+
+
+def cache_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
+    """Return the bytes of the memory of `batch` sequences on one device."""
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
+    own = on_device(memory, memory_specs(config), mesh_of(config, sizes))
+    return sum(map(nbytes, jax.tree.leaves(own)))
+
+
+def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
+    """Return what one device holds between steps."""
+    return sum(weight_bytes(config, sizes).values()) + cache_bytes(config, sizes, batch)
+
+
+def token_cost(
+    config: LanguageModelConfig, sizes: Sizes, batch: int, bandwidth: float
+) -> dict[str, float]:
+    """Return what a decode step costs when the context is full.
+
+    flops: floating-point operations per token, on all devices together: two for each weight that
+    the token meets, and for each of its scores and weighted values in attention.
+    bytes: what one device must read in a step: its part of all weights but the experts', of those
+    as many as `batch` tokens meet if all are as likely, and its cache.
+    seconds: the least that reading them takes.
+    """
+    model = config.model
+    used = model.num_selected_experts / max(1, model.num_experts)
+    weights = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
+    met = weights["attention"] + weights["experts"] * used + weights["embedding"]
+    if model.num_experts > 1:
+        met += model.num_layers * model.emb_size * model.num_experts  # the router
+    scores = model.num_layers * model.num_q_heads * model.key_size * config.sequence_len
+    read = by_kind(_own_weights(config, sizes), nbytes)
+    tokens = batch // sizes[0]
+    experts = read.pop("experts") * (1 - (1 - used) ** tokens if model.num_experts > 1 else 1)
+    read_bytes = sum(read.values()) + experts + cache_bytes(config, sizes, batch)
+    return {
+        "flops": 2 * met + 2 * 2 * scores,
+        "bytes": read_bytes,
+        "seconds": read_bytes / bandwidth,
+        "bandwidth": bandwidth,
+    }
+
+
+def largest_batches(
+    config: LanguageModelConfig, sizes: Sizes, batch: int, room: int, few: int, many: int
+) -> dict[int, int]:
+    """Return a batch that fits for the context asked for, and for shorter ones, as large as known.
+
+    room: bytes beside the weights. few, many: temporaries of `batch` and of MANY times as many
+    sequences of the whole context.
+    """
+    data = sizes[0]
+
+    def temporaries(rows: int) -> float:
+        # The most of several phases, each of them a constant and so much a sequence: convex. So a
+        # chord lies above it, and so does, beyond, the ray from the origin. Shorter contexts take
+        # less: how much is not known without compiling them, too.
+        if rows <= batch:
+            return few
+        if rows <= MANY * batch:
+            return few + (many - few) * (rows - batch) / ((MANY - 1) * batch)
+        return rows * many / (MANY * batch)
+
+    found = {}
+    context = config.sequence_len
+    while context >= min(PREFILL_CHUNK, config.sequence_len):
+        shorter = dataclasses.replace(config, sequence_len=context)
+        each = cache_bytes(shorter, sizes, data) / data
+        most = int(room / each)  # by the cache alone
+        fitting = (n * data for n in range(most // data, 0, -1))
+        found[context] = next((n for n in fitting if n * each + temporaries(n) <= room), 0)
+        context //= 2
+    return found
+
+
+# ------------------------------------------------------------------------------------ by compiling
+
+
+def compile_steps(
+    config: LanguageModelConfig, sizes: Sizes, batch: int
+) -> tuple[dict[str, Step], int]:
+    """Compile both steps -> what they take, and the temporaries of MANY times as many sequences."""
+    mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
+    chunk = min(PREFILL_CHUNK, config.sequence_len)
+
+    def compile_step(rows: int, chunk: int | None) -> Step:
+        inputs = abstract_inputs(config, mesh, rows, chunk)
+        step = decode_step if chunk is None else prefill
+        program = step.lower(*inputs, config=config, mesh=mesh).compile()
+        return _read_step(program, fixed_bytes(config, sizes, rows))
+
+    # XLA compiles without Python's lock.
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(compile_step, *job) for job in ((batch, None), (batch, chunk))]
+        many = pool.submit(compile_step, MANY * batch, chunk)
+        decode, read = (job.result() for job in jobs)
+    return {"prefill": read, "decode": decode}, many.result().temporaries
+
+
+def _read_step(program: Any, held: int) -> Step:
+    memory = program.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    # Settings and results are small change: they count as temporaries.
+    peak = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    count: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for operation in compiled.collectives(program.as_text()):
+        count[operation.opcode] += operation.times
+        sizes[operation.opcode] += operation.times * operation.nbytes
+    exchanged = {kind: {"count": count[kind], "bytes": sizes[kind]} for kind in sorted(count)}
+    return Step(temporaries=peak - held, exchanged=exchanged)
+
+
+# ------------------------------------------------------------------------------------ this machine
+
+
+def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, Any]:
+    """Return which files of the released checkpoint are in DIR, and which are not as they should.
+
+    A checkpoint in the safetensors form counts as what it holds.
+    """
+    records = checkpoint.files(config.param_shapes())
+    expected = sum(record.size for record in records)
+    found: dict[str, Any] = {"directory": str(directory), "expected_bytes": expected}
+    if storage.form(directory) == storage.SAFETENSORS:
+        try:
+            checkpoint.check_files(directory, config.param_shapes())
+        except storage.CheckpointError as error:
+            return {**found, "form": storage.SAFETENSORS, "problem": str(error)}
+        return {**found, "form": storage.SAFETENSORS, "problem": None}
+    folder = directory / storage.FOLDER
+    there = {}
+    if folder.is_dir():
+        there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    return {
+        **found,
+        "form": storage.RELEASED,
+        "expected": len(records),
+        "found": sum(record.file in there for record in records),
+        "found_bytes": sum(there.get(record.file, 0) for record in records),
+        "missing": [record.file for record in records if record.file not in there],
+        "wrong_size": [
+            record.file for record in records if there.get(record.file, record.size) != record.size
+        ],
+    }
+
+
+def host_resources(directory: Path | None) -> dict[str, int | None]:
+    """Return the free bytes of the disk that DIR is on, and this machine's memory."""
+    place = (directory or Path()).resolve()
+    while not place.is_dir():
+        place = place.parent
+    memory = available_memory()
+    return {"free_disk": shutil.disk_usage(place).free, "available_memory": memory}
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that a process could still take here (Linux), else None."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+
+
+# ----------------------------------------------------------------------------------------- in words
+
+
+def verdict(config: LanguageModelConfig, plan: Plan) -> str:
+    """Return in one sentence whether the plan works, and else what would."""
+    where = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
+    load = f"{plan.batch} x {plan.context} tokens"
+    if plan.fits:
+        text = f"It fits: {gib(plan.peak)} of {gib(plan.device_memory)} {where}, for {load}"
+        share = plan.peak / plan.device_memory
+        if share > PREALLOCATED:
+            fraction = min(0.99, math.ceil(100 * share + 2) / 100)
+            text += (
+                f"; on GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction}, since jax takes "
+                f"{PREALLOCATED:.0%} of the memory unless it is told otherwise"
+            )
+    else:
+        over = gib(plan.peak - plan.device_memory)
+        ways = [*_larger_meshes(config, plan), *_smaller_loads(plan)]
+        text = (
+            f"It does not fit: {gib(plan.peak)} {where}, for {load}, are {over} more than "
+            f"{gib(plan.device_memory)}; {' or '.join(ways) or 'use devices with more memory'}"
+        )
+    return f"{text}{_files_problem(plan)}."
+
+
+def _larger_meshes(config: LanguageModelConfig, plan: Plan) -> list[str]:
+    """Return advice to take the next larger model axis on which it fits by about as much."""
+    temporaries = plan.peak - plan.cache - sum(plan.weights.values())
+    data, model = plan.mesh
+    for size in config.model.model_axis_sizes():
+        needed = fixed_bytes(config, (data, size), plan.batch) + temporaries * model // size
+        if size > model and config.vocab_size % size == 0 and needed <= plan.device_memory:
+            return [f"use --mesh {data},{size} ({gib(needed)} each)"]
+    return []
+
+
+def _smaller_loads(plan: Plan) -> list[str]:
+    """Return advice to take less at once on this mesh."""
+    for context, batch in plan.largest.items():
+        if batch and (batch < plan.batch or context < plan.context):
+            return [f"use --batch {min(batch, plan.batch)} --context {context}"]
+    return []
+
+
+def _files_problem(plan: Plan) -> str:
+    files = plan.files
+    if files is None:
+        return ""
+    if files["form"] == storage.SAFETENSORS:
+        return f"; but {files['problem']}" if files["problem"] else ""
+    wrong, missing = len(files["wrong_size"]), len(files["missing"])
+    if not wrong and not missing:
+        return ""
+    lacking = files["expected_bytes"] - files["found_bytes"]
+    text = f"; but of {files['expected']} files {missing} are missing in {files['directory']}"
+    if wrong:
+        text += f" and {wrong} have the wrong size, {files['wrong_size'][0]} first"
+    if lacking > (plan.host["free_disk"] or 0):
+        free = gigabytes(plan.host["free_disk"] or 0)
+        text += f", and the {gigabytes(lacking)} of them are more than the {free} free on its disk"
+    return text
+
+
+def gib(size: float) -> str:
+    """Return a size of memory in words."""
+    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def gigabytes(size: float) -> str:
+    """Return a size of files or traffic in words."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next(((u, n) for u, n in units if size >= u), (1, "bytes"))
+    return f"{size / unit:.3g} {name}"
+
+
+def in_words(plan: Plan) -> str:
+    """Return the plan as a page of text."""
+    data, model = plan.mesh
+    total = sum(plan.weights.values())
+    most = plan.peak - total - plan.cache
+    temporaries = ", ".join(f"{n} {gib(s.temporaries)}" for n, s in plan.steps.items())
+    copies = f"; the weights are there {data} times, once a part of data" if data > 1 else ""
+    chunks = f"prompts in chunks of {plan.prefill_chunk}"
+    lines = [
+        f"model     {plan.parameters / 1e9:.4g} billion numbers, {plan.dtype} activations",
+        f"mesh      data {data} x model {model} = {plan.devices} devices{copies}",
+        f"load      {plan.batch} x {plan.context} tokens, {chunks}",
+        "",
+        "memory of each device",
+        *(f"  {kind:18} {gib(size):>10}" for kind, size in plan.weights.items()),
+        f"  {'all weights':18} {gib(total):>10}",
+        f"  {'KV cache':18} {gib(plan.cache):>10}",
+        f"  {'temporaries':18} {gib(most):>10}   {temporaries}; as compiled for a CPU",
+        f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}",
+        "",
+        "exchanged in a step, by each device",
+        *_exchange_lines(plan),
+        "",
+        "a token, at the end of the context",
+        *_token_lines(plan),
+        "",
+        "a batch that fits, by context, as large as known",
+        "  " + ", ".join(f"{batch} x {context}" for context, batch in plan.largest.items()),
+        "",
+        *_machine_lines(plan),
+        "",
+        plan.verdict,
+    ]
+    return "\n".join(lines)
+
+
+def _exchange_lines(plan: Plan) -> list[str]:
+    lines = [
+        f"  {name:8} {kind:18} {found['count']:5} times {gigabytes(found['bytes']):>10}"
+        for name, step in plan.steps.items()
+        for kind, found in step.exchanged.items()
+    ]
+    return lines or ["  nothing"]
+
+
+def _token_lines(plan: Plan) -> list[str]:
+    token = plan.token
+    seconds = token["seconds"]
+    return [
+        f"  computes {token['flops'] / 1e9:.4g} GFLOP, on all devices together",
+        f"  reads {gigabytes(token['bytes'])} on each device, for {plan.batch} at once",
+        f"  takes at least {1000 * seconds:.3g} ms at {gigabytes(token['bandwidth'])}/s: "
+        f"{plan.batch / seconds:.4g} tokens/s",
+    ]
+
+
+def _machine_lines(plan: Plan) -> list[str]:
+    memory = plan.host["available_memory"]
+    lines = []
+    if plan.files is not None and plan.files["form"] == storage.RELEASED:
+        files = plan.files
+        lines.append(
+            f"files     {files['found']} of {files['expected']} in {files['directory']}, "
+            f"{gigabytes(files['found_bytes'])} of {gigabytes(files['expected_bytes'])}"
+        )
+    elif plan.files is not None:
+        lines.append(f"files     safetensors in {plan.files['directory']}")
+    host = f"host      {gigabytes(plan.host['free_disk'] or 0)} of disk free"
+    if memory is not None:
+        host += f", {gib(memory)} of memory available; loading takes less than 2 GiB of it"
+    return [*lines, host]
