@@ -97,9 +97,8 @@ def _run(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:
     """Call `work(stop, *job)` for all jobs in a few threads; the first failure ends them all."""
     stop = threading.Event()
     executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="loading")
-    futures = [executor.submit(work, stop, *job) for job in jobs]
     try:
-        for future in futures:
+        for future in [executor.submit(work, stop, *job) for job in jobs]:
             future.result()
     except BaseException:
         # Those that run end at their next piece, and the first exception is the one to tell.
