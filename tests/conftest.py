@@ -1,4 +1,4 @@
-"""Tests run on eight virtual CPU devices, which must be asked for before jax starts."""
+"""Tests run on sixteen virtual CPU devices, which must be asked for before jax starts."""
 
 import os
 import pathlib
@@ -6,6 +6,6 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 ).strip()
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))

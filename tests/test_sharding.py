@@ -53,8 +53,8 @@ def test_one_device_is_the_default():
 @pytest.mark.parametrize(
     ("local", "between", "message"),
     [
-        ((4, 4), (1, 1), "a mesh of 4,4 needs 16 devices, but this machine has 8; .*count=16"),
-        ((1, 9), (1, 1), "a mesh of 1,9 needs 9 devices, but this machine has 8; .*count=9"),
+        ((4, 8), (1, 1), "a mesh of 4,8 needs 32 devices, but this machine has 16; .*count=32"),
+        ((1, 17), (1, 1), "a mesh of 1,17 needs 17 devices, but this machine has 16; .*count=17"),
         ((0, 8), (1, 1), r"a mesh has two positive axes .*, got \(0, 8\) on a host and \(1, 1\) "),
         ((2, -4), (1, 1), r"a mesh has two positive axes .*, got \(2, -4\) on a host"),
         ((1, 8), (1, 0), r"a mesh has two positive axes .*, got .* and \(1, 0\) between hosts"),
