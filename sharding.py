@@ -5,6 +5,7 @@ a decision; without a mesh that does nothing. Only what a compiler cannot split 
 mixture of experts and the cache write) runs inside `shard_map`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,6 +63,29 @@ def make_mesh(
     return Mesh(grid.transpose(0, 2, 1, 3).reshape(shape), (DATA_AXIS, MODEL_AXIS))
 
 
+def split_over_hosts(
+    data: int, model: int, hosts: int, per_host: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return local_mesh_config and between_hosts_config, as in `make_mesh`, of a whole mesh.
+
+    data, model: the mesh over all hosts. hosts, per_host: how many there are, and the devices of
+    each, all of which are used. The model axis, along which every layer talks, stays within a host
+    as far as it can. One host takes any mesh, as `make_mesh` does. Raises ValueError if the mesh
+    is not as large as the hosts together.
+    """
+    if hosts == 1:
+        return (data, model), (1, 1)
+    if data * model != hosts * per_host:
+        raise ValueError(
+            f"a mesh of {data},{model} has {data * model} devices, but {hosts} processes of "
+            f"{per_host} have {hosts * per_host}; choose --mesh DATA,MODEL so that "
+            f"DATA x MODEL = {hosts * per_host}"
+        )
+    local_model = math.gcd(model, per_host)
+    local_data = per_host // local_model
+    return (local_data, local_model), (data // local_data, model // local_model)
+
+
 def axis_size(mesh: Mesh | None, axis: str) -> int:
     """Return the number of devices along a mesh axis: 1 without a mesh."""
     return 1 if mesh is None else mesh.shape[axis]
@@ -72,6 +96,13 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+
+def readable(tree: Any, mesh: Mesh | None) -> Any:
+    """Lay results out so that every process can read them: whole on each, if there are several."""
+    if mesh is None or not mesh.is_multi_process:
+        return tree
+    return jax.tree.map(lambda x: constrain(x, mesh), tree)
 
 
 def match_rule(rules: Rules, name: str) -> P:
