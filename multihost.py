@@ -315,7 +315,8 @@ class Peers:
         except OSError as error:
             raise ValueError(
                 f"{self.place.coordinator}: process 0 cannot listen at port {port} "
-                f"({error.strerror}); end what uses it, or give another --coordinator to all"
+                f"({os.strerror(error.errno or 0)}); end what uses it, or give all processes "
+                "another --coordinator"
             ) from error
         _start(self._accept, listener)
         _start(self._keep_beating)

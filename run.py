@@ -283,7 +283,8 @@ def keep_outputs(peers: multihost.Peers) -> None:
     if peers.place.process == 0:
         # Never closed: the answers outlive whatever ends the interpreter.
         copy = os.dup(1)
-        sys.stdout = open(copy, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        form = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}
+        sys.stdout = os.fdopen(copy, "w", closefd=False, **form)
     else:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     nothing = os.open(os.devnull, os.O_WRONLY)
