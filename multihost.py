@@ -145,15 +145,16 @@ class Link:
         return message
 
 
-def _pump(source: socket.socket, target: socket.socket, hold: bool) -> None:
-    """Copy bytes until either side ends; then end `target`, or leave it open and silent."""
+def _pump(source: socket.socket, target: socket.socket, keep: socket.socket | None = None) -> None:
+    """Copy bytes until either side ends; then end both, but leave `keep` open and silent."""
     with contextlib.suppress(OSError):
         while piece := source.recv(2**16):
             target.sendall(piece)
-        source.close()
-    if not hold:
+    if target is not keep:
         with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
+            target.shutdown(socket.SHUT_RDWR)  # whoever reads from it closes it
+    if source is not keep:
+        source.close()
 
 
 def _start(target: Callable[..., object], *arguments: Any) -> None:
@@ -338,7 +339,7 @@ class Peers:
             )
         if not self._complete:
             raise ValueError(self.loss)
-        self._send_all(hosts={str(index): name for index, name in self._hosts.items()})
+        self._send_all(hosts=self._hosts, complete=True)
 
     def _report(self) -> None:
         """On the others: come to process 0, and wait until all are there."""
@@ -396,6 +397,8 @@ class Peers:
                 self._hosts[index] = str(message.get("host"))
                 self._changed.notify_all()
         if refusal is None:
+            with contextlib.suppress(OSError):
+                link.send(hosts={0: self._hosts[0]})
             self._listen(index, link)
             return
         with contextlib.suppress(OSError):
@@ -466,6 +469,7 @@ class Peers:
                 self._values.append(message["value"])
             if "hosts" in message:
                 self._hosts |= {int(i): str(name) for i, name in message["hosts"].items()}
+            if "complete" in message:
                 self._complete = True
             if "done" in message:
                 self._done.add(index)
@@ -535,16 +539,16 @@ class Peers:
 
     def _relay(self, listener: socket.socket) -> None:
         """On the others: carry jax's connections to process 0."""
-        held = []  # not closed when process 0 dies: see the top of this file
+        kept = []  # open when process 0 dies: see the top of this file
         while True:
             connection, _ = listener.accept()
-            held.append(connection)
+            kept.append(connection)
             with contextlib.suppress(OSError):
                 far = _connect(host_and_port(self.place.coordinator), self.peer_timeout)
                 Link(far, self.peer_timeout).send(jax=True)
                 far.settimeout(None)
-                _start(_pump, connection, far, False)
-                _start(_pump, far, connection, True)
+                _start(_pump, connection, far, connection)
+                _start(_pump, far, connection, connection)
 
     def _serve_jax(self, link: Link) -> None:
         """On process 0: carry one relay's connection to jax's service, once it is there."""
@@ -558,5 +562,5 @@ class Peers:
             return
         for one in (near, link.socket):
             one.settimeout(None)
-        _start(_pump, near, link.socket, False)
-        _pump(link.socket, near, False)
+        _start(_pump, near, link.socket)
+        _pump(link.socket, near)

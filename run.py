@@ -283,8 +283,8 @@ def keep_outputs(peers: multihost.Peers) -> None:
     if peers.place.process == 0:
         # Never closed: the answers outlive whatever ends the interpreter.
         copy = os.dup(1)
-        form = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}
-        sys.stdout = os.fdopen(copy, "w", closefd=False, **form)
+        encoding = sys.stdout.encoding
+        sys.stdout = os.fdopen(copy, "w", 1, encoding, "backslashreplace", closefd=False)
     else:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     nothing = os.open(os.devnull, os.O_WRONLY)

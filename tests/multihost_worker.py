@@ -1,8 +1,9 @@
 """One process of a run of several, with hooks that place a signal exactly; started by the tests.
 
-run DIRECTORY VICTIM:WHERE ARGUMENTS: run.py, in which process VICTIM stalls at "load", "prefill",
-"decode" or nowhere. In DIRECTORY it leaves the file "stalled"; the others leave "waiting" when they
-are in a collective that the victim does not enter, or, for "load", past the same place.
+run DIRECTORY VICTIM:WHERE ARGUMENTS: run.py, in which process VICTIM stalls at "load", "prefill" or
+"decode". In DIRECTORY it leaves the file "stalled"; the other one leaves "waiting" when it is in a
+collective that the victim does not enter, or, for "load", past the same place. At "start" none
+stalls: both leave their files when they know of each other.
 
 read OUT COORDINATOR PROCESSES PROCESS MESH...: the logits and scores of a golden model.
 """
@@ -30,7 +31,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
 
     def arrive() -> None:
         (directory / ("stalled" if mine else "waiting")).touch()
-        if mine:
+        if mine and place != "start":
             time.sleep(1000)
 
     def progress(*_: Any) -> None:
@@ -50,6 +51,12 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
             arrive()
         return deliver(self, *arguments)
 
+    def hear(self: Any, *arguments: Any) -> None:
+        take(self, *arguments)
+        if place == "start":
+            arrive()
+
+    take, multihost.Peers._take = multihost.Peers._take, hear
     run.LoadProgress.__call__ = progress
     multihost.Peers.phase = change
     runner.InferenceRunner._deliver = ask
