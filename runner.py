@@ -29,6 +29,7 @@ from sampling import SampleOutput, SampleSettings, sample_token, validate_settin
 from sharding import (
     axis_size,
     constrain,
+    from_host,
     make_mesh,
     named_shardings,
     parameter_specs,
@@ -47,7 +48,7 @@ TOKENIZER_SOURCE = (
 
 
 class Slots(NamedTuple):
-    """What each slot needs for its next token.
+    """What each slot needs for its next token, on the device.
 
     token: int32 [B, 1], the last token. drawn: int32 [B], how many tokens it has drawn.
     seed: uint32 [B]. settings: SampleSettings; `active` marks the slots that are in use.
@@ -586,32 +587,23 @@ class InferenceRunner:
             ]
             if not running:
                 return
-            active: Any = np.isin(np.arange(self.num_slots), running)
+            active = from_host(np.isin(np.arange(self.num_slots), running), self.mesh)
             slots = slots._replace(settings=slots.settings._replace(active=active))
             sample, memory, slots = decode_step(self.params, memory, slots, **where)
             yield from self._deliver(sequences, running, sample)
 
     def _fill_slots(self, sequences: list[_Sequence]) -> Slots:
-        """Return the state of a fresh batch, on the host; slots without a sequence are not active.
-
-        Arrays of numpy are legal on the mesh of any number of processes, those of jax are not.
-        """
+        """Return the state of a fresh batch; slots without a sequence are not active."""
         rows = [self._settings(s.request, True) for s in sequences]
         rows += [self._settings(Request([0]), False)] * (self.num_slots - len(rows))
         types: Any = (np.float32, np.float32, bool, bool, np.int32)
         seeds: Any = np.zeros([self.num_slots], np.uint32)
         seeds[: len(sequences)] = [s.request.rng_seed % 2**32 for s in sequences]
         zeros: Any = np.zeros([self.num_slots], np.int32)
-        return Slots(
-            token=zeros[:, None],
-            drawn=zeros,
-            seed=seeds,
-            settings=jax.tree.map(
-                lambda dtype, *values: np.stack(values).astype(dtype),
-                SampleSettings(*types),
-                *rows,
-            ),
+        settings = jax.tree.map(
+            lambda dtype, *values: np.stack(values).astype(dtype), SampleSettings(*types), *rows
         )
+        return from_host(Slots(zeros[:, None], zeros, seeds, settings), self.mesh)
 
     def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:
         """Take the next chunk of every prompt that is due one of `size` tokens."""
