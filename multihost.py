@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
+BEAT = 0.5  # between signs of life
 LONGEST_MESSAGE = 2**28  # bytes; the prompts of a run are one message
 # jax's service must not end a process that this module has not: its limits are some factor longer.
 SLOWER = 10
@@ -42,13 +43,12 @@ class Place(NamedTuple):
     """Where a process stands.
 
     coordinator: HOST:PORT of process 0. processes: how many there are. process: which one this is,
-    from 0. local_devices: the ids of the devices that are this process's; None: all of its host.
+    from 0.
     """
 
     coordinator: str
     processes: int
     process: int
-    local_devices: list[int] | None = None
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -70,26 +70,24 @@ def find_place(
 
     Raises ValueError if that finds nothing, or what it finds is no place.
     """
-    # Private: jax offers its detection only as a part of jax.distributed.initialize, which would
-    # start its service at the very address at which the processes are to meet here.
-    from jax._src.clusters import ClusterEnv
-
-    own = [int(part) for part in os.environ.get("JAX_LOCAL_DEVICE_IDS", "").split(",") if part]
+    found: Any = (coordinator, num_processes, process_id)
     try:
-        address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-            num_processes,
-            process_id,
-            own or None,
-            None,
-            int(timeout),
-        )
+        if None in found:
+            # Private: jax offers its detection only as a part of jax.distributed.initialize, which
+            # would start its service at the very address at which the processes are to meet here.
+            from jax._src.clusters import ClusterEnv
+
+            coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+            found = ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator, num_processes, process_id, None, None, int(timeout)
+            )
     except Exception as error:  # whatever a half-set environment leads to
         raise ValueError(
             f"the job's environment does not say where this process stands ({error!r}); give "
             "--coordinator HOST:PORT --num-processes N --process-id I"
         ) from error
-    if address is None or count is None or index is None:
+    address, count, index = found[:3]
+    if None in (address, count, index):
         raise ValueError(
             "expected a job of SLURM, GKE or MPI, which says where this process stands, found "
             "none; give --coordinator HOST:PORT --num-processes N --process-id I"
@@ -97,7 +95,7 @@ def find_place(
     host_and_port(address)
     if not 0 <= index < count:
         raise ValueError(f"expected a process id from 0 to {count - 1}, got {index}")
-    return Place(address, count, index, None if devices is None else list(devices))
+    return Place(address, count, index)
 
 
 # ----------------------------------------------------------------------------------- connections
@@ -424,7 +422,7 @@ class Peers:
     def _keep_beating(self) -> None:
         while True:
             self._beat()
-            time.sleep(min(1.0, self.peer_timeout / 8))
+            time.sleep(BEAT)
 
     def _beat(self) -> None:
         with self._changed:
@@ -529,8 +527,6 @@ class Peers:
             f"127.0.0.1:{port}",
             self.place.processes,
             self.place.process,
-            self.place.local_devices,
-            cluster_detection_method="deactivate",
             initialization_timeout=int(self.join_timeout) + slow,
             heartbeat_timeout_seconds=slow,
             shutdown_timeout_seconds=slow,

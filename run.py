@@ -209,7 +209,7 @@ def add_distributed(parser: Parser) -> None:
         metavar="I",
         help="which one this is, from 0",
     )
-    seconds = number(1, 1e6, float, "a number of seconds of at least 1")
+    seconds = number(2, 1e6, float, "a number of seconds of at least 2")
     add(
         "--peer-timeout",
         type=seconds,

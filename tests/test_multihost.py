@@ -1,5 +1,6 @@
 """Several processes as one run: the same answers, and an end in one sentence when one is lost."""
 
+import io
 import json
 import os
 import pathlib
@@ -301,11 +302,11 @@ def test_a_loss_while_others_are_still_to_come_ends_those_that_came(
 
 
 def test_a_coordinator_that_does_not_answer_is_named(start: Start, address: str) -> None:
-    process = start(run.__file__, *place(address, 1), "--join-timeout", 1, *ASK)
-    result = finish(process, 1 + SLACK)
+    process = start(run.__file__, *place(address, 1), "--join-timeout", 2, *ASK)
+    result = finish(process, 2 + SLACK)
     assert result.status == 1
     assert result.err == (
-        f"error: {address}: process 0 did not answer within 1 s (Connection refused); start it "
+        f"error: {address}: process 0 did not answer within 2 s (Connection refused); start it "
         "there, or correct --coordinator\n"
     )
 
@@ -360,6 +361,34 @@ def test_a_stranger_at_the_port_does_no_harm(start: Start, address: str) -> None
         stranger.close()
 
 
+def test_an_error_that_should_not_happen_waits_for_the_loss_that_may_be_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A collective may fail before the watch has noticed that its peer is gone."""
+    told, errors = [], io.StringIO()
+
+    class Peers:
+        def await_loss(self) -> None:
+            told.append("waited")
+
+        def end(self, reason: str) -> None:
+            told.append(reason)
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as exit_:
+        run.fail(RuntimeError("gloo: connection closed\nmore"), Peers(), errors)
+    assert exit_.value.code == 1
+    assert told == ["waited", "RuntimeError: gloo: connection closed"]
+    assert errors.getvalue().endswith("error: RuntimeError: gloo: connection closed\n")
+    told.clear()
+    with pytest.raises(SystemExit):
+        run.fail(RuntimeError("RESOURCE_EXHAUSTED: out of memory"), Peers(), errors)
+    assert len(told) == 1 and told[0].startswith("too little memory")
+
+
 # Ends that a person brings about.
 
 
@@ -391,6 +420,7 @@ def test_a_signal_to_one_process_ends_all(
     assert re.fullmatch(sentence, without_progress(other.err)), other.err
 
 
+@pytest.mark.slow
 def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str) -> None:
     first, second = start_pair(start, address, *ASK, "--max-len", 200)
     assert first.stdout is not None
@@ -425,7 +455,7 @@ def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str)
         (["--distributed", "--coordinator", "here:70000"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", ":1"], "expected HOST:PORT"),
         (["--distributed", "--num-processes", 0], "expected a whole number of at least 1, got '0'"),
-        (["--peer-timeout", 0], "expected a number of seconds of at least 1, got '0'"),
+        (["--peer-timeout", 1], "expected a number of seconds of at least 2, got '1'"),
     ],
 )
 def test_options_that_do_not_fit_together_are_one_sentence(
@@ -454,6 +484,7 @@ SLURM = {
 }
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm_places_its_processes(start: Start) -> None:
     """As jax finds it; an Open MPI job likewise. The port is a function of the job's number."""
     running = [
