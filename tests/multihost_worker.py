@@ -2,15 +2,18 @@
 
 run DIRECTORY VICTIM:WHERE ARGUMENTS: run.py, in which process VICTIM stalls at "load", "prefill" or
 "decode". In DIRECTORY it leaves the file "stalled"; the other one leaves "waiting" when it is in a
-collective that the victim does not enter, or, for "load", past the same place. At "start" none
-stalls: both leave their files when they know of each other.
+collective that the victim does not enter, or, for "load", past the same place. "late" is "load",
+but the other one takes its time to act upon the loss. At "start" none stalls: both leave their
+files when they know of each other.
 
 read OUT COORDINATOR PROCESSES PROCESS MESH...: the logits and scores of a golden model.
 """
 
+import os
 import pathlib
 import sys
 import time
+import traceback
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,7 +38,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
             time.sleep(1000)
 
     def progress(*_: Any) -> None:
-        if place == "load":
+        if place in ("load", "late"):
             arrive()
 
     phase, deliver, results = multihost.Peers.phase, runner.InferenceRunner._deliver, []
@@ -56,6 +59,11 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
         if place == "start":
             arrive()
 
+    def lose(self: Any, sentence: str) -> None:
+        time.sleep(2 if place == "late" else 0)
+        lost(self, sentence)
+
+    lost, multihost.Peers._lose = multihost.Peers._lose, lose
     take, multihost.Peers._take = multihost.Peers._take, hear
     run.LoadProgress.__call__ = progress
     multihost.Peers.phase = change
@@ -102,4 +110,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":
         main_run(pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
     else:
-        main_read(*sys.argv[2:])
+        try:
+            main_read(*sys.argv[2:])
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # jax would wait for the others

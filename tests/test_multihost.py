@@ -216,6 +216,17 @@ def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
     assert re.fullmatch(loss, without_progress(survivor.err)), survivor.err
 
 
+def test_jax_does_not_abort_before_the_loss_of_process_0_is_told(
+    start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    """Its coordination service dies with process 0; jax alone aborts within milliseconds."""
+    pair = start_stalled(start, address, tmp_path, 0, "late")
+    pair[0].kill()
+    survivor = finish(pair[1], 2 + SLACK)
+    assert survivor.status == 1
+    assert re.fullmatch(r"error: process 0 of 2 [^\n]* was lost [^\n]*\n", survivor.err)
+
+
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_when_a_process_falls_silent_the_other_one_says_so_within_the_timeout(
     victim: int, start: Start, address: str, tmp_path: pathlib.Path
