@@ -222,6 +222,7 @@ class Peers:
         self._values: list[Any] = []
         self._done: set[int] = set()
         self._complete = False  # all have come
+        self._losing = False  # there is a loss, but perhaps not all know yet
         self._ending = False
         self._jax_port = 0
         self._leaving = threading.Lock()
@@ -242,16 +243,13 @@ class Peers:
     def share(self, value: Any) -> Any:
         """Return process 0's value on every process, as it comes out of JSON; call it on all."""
         if self.place.process == 0:
-            for link in self._links.values():
-                # A connection that fails is found, and told, by the thread that listens to it.
-                with contextlib.suppress(OSError):
-                    link.send(value=value)
+            self._send_all(value=value)
             return json.loads(json.dumps(value))
         with self._changed:
             self._changed.wait_for(lambda: self._values or self.loss)
-            if not self._values:
-                raise ValueError(self.loss)
-            return self._values.pop(0)
+            if self._values:
+                return self._values.pop(0)
+        raise ValueError(self.loss)
 
     def phase(self, name: str) -> None:
         """Say what this process does from now on; the others name it if it is lost."""
@@ -263,11 +261,11 @@ class Peers:
         """Tell the others why this process ends now. If they ended before, `leave` with that."""
         sentence = f"{self._name(self.place.process)} ended: {reason}"
         with self._changed:
-            first = self.loss is None
             self._ending = True
-        if not first:
-            self.leave()
-        self._tell(sentence)
+            if self._losing:
+                self._changed.wait_for(lambda: self.loss)
+                self.leave()
+        self._send_all(end=sentence)
 
     def leave(self) -> NoReturn:
         """Say what was lost and end this process, whatever its other threads do: status 1."""
@@ -279,10 +277,12 @@ class Peers:
     def await_loss(self) -> None:
         """Wait, up to the time-out, for the loss that may have caused an error in a collective.
 
-        If there is one the main thread is interrupted, or this process ended.
+        If there is one this process ends with it.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.loss, self.peer_timeout + LAST_WORDS)
+            if self.loss is not None:
+                self.leave()
 
     def close(self) -> None:
         """End in good order: waits until all have called it, and shuts jax.distributed down."""
@@ -328,7 +328,7 @@ class Peers:
                 if not self._changed.wait(min(left, 10)) and self.note and left > 10:
                     self.note(f"waiting for {self._missing()} at {self.place.coordinator}")
             all_there = len(self._links) == self.place.processes - 1
-            self._complete = all_there and self.loss is None
+            self._complete = all_there and not self._losing
         if not all_there:
             self._lose(
                 f"{self._missing()} never came to {self.place.coordinator} within "
@@ -336,6 +336,8 @@ class Peers:
                 f"on {host}, with the same --coordinator, and check that they reach it"
             )
         if not self._complete:
+            with self._changed:
+                self._changed.wait_for(lambda: self.loss)
             raise ValueError(self.loss)
         self._send_all(hosts=self._hosts, complete=True)
 
@@ -480,13 +482,15 @@ class Peers:
     def _lose(self, sentence: str) -> None:
         """Take note of a loss, the first one only; process 0 tells it to the others."""
         with self._changed:
-            if self.loss is not None or self._ending:
+            if self._losing or self._ending:
                 return
-            self.loss = sentence
-            complete = self._complete
-            self._changed.notify_all()
+            self._losing, complete = True, self._complete
         if self.place.process == 0:
-            self._tell(sentence)
+            self._send_all(end=sentence)
+        # Only now may this process end: the others would name it as the one that was lost.
+        with self._changed:
+            self.loss = sentence
+            self._changed.notify_all()
         if not complete:
             return  # `join` waits, and raises it
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -494,10 +498,8 @@ class Peers:
             time.sleep(LAST_WORDS)
         self.leave()
 
-    def _tell(self, sentence: str) -> None:
-        self._send_all(end=sentence)
-
     def _send_all(self, **message: Any) -> None:
+        # A connection that fails is found by the thread that listens to it.
         for link in list(self._links.values()):
             with contextlib.suppress(OSError):
                 link.send(**message)
