@@ -1,20 +1,26 @@
 """Sample text from Grok-1, or from the small demo model that comes with it.
 
 python run.py --prompt "Once upon a time" --max-len 120 --temperature 0.7 --seed 1
+
+With --distributed several processes, on one host or many, are one run: process 0's prompts and
+options hold for all, and only it prints. When a process is lost, all end and say which.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
+import multihost
 import storage
 
 ROOT = Path(__file__).resolve().parent
@@ -22,11 +28,13 @@ RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloa
 DEMO = ROOT / "checkpoints" / "demo"
 MOST_SLOTS = 8
 DEFAULT_PROMPT = "Once upon a time"
+# What process 0 decides for all; the files may lie elsewhere on each host.
+SHARED = ("prompts", "max_len", "temperature", "top_k", "nucleus_p", "seed", "mesh", "dtype")
 
 
-def say(message: str) -> None:
+def say(message: str, file: TextIO | None = None) -> None:
     """Print a message for the person, apart from the output."""
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=file or sys.stderr, flush=True)
 
 
 def mesh_sizes(text: str) -> tuple[int, int]:
@@ -40,6 +48,15 @@ def mesh_sizes(text: str) -> tuple[int, int]:
             f"expected two positive numbers DATA,MODEL such as 1,8, got {text!r}"
         )
     return data, model
+
+
+def coordinator(text: str) -> str:
+    """Check "HOST:PORT"."""
+    try:
+        multihost.host_and_port(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def token_ids(text: str) -> list[int]:
@@ -160,9 +177,75 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="activations; by default float32 on a CPU, bfloat16 elsewhere",
     )
     add("--json", action="store_true", help="print one JSON object a line for each prompt")
+    add_distributed(parser)
     options = parser.parse_args(arguments)
+    check_distributed(parser, options)
     options.prompts = options.prompts or [DEFAULT_PROMPT]
     return options
+
+
+def add_distributed(parser: Parser) -> None:
+    """Add the options of a run of several processes."""
+    add = parser.add_argument_group("several processes, as a rule one a host").add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="be one of several processes; by default placed by SLURM, GKE or MPI",
+    )
+    add(
+        "--coordinator",
+        type=coordinator,
+        metavar="HOST:PORT",
+        help="where process 0 listens, which all others must reach",
+    )
+    add(
+        "--num-processes",
+        type=number(1, 2**20, int, "a whole number of at least 1"),
+        metavar="N",
+        help="how many processes are started, each with the same coordinator",
+    )
+    add(
+        "--process-id",
+        type=number(0, 2**20, int, "a whole number of at least 0"),
+        metavar="I",
+        help="which one this is, from 0",
+    )
+    seconds = number(2, 1e6, float, "a number of seconds of at least 2")
+    add(
+        "--peer-timeout",
+        type=seconds,
+        default=multihost.PEER_TIMEOUT,
+        metavar="SECONDS",
+        help="a process that is silent for so long is lost, and all end "
+        f"({multihost.PEER_TIMEOUT:g})",
+    )
+    add(
+        "--join-timeout",
+        type=seconds,
+        default=multihost.JOIN_TIMEOUT,
+        metavar="SECONDS",
+        help=f"how long to wait for all processes to come ({multihost.JOIN_TIMEOUT:g})",
+    )
+
+
+def check_distributed(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if the options of several processes do not fit together."""
+    place = {
+        "--coordinator": options.coordinator,
+        "--num-processes": options.num_processes,
+        "--process-id": options.process_id,
+    }
+    given = [name for name, value in place.items() if value is not None]
+    missing = [name for name in place if name not in given]
+    if given and not options.distributed:
+        parser.error(f"{given[0]} needs --distributed")
+    if given and missing:
+        parser.error(f"{given[0]} needs {' and '.join(missing)}, or none of them to be given")
+    if given and options.process_id >= options.num_processes:
+        parser.error(
+            f"argument --process-id: expected one from 0 to {options.num_processes - 1}, as there "
+            f"are {options.num_processes} processes, got {options.process_id}"
+        )
 
 
 def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -180,10 +263,74 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     return directory, tokenizer
 
 
-def make_server(options: argparse.Namespace, directory: Path, tokenizer: Path | None) -> Any:
+def find_peers(options: argparse.Namespace, errors: TextIO) -> multihost.Peers:
+    """Find out where this process stands among those of the run."""
+    place = multihost.find_place(
+        options.coordinator, options.num_processes, options.process_id, options.join_timeout
+    )
+    return multihost.Peers(place, options.join_timeout, options.peer_timeout, errors, note=say)
+
+
+def keep_outputs(peers: multihost.Peers) -> None:
+    """Keep the outputs for process 0's answers and messages; the others say only what ended them.
+
+    gloo, which carries the collectives of CPUs, prints lines to stdout from C++.
+    """
+    if peers.place.process == 0:
+        # Never closed: the answers outlive whatever ends the interpreter.
+        copy = os.dup(1)
+        encoding = sys.stdout.encoding
+        sys.stdout = os.fdopen(copy, "w", 1, encoding, "backslashreplace", closefd=False)
+    else:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+
+
+def agree(peers: multihost.Peers, options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Take process 0's options, and return this process's files, which must hold what its do."""
+    first = peers.place.process == 0
+    files: Any = choose_files(options) if first else ()
+    shared = peers.share(
+        {
+            "options": {name: getattr(options, name) for name in SHARED},
+            "files": [None if file is None else str(file.absolute()) for file in files],
+            "contents": contents(*files) if first else {},
+        }
+    )
+    vars(options).update(shared["options"])
+    if first:
+        return files
+    if options.checkpoint is None:
+        options.checkpoint = Path(shared["files"][0])
+        if options.tokenizer is None and shared["files"][1] is not None:
+            options.tokenizer = Path(shared["files"][1])
+    directory, tokenizer = choose_files(options)
+    for name, found in contents(directory, tokenizer).items():
+        if found != shared["contents"][name]:
+            raise ValueError(
+                f"the {name} of {directory if name == 'config.json' else tokenizer} is not that of "
+                "process 0; give all processes the same files"
+            )
+    return directory, tokenizer
+
+
+def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
+    """Return fingerprints of the files on which all processes must agree to take the same steps."""
+    files = {"config.json": directory / "config.json", "tokenizer": tokenizer}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
+        for name, file in files.items()
+    }
+
+
+def make_server(
+    options: argparse.Namespace, directory: Path, tokenizer: Path | None, processes: int = 1
+) -> Any:
     """Load the model as the options say."""
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
-    devices = options.mesh[0] * options.mesh[1]
+    devices = options.mesh[0] * options.mesh[1] // processes
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
@@ -241,9 +388,14 @@ def make_requests(options: argparse.Namespace) -> list[Any]:
     ]
 
 
-def generate(worker: ThreadPoolExecutor, server: Any, options: argparse.Namespace) -> None:
+def generate(
+    worker: ThreadPoolExecutor,
+    server: Any,
+    options: argparse.Namespace,
+    phase: Callable[[str], object],
+) -> None:
     """Print the answers, then a line of statistics."""
-    events = server.stream(make_requests(options))
+    events = server.stream(make_requests(options), phase)
     printer = JsonPrinter() if options.json else TextPrinter(options.prompts)
     began, first, tokens = time.perf_counter(), 0.0, 0
     try:
@@ -328,6 +480,54 @@ class JsonPrinter:
         print(json.dumps(fields), flush=True)
 
 
+def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
+    """Load the model and answer, in one process."""
+    server = worker.submit(make_server, options, *choose_files(options)).result()
+    generate(worker, server, options, lambda _: None)
+
+
+def serve_together(
+    worker: ThreadPoolExecutor, options: argparse.Namespace, peers: multihost.Peers
+) -> None:
+    """Load the model and answer, as one of several processes."""
+    keep_outputs(peers)
+    worker.submit(peers.join).result()
+    peers.phase("load")
+    files = worker.submit(agree, peers, options).result()
+    server = worker.submit(make_server, options, *files, peers.place.processes).result()
+    generate(worker, server, options, peers.phase)
+    worker.submit(peers.close).result()
+
+
+def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:
+    """Say what went wrong, to the other processes too; returns the exit status.
+
+    Raises what should not happen, with its traceback.
+    """
+    sentence, status = str(error), 1
+    if isinstance(error, BrokenPipeError):
+        sentence, status = "the reader of its answers has gone, as with `| head`", 141
+    elif isinstance(error, ModuleNotFoundError):
+        sentence = f"{error.name} is not installed; run: pip install -r requirements.txt"
+    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in sentence:
+        sentence = f"too little memory for the model or its cache ({error}); use more devices"
+    elif isinstance(error, ValueError | OSError):
+        pass  # its own sentence
+    elif peers is None:
+        raise error
+    else:
+        peers.await_loss()  # which makes collectives fail
+        traceback.print_exception(error, file=errors)
+        sentence = f"{type(error).__name__}: {sentence.splitlines()[0] if sentence else ''}"
+    if peers is not None:
+        peers.end(sentence)
+    if status != 141:
+        say(f"error: {sentence}", errors)
+    if peers is not None or status == 141:
+        os._exit(status)  # sys.exit would wait: for the other processes, for a flush
+    return status
+
+
 def main() -> int:
     """Run the command; returns the exit status."""
     # jax works in a thread of its own. Ctrl-C strikes the main one, which waits and prints: at
@@ -335,26 +535,23 @@ def main() -> int:
     worker = ThreadPoolExecutor(max_workers=1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
+    errors = sys.stderr
+    peers: multihost.Peers | None = None
     try:
-        options = parse_arguments()
-        server = worker.submit(make_server, options, *choose_files(options)).result()
-        generate(worker, server, options)
+        try:
+            options = parse_arguments()
+            if options.distributed:
+                peers = worker.submit(find_peers, options, errors).result()
+                serve_together(worker, options, peers)
+            else:
+                serve(worker, options)
+        except Exception as error:
+            return fail(error, peers, errors)
     except KeyboardInterrupt:
-        say("interrupted")
+        if peers is not None:
+            peers.end("it was interrupted")
+        say("interrupted", errors)
         os._exit(130)  # sys.exit would wait for the worker
-    except BrokenPipeError:
-        os._exit(141)  # the reader has gone, as with `| head`
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 1
-    except ModuleNotFoundError as error:
-        say(f"error: {error.name} is not installed; run: pip install -r requirements.txt")
-        return 1
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        say(f"error: too little memory for the model or its cache ({error}); use more devices")
-        return 1
     return 0
 
 

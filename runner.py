@@ -34,7 +34,16 @@ from model import (
     grok_1,
 )
 from sampling import SampleOutput, SampleSettings, sample_token, validate_settings
-from sharding import axis_size, constrain, make_mesh, named_shardings, parameter_specs
+from sharding import (
+    axis_size,
+    constrain,
+    from_host,
+    make_mesh,
+    named_shardings,
+    parameter_specs,
+    readable,
+    split_over_hosts,
+)
 
 BOS_TOKEN = 1  # as in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
@@ -115,7 +124,7 @@ def _sample(
         # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
         rows = P(config.model.data_axis)
         draw = jax.shard_map(draw, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    sample = draw(keys, LanguageModelOutput(logits, None), slots.settings)
+    sample = readable(draw(keys, LanguageModelOutput(logits, None), slots.settings), mesh)
     active = slots.settings.active
     return sample, slots._replace(
         token=jnp.where(active[:, None], sample.token_id, slots.token),
@@ -174,7 +183,7 @@ def logits_step(
 ) -> tuple[jax.Array, Memory]:
     """Read one chunk of tokens [B, T] -> the logits [B, T, V] at each, and the memory."""
     output = apply_model(config, mesh, params, tokens, memory)
-    return output.logits, output.model_state
+    return readable(output.logits, mesh), output.model_state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
@@ -191,7 +200,8 @@ def score_step(
     output = apply_model(config, mesh, params, tokens, memory)
     logits = output.logits
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), output.model_state
+    scores = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return readable(scores, mesh), output.model_state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
@@ -477,15 +487,18 @@ class InferenceRunner:
             answers[event.request] = event.completion
         return [answers[i] for i in range(len(requests))]
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+    def stream(
+        self, requests: Sequence[Request], phase: Callable[[str], object] = lambda _: None
+    ) -> Iterator[Event]:
         """Return an iterator over each token of each request as it is drawn.
 
         All requests are checked at once: ValueError names the request and what is wrong with it.
-        Requests beyond the number of slots wait for the batch before them.
+        Requests beyond the number of slots wait for the batch before them. phase: called with
+        "prefill" and "decode" as these begin.
         """
         sequences = self._admit_all(requests)
         return itertools.chain.from_iterable(
-            self._run_batch(sequences[first : first + self.num_slots])
+            self._run_batch(sequences[first : first + self.num_slots], phase)
             for first in range(0, len(sequences), self.num_slots)
         )
 
@@ -567,8 +580,11 @@ class InferenceRunner:
         fitting = [size for size in self.pad_sizes if size >= rest][:1] if rest else []
         return [largest] * whole + fitting
 
-    def _run_batch(self, sequences: list[_Sequence]) -> Iterator[Event]:
+    def _run_batch(
+        self, sequences: list[_Sequence], phase: Callable[[str], object]
+    ) -> Iterator[Event]:
         """Serve one sequence a slot until all are done."""
+        phase("prefill")
         memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
         slots = self._fill_slots(sequences)
         where: dict[str, Any] = {"config": self.config, "mesh": self.mesh}
@@ -577,34 +593,30 @@ class InferenceRunner:
             sample, memory, slots = prefill(self.params, memory, slots, *batch, **where)
             ready = [slot for slot in reading if not sequences[slot].chunks]
             yield from self._deliver(sequences, ready, sample)
+        phase("decode")
         while True:
             running = [
                 slot for slot, s in enumerate(sequences) if s.completion.finish_reason is None
             ]
             if not running:
                 return
-            active = jnp.asarray(np.isin(np.arange(self.num_slots), running))
+            active = from_host(np.isin(np.arange(self.num_slots), running), self.mesh)
             slots = slots._replace(settings=slots.settings._replace(active=active))
             sample, memory, slots = decode_step(self.params, memory, slots, **where)
             yield from self._deliver(sequences, running, sample)
 
     def _fill_slots(self, sequences: list[_Sequence]) -> Slots:
-        """Return the device state of a fresh batch; slots without a sequence are not active."""
+        """Return the state of a fresh batch; slots without a sequence are not active."""
         rows = [self._settings(s.request, True) for s in sequences]
         rows += [self._settings(Request([0]), False)] * (self.num_slots - len(rows))
-        types: Any = (jnp.float32, jnp.float32, bool, bool, jnp.int32)
-        seeds = np.zeros([self.num_slots], np.uint32)
+        types: Any = (np.float32, np.float32, bool, bool, np.int32)
+        seeds: Any = np.zeros([self.num_slots], np.uint32)
         seeds[: len(sequences)] = [s.request.rng_seed % 2**32 for s in sequences]
-        return Slots(
-            token=jnp.zeros([self.num_slots, 1], jnp.int32),
-            drawn=jnp.zeros([self.num_slots], jnp.int32),
-            seed=jnp.asarray(seeds),
-            settings=jax.tree.map(
-                lambda dtype, *values: jnp.asarray(np.stack(values), dtype),
-                SampleSettings(*types),
-                *rows,
-            ),
+        zeros: Any = np.zeros([self.num_slots], np.int32)
+        settings = jax.tree.map(
+            lambda dtype, *values: np.stack(values).astype(dtype), SampleSettings(*types), *rows
         )
+        return from_host(Slots(zeros[:, None], zeros, seeds, settings), self.mesh)
 
     def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:
         """Take the next chunk of every prompt that is due one of `size` tokens."""
@@ -750,7 +762,8 @@ def load_server(
 ) -> InferenceRunner:
     """Load the checkpoint in `directory` and return an initialised runner: the short way in.
 
-    tokenizer_path: a SentencePiece model; None: prompts are token ids. mesh: (data, model).
+    tokenizer_path: a SentencePiece model; None: prompts are token ids. mesh: (data, model), over
+    the devices of all processes once jax.distributed has started; each then makes the same calls.
     slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
     pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`.
@@ -763,12 +776,14 @@ def load_server(
         raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = dataclasses.replace(read_model_config(directory), fprop_dtype=jnp.dtype(dtype).type)
+    local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())
     server = InferenceRunner(
         name=str(directory),
         runner=ModelRunner(config, slots / (mesh[0] * mesh[1]), directory),
         load=None,
         tokenizer_path=tokenizer_path,
-        local_mesh_config=mesh,
+        local_mesh_config=local,
+        between_hosts_config=between,
         pad_sizes=pad_sizes,
     )
     server.initialize(requests, progress)

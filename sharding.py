@@ -77,6 +77,29 @@ def make_mesh(
     return Mesh(grid.reshape(*axes.values()), tuple(axes))
 
 
+def split_over_hosts(
+    data: int, model: int, hosts: int, per_host: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return local_mesh_config and between_hosts_config, as in `make_mesh`, of a whole mesh.
+
+    data, model: the mesh over all hosts. hosts, per_host: how many there are, and the devices of
+    each, all of which are used. The model axis, along which every layer talks, stays within a host
+    as far as it can. One host takes any mesh, as `make_mesh` does. Raises ValueError if the mesh
+    is not as large as the hosts together.
+    """
+    if hosts == 1:
+        return (data, model), (1, 1)
+    if data * model != hosts * per_host:
+        raise ValueError(
+            f"a mesh of {data},{model} has {data * model} devices, but {hosts} processes of "
+            f"{per_host} have {hosts * per_host}; choose --mesh DATA,MODEL so that "
+            f"DATA x MODEL = {hosts * per_host}"
+        )
+    local_model = math.gcd(model, per_host)
+    local_data = per_host // local_model
+    return (local_data, local_model), (data // local_data, model // local_model)
+
+
 def mesh_axes(data: int, model: int, num_kv_heads: int | None = None) -> dict[str, int]:
     """Return the names and sizes of the axes of a mesh; see make_mesh."""
     if num_kv_heads is not None and model > num_kv_heads and model % num_kv_heads == 0:
@@ -108,6 +131,22 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Axes) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+
+def from_host(tree: Any, mesh: Mesh | None) -> Any:
+    """Return numpy arrays as what a jitted step can take.
+
+    They go to the device, unless there are several processes: an array on the device of one is not
+    legal on the mesh of all, but a numpy array is, as long as each process has the same.
+    """
+    return tree if mesh is not None and mesh.is_multi_process else jax.device_put(tree)
+
+
+def readable(tree: Any, mesh: Mesh | None) -> Any:
+    """Lay results out so that every process can read them: whole on each, if there are several."""
+    if mesh is None or not mesh.is_multi_process:
+        return tree
+    return jax.tree.map(lambda x: constrain(x, mesh), tree)
 
 
 def match_rule(rules: Rules, name: str) -> P:

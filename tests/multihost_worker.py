@@ -1,0 +1,118 @@
+"""One process of a run of several, with hooks that place a signal exactly; started by the tests.
+
+run DIRECTORY VICTIM:WHERE ARGUMENTS: run.py, in which process VICTIM stalls at "load", "prefill" or
+"decode". In DIRECTORY it leaves the file "stalled"; the other one leaves "waiting" when it is in a
+collective that the victim does not enter, or, for "load", past the same place. "late" is "load",
+but the other one takes its time to act upon the loss. At "start" none stalls: both leave their
+files when they know of each other.
+
+read OUT COORDINATOR PROCESSES PROCESS MESH...: the logits and scores of a golden model.
+"""
+
+import os
+import pathlib
+import sys
+import time
+import traceback
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# How many results a process of each kind has asked for when it stops, or waits for ever.
+RESULTS = {"prefill": (None, 1), "decode": (3, 4)}
+
+
+def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
+    """Run the command with its hooks."""
+    import multihost
+    import run
+    import runner
+
+    victim, _, place = where.partition(":")
+    mine = arguments[arguments.index("--process-id") + 1] == victim
+
+    def arrive() -> None:
+        (directory / ("stalled" if mine else "waiting")).touch()
+        if mine and place != "start":
+            time.sleep(1000)
+
+    def progress(*_: Any) -> None:
+        if place in ("load", "late"):
+            arrive()
+
+    phase, deliver, results = multihost.Peers.phase, runner.InferenceRunner._deliver, []
+
+    def change(self: Any, name: str) -> None:
+        phase(self, name)
+        if name == place == "prefill" and mine:
+            arrive()
+
+    def ask(self: Any, *arguments: Any) -> Any:
+        results.append(0)
+        if place in RESULTS and len(results) == RESULTS[place][0 if mine else 1]:
+            arrive()
+        return deliver(self, *arguments)
+
+    def hear(self: Any, *arguments: Any) -> None:
+        take(self, *arguments)
+        if place == "start":
+            arrive()
+
+    def lose(self: Any, sentence: str) -> None:
+        time.sleep(2 if place == "late" else 0)
+        lost(self, sentence)
+
+    lost, multihost.Peers._lose = multihost.Peers._lose, lose
+    take, multihost.Peers._take = multihost.Peers._take, hear
+    run.LoadProgress.__call__ = progress
+    multihost.Peers.phase = change
+    runner.InferenceRunner._deliver = ask
+    sys.argv = ["run.py", *arguments]
+    sys.exit(run.main())
+
+
+def main_read(out: str, coordinator: str, processes: str, process: str, *meshes: str) -> None:
+    """Read a golden model's logits and scores on each mesh; process 0 writes them down."""
+    import multihost
+
+    peers = multihost.Peers(multihost.Place(coordinator, int(processes), int(process)), 60, 60)
+    peers.join()
+    import numpy as np
+
+    import golden
+    from runner import InferenceRunner, ModelRunner
+    from sharding import split_over_hosts
+
+    name, found = "three-layers", {}
+    for mesh in meshes:
+        data, model = map(int, mesh.split(","))
+        local, between = split_over_hosts(data, model, int(processes), 8 // int(processes))
+        server = InferenceRunner(
+            name=name,
+            runner=ModelRunner(golden.config(name, "float32"), 4 / 8, golden.DIRECTORY / name),
+            load=None,
+            tokenizer_path=None,
+            local_mesh_config=local,
+            between_hosts_config=between,
+            pad_sizes=(16,),
+        )
+        server.initialize()
+        tokens = golden.recorded(name).tokens
+        found[f"logits {mesh}"] = server.logits(tokens)
+        found[f"score {mesh}"] = server.score([[int(t) for t in tokens[0] if t]])[0]
+    if process == "0":
+        np.savez(out, **found)
+    peers.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        main_run(pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    else:
+        try:
+            main_read(*sys.argv[2:])
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # jax would wait for the others

@@ -1,0 +1,521 @@
+"""Several processes as one run: the same answers, and an end in one sentence when one is lost."""
+
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import golden
+import multihost
+import run
+from sharding import split_over_hosts
+from test_run import COUNTED, Result
+
+WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"
+MODEL = golden.DIRECTORY / "three-layers"
+ASK = ("--checkpoint", MODEL, "--prompt-ids", "5 6 7", "--temperature", 0, "--mesh", "1,8")
+TIMEOUT = 4  # --peer-timeout, in seconds
+SLACK = 4  # for two busy cores
+# Compiled code that is slow, and soon there.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+HOST = re.escape(socket.gethostname())
+
+
+@pytest.fixture
+def address() -> str:
+    """A free address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes of four virtual devices each, all of which end with the test."""
+    running = []
+
+    def call(*arguments: object, devices: int = 4, **variables: str) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ) | variables
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+        command = [sys.executable, "-W", "error", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, cwd="/")
+        running.append(process)
+        return process
+
+    yield call
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def finish(process: subprocess.Popen[bytes], limit: float = 60) -> Result:
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=limit)
+    return Result(process.returncode, out.decode(), err.decode())
+
+
+def place(address: str, process: int, processes: int = 2, timeout: float = TIMEOUT) -> list[Any]:
+    """The options of one process."""
+    return [
+        *("--distributed", "--coordinator", address, "--num-processes", processes),
+        *("--process-id", process, "--peer-timeout", timeout, "--join-timeout", 30),
+    ]
+
+
+def start_pair(start: Start, address: str, *arguments: object) -> list[subprocess.Popen[bytes]]:
+    """Start both processes of a run, the second one first."""
+    script = pathlib.Path(run.__file__)
+    pair = [start(script, *place(address, i), *arguments) for i in (1, 0)]
+    return pair[::-1]
+
+
+def wait_for(*files: pathlib.Path) -> None:
+    """Wait until all files are there."""
+    deadline = time.monotonic() + 60
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, f"never saw {files}"
+        time.sleep(0.02)
+
+
+def without_progress(err: str) -> str:
+    """What process 0 says, but for how it is getting on."""
+    return re.sub(r"(?m)^(loaded|loading:|waiting for) [^\n]*\n", "", err)
+
+
+def start_stalled(
+    start: Start, address: str, directory: pathlib.Path, victim: int, where: str
+) -> list[subprocess.Popen[bytes]]:
+    """Start a run of which the victim stands still at a place, and the other one waits for it."""
+    pair = [
+        start(WORKER, "run", directory, f"{victim}:{where}", *place(address, i), *ASK)
+        for i in (0, 1)
+    ]
+    wait_for(directory / "stalled", directory / "waiting")
+    return pair
+
+
+# Answers.
+
+
+def test_two_processes_answer_as_one_and_only_the_first_prints(
+    start: Start, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process is started with other options: those of the first one hold.
+
+    gloo prints to stdout from C++: nothing of it may stand among the answers.
+    """
+    more = [*ASK, "--prompt-ids", "9 8 7 6", "--max-len", 6, "--json"]
+    script = pathlib.Path(run.__file__)
+    second = start(script, *place(address, 1), "--prompt-ids", "1", "--max-len", 3, "--seed", 9)
+    first = finish(start(script, *place(address, 0), *more))
+    assert finish(second) == (0, "", "")
+    assert first.status == 0
+    loaded = r"loaded [^\n]+ in [\d.]+ s: 3 layers, float32 activations, mesh 1,8 on cpu\n"
+    assert re.fullmatch(loaded + COUNTED, first.err), first.err
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, more)])
+    assert run.main() == 0
+    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(first.answers) == len(alone) == 2
+    for answer, expected in zip(first.answers, alone, strict=True):
+        assert answer["token_ids"] == expected["token_ids"]
+        assert answer["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5)
+
+
+def read(
+    start: Start, address: str, out: pathlib.Path, processes: int, *meshes: str
+) -> dict[str, np.ndarray]:
+    """Return the logits and scores that a run of some processes finds, eight devices in all."""
+    running = [
+        start(WORKER, "read", out, address, processes, i, *meshes, devices=8 // processes)
+        for i in range(processes)
+    ]
+    for process in running:
+        result = finish(process, 120)
+        assert result.status == 0, result.err
+    with np.load(out) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize(
+    "meshes", [("1,8",), pytest.param(("2,4", "4,2", "8,1"), marks=pytest.mark.slow)]
+)
+def test_two_processes_of_four_devices_find_the_logits_and_scores_of_one_of_eight(
+    meshes: tuple[str, ...], start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    one = read(start, address, tmp_path / "one.npz", 1, *meshes)
+    two = read(start, address, tmp_path / "two.npz", 2, *meshes)
+    assert one.keys() == two.keys() and len(one) == 2 * len(meshes)
+    for name, expected in one.items():
+        if name.startswith("logits"):
+            assert golden.relative_error(two[name], expected).max() <= 1e-5
+        else:
+            np.testing.assert_allclose(two[name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hosts", "per_host", "local", "between"),
+    [
+        ((1, 8), 2, 4, (1, 4), (1, 2)),
+        ((2, 4), 2, 4, (1, 4), (2, 1)),
+        ((4, 2), 2, 4, (2, 2), (2, 1)),
+        ((8, 1), 2, 4, (4, 1), (2, 1)),
+        ((3, 4), 2, 6, (3, 2), (1, 2)),
+        ((1, 2), 1, 8, (1, 2), (1, 1)),  # one host may have devices to spare
+    ],
+)
+def test_the_model_axis_stays_within_a_host_as_far_as_it_can(
+    mesh: tuple[int, int],
+    hosts: int,
+    per_host: int,
+    local: tuple[int, int],
+    between: tuple[int, int],
+) -> None:
+    assert split_over_hosts(*mesh, hosts, per_host) == (local, between)
+
+
+def test_a_mesh_that_does_not_use_all_hosts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a mesh of 1,4 has 4 devices, but 2 processes of 4"):
+        split_over_hosts(1, 4, 2, 4)
+
+
+# Losses.
+
+
+@pytest.mark.parametrize("where", ["load", "prefill", "decode"])
+@pytest.mark.parametrize("victim", [1, 0])
+def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
+    victim: int, where: str, start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    """In prefill and decode the survivor waits in a collective, which would wait for ever."""
+    pair = start_stalled(start, address, tmp_path, victim, where)
+    pair[victim].kill()
+    began = time.monotonic()
+    survivor = finish(pair[1 - victim], TIMEOUT + SLACK)
+    assert time.monotonic() - began < SLACK  # a closed connection needs no time-out
+    assert survivor.status == 1
+    if where == "decode" and victim == 1:
+        assert survivor.out.count(" ") == 3 and survivor.out.endswith("\n")  # what it has is kept
+    loss = (
+        rf"error: process {victim} of 2 \(host {HOST}\) was lost during {where}: its connection "
+        r"(was closed|broke [^\n]*); all processes end, start them again\n"
+    )
+    assert re.fullmatch(loss, without_progress(survivor.err)), survivor.err
+
+
+def test_jax_does_not_abort_before_the_loss_of_process_0_is_told(
+    start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    """Its coordination service dies with process 0; jax alone aborts within milliseconds."""
+    pair = start_stalled(start, address, tmp_path, 0, "late")
+    pair[0].kill()
+    survivor = finish(pair[1], 2 + SLACK)
+    assert survivor.status == 1
+    assert re.fullmatch(r"error: process 0 of 2 [^\n]* was lost [^\n]*\n", survivor.err)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_when_a_process_falls_silent_the_other_one_says_so_within_the_timeout(
+    victim: int, start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    pair = start_stalled(start, address, tmp_path, victim, "load")
+    pair[victim].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    survivor = finish(pair[1 - victim], TIMEOUT + SLACK)
+    assert TIMEOUT - 1 < time.monotonic() - began < TIMEOUT + SLACK
+    assert survivor.status == 1
+    loss = (
+        rf"error: process {victim} of 2 \(host {HOST}\) was lost during load: no sign of life for "
+        rf"{TIMEOUT} s; all processes end, start them again\n"
+    )
+    assert re.fullmatch(loss, without_progress(survivor.err)), survivor.err
+
+
+def test_a_process_that_ends_by_an_error_ends_the_other_one_with_the_same_sentence(
+    start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    """A file is missing on one host only; jax would have it wait for the others until they end."""
+    (tmp_path / "ckpt-0").mkdir()
+    (tmp_path / "config.json").write_bytes((MODEL / "config.json").read_bytes())
+    first = start(run.__file__, *place(address, 0), *ASK)
+    second = finish(start(run.__file__, *place(address, 1), "--checkpoint", tmp_path))
+    assert second.status == 1
+    assert re.fullmatch(rf"error: {tmp_path}/ckpt-0/tensor\S+ [^\n]*missing[^\n]*\n", second.err)
+    reason = second.err.removeprefix("error: ")
+    result = finish(first)
+    assert (result.status, result.out) == (1, "")
+    told = f"error: process 1 of 2 (host {socket.gethostname()}) ended: {reason}"
+    assert without_progress(result.err) == told
+
+
+@pytest.mark.parametrize("different", ["config.json", "tokenizer"])
+def test_a_process_with_other_files_than_the_first_is_refused(
+    different: str, start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "ckpt-0").symlink_to(MODEL / "ckpt-0")
+    config = (MODEL / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config + "\n" * (different == "config.json"))
+    (tmp_path / "tokenizer.model").write_bytes(b"another")
+    extra = [*ASK, "--tokenizer", pathlib.Path(run.__file__).parent / "tokenizer.model"]
+    first = start(run.__file__, *place(address, 0), *(ASK if different == "config.json" else extra))
+    own = ["--checkpoint", tmp_path, "--tokenizer", tmp_path / "tokenizer.model"]
+    own = own[: 2 if different == "config.json" else 4]
+    second = finish(start(run.__file__, *place(address, 1), *own))
+    assert second.status == 1
+    assert f"the {different} of {tmp_path}" in second.err and second.err.count("\n") == 1
+    assert second.err.removeprefix("error: ") in finish(first).err
+
+
+def test_a_process_that_never_comes_is_named(start: Start, address: str) -> None:
+    """Three are expected; jax would end the two that came with a trace that names none."""
+    options = ["--peer-timeout", 2, "--join-timeout", 5]
+    running = [start(run.__file__, *place(address, i, 3), *options, *ASK) for i in (0, 1)]
+    for process in running:
+        result = finish(process, 5 + 2 + SLACK)
+        assert (result.status, result.out) == (1, "")
+        assert re.fullmatch(
+            rf"error: process 2 of 3 never came to {address} within 5 s; start all 3 [^\n]*\n",
+            result.err,
+        ), result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "victim", "told"),
+    [
+        ("SIGINT", 0, "process 0 of 3 .* ended: it was interrupted"),
+        ("SIGKILL", 0, "process 0 of 3 .* was lost during the start: its connection was closed"),
+        ("SIGKILL", 1, "process 1 of 3 .* was lost during the start: its connection was closed"),
+    ],
+)
+def test_a_loss_while_others_are_still_to_come_ends_those_that_came(
+    name: str, victim: int, told: str, start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    hooks = [WORKER, "run", tmp_path, f"{victim}:start"]
+    pair = [start(*hooks, *place(address, i, 3), *ASK) for i in (0, 1)]
+    wait_for(tmp_path / "stalled", tmp_path / "waiting")
+    pair[victim].send_signal(getattr(signal, name))
+    other = finish(pair[1 - victim], SLACK)
+    assert other.status == 1
+    assert re.match(f"error: {told}", other.err) and other.err.count("\n") == 1, other.err
+
+
+def test_a_coordinator_that_does_not_answer_is_named(start: Start, address: str) -> None:
+    process = start(run.__file__, *place(address, 1), "--join-timeout", 2, *ASK)
+    result = finish(process, 2 + SLACK)
+    assert result.status == 1
+    assert result.err == (
+        f"error: {address}: process 0 did not answer within 2 s (Connection refused); start it "
+        "there, or correct --coordinator\n"
+    )
+
+
+def test_a_port_that_is_in_use_is_named(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = finish(start(run.__file__, *place(f"127.0.0.1:{port}", 0), *ASK), SLACK)
+    assert result.status == 1
+    assert re.fullmatch(
+        rf"error: 127.0.0.1:{port}: process 0 cannot listen at port {port} \(Address already in "
+        r"use\); end what uses it, or give all processes another --coordinator\n",
+        result.err,
+    ), result.err
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        ([(1, 2)], "process 1 was started with --num-processes 2, process 0 with 3"),
+        ([(1, 3), (1, 3)], "two processes were started with --process-id 1"),
+    ],
+)
+def test_places_that_do_not_fit_together_end_all_processes(
+    others: list[tuple[int, int]], sentence: str, start: Start, address: str
+) -> None:
+    for process in [
+        start(run.__file__, *place(address, *other), *ASK) for other in [(0, 3), *others]
+    ]:
+        result = finish(process)
+        assert result.status == 1 and result.err.count("\n") == 1
+        assert sentence in result.err
+
+
+def test_a_stranger_at_the_port_does_no_harm(start: Start, address: str) -> None:
+    """Port scanners say nothing, or something else, or leave at once."""
+    first = start(run.__file__, *place(address, 0), *ASK, "--max-len", 1)
+    host, port = address.split(":")
+    deadline, strangers = time.monotonic() + 30, []
+    for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"hello": "x"}\n', b"[]\n", b"\xff\n"):
+        while True:
+            try:
+                strangers.append(socket.create_connection((host, int(port))))
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        strangers[-1].sendall(greeting)
+    second = finish(start(run.__file__, *place(address, 1)))
+    assert (finish(first).status, second) == (0, (0, "", ""))
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_an_error_that_should_not_happen_waits_for_the_loss_that_may_be_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A collective may fail before the watch has noticed that its peer is gone."""
+    told, errors = [], io.StringIO()
+
+    class Peers:
+        def await_loss(self) -> None:
+            told.append("waited")
+
+        def end(self, reason: str) -> None:
+            told.append(reason)
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as exit_:
+        run.fail(RuntimeError("gloo: connection closed\nmore"), Peers(), errors)
+    assert exit_.value.code == 1
+    assert told == ["waited", "RuntimeError: gloo: connection closed"]
+    assert errors.getvalue().endswith("error: RuntimeError: gloo: connection closed\n")
+    told.clear()
+    with pytest.raises(SystemExit):
+        run.fail(RuntimeError("RESOURCE_EXHAUSTED: out of memory"), Peers(), errors)
+    assert len(told) == 1 and told[0].startswith("too little memory")
+
+
+# Ends that a person brings about.
+
+
+@pytest.mark.parametrize(
+    ("name", "victim", "status", "said", "told"),
+    [
+        ("SIGINT", 0, 130, "interrupted\n", "ended: it was interrupted"),
+        ("SIGINT", 1, 130, "interrupted\n", "ended: it was interrupted"),
+        ("SIGTERM", 1, -signal.SIGTERM, "", "was lost during load: its connection was closed"),
+    ],
+)
+def test_a_signal_to_one_process_ends_all(
+    name: str,
+    victim: int,
+    status: int,
+    said: str,
+    told: str,
+    start: Start,
+    address: str,
+    tmp_path: pathlib.Path,
+) -> None:
+    """jax's preemption service would catch SIGTERM, and the process would live on."""
+    pair = start_stalled(start, address, tmp_path, victim, "load")
+    pair[victim].send_signal(getattr(signal, name))
+    ended, other = (finish(pair[i], SLACK) for i in (victim, 1 - victim))
+    assert (ended.status, without_progress(ended.err)) == (status, said)
+    assert other.status == 1
+    sentence = rf"error: process {victim} of 2 \(host {HOST}\) {told}[^\n]*\n"
+    assert re.fullmatch(sentence, without_progress(other.err)), other.err
+
+
+@pytest.mark.slow
+def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str) -> None:
+    first, second = start_pair(start, address, *ASK, "--max-len", 200)
+    assert first.stdout is not None
+    assert first.stdout.read(2)
+    first.stdout.close()
+    first.stdout = None
+    assert first.wait(60) == 141
+    result = finish(second, SLACK)
+    assert result.status == 1
+    assert "process 0 of 2" in result.err and "the reader of its answers has gone" in result.err
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--coordinator", "a:1"], "--coordinator needs --distributed"),
+        (["--num-processes", 2], "--num-processes needs --distributed"),
+        (["--process-id", 0], "--process-id needs --distributed"),
+        (
+            ["--distributed", "--coordinator", "a:1"],
+            "--coordinator needs --num-processes and --process-id, or none of them to be given",
+        ),
+        (["--distributed", "--process-id", 0], "--process-id needs --coordinator and"),
+        (
+            ["--distributed", *("--coordinator", "a:1", "--num-processes", 2, "--process-id", 2)],
+            "argument --process-id: expected one from 0 to 1, as there are 2 processes, got 2",
+        ),
+        (["--distributed", "--coordinator", "here"], "expected HOST:PORT such as 10.0.0.1:1234"),
+        (["--distributed", "--coordinator", "here:70000"], "expected HOST:PORT"),
+        (["--distributed", "--coordinator", ":1"], "expected HOST:PORT"),
+        (["--distributed", "--num-processes", 0], "expected a whole number of at least 1, got '0'"),
+        (["--peer-timeout", 1], "expected a number of seconds of at least 2, got '1'"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_one_sentence(
+    arguments: list[object], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run.parse_arguments([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out) == (2, "")
+    assert sentence in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+def test_without_a_place_and_without_a_job_that_gives_one_the_run_ends(start: Start) -> None:
+    result = finish(start(run.__file__, "--distributed", *ASK))
+    assert result.status == 1
+    assert result.err == (
+        "error: expected a job of SLURM, GKE or MPI, which says where this process stands, found "
+        "none; give --coordinator HOST:PORT --num-processes N --process-id I\n"
+    )
+
+
+SLURM = {
+    "SLURM_JOB_ID": "61441",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+}
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_places_its_processes(start: Start) -> None:
+    """As jax finds it; an Open MPI job likewise. The port is a function of the job's number."""
+    running = [
+        start(
+            run.__file__,
+            *("--distributed", *ASK, "--max-len", 2, "--join-timeout", 20),
+            **SLURM,
+            SLURM_PROCID=str(i),
+            SLURM_LOCALID="0",
+        )
+        for i in (0, 1)
+    ]
+    first, second = (finish(process) for process in running)
+    assert (first.status, second) == (0, (0, "", "")), first.err
+    assert "2 tokens" in first.err
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("a:1", ("a", 1)), ("10.0.0.1:65535", ("10.0.0.1", 65535)), ("[::1]:80", ("::1", 80))],
+)
+def test_addresses_are_split(address: str, expected: tuple[str, int]) -> None:
+    assert multihost.host_and_port(address) == expected
