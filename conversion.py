@@ -18,21 +18,18 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import checkpoint
 import safe_format
 import storage
 import tensor_file
-from run import Parser, say
+from commandline import ByteProgress, Parser, say
 from storage import Directory, TensorFile, error
 
 _COPIED = ("config.json", "tokenizer.model")
@@ -469,30 +466,6 @@ def _verify_tensors(
 # ---------------------------------------------------------------------------------------- the shell
 
 
-class ByteProgress:
-    """Shows how many bytes are done: a bar on a terminal, else a line every few seconds."""
-
-    def __init__(self, seconds: float = 5.0):
-        self.seconds = seconds
-        self.next = time.perf_counter() + seconds
-        self.bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take the bytes that are done, and all there are."""
-        if sys.stderr.isatty():
-            if self.bar is None:
-                self.bar = tqdm(total=total, unit="B", unit_scale=True)
-            self.bar.update(done - self.bar.n)
-        elif time.perf_counter() >= self.next:
-            say(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
-            self.next = time.perf_counter() + self.seconds
-
-    def close(self) -> None:
-        """End the line of the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 and one sentence if it is wrong."""
     parser = Parser(
@@ -536,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     # As in run.py: Ctrl-C strikes the main thread, which only waits.
     worker = ThreadPoolExecutor(max_workers=1)
-    progress = ByteProgress()
+    progress = ByteProgress("checkpoint")
     try:
         options = parse_arguments(arguments)
         return worker.submit(_run, options, progress).result()

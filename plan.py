@@ -22,9 +22,18 @@ import jax
 import checkpoint
 import compiled
 import storage
-from model import LanguageModelConfig
+from model import LanguageModelConfig, grok_1
 from quantization import QuantizedWeight8bit
-from runner import abstract_inputs, decode_step, memory_specs, new_memory, prefill, stored_shapes
+from runner import (
+    abstract_inputs,
+    config_in,
+    decode_step,
+    memory_specs,
+    new_memory,
+    prefill,
+    stored_shapes,
+    with_settings,
+)
 from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
 
 PREFILL_CHUNK = 1024
@@ -56,9 +65,10 @@ class Plan:
     mesh: (data, model). weights: by kind. cache: keys, values and their marks. steps: "prefill" and
     "decode". peak: the most that is held at once. token: what one decode step costs at the end of
     the context, in floating-point operations and bytes read on a device, and the least seconds it
-    takes at the given bandwidth. largest: a batch that still fits, by context. files: what the
-    checkpoint directory holds, None if none was named. host: free disk and memory of this machine.
-    verdict: one sentence.
+    takes at the given bandwidth. largest: the batch that still fits, for this context; for shorter
+    ones one that does, and perhaps a larger one. files: what the checkpoint directory holds, None
+    if none was named. host: free disk and memory of this machine, and the most of it that loading
+    takes beside the parameters. verdict: one sentence.
     """
 
     parameters: int
@@ -75,7 +85,7 @@ class Plan:
     device_memory: int
     fits: bool
     token: dict[str, float]
-    largest: dict[int, int]
+    largest: list[dict[str, int]]
     files: dict[str, Any] | None
     host: dict[str, int | None]
     verdict: str
@@ -130,10 +140,21 @@ def make_plan(
         token=token_cost(config, sizes, batch, bandwidth),
         largest=largest_batches(config, sizes, batch, device_memory - held, most, many),
         files=files,
-        host=host_resources(directory),
+        host={**host_resources(directory), "loading": loading_bytes(config, sizes)},
         verdict="",
     )
     return dataclasses.replace(found, verdict=verdict(config, found))
+
+
+def read_config(
+    directory: Path | None, dtype: str | None, context: int | None
+) -> LanguageModelConfig:
+    """Return the configuration to plan for: that of a checkpoint, or else Grok-1's own.
+
+    dtype: of the activations, by default bfloat16. context: at most the model's. Raises ValueError.
+    """
+    config = grok_1() if directory is None else config_in(directory)
+    return with_settings(config, dtype or "bfloat16", context)
 
 
 # ----------------------------------------------------------------------------------- on which mesh
@@ -154,11 +175,20 @@ def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
         )
 
 
+def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
+    """Return how many jax devices a plan for a mesh needs. Raises ValueError as make_plan does."""
+    if sizes is None:
+        return max(config.model.model_axis_sizes())
+    check_sizes(config, sizes)
+    return math.prod(sizes)
+
+
 def smallest_mesh(config: LanguageModelConfig, batch: int, device_memory: int) -> Sizes:
     """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
     options = [(1, n) for n in config.model.model_axis_sizes() if config.vocab_size % n == 0]
     for sizes in options:
-        if fixed_bytes(config, sizes, batch) * 1.02 <= device_memory:
+        # Temporaries, drivers and the buffers of collectives need some, too.
+        if fixed_bytes(config, sizes, batch) <= 0.9 * device_memory:
             return sizes
     return options[-1]
 
@@ -228,6 +258,21 @@ def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
     return sum(weight_bytes(config, sizes).values()) + cache_bytes(config, sizes, batch)
 
 
+def loading_bytes(config: LanguageModelConfig, sizes: Sizes) -> int:
+    """Return the host memory that loading stays below, beside the parameters on the devices.
+
+    Four times what a device holds of a file at most, and 256 MiB; see loading.py.
+    """
+    mesh, shapes = mesh_of(config, sizes), config.param_shapes()
+    own = on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
+    slices = [
+        nbytes(array) // (array.shape[0] if module.startswith(checkpoint.STACKED) else 1)
+        for module, leaves in own.items()
+        for array in jax.tree.leaves(leaves)
+    ]
+    return 4 * max(slices) + (256 << 20)
+
+
 def token_cost(
     config: LanguageModelConfig, sizes: Sizes, batch: int, bandwidth: float
 ) -> dict[str, float]:
@@ -260,7 +305,7 @@ def token_cost(
 
 def largest_batches(
     config: LanguageModelConfig, sizes: Sizes, batch: int, room: int, few: int, many: int
-) -> dict[int, int]:
+) -> list[dict[str, int]]:
     """Return a batch that fits for the context asked for, and for shorter ones, as large as known.
 
     room: bytes beside the weights. few, many: temporaries of `batch` and of MANY times as many
@@ -278,14 +323,15 @@ def largest_batches(
             return few + (many - few) * (rows - batch) / ((MANY - 1) * batch)
         return rows * many / (MANY * batch)
 
-    found = {}
+    found = []
     context = config.sequence_len
     while context >= min(PREFILL_CHUNK, config.sequence_len):
         shorter = dataclasses.replace(config, sequence_len=context)
         each = cache_bytes(shorter, sizes, data) / data
         most = int(room / each)  # by the cache alone
         fitting = (n * data for n in range(most // data, 0, -1))
-        found[context] = next((n for n in fitting if n * each + temporaries(n) <= room), 0)
+        rows = next((n for n in fitting if n * each + temporaries(n) <= room), 0)
+        found.append({"batch": rows, "context": context})
         context //= 2
     return found
 
@@ -322,6 +368,8 @@ def _read_step(program: Any, held: int) -> Step:
     count: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for operation in compiled.collectives(program.as_text()):
+        if operation.devices == 1:
+            continue
         count[operation.opcode] += operation.times
         sizes[operation.opcode] += operation.times * operation.nbytes
     exchanged = {kind: {"count": count[kind], "bytes": sizes[kind]} for kind in sorted(count)}
@@ -419,7 +467,8 @@ def _larger_meshes(config: LanguageModelConfig, plan: Plan) -> list[str]:
 
 def _smaller_loads(plan: Plan) -> list[str]:
     """Return advice to take less at once on this mesh."""
-    for context, batch in plan.largest.items():
+    for found in plan.largest:
+        batch, context = found["batch"], found["context"]
         if batch and (batch < plan.batch or context < plan.context):
             return [f"use --batch {min(batch, plan.batch)} --context {context}"]
     return []
@@ -446,6 +495,8 @@ def _files_problem(plan: Plan) -> str:
 
 def gib(size: float) -> str:
     """Return a size of memory in words."""
+    if size < 0.1 * 2**30:
+        return f"{size / 2**20:.2f} MiB"
     return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
 
 
@@ -454,6 +505,11 @@ def gigabytes(size: float) -> str:
     units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next(((u, n) for u, n in units if size >= u), (1, "bytes"))
     return f"{size / unit:.3g} {name}"
+
+
+def devices_in_words(count: int) -> str:
+    """Return "1 device" or "8 devices"."""
+    return f"{count} device{'s' if count > 1 else ''}"
 
 
 def in_words(plan: Plan) -> str:
@@ -465,8 +521,8 @@ def in_words(plan: Plan) -> str:
     copies = f"; the weights are there {data} times, once a part of data" if data > 1 else ""
     chunks = f"prompts in chunks of {plan.prefill_chunk}"
     lines = [
-        f"model     {plan.parameters / 1e9:.4g} billion numbers, {plan.dtype} activations",
-        f"mesh      data {data} x model {model} = {plan.devices} devices{copies}",
+        f"model     {plan.parameters:,} numbers, {plan.dtype} activations",
+        f"mesh      data {data} x model {model} = {devices_in_words(plan.devices)}{copies}",
         f"load      {plan.batch} x {plan.context} tokens, {chunks}",
         "",
         "memory of each device",
@@ -474,7 +530,8 @@ def in_words(plan: Plan) -> str:
         f"  {'all weights':18} {gib(total):>10}",
         f"  {'KV cache':18} {gib(plan.cache):>10}",
         f"  {'temporaries':18} {gib(most):>10}   {temporaries}; as compiled for a CPU",
-        f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}",
+        f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}, from which drivers take "
+        "a share, too",
         "",
         "exchanged in a step, by each device",
         *_exchange_lines(plan),
@@ -482,14 +539,19 @@ def in_words(plan: Plan) -> str:
         "a token, at the end of the context",
         *_token_lines(plan),
         "",
-        "a batch that fits, by context, as large as known",
-        "  " + ", ".join(f"{batch} x {context}" for context, batch in plan.largest.items()),
+        "largest batch x context that fits",
+        "  " + _largest_line(plan),
         "",
         *_machine_lines(plan),
         "",
         plan.verdict,
     ]
     return "\n".join(lines)
+
+
+def _largest_line(plan: Plan) -> str:
+    first, *shorter = (f"{found['batch']} x {found['context']}" for found in plan.largest)
+    return "; at least ".join([first, ", ".join(shorter)] if shorter else [first])
 
 
 def _exchange_lines(plan: Plan) -> list[str]:
@@ -525,5 +587,6 @@ def _machine_lines(plan: Plan) -> list[str]:
         lines.append(f"files     safetensors in {plan.files['directory']}")
     host = f"host      {gigabytes(plan.host['free_disk'] or 0)} of disk free"
     if memory is not None:
-        host += f", {gib(memory)} of memory available; loading takes less than 2 GiB of it"
+        loading = gib(plan.host["loading"] or 0)
+        host += f", {gib(memory)} of memory available; loading takes less than {loading} of it"
     return [*lines, host]

@@ -7,245 +7,35 @@ options hold for all, and only it prints. When a process is lost, all end and sa
 """
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import multihost
 import storage
+from commandline import ByteProgress, say
+from options import parse_arguments
 
 ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
 DEMO = ROOT / "checkpoints" / "demo"
 MOST_SLOTS = 8
-DEFAULT_PROMPT = "Once upon a time"
 # What process 0 decides for all; the files may lie elsewhere on each host.
-SHARED = ("prompts", "max_len", "temperature", "top_k", "nucleus_p", "seed", "mesh", "dtype")
-
-
-def say(message: str, file: TextIO | None = None) -> None:
-    """Print a message for the person, apart from the output."""
-    print(message, file=file or sys.stderr, flush=True)
-
-
-def mesh_sizes(text: str) -> tuple[int, int]:
-    """Parse "DATA,MODEL"."""
-    try:
-        data, model = (int(part) for part in text.split(","))
-    except ValueError:
-        data = model = 0
-    if data < 1 or model < 1:
-        raise argparse.ArgumentTypeError(
-            f"expected two positive numbers DATA,MODEL such as 1,8, got {text!r}"
-        )
-    return data, model
-
-
-def coordinator(text: str) -> str:
-    """Check "HOST:PORT"."""
-    try:
-        multihost.host_and_port(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def token_ids(text: str) -> list[int]:
-    """Parse "5 6 7"."""
-    try:
-        return [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected token ids such as '5 6 7', got {text!r}"
-        ) from None
-
-
-def number(low: float, high: float, kind: type, wanted: str) -> Any:
-    """Return a parser for a number in [low, high]."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with one sentence where argparse would print its whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        say(f"error: {message}; --help lists all options")
-        sys.exit(2)
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
-    parser = Parser(
-        description=(__doc__ or "").splitlines()[0],
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
-    )
-    add(
-        "--tokenizer",
-        type=Path,
-        metavar="FILE",
-        help="SentencePiece model; by default DIR/tokenizer.model, else the one beside run.py",
-    )
-    add(
-        "--prompt",
-        dest="prompts",
-        action="append",
-        metavar="TEXT",
-        help=f"text to continue, may be repeated; by default {DEFAULT_PROMPT!r}",
-    )
-    add(
-        "--prompt-ids",
-        dest="prompts",
-        action="append",
-        type=token_ids,
-        metavar='"5 6 7"',
-        help="token ids to continue, may be repeated; needs no tokenizer",
-    )
-    count = number(1, 2**31 - 1, int, "a whole number of at least 1")
-    add(
-        "--max-len",
-        type=count,
-        default=200,
-        metavar="N",
-        help="most tokens to generate, beside the prompt's (200)",
-    )
-    add(
-        "--temperature",
-        type=number(0, 1e6, float, "a number of at least 0 (0: the most probable token)"),
-        default=0.7,
-        metavar="X",
-        help="0 takes the most probable token (0.7)",
-    )
-    add(
-        "--top-k",
-        type=number(0, 2**31 - 1, int, "a whole number of at least 0 (0: no limit)"),
-        default=0,
-        metavar="N",
-        help="draw from the N most probable tokens (0: no limit)",
-    )
-    add(
-        "--nucleus-p",
-        "--top-p",
-        type=number(sys.float_info.min, 1, float, "a number above 0 and at most 1"),
-        default=1.0,
-        metavar="X",
-        help="draw from the fewest tokens whose probability reaches X (1)",
-    )
-    add(
-        "--seed",
-        type=number(0, 2**32 - 1, int, "a whole number from 0 to 4294967295"),
-        default=42,
-        metavar="N",
-        help="the same seed gives the same text (42)",
-    )
-    add(
-        "--mesh",
-        type=mesh_sizes,
-        default=(1, 1),
-        metavar="DATA,MODEL",
-        help="devices along the batch and along heads and hidden widths (1,1); Grok-1 needs 1,8",
-    )
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="activations; by default float32 on a CPU, bfloat16 elsewhere",
-    )
-    add("--json", action="store_true", help="print one JSON object a line for each prompt")
-    add_distributed(parser)
-    options = parser.parse_args(arguments)
-    check_distributed(parser, options)
-    options.prompts = options.prompts or [DEFAULT_PROMPT]
-    return options
-
-
-def add_distributed(parser: Parser) -> None:
-    """Add the options of a run of several processes."""
-    add = parser.add_argument_group("several processes, as a rule one a host").add_argument
-    add(
-        "--distributed",
-        action="store_true",
-        help="be one of several processes; by default placed by SLURM, GKE or MPI",
-    )
-    add(
-        "--coordinator",
-        type=coordinator,
-        metavar="HOST:PORT",
-        help="where process 0 listens, which all others must reach",
-    )
-    add(
-        "--num-processes",
-        type=number(1, 2**20, int, "a whole number of at least 1"),
-        metavar="N",
-        help="how many processes are started, each with the same coordinator",
-    )
-    add(
-        "--process-id",
-        type=number(0, 2**20, int, "a whole number of at least 0"),
-        metavar="I",
-        help="which one this is, from 0",
-    )
-    seconds = number(2, 1e6, float, "a number of seconds of at least 2")
-    add(
-        "--peer-timeout",
-        type=seconds,
-        default=multihost.PEER_TIMEOUT,
-        metavar="SECONDS",
-        help="a process that is silent for so long is lost, and all end "
-        f"({multihost.PEER_TIMEOUT:g})",
-    )
-    add(
-        "--join-timeout",
-        type=seconds,
-        default=multihost.JOIN_TIMEOUT,
-        metavar="SECONDS",
-        help=f"how long to wait for all processes to come ({multihost.JOIN_TIMEOUT:g})",
-    )
-
-
-def check_distributed(parser: Parser, options: argparse.Namespace) -> None:
-    """Exit with status 2 if the options of several processes do not fit together."""
-    place = {
-        "--coordinator": options.coordinator,
-        "--num-processes": options.num_processes,
-        "--process-id": options.process_id,
-    }
-    given = [name for name, value in place.items() if value is not None]
-    missing = [name for name in place if name not in given]
-    if given and not options.distributed:
-        parser.error(f"{given[0]} needs --distributed")
-    if given and missing:
-        parser.error(f"{given[0]} needs {' and '.join(missing)}, or none of them to be given")
-    if given and options.process_id >= options.num_processes:
-        parser.error(
-            f"argument --process-id: expected one from 0 to {options.num_processes - 1}, as there "
-            f"are {options.num_processes} processes, got {options.process_id}"
-        )
+SHARED = (
+    *("prompts", "max_len", "temperature", "top_k", "nucleus_p", "seed"),
+    *("mesh", "dtype", "batch", "context"),
+)
 
 
 def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -326,11 +116,16 @@ def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
 
 
 def make_server(
-    options: argparse.Namespace, directory: Path, tokenizer: Path | None, processes: int = 1
+    options: argparse.Namespace,
+    progress: ByteProgress,
+    directory: Path,
+    tokenizer: Path | None,
+    processes: int = 1,
 ) -> Any:
     """Load the model as the options say."""
+    mesh = options.mesh or (1, 1)
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
-    devices = options.mesh[0] * options.mesh[1] // processes
+    devices = math.prod(mesh) // processes
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
@@ -342,33 +137,21 @@ def make_server(
     server = load_server(
         directory,
         tokenizer,
-        mesh=options.mesh,
-        slots=min(len(options.prompts), MOST_SLOTS),
+        mesh=mesh,
+        slots=options.batch or min(len(options.prompts), MOST_SLOTS),
         dtype=options.dtype,
+        context=options.context,
         requests=make_requests(options),
-        progress=LoadProgress(),
+        progress=progress,
     )
+    progress.close()
     dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(
         f"loaded {directory} in {time.perf_counter() - began:.1f} s: "
         f"{server.config.model.num_layers} layers, {dtype} activations, "
-        f"mesh {options.mesh[0]},{options.mesh[1]} on {jax.devices()[0].device_kind}"
+        f"mesh {mesh[0]},{mesh[1]} on {jax.devices()[0].device_kind}"
     )
     return server
-
-
-class LoadProgress:
-    """Says every few seconds how much of a checkpoint has been loaded."""
-
-    def __init__(self, seconds: float = 5.0):
-        self.seconds = seconds
-        self.next = time.perf_counter() + seconds
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take the bytes that are loaded, and all there are."""
-        if time.perf_counter() >= self.next:
-            say(f"loading: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
-            self.next = time.perf_counter() + self.seconds
 
 
 def make_requests(options: argparse.Namespace) -> list[Any]:
@@ -482,7 +265,9 @@ class JsonPrinter:
 
 def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
     """Load the model and answer, in one process."""
-    server = worker.submit(make_server, options, *choose_files(options)).result()
+    files = choose_files(options)
+    with ByteProgress("loading") as progress:
+        server = worker.submit(make_server, options, progress, *files).result()
     generate(worker, server, options, lambda _: None)
 
 
@@ -494,9 +279,37 @@ def serve_together(
     worker.submit(peers.join).result()
     peers.phase("load")
     files = worker.submit(agree, peers, options).result()
-    server = worker.submit(make_server, options, *files, peers.place.processes).result()
+    count = peers.place.processes
+    with ByteProgress("loading") as progress:
+        server = worker.submit(make_server, options, progress, *files, count).result()
     generate(worker, server, options, peers.phase)
     worker.submit(peers.close).result()
+
+
+def show_plan(options: argparse.Namespace) -> None:
+    """Print whether the model fits a mesh. No weights are read, and no accelerator is touched."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # In its place the option below, which can wait until the size of the mesh is known.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = re.sub(r"\S*xla_force_host_platform_device_count\S*", "", flags)
+    import jax
+
+    import plan
+
+    directory = options.checkpoint
+    if directory is None and storage.form(RELEASED):
+        directory = RELEASED
+    config = plan.read_config(directory, options.dtype, options.context)
+    jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))
+    found = plan.make_plan(
+        config,
+        options.mesh,
+        batch=options.batch,
+        device_memory=int(options.device_memory),
+        bandwidth=options.bandwidth,
+        directory=directory,
+    )
+    print(json.dumps(dataclasses.asdict(found)) if options.json else plan.in_words(found))
 
 
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:
@@ -543,6 +356,8 @@ def main() -> int:
             if options.distributed:
                 peers = worker.submit(find_peers, options, errors).result()
                 serve_together(worker, options, peers)
+            elif options.plan:
+                worker.submit(show_plan, options).result()
             else:
                 serve(worker, options)
         except Exception as error:

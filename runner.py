@@ -326,6 +326,11 @@ def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
     Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
     """
     storage.require_form(directory, "name the right one, or download the checkpoint into it")
+    return config_in(directory)
+
+
+def config_in(directory: str | os.PathLike) -> LanguageModelConfig:
+    """Return the configuration in DIR/config.json; without one, Grok-1's own. Raises ValueError."""
     fields = checkpoint.read_config(directory)
     if fields is None:
         return grok_1()
@@ -749,6 +754,22 @@ class InferenceRunner:
             yield result
 
 
+def with_settings(
+    config: LanguageModelConfig, dtype: str, context: int | None
+) -> LanguageModelConfig:
+    """Return a configuration with activations of `dtype`, and perhaps a shorter context."""
+    if context is not None and not 1 <= context <= config.sequence_len:
+        raise ValueError(
+            f"context: expected 1 to {config.sequence_len} tokens, which the model has seen, "
+            f"got {context}"
+        )
+    return dataclasses.replace(
+        config,
+        fprop_dtype=jnp.dtype(dtype).type,
+        sequence_len=context or config.sequence_len,
+    )
+
+
 def load_server(
     directory: str | os.PathLike,
     tokenizer_path: str | os.PathLike | None = None,
@@ -756,6 +777,7 @@ def load_server(
     mesh: tuple[int, int] = (1, 1),
     slots: int = 1,
     dtype: str | None = None,
+    context: int | None = None,
     pad_sizes: Sequence[int] = (16, 128, 1024),
     requests: Sequence[Request] = (),
     progress: Callable[[int, int], object] | None = None,
@@ -766,6 +788,7 @@ def load_server(
     the devices of all processes once jax.distributed has started; each then makes the same calls.
     slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
+    context: how many tokens a sequence has room for, at most the model's own context, the default.
     pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
@@ -775,7 +798,7 @@ def load_server(
     if slots < 1:
         raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config = dataclasses.replace(read_model_config(directory), fprop_dtype=jnp.dtype(dtype).type)
+    config = with_settings(read_model_config(directory), dtype, context)
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())
     server = InferenceRunner(
         name=str(directory),

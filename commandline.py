@@ -1,0 +1,127 @@
+"""What the commands have in common: messages, parsers of numbers and sizes, and a progress bar."""
+
+import argparse
+import math
+import re
+import sys
+import time
+from typing import Any, NoReturn, TextIO
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+    """Print a message for the person, apart from the output."""
+    print(message, file=file or sys.stderr, flush=True)
+
+
+def mesh_sizes(text: str) -> tuple[int, int]:
+    """Parse "DATA,MODEL"."""
+    try:
+        data, model = (int(part) for part in text.split(","))
+    except ValueError:
+        data = model = 0
+    if data < 1 or model < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected two positive numbers DATA,MODEL such as 1,8, got {text!r}"
+        )
+    return data, model
+
+
+def token_ids(text: str) -> list[int]:
+    """Parse "5 6 7"."""
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected token ids such as '5 6 7', got {text!r}"
+        ) from None
+
+
+def number(low: float, high: float, kind: type, wanted: str) -> Any:
+    """Return a parser for a number in [low, high]."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return value
+
+    return parse
+
+
+def quantity(units: dict[str, float], example: str) -> Any:
+    """Return a parser for a positive number with one of these units, such as 80GiB."""
+
+    def parse(text: str) -> float:
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z/]*)\s*", text)
+        try:
+            value = float(match[1]) * units[match[2]] if match else 0.0
+        except (KeyError, ValueError):
+            value = 0.0
+        if not 0 < value < math.inf:
+            known = ", ".join(unit for unit in units if unit)
+            raise argparse.ArgumentTypeError(
+                f"expected a number and a unit such as {example} (units: {known}), got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+SIZES = {f"{prefix}B": 1000.0**i for i, prefix in enumerate(("", "k", "M", "G", "T"))}
+SIZES |= {f"{prefix}iB": 1024.0**i for i, prefix in enumerate(("K", "M", "G", "T"), start=1)}
+byte_size = quantity(SIZES, "80GiB")
+byte_rate = quantity({f"{unit}/s": size for unit, size in SIZES.items()}, "3.35TB/s")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one sentence where argparse would print its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        say(f"error: {message}; --help lists all options")
+        sys.exit(2)
+
+
+class ByteProgress:
+    """Shows how many bytes are done: a bar on a terminal, else a line every few seconds.
+
+    what: the work, in one word. Call it as progress(bytes_done, bytes_total), from any thread.
+    """
+
+    def __init__(self, what: str, seconds: float = 5.0):
+        self.what = what
+        self.seconds = seconds
+        self.began = time.perf_counter()
+        self.next = self.began + seconds
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the bytes that are done, and all there are."""
+        if sys.stderr.isatty():
+            if self.bar is None:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=total, desc=self.what, unit="B", unit_scale=True)
+            self.bar.update(done - self.bar.n)
+        elif time.perf_counter() >= self.next:
+            passed = time.perf_counter() - self.began
+            left = passed * (total - done) / max(1, done)
+            say(
+                f"{self.what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, "
+                f"{done / 1e9 / passed:.2f} GB/s, {left:.0f} s left"
+            )
+            self.next = time.perf_counter() + self.seconds
+
+    def __enter__(self) -> "ByteProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the line of the bar."""
+        if self.bar is not None:
+            self.bar.close()

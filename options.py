@@ -1,0 +1,216 @@
+"""The options of run.py, and what must fit together before anything is loaded."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import multihost
+from commandline import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
+
+DEFAULT_PROMPT = "Once upon a time"
+
+
+def coordinator(text: str) -> str:
+    """Check "HOST:PORT"."""
+    try:
+        multihost.host_and_port(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    parser = Parser(
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece model; by default DIR/tokenizer.model, else the one beside run.py",
+    )
+    add(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        metavar="TEXT",
+        help=f"text to continue, may be repeated; by default {DEFAULT_PROMPT!r}",
+    )
+    add(
+        "--prompt-ids",
+        dest="prompts",
+        action="append",
+        type=token_ids,
+        metavar='"5 6 7"',
+        help="token ids to continue, may be repeated; needs no tokenizer",
+    )
+    count = number(1, 2**31 - 1, int, "a whole number of at least 1")
+    add(
+        "--max-len",
+        type=count,
+        default=200,
+        metavar="N",
+        help="most tokens to generate, beside the prompt's (200)",
+    )
+    add(
+        "--temperature",
+        type=number(0, 1e6, float, "a number of at least 0 (0: the most probable token)"),
+        default=0.7,
+        metavar="X",
+        help="0 takes the most probable token (0.7)",
+    )
+    add(
+        "--top-k",
+        type=number(0, 2**31 - 1, int, "a whole number of at least 0 (0: no limit)"),
+        default=0,
+        metavar="N",
+        help="draw from the N most probable tokens (0: no limit)",
+    )
+    add(
+        "--nucleus-p",
+        "--top-p",
+        type=number(sys.float_info.min, 1, float, "a number above 0 and at most 1"),
+        default=1.0,
+        metavar="X",
+        help="draw from the fewest tokens whose probability reaches X (1)",
+    )
+    add(
+        "--seed",
+        type=number(0, 2**32 - 1, int, "a whole number from 0 to 4294967295"),
+        default=42,
+        metavar="N",
+        help="the same seed gives the same text (42)",
+    )
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="DATA,MODEL",
+        help="devices along the batch and along heads and hidden widths (1,1); Grok-1 needs 1,8",
+    )
+    add(
+        "--batch",
+        type=count,
+        metavar="N",
+        help="sequences to serve at once; by default as many as there are prompts, at most 8",
+    )
+    add(
+        "--context",
+        type=count,
+        metavar="N",
+        help="room for so many tokens of each, prompt and answer; by default the model's context",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="activations; by default float32 on a CPU, bfloat16 elsewhere",
+    )
+    add("--json", action="store_true", help="print one JSON object a line for each prompt")
+    add_plan(parser)
+    add_distributed(parser)
+    options = parser.parse_args(arguments)
+    check_distributed(parser, options)
+    if options.plan and options.distributed:
+        parser.error("--plan and --distributed do not go together: one process makes a plan")
+    options.prompts = options.prompts or [DEFAULT_PROMPT]
+    return options
+
+
+def add_plan(parser: Parser) -> None:
+    """Add the options of a plan."""
+    add = parser.add_argument_group(
+        "a plan, which needs neither weights nor GPUs; for --mesh, --batch, --context, --dtype"
+    ).add_argument
+    add(
+        "--plan",
+        action="store_true",
+        help="say whether the model fits a mesh, by default the smallest that it fits, and what a "
+        "token costs there",
+    )
+    add(
+        "--device-memory",
+        type=byte_size,
+        default=byte_size("80GiB"),
+        metavar="SIZE",
+        help="memory of each device (80GiB)",
+    )
+    add(
+        "--bandwidth",
+        type=byte_rate,
+        default=byte_rate("3.35TB/s"),
+        metavar="RATE",
+        help="of a device's memory (3.35TB/s, as of an H100)",
+    )
+
+
+def add_distributed(parser: Parser) -> None:
+    """Add the options of a run of several processes."""
+    add = parser.add_argument_group("several processes, as a rule one a host").add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="be one of several processes; by default placed by SLURM, GKE or MPI",
+    )
+    add(
+        "--coordinator",
+        type=coordinator,
+        metavar="HOST:PORT",
+        help="where process 0 listens, which all others must reach",
+    )
+    add(
+        "--num-processes",
+        type=number(1, 2**20, int, "a whole number of at least 1"),
+        metavar="N",
+        help="how many processes are started, each with the same coordinator",
+    )
+    add(
+        "--process-id",
+        type=number(0, 2**20, int, "a whole number of at least 0"),
+        metavar="I",
+        help="which one this is, from 0",
+    )
+    seconds = number(2, 1e6, float, "a number of seconds of at least 2")
+    add(
+        "--peer-timeout",
+        type=seconds,
+        default=multihost.PEER_TIMEOUT,
+        metavar="SECONDS",
+        help="a process that is silent for so long is lost, and all end "
+        f"({multihost.PEER_TIMEOUT:g})",
+    )
+    add(
+        "--join-timeout",
+        type=seconds,
+        default=multihost.JOIN_TIMEOUT,
+        metavar="SECONDS",
+        help=f"how long to wait for all processes to come ({multihost.JOIN_TIMEOUT:g})",
+    )
+
+
+def check_distributed(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if the options of several processes do not fit together."""
+    place = {
+        "--coordinator": options.coordinator,
+        "--num-processes": options.num_processes,
+        "--process-id": options.process_id,
+    }
+    given = [name for name, value in place.items() if value is not None]
+    missing = [name for name in place if name not in given]
+    if given and not options.distributed:
+        parser.error(f"{given[0]} needs --distributed")
+    if given and missing:
+        parser.error(f"{given[0]} needs {' and '.join(missing)}, or none of them to be given")
+    if given and options.process_id >= options.num_processes:
+        parser.error(
+            f"argument --process-id: expected one from 0 to {options.num_processes - 1}, as there "
+            f"are {options.num_processes} processes, got {options.process_id}"
+        )
