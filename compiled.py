@@ -93,8 +93,11 @@ def collectives(text: str) -> list[Operation]:
     found = []
     for operation in operations(text):
         opcode = operation.opcode.removesuffix("-start")
+        outputs = operation.outputs
+        if operation.opcode == "all-gather-start":
+            outputs = outputs[len(outputs) // 2 :]  # what goes in stands before what comes out
         if opcode in COLLECTIVES:
-            found.append(dataclasses.replace(operation, opcode=opcode))
+            found.append(dataclasses.replace(operation, opcode=opcode, outputs=outputs))
     return found
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import checkpoint
 import compiled
@@ -26,8 +27,10 @@ from model import LanguageModelConfig, grok_1
 from quantization import QuantizedWeight8bit
 from runner import (
     abstract_inputs,
+    available_memory,
     config_in,
     decode_step,
+    device_bytes,
     memory_specs,
     new_memory,
     prefill,
@@ -116,7 +119,7 @@ def make_plan(
         raise ValueError(
             f"batch: expected a multiple of the mesh's data axis {sizes[0]}, got {batch}"
         )
-    steps, many = compile_steps(config, sizes, batch)
+    steps, known = compile_steps(config, sizes, batch)
     weights = weight_bytes(config, sizes)
     cache = cache_bytes(config, sizes, batch)
     held = sum(weights.values())
@@ -138,7 +141,7 @@ def make_plan(
         device_memory=device_memory,
         fits=peak <= device_memory,
         token=token_cost(config, sizes, batch, bandwidth),
-        largest=largest_batches(config, sizes, batch, device_memory - held, most, many),
+        largest=largest_batches(config, sizes, device_memory - held, known),
         files=files,
         host={**host_resources(directory), "loading": loading_bytes(config, sizes)},
         verdict="",
@@ -218,8 +221,9 @@ def by_kind(tree: Any, size: Any) -> dict[str, Any]:
 
 
 def parameter_count(config: LanguageModelConfig) -> int:
-    """Return how many numbers are stored: weights, and scales."""
-    return sum(math.prod(array.shape) for array in jax.tree.leaves(stored_shapes(config)))
+    """Return how many parameters there are; scales are none."""
+    count = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
+    return sum(count.values()) - count["scales"]
 
 
 def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
@@ -255,7 +259,7 @@ def cache_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
 
 def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
     """Return what one device holds between steps."""
-    return sum(weight_bytes(config, sizes).values()) + cache_bytes(config, sizes, batch)
+    return device_bytes(config, mesh_of(config, sizes), batch)
 
 
 def loading_bytes(config: LanguageModelConfig, sizes: Sizes) -> int:
@@ -304,24 +308,22 @@ def token_cost(
 
 
 def largest_batches(
-    config: LanguageModelConfig, sizes: Sizes, batch: int, room: int, few: int, many: int
+    config: LanguageModelConfig, sizes: Sizes, room: int, known: dict[int, int]
 ) -> list[dict[str, int]]:
     """Return a batch that fits for the context asked for, and for shorter ones, as large as known.
 
-    room: bytes beside the weights. few, many: temporaries of `batch` and of MANY times as many
-    sequences of the whole context.
+    room: bytes beside the weights. known: the temporaries of some batches of the whole context.
     """
     data = sizes[0]
+    batches = sorted(known)
+    last = batches[-1]
 
     def temporaries(rows: int) -> float:
-        # The most of several phases, each of them a constant and so much a sequence: convex. So a
-        # chord lies above it, and so does, beyond, the ray from the origin. Shorter contexts take
+        # The most of several phases, each of them a constant and so much a sequence: convex. So
+        # chords lie above it, and so does, beyond, the ray from the origin. Shorter contexts take
         # less: how much is not known without compiling them, too.
-        if rows <= batch:
-            return few
-        if rows <= MANY * batch:
-            return few + (many - few) * (rows - batch) / ((MANY - 1) * batch)
-        return rows * many / (MANY * batch)
+        between = np.interp(rows, batches, [known[batch] for batch in batches])
+        return max(float(between), known[last] * rows / last if rows > last else 0.0)
 
     found = []
     context = config.sequence_len
@@ -341,8 +343,8 @@ def largest_batches(
 
 def compile_steps(
     config: LanguageModelConfig, sizes: Sizes, batch: int
-) -> tuple[dict[str, Step], int]:
-    """Compile both steps -> what they take, and the temporaries of MANY times as many sequences."""
+) -> tuple[dict[str, Step], dict[int, int]]:
+    """Compile both steps -> what they take, and the temporaries of prefill by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
     chunk = min(PREFILL_CHUNK, config.sequence_len)
 
@@ -352,12 +354,13 @@ def compile_steps(
         program = step.lower(*inputs, config=config, mesh=mesh).compile()
         return _read_step(program, fixed_bytes(config, sizes, rows))
 
+    batches = sorted({sizes[0], batch, MANY * batch})
     # XLA compiles without Python's lock.
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(compile_step, *job) for job in ((batch, None), (batch, chunk))]
-        many = pool.submit(compile_step, MANY * batch, chunk)
-        decode, read = (job.result() for job in jobs)
-    return {"prefill": read, "decode": decode}, many.result().temporaries
+        decode = pool.submit(compile_step, batch, None)
+        found = dict(zip(batches, pool.map(lambda n: compile_step(n, chunk), batches), strict=True))
+    steps = {"prefill": found[batch], "decode": decode.result()}
+    return steps, {rows: step.temporaries for rows, step in found.items()}
 
 
 def _read_step(program: Any, held: int) -> Step:
@@ -417,15 +420,6 @@ def host_resources(directory: Path | None) -> dict[str, int | None]:
         place = place.parent
     memory = available_memory()
     return {"free_disk": shutil.disk_usage(place).free, "available_memory": memory}
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that a process could still take here (Linux), else None."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
 # ----------------------------------------------------------------------------------------- in words
@@ -521,7 +515,7 @@ def in_words(plan: Plan) -> str:
     copies = f"; the weights are there {data} times, once a part of data" if data > 1 else ""
     chunks = f"prompts in chunks of {plan.prefill_chunk}"
     lines = [
-        f"model     {plan.parameters:,} numbers, {plan.dtype} activations",
+        f"model     {plan.parameters:,} parameters, {plan.dtype} activations",
         f"mesh      data {data} x model {model} = {devices_in_words(plan.devices)}{copies}",
         f"load      {plan.batch} x {plan.context} tokens, {chunks}",
         "",
@@ -530,8 +524,7 @@ def in_words(plan: Plan) -> str:
         f"  {'all weights':18} {gib(total):>10}",
         f"  {'KV cache':18} {gib(plan.cache):>10}",
         f"  {'temporaries':18} {gib(most):>10}   {temporaries}; as compiled for a CPU",
-        f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}, from which drivers take "
-        "a share, too",
+        f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}; drivers take some",
         "",
         "exchanged in a step, by each device",
         *_exchange_lines(plan),

@@ -10,6 +10,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import functools
 import itertools
+import math
 import numbers
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ from model import (
 )
 from sampling import SampleOutput, SampleSettings, sample_token, validate_settings
 from sharding import (
+    AnyMesh,
     axis_size,
     constrain,
     from_host,
@@ -213,7 +215,7 @@ def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = N
 
 
 def abstract_inputs(
-    config: LanguageModelConfig, mesh: Mesh | None, batch: int, chunk: int | None = None
+    config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, chunk: int | None = None
 ) -> tuple[Any, ...]:
     """Return what `prefill` of a chunk length, or `decode_step`, takes, without any data.
 
@@ -245,6 +247,27 @@ def abstract_inputs(
     if chunk is None:
         return params, memory, slots
     return params, memory, slots, array(batch, chunk), rows, flags
+
+
+def device_bytes(config: LanguageModelConfig, mesh: AnyMesh | None, batch: int) -> int:
+    """Return the bytes that one device holds between steps: parameters, and `batch` memories."""
+    params, memory, _ = abstract_inputs(config, mesh, batch)
+
+    def own(array: Any) -> int:
+        shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)
+        return math.prod(shape) * array.dtype.itemsize
+
+    return sum(map(own, jax.tree.leaves((params, memory))))
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that a process could still take on this host (Linux), or None."""
+    try:
+        with open("/proc/meminfo") as file:
+            text = file.read()
+    except OSError:
+        return None
+    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -374,11 +397,32 @@ class ModelRunner:
         return -(-wanted // data) * data
 
     def check(self, mesh: Mesh | None) -> None:
-        """Raise ValueError if the mesh or the checkpoint's files do not fit; loads nothing."""
+        """Raise ValueError if mesh, checkpoint or memory do not fit; loads nothing."""
         if mesh is not None:
             self.model.check_mesh(mesh)
         if self.checkpoint_path is not None:
             checkpoint.check_files(self.checkpoint_path, self.model.param_shapes())
+        self.check_memory(mesh)
+
+    def check_memory(self, mesh: Mesh | None) -> None:
+        """Raise ValueError if a device has less memory than weights and cache take."""
+        device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+        slots = self.num_slots(mesh)
+        if device.platform == "cpu":
+            # Virtual devices share the host's memory, and equal weights.
+            needed, free, where = device_bytes(self.model, None, slots), available_memory(), "here"
+        else:
+            limits = device.memory_stats() or {}
+            needed, where = device_bytes(self.model, mesh, slots), "on each device"
+            free = limits.get("bytes_limit")
+            if free is not None:
+                free -= limits.get("bytes_in_use", 0)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"weights and cache take {needed / 2**30:.1f} GiB {where}, and {free / 2**30:.1f} "
+                "GiB are free; use a mesh with a longer model axis, or a shorter context: "
+                "python run.py --plan says what fits"
+            )
 
     def load_or_init(
         self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
@@ -464,6 +508,7 @@ class InferenceRunner:
         progress(bytes_done, bytes_total). Raises ValueError with the reason in one sentence.
         """
         if self.mesh_config != ((1, 1), (1, 1)):
+            self._check_size()
             heads = self.config.model.num_kv_heads
             self.mesh = make_mesh(*self.mesh_config, num_kv_heads=heads)
         self.runner.check(self.mesh)
@@ -472,6 +517,22 @@ class InferenceRunner:
         self.num_slots = self.runner.num_slots(self.mesh)
         self._admit_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
+
+    def _check_size(self) -> None:
+        """Raise ValueError, with the meshes that fit the model, if this machine has no such one."""
+        (data, model), between = self.mesh_config
+        available = jax.local_device_count()
+        if between == (1, 1) and data * model > available:
+            fitting = " ".join(
+                f"{available // n},{n}"
+                for n in self.config.model.model_axis_sizes()
+                if available % n == 0 and self.config.vocab_size % n == 0
+            )
+            raise ValueError(
+                f"a mesh of {data},{model} needs {data * model} devices, but this machine has "
+                f"{available}, for which the model can take the meshes {fitting}; on a CPU start "
+                f"with XLA_FLAGS=--xla_force_host_platform_device_count={data * model}"
+            )
 
     # ---------------------------------------------------------------------------- generation
 

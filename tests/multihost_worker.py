@@ -25,6 +25,7 @@ RESULTS = {"prefill": (None, 1), "decode": (3, 4)}
 
 def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     """Run the command with its hooks."""
+    import commandline
     import multihost
     import run
     import runner
@@ -65,7 +66,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
 
     lost, multihost.Peers._lose = multihost.Peers._lose, lose
     take, multihost.Peers._take = multihost.Peers._take, hear
-    run.LoadProgress.__call__ = progress
+    commandline.ByteProgress.__call__ = progress
     multihost.Peers.phase = change
     runner.InferenceRunner._deliver = ask
     sys.argv = ["run.py", *arguments]

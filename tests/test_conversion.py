@@ -572,24 +572,6 @@ def test_ctrl_c_while_jax_is_imported_shows_no_traceback(safe: pathlib.Path) -> 
         assert err in ("", "interrupted; the same command goes on from here\n")
 
 
-def test_progress_is_a_line_now_and_then_or_a_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    progress = conversion.ByteProgress(seconds=0.05)
-    progress(10**9, 2 * 10**9)
-    time.sleep(0.06)
-    progress(15 * 10**8, 2 * 10**9)
-    progress(2 * 10**9, 2 * 10**9)
-    progress.close()
-    assert capsys.readouterr().err == "1.5 of 2.0 GB\n"
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    for done in (10**9, 2 * 10**9):
-        progress(done, 2 * 10**9)
-    progress.close()
-    bar = capsys.readouterr().err
-    assert "100%" in bar and "2.00G/2.00G" in bar and bar.endswith("\n")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "layers"), [("safetensors", 120), ("released", 30)])
 def test_kills_at_random_moments_end_in_the_same_bytes(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import checkpoint
+import options
 import run
 from model import LanguageModelConfig, TransformerConfig
 from runner import Completion, Event
@@ -247,7 +248,7 @@ def test_without_a_checkpoint_the_demo_is_used_and_said_to_be(
     monkeypatch.setattr(run, "RELEASED", tmp_path)
     monkeypatch.setattr(run, "DEMO", tiny)
     result = command("--max-len", 1)
-    assert result.out.startswith(run.DEFAULT_PROMPT)
+    assert result.out.startswith(options.DEFAULT_PROMPT)
     assert result.err.startswith("checkpoints/ckpt-0 is not there: using the small bundled demo")
     monkeypatch.setattr(run, "RELEASED", tiny)
     monkeypatch.setattr(run, "DEMO", tmp_path)
@@ -285,8 +286,17 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "mesh-that-does-not-fit": (("--mesh", "1,3"), 1,
                                "a model axis of 3 does not divide num_kv_heads = 8; use one of "
                                "[1, 2, 4, 8]"),
-    "mesh-too-large": (("--mesh", "4,4"), 1,
-                       "a mesh of 4,4 needs 16 devices, but this machine has 8"),
+    "mesh-too-large": (("--mesh", "4,8"), 1,
+                       "a mesh of 4,8 needs 32 devices, but this machine has 16, for which the "
+                       "model can take the meshes 16,1 8,2 4,4 2,8;"),
+    "batch": (("--batch", "0"), 2, "--batch: expected a whole number of at least 1, got '0'"),
+    "context": (("--context", "65"), 1, "context: expected 1 to 64 tokens, which the model has"),
+    "short-context": (("--context", "3", "--prompt-ids", "5 6 7"), 1,
+                      "request 1: the prompt has 3 tokens, and the context of 3 must hold"),
+    "memory": (("--device-memory", "80"), 2, "--device-memory: expected a number and a unit such "
+               "as 80GiB (units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), got '80'"),
+    "bandwidth": (("--bandwidth", "3TB"), 2, "a unit such as 3.35TB/s (units: B/s"),
+    "plan-together": (("--plan", "--distributed"), 2, "--plan and --distributed do not go"),
     "cold": (("--temperature", "-0.1"), 2, "--temperature: expected a number of at least 0"),
     "nan": (("--temperature", "nan"), 2, "--temperature: expected a number of at least 0"),
     "hot": (("--temperature", "high"), 2, "got 'high'"),
@@ -400,14 +410,6 @@ def test_prompts_are_checked_before_the_weights_are_loaded(
     assert_one_sentence(result, 1, "request 1: the prompt is empty")
 
 
-def test_a_long_load_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = run.LoadProgress(seconds=0)
-    progress(12_300_000_000, 318_239_886_140)
-    assert capsys.readouterr().err == "loading: 12.3 of 318.2 GB\n"
-    run.LoadProgress()(1, 2)
-    assert capsys.readouterr().err == ""
-
-
 def test_a_missing_checkpoint_is_reported_first_and_at_once() -> None:
     """Before anything about tokenizers, and before the seconds that importing jax takes."""
     arguments = ("--checkpoint", "no/such", "--tokenizer", "no/such.model")
@@ -419,9 +421,14 @@ def test_a_missing_checkpoint_is_reported_first_and_at_once() -> None:
 
 
 def test_too_little_memory_is_answered_with_one_sentence(
-    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything is loaded where it is known how much there is, else when it runs out."""
     directory = changed(tiny, tmp_path / "endless", sequence_len=10**12)
+    result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
+    sentence = "weights and cache take 954605.6 GiB here, and ", "run.py --plan says what fits"
+    assert_one_sentence(result, 1, *sentence)
+    monkeypatch.setattr("runner.available_memory", lambda: None)
     result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
     assert_one_sentence(result, 1, "too little memory for the model or its cache", "; use more dev")
 

@@ -103,6 +103,17 @@ def test_each_host_holds_one_block_of_the_mesh(local, between, expected):
 
 
 @pytest.mark.usefixtures("two_hosts")
+def test_devices_of_one_host_share_a_key_value_head():
+    """Four heads on eight devices: what the two have in common stays within a host."""
+    grid, names = make_mesh((1, 4), (1, 2), num_kv_heads=4)
+    assert names == ("data", "model", "replica")
+    ids = np.vectorize(lambda device: device.id)(grid).tolist()
+    assert ids == [[[0, 1], [2, 3], [10, 11], [12, 13]]]
+    for heads in (8, 16, None):
+        assert make_mesh((1, 4), (1, 2), num_kv_heads=heads)[1] == ("data", "model")
+
+
+@pytest.mark.usefixtures("two_hosts")
 def test_between_hosts_every_device_takes_part():
     with pytest.raises(ValueError, match="a mesh of 1,2 needs 2 devices, but this machine has 4"):
         make_mesh((1, 2), (1, 2))
@@ -226,6 +237,23 @@ def test_scales_are_whole_along_an_axis_of_size_one():
     }
 
 
+def test_over_a_replica_axis_only_keys_values_and_few_groups_are_whole_on_several():
+    mesh = make_mesh((1, 16), num_kv_heads=8)
+    config = grok_1()
+    specs = parameter_specs(config.param_shapes(), config.partition_rules(mesh), mesh)
+    both = ("model", "replica")
+    attention = f"{LAYER}/multi_head_attention"
+    assert specs["language_model/in_out_embed"]["embeddings"] == P(both, None)
+    assert specs[f"{attention}/key"]["w"] == int8(P(None, None, "model"))
+    assert specs[f"{attention}/value"]["w"] == int8(P(None, None, "model"))
+    assert specs[f"{attention}/query"]["w"] == int8(P(None, None, both))
+    rows = P(None, both, None), P(None, "model", None)
+    assert specs[f"{attention}/linear"]["w"] == int8(*rows)
+    experts = P(None, None, both, None), P(None, None, "model", None)
+    assert specs[f"{LAYER}/moe/linear_1"]["w"] == int8(*experts)
+    assert specs[f"{LAYER}/moe/linear"]["w"] == int8(P(None, None, None, both))
+
+
 @pytest.mark.parametrize("config", [grok_1(), TINY, DENSE], ids=["grok-1", "tiny", "dense"])
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 4), (8, 1)])
 def test_every_device_holds_an_equal_part(config, sizes):
@@ -256,9 +284,9 @@ def with_model(config=TINY, **fields):
     ("config", "sizes", "message"),
     [
         (TINY, (1, 3), r"mesh: a model axis of 3 does not divide num_kv_heads = 8; "
-                       r"use one of \[1, 2, 4, 8\]"),
-        (with_model(num_kv_heads=4), (1, 8), r"mesh: a model axis of 8 does not divide "
-                       r"num_kv_heads = 4; use one of \[1, 2, 4\]"),
+                       r"use one of \[1, 2, 4, 8, 16\]"),
+        (with_model(num_kv_heads=4), (1, 12), r"mesh: a model axis of 12 does not divide "
+                       r"num_q_heads = 16; use one of \[1, 2, 4, 8, 16\]"),
         (with_model(num_q_heads=24, num_kv_heads=24), (1, 3), r"mesh: a model axis of 3 does not "
                        r"divide the expert width = 32; use one of \[1, 2, 4, 8\]"),
         (with_model(emb_size=18, shard_activations=True), (1, 4), r"mesh: a model axis of 4 does "
@@ -269,12 +297,13 @@ def with_model(config=TINY, **fields):
 )  # fmt: skip
 def test_a_model_that_does_not_fit_a_mesh_says_which_would(config, sizes, message):
     """The sizes that it names divide every width, not only the one that failed."""
-    mesh = make_mesh(sizes)
+    heads = config.model.num_kv_heads
+    mesh = make_mesh(sizes, num_kv_heads=heads)
     for refuse in (config.check_mesh, config.make):
         with pytest.raises(ValueError, match=f"^{message}$"):
             refuse(mesh)
     for size in re.findall(r"\d+", message.partition("use one of")[2]):
-        config.check_mesh(make_mesh((1, int(size))))
+        config.check_mesh(make_mesh((1, int(size)), num_kv_heads=heads))
 
 
 def test_widths_that_are_not_split_need_not_divide():
@@ -282,8 +311,19 @@ def test_widths_that_are_not_split_need_not_divide():
     with_model(TINY, num_layers=3).check_mesh(make_mesh((8, 1)))
 
 
+def test_an_axis_longer_than_the_key_value_heads_must_be_split():
+    """Sixteen devices cannot have eight heads of the cache among them in equal parts."""
+    TINY.check_mesh(make_mesh((1, 16), num_kv_heads=8))
+    with pytest.raises(ValueError, match=r"model axis of 8, one key/value head each, .*replica"):
+        TINY.check_mesh(make_mesh((1, 16)))
+    for sizes in ((1, 4, 2), (1, 2, 8)):
+        devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+        with pytest.raises(ValueError, match="as make_mesh"):
+            TINY.check_mesh(Mesh(devices, ("data", "model", "replica")))
+
+
 def test_a_mesh_without_the_axes_of_the_configuration_is_refused():
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "columns"))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("rows", "columns"))
     with pytest.raises(ValueError, match=r"mesh: expected an axis named 'data', got \('rows'"):
         TINY.check_mesh(mesh)
     with_model(data_axis="rows", model_axis="columns").check_mesh(mesh)

@@ -1,0 +1,56 @@
+"""What the commands have in common: sizes are understood, and long work says how far it is."""
+
+import argparse
+import sys
+import time
+
+import pytest
+
+from commandline import ByteProgress, byte_rate, byte_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("80GiB", 80 * 2**30),
+        ("80GB", 80e9),
+        ("1.5 TB", 1.5e12),
+        ("8e3kB", 8e6),
+        ("12B", 12),
+        ("3MiB", 3 * 2**20),
+    ],
+)
+def test_sizes_have_units(text: str, size: float) -> None:
+    assert byte_size(text) == size
+    assert byte_rate(f"{text}/s") == size
+
+
+@pytest.mark.parametrize(
+    "text", ["80", "", "GiB", "-1GB", "0GB", "80Gb", "1e999GB", "1.2.3GB", "1GB/s"]
+)
+def test_a_size_without_a_known_unit_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 80GiB .*MiB, GiB"):
+        byte_size(text)
+
+
+def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with ByteProgress("loading", seconds=0.05) as progress:
+        progress(10**9, 2 * 10**9)
+        assert capsys.readouterr().err == ""
+        time.sleep(0.06)
+        progress(15 * 10**8, 2 * 10**9)
+        progress(2 * 10**9, 2 * 10**9)
+    line = capsys.readouterr().err
+    assert line.startswith("loading: 1.5 of 2.0 GB, ") and line.endswith(" GB/s, 0 s left\n")
+    assert line.count("\n") == 1
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ByteProgress("loading") as progress:
+        for done in (10**9, 2 * 10**9):
+            progress(done, 2 * 10**9)
+    bar = capsys.readouterr().err
+    assert "loading: 100%" in bar and "2.00G/2.00G" in bar and "B/s" in bar and bar.endswith("\n")

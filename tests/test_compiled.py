@@ -1,0 +1,120 @@
+"""Compiled programs are read as they are: loops count, collectives and fusions are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import compiled
+from sharding import make_mesh
+
+
+def text_of(function, *shapes):
+    return jax.jit(function).lower(*shapes).compile().as_text()
+
+
+def float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_loops_multiply():
+    def program(x):
+        def outer(x, _):
+            inner, _ = lax.scan(lambda y, _: (jnp.sin(y @ y), None), x, None, length=5)
+            return inner, None
+
+        return lax.scan(outer, x, None, length=7)[0] @ x
+
+    found = compiled.operations(text_of(program, float32(8, 8)))
+    sines = [operation.times for operation in found if operation.opcode == "sine"]
+    assert sum(sines) == 35
+
+
+def test_a_loop_of_unknown_length_counts_once():
+    def program(x, n):
+        return lax.fori_loop(0, n, lambda _, x: jnp.sin(x), x)
+
+    found = compiled.operations(text_of(program, float32(8), jax.ShapeDtypeStruct((), jnp.int32)))
+    assert sum(operation.times for operation in found if operation.opcode == "sine") == 1
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (2, 4)])
+def test_collectives_are_found_with_their_size_and_devices(sizes):
+    mesh = make_mesh(sizes)
+
+    def local(x):
+        def layer(x, _):
+            return x + lax.psum(jnp.sin(x), "model"), None
+
+        x, _ = lax.scan(layer, x, None, length=3)
+        y = lax.all_gather(x, "model", axis=0, tiled=True)
+        z = lax.psum_scatter(y, "model", scatter_dimension=0, tiled=True)
+        return lax.ppermute(z, "data", [(i, (i + 1) % sizes[0]) for i in range(sizes[0])])
+
+    program = jax.shard_map(
+        local, mesh=mesh, in_specs=P("model"), out_specs=P("model"), check_vma=False
+    )
+    text = text_of(program, float32(16, 4))
+    rows, model = 16 // sizes[1], sizes[1]
+    got = {(o.opcode, o.outputs, o.times, o.devices) for o in compiled.collectives(text)}
+    expected = {
+        ("all-reduce", (("float32", (rows, 4)),), 3, model),
+        ("all-gather", (("float32", (16, 4)),), 1, model),
+        ("reduce-scatter", (("float32", (rows, 4)),), 1, model),
+    }
+    assert expected <= got
+    assert {kind for kind, *_ in got} <= {*(kind for kind, *_ in expected), "collective-permute"}
+    sizes_in_bytes = {o.opcode: o.nbytes for o in compiled.collectives(text)}
+    assert sizes_in_bytes["all-gather"] == 16 * 4 * 4
+
+
+WRITTEN = """
+HloModule jit_f
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%fused (p: s8[2,3]) -> bf16[6] {
+  %p = s8[2,3]{1,0} parameter(0)
+  %c = bf16[2,3]{1,0} convert(%p)
+  ROOT %r = bf16[6]{0} dynamic-update-slice(%c)
+}
+
+%unused (p: f32[]) -> f32[] {
+  ROOT %s = f32[] sine(%p)
+}
+
+ENTRY %main (a: s8[2,3]) -> (bf16[6], f32[4,5]) {
+  %a = s8[2,3]{1,0} parameter(0)
+  %f = bf16[6]{0} fusion(%a), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/write"}
+  %half = (f32[1,5]{1,0}, /*index=1*/f32[4,5]{1,0}) all-gather-start(%f), replica_groups=[2,4]<=[8]
+  %done = f32[4,5]{1,0} all-gather-done(%half)
+  %all = (pred[7]{0}, u8[]) all-to-all(%f), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %t = (bf16[6]{0}, f32[4,5]{1,0}) tuple(%f, %done)
+}
+"""
+
+
+def test_the_forms_of_other_compilers_are_read_too():
+    """A GPU's collectives come in two halves, and groups of devices in several notations."""
+    start, exchange = compiled.collectives(WRITTEN)
+    assert (start.opcode, start.devices, start.times) == ("all-gather", 4, 1)
+    assert start.outputs == (("float32", (4, 5)),)
+    assert (exchange.opcode, exchange.devices) == ("all-to-all", 2)
+    assert exchange.outputs == (("bool", (7,)), ("uint8", ())) and exchange.nbytes == 8
+
+
+def test_parts_of_fusions_are_told_from_what_is_in_memory():
+    found = {operation.name: operation for operation in compiled.operations(WRITTEN)}
+    assert "s" not in found  # nothing calls it
+    assert found["f"].root == "dynamic-update-slice" and not found["f"].fused
+    assert found["f"].source == "jit(f)/write"
+    assert found["c"].fused and found["r"].fused and not found["done"].fused
+    assert found["c"].outputs == (("bfloat16", (2, 3)),) and found["p"].outputs[0][0] == "int8"
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="text of a compiled program"):
+        compiled.operations("module @jit_f {}")

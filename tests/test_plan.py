@@ -1,0 +1,327 @@
+"""A plan says what is true: sizes as compiled, formulas as written down, advice that works."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+import checkpoint
+import conversion
+import golden
+import plan
+import storage
+from model import grok_1
+from runner import abstract_inputs, prefill
+from sharding import make_mesh
+
+GIB = 2**30
+ROOT = pathlib.Path(plan.__file__).parent
+TINY = golden.config("three-layers", "bfloat16")
+
+L, D, N, K, H, E, A, F, V, S = 64, 6144, 48, 8, 128, 8, 2, 32768, 131072, 8192
+
+
+# -------------------------------------------------------------------------------------- by formula
+
+
+def test_the_weights_are_those_of_the_released_files():
+    """318,239,886,140 bytes, less the files' headers, and with half an embedding."""
+    weights = plan.weight_bytes(grok_1(), (1, 1))
+    assert weights == {
+        "attention": L * (2 * D * N * H + 2 * D * K * H),
+        "experts": L * E * 3 * D * F,
+        "embedding": 2 * V * D,
+        "norms and router": 4 * (L * 4 * D + D + L * D * E),
+        "scales": 2 * L * (N * H + 2 * K * H + 8 * D + E * (2 * F + 8 * D)),
+    }
+    records = checkpoint.files(grok_1().param_shapes())
+    headers = sum(record.size for record in records) - (sum(weights.values()) + 2 * V * D)
+    assert 0 < headers < 770 * 1000
+    assert plan.parameter_count(grok_1()) == (
+        weights["attention"] + weights["experts"] + V * D + L * (4 * D + D * E) + D
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 4), (4, 2), (1, 16), (2, 16)])
+def test_weights_lie_over_the_model_axis_and_are_copied_over_data(sizes):
+    whole, own = (plan.weight_bytes(grok_1(), mesh) for mesh in ((1, 1), sizes))
+    model = sizes[1]
+    assert own["experts"] == whole["experts"] // model
+    assert own["embedding"] == whole["embedding"] // model
+    keys = L * 2 * D * K * H
+    assert own["attention"] == (whole["attention"] - keys) // model + keys // min(model, K)
+    assert own["norms and router"] == whole["norms and router"]
+    cache = plan.cache_bytes(grok_1(), sizes, 2 * sizes[0])
+    # Two sequences on each part of the data axis: keys and values, and their marks.
+    assert cache == 2 * (2 * L * S * K * H * 2 // min(model, K) + S + 4)
+
+
+def test_a_token_costs_what_the_formula_says():
+    cost = plan.token_cost(grok_1(), (1, 1), 1, 2e12)
+    met = L * (2 * D * N * H + 2 * D * K * H + A * 3 * D * F + D * E) + V * D
+    assert cost["flops"] == 2 * met + 4 * L * N * H * S
+    assert 83e9 < met < 85e9  # about 84 billion parameters a token
+    weights = plan.weight_bytes(grok_1(), (1, 1))
+    read = sum(weights.values()) - weights["experts"] * (E - A) // E
+    cache = plan.cache_bytes(grok_1(), (1, 1), 1)
+    assert cost["bytes"] == pytest.approx(read + cache, rel=1e-12)
+    assert cost["seconds"] == cost["bytes"] / 2e12
+    one_of_eight = plan.token_cost(grok_1(), (1, 8), 1, 3.0e12)
+    assert 10.8e9 < one_of_eight["bytes"] < 11.0e9
+
+
+def test_more_tokens_meet_more_experts_but_never_all_twice():
+    def read(batch):
+        cost = plan.token_cost(grok_1(), (1, 1), batch, 1e12)
+        return cost["bytes"] - plan.cache_bytes(grok_1(), (1, 1), batch)
+
+    weights = plan.weight_bytes(grok_1(), (1, 1))
+    fixed = sum(weights.values()) - weights["experts"]
+    assert read(2) - fixed == pytest.approx(weights["experts"] * (1 - (3 / 4) ** 2))
+    assert read(1000) == pytest.approx(sum(weights.values()))
+
+
+def test_a_dense_model_has_no_router_and_meets_all_of_its_one_block():
+    model = dataclasses.replace(TINY.model, num_experts=1, num_selected_experts=1)
+    dense = dataclasses.replace(TINY, model=model)
+    weights = plan.weight_bytes(dense, (1, 1))
+    cost = plan.token_cost(dense, (1, 1), 1, 1e9)
+    assert cost["bytes"] == sum(weights.values()) + plan.cache_bytes(dense, (1, 1), 1)
+    met = weights["attention"] + weights["experts"] + weights["embedding"] // 2
+    scores = 3 * 16 * 16 * 128
+    assert cost["flops"] == 2 * met + 4 * scores
+
+
+# ------------------------------------------------------------------------------------ by compiling
+
+
+@pytest.fixture(scope="module")
+def small():
+    return plan.make_plan(TINY, (2, 4), batch=4, device_memory=1 << 30)
+
+
+def test_the_peak_is_what_the_compiler_says(small):
+    mesh = make_mesh((2, 4), num_kv_heads=8)
+    arguments = abstract_inputs(TINY, mesh, batch=4, chunk=128)
+    memory = prefill.lower(*arguments, config=TINY, mesh=mesh).compile().memory_analysis()
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert small.peak == taken
+    held = sum(small.weights.values()) + small.cache
+    assert held < memory.argument_size_in_bytes < held + 10_000
+    assert small.steps["prefill"].temporaries == taken - held
+
+
+def test_exchanges_are_counted_for_each_layer(small):
+    decode = small.steps["decode"].exchanged
+    layers, width, batch = 3, 128, 2
+    assert decode["all-gather"]["count"] == 2 * layers + 2
+    assert decode["reduce-scatter"]["count"] == layers
+    one_norm = 4 * batch
+    norms, whole = 4 * layers + 1, layers + 1
+    assert decode["all-reduce"] == {
+        "count": norms + whole,
+        "bytes": norms * one_norm + whole * 4 * batch * width,
+    }
+
+
+def test_one_device_exchanges_nothing():
+    found = plan.make_plan(TINY, (1, 1))
+    assert found.steps["prefill"].exchanged == found.steps["decode"].exchanged == {}
+    assert "  nothing" in plan.in_words(found)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 4)])
+def test_the_largest_batch_fits_and_not_much_more_does(sizes):
+    """For a shorter context it is a batch that fits, too."""
+    memory = 60 << 20
+    found = plan.make_plan(TINY, sizes, device_memory=memory)
+    assert [entry["context"] for entry in found.largest] == [128]
+    batch = found.largest[0]["batch"]
+    assert batch > 16 and batch % sizes[0] == 0
+    for rows, fits in ((batch, True), (int(1.3 * batch) // 2 * 2, False)):
+        again = plan.make_plan(TINY, sizes, batch=rows, device_memory=memory)
+        assert again.fits == fits, (rows, again.peak)
+
+
+# ----------------------------------------------------------------------------------------- verdicts
+
+
+def test_a_plan_that_fits_says_so(small):
+    assert small.fits
+    assert small.verdict.startswith("It fits: ")
+    assert small.verdict.endswith(" of 1.00 GiB on each of 8 devices, for 4 x 128 tokens.")
+
+
+def test_a_tight_plan_says_what_to_tell_jax():
+    peak = plan.make_plan(TINY, (1, 1)).peak
+    tight = plan.make_plan(TINY, (1, 1), device_memory=int(peak * 1.1))
+    assert tight.fits and "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.93, since" in tight.verdict
+    loose = plan.make_plan(TINY, (1, 1), device_memory=int(peak * 1.5))
+    assert "XLA_PYTHON" not in loose.verdict
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
+    peaks = {n: plan.make_plan(TINY, (1, n)).peak for n in (1, 2)}
+    memory = int(0.9 * peaks[1])
+    found = plan.make_plan(TINY, (1, 1), device_memory=memory)
+    assert not found.fits
+    over = plan.gib(peaks[1] - memory)
+    assert f"are {over} more than {plan.gib(memory)}; use --mesh 1,2 (" in found.verdict
+    # The advice is right.
+    assert plan.make_plan(TINY, (1, 2), device_memory=memory).fits
+
+
+def test_where_nothing_helps_it_says_so():
+    found = plan.make_plan(TINY, (1, 16), device_memory=1000)
+    assert found.verdict.endswith("; use devices with more memory.")
+    assert found.largest == [{"batch": 0, "context": 128}]
+
+
+def test_too_large_a_load_is_told_a_smaller_one():
+    config = dataclasses.replace(TINY, sequence_len=4096)
+    most = plan.make_plan(config, (1, 16), batch=1)
+    memory = int(1.5 * most.peak)
+    found = plan.make_plan(config, (1, 16), batch=16, device_memory=memory)
+    assert not found.fits
+    advice = found.verdict.rpartition("use --batch ")[2]
+    batch, context = int(advice.split()[0]), int(advice.split()[2].rstrip("."))
+    shorter = dataclasses.replace(config, sequence_len=context)
+    assert plan.make_plan(shorter, (1, 16), batch=batch, device_memory=memory).fits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "message"),
+    [
+        ((1, 3), None, r"a model axis of 3 does not divide num_kv_heads = 8; use one of \[1, 2"),
+        ((16, 16), None, "expected at most 128 devices, got 16 x 16"),
+        ((2, 4), 3, "batch: expected a multiple of the mesh's data axis 2, got 3"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(sizes, batch, message):
+    with pytest.raises(ValueError, match=message):
+        plan.make_plan(TINY, sizes, batch=batch)
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(80, (1, 8)), (400, (1, 1)), (24, (1, 16))])
+def test_the_smallest_mesh_that_fits_is_chosen(memory, expected):
+    assert plan.smallest_mesh(grok_1(), 1, memory * GIB) == expected
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def test_a_checkpoint_is_looked_for(tmp_path):
+    source = golden.DIRECTORY / "three-layers"
+    found = plan.look_for_files(TINY, source)
+    assert found["found"] == found["expected"] == 38
+    assert found["found_bytes"] == found["expected_bytes"] > 0
+    assert not found["missing"] and not found["wrong_size"]
+    shutil.copytree(source, tmp_path / "copy")
+    folder = tmp_path / "copy" / "ckpt-0"
+    (folder / "tensor00005_000").unlink()
+    os.truncate(folder / "tensor00007_000", 10)
+    found = plan.make_plan(TINY, (1, 1), directory=tmp_path / "copy")
+    assert found.files["missing"] == ["tensor00005_000"]
+    assert found.files["wrong_size"] == ["tensor00007_000"]
+    assert "; but of 38 files 1 are missing in " in found.verdict
+    assert "1 have the wrong size, tensor00007_000 first." in found.verdict
+    assert "37 of 38 in " in plan.in_words(found)
+
+
+def test_files_that_are_not_there_need_room(tmp_path):
+    found = plan.make_plan(TINY, (1, 1), directory=tmp_path / "no" / "such")
+    assert found.files["found"] == 0 and len(found.files["missing"]) == 38
+    few = dataclasses.replace(found, host={**found.host, "free_disk": 1000})
+    assert "are more than the 1 kB free on its disk" in plan.verdict(TINY, few)
+    assert found.host["free_disk"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+
+
+def test_safetensors_count_as_files(tmp_path):
+    conversion.convert(golden.DIRECTORY / "three-layers", tmp_path, storage.SAFETENSORS)
+    found = plan.make_plan(TINY, (1, 1), directory=tmp_path)
+    assert found.files["problem"] is None and ";" not in found.verdict
+    assert "files     safetensors in " in plan.in_words(found)
+    (tmp_path / "outer.safetensors").unlink()
+    assert "outer.safetensors" in plan.make_plan(TINY, (1, 1), directory=tmp_path).verdict
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def command(*arguments: Any) -> tuple[int, str, str, float]:
+    """Run run.py in a process without the tests' own devices -> status, out, err, seconds."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, ROOT / "run.py", "--plan", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr, time.perf_counter() - began
+
+
+@pytest.mark.slow
+def test_grok_1_on_eight_devices_is_planned_in_15_seconds():
+    status, out, err, seconds = command("--mesh", "1,8", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["fits"] and found["peak"] <= 39 * GIB
+    assert (found["batch"], found["context"], found["devices"]) == (1, 8192, 8)
+    assert found["dtype"] == "bfloat16" and found["token"]["bandwidth"] == 3.35e12
+    assert found["token"]["seconds"] == found["token"]["bytes"] / 3.35e12
+    assert seconds < 15
+
+
+@pytest.mark.slow
+def test_grok_1_on_four_devices_fits_80_gib_and_no_72():
+    _, out, _, _ = command("--mesh", "1,4", "--device-memory", "80GiB")
+    assert out.splitlines()[-1].startswith("It fits: 75.")
+    status, out, _, _ = command("--mesh", "1,4", "--device-memory", "72GiB")
+    assert status == 0
+    assert "more than 72.0 GiB; use --mesh 1,8 (38.0 GiB each)." in out.splitlines()[-1]
+
+
+def test_a_mesh_that_cannot_be_says_what_can():
+    status, out, err, _ = command("--mesh", "1,3")
+    assert (status, out) == (1, "")
+    assert err == (
+        "error: mesh: a model axis of 3 does not divide num_kv_heads = 8; "
+        "use one of [1, 2, 4, 8, 16]\n"
+    )
+
+
+def test_the_demo_is_planned_for_as_its_files_say():
+    status, out, err, _ = command(
+        *("--checkpoint", ROOT / "checkpoints/demo", "--mesh", "2,2", "--batch", 4),
+        *("--context", 256, "--dtype", "float32", "--bandwidth", "10GB/s", "--json"),
+    )
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert (found["mesh"], found["batch"], found["context"]) == ([2, 2], 4, 256)
+    assert found["dtype"] == "float32" and found["files"]["found"] == 50
+    assert found["parameters"] == 14_437_632
+    assert math.isclose(found["token"]["seconds"], found["token"]["bytes"] / 10e9)
+
+
+@pytest.mark.slow
+def test_the_largest_batch_of_grok_1_fits():
+    memory = 80 * GIB
+    mesh = (1, 8)
+    found = plan.make_plan(grok_1(), mesh, device_memory=memory)
+    for entry in found.largest[:2]:
+        config = dataclasses.replace(grok_1(), sequence_len=entry["context"])
+        steps, _ = plan.compile_steps(config, mesh, entry["batch"])
+        held = plan.fixed_bytes(config, mesh, entry["batch"])
+        most = held + max(step.temporaries for step in steps.values())
+        assert most <= memory
