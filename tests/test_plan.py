@@ -310,7 +310,7 @@ def test_the_demo_is_planned_for_as_its_files_say():
     found = json.loads(out)
     assert (found["mesh"], found["batch"], found["context"]) == ([2, 2], 4, 256)
     assert found["dtype"] == "float32" and found["files"]["found"] == 50
-    assert found["parameters"] == 14_437_632
+    assert found["parameters"] == 14_430_464
     assert math.isclose(found["token"]["seconds"], found["token"]["bytes"] / 10e9)
 
 
