@@ -57,7 +57,7 @@ def answers(name, sizes=(1, 1), sharded=True, directory=None):
     return logits, [answer.token_ids for answer in found.generate(requests)]
 
 
-@pytest.mark.parametrize(("name", "sizes", "sharded"), cases())
+@pytest.mark.parametrize(("name", "sizes", "sharded"), list(cases()))
 def test_every_mesh_computes_the_same(name, sizes, sharded):
     files = golden.recorded(name)
     logits, tokens = answers(name)
