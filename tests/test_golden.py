@@ -13,7 +13,6 @@ from runner import Request, apply_model, new_memory
 
 name = pytest.mark.parametrize("name", golden.NAMES)
 mesh = pytest.mark.parametrize("mesh", golden.MESHES, ids=str)
-decoding_mesh = pytest.mark.parametrize("mesh", golden.DECODING_MESHES, ids=str)
 
 
 @name
@@ -77,29 +76,27 @@ def first_difference(a, b):
 def greedy():
     """Greedy float32 continuations of the recorded prompts, by model and mesh."""
 
-    def of(name, mesh):
+    def of(name):
         prompts = [entry["prompt"] for entry in golden.recorded(name).greedy]
         requests = [Request(prompt, temperature=0.0, max_len=40) for prompt in prompts]
-        server = golden.runner(name, "float32", mesh)
+        server = golden.runner(name, "float32")
         return [answer.token_ids for answer in server.generate(requests)]
 
     return of
 
 
 @name
-@decoding_mesh
-def test_greedy_tokens_are_those_of_exact_arithmetic_until_a_near_tie(name, mesh, greedy):
-    for ours, (exact, margins) in zip(greedy(name, mesh), golden.exact_greedy(name), strict=True):
+def test_greedy_tokens_are_those_of_exact_arithmetic_until_a_near_tie(name, greedy):
+    for ours, (exact, margins) in zip(greedy(name), golden.exact_greedy(name), strict=True):
         near_tie = next((i for i, margin in enumerate(margins) if margin < 1e-3), len(exact))
         assert ours[:near_tie] == exact[:near_tie]
 
 
 @name
-@decoding_mesh
-def test_greedy_tokens_differ_from_the_originals_only_at_near_ties(name, mesh, greedy):
+def test_greedy_tokens_differ_from_the_originals_only_at_near_ties(name, greedy):
     agree = 0
     recorded = golden.recorded(name).greedy
-    rows = zip(greedy(name, mesh), recorded, golden.exact_greedy(name), strict=True)
+    rows = zip(greedy(name), recorded, golden.exact_greedy(name), strict=True)
     for ours, entry, (exact, margins) in rows:
         step = first_difference(ours, entry["greedy"])
         agree += step is None

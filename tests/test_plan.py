@@ -1,6 +1,7 @@
 """A plan says what is true: sizes as compiled, formulas as written down, advice that works."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,6 +28,14 @@ ROOT = pathlib.Path(plan.__file__).parent
 TINY = golden.config("three-layers", "bfloat16")
 
 L, D, N, K, H, E, A, F, V, S = 64, 6144, 48, 8, 128, 8, 2, 32768, 131072, 8192
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """The tests ask for the same programs again, with other memories and files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "compile_steps", functools.cache(plan.compile_steps))
+        yield
 
 
 # -------------------------------------------------------------------------------------- by formula
@@ -139,7 +148,7 @@ def test_one_device_exchanges_nothing():
     assert "  nothing" in plan.in_words(found)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 4)])
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
 def test_the_largest_batch_fits_and_not_much_more_does(sizes):
     """For a shorter context it is a batch that fits, too."""
     memory = 60 << 20
@@ -181,14 +190,15 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
 
 
 def test_where_nothing_helps_it_says_so():
-    found = plan.make_plan(TINY, (1, 16), device_memory=1000)
+    found = plan.make_plan(TINY, (1, 1), device_memory=1000)
     assert found.verdict.endswith("; use devices with more memory.")
     assert found.largest == [{"batch": 0, "context": 128}]
 
 
+@pytest.mark.slow
 def test_too_large_a_load_is_told_a_smaller_one():
     config = dataclasses.replace(TINY, sequence_len=4096)
-    most = plan.make_plan(config, (1, 16), batch=1)
+    most = plan.make_plan(config, (1, 16))
     memory = int(1.5 * most.peak)
     found = plan.make_plan(config, (1, 16), batch=16, device_memory=memory)
     assert not found.fits
