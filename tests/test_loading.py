@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import checkpoint
 import golden
@@ -222,6 +223,34 @@ def test_progress_counts_every_byte_that_is_read_once() -> None:
         assert {total for _, total in calls} == {expected}
         done = [done for done, _ in calls]
         assert done == sorted(done) and done[-1] == expected and len(done) > 30
+
+
+def test_a_process_reads_only_what_its_own_devices_hold(tmp_path: pathlib.Path) -> None:
+    """As one of two processes sees a mesh: half of the devices are its own."""
+    tree, values = one_array(tmp_path, 3, 64, 32)
+    shape = tree[LAYER + "a"]["w"]
+    mesh = make_mesh((1, 8))
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+
+    class Half:
+        shard_shape = sharding.shard_shape
+
+        def addressable_devices_indices_map(self, shape: Any) -> Any:
+            places = sharding.devices_indices_map(shape)
+            return {device: places[device] for device in jax.devices()[4:8]}
+
+    parts = loading._make_parts(shape, Half())  # type: ignore[arg-type]
+    assert [part.index[2] for part in parts] == [slice(n, n + 4) for n in (16, 20, 24, 28)]
+    seen: list[tuple[int, int]] = []
+    headers = checkpoint.check_files(tmp_path, tree)
+    sources = [loading.Source("w", layer, located, "w") for layer, located in enumerate(headers)]
+    jobs = [(source, part) for source in sources for part in parts]
+    total = sum(loading._stored_bytes(*job) for job in jobs)
+    count = loading._Counter(total, lambda *calls: seen.append(calls))
+    loading._run(functools.partial(loading._read, count), jobs)
+    assert seen[-1] == (total, total) and total == values.nbytes // 2
+    for part in parts:
+        np.testing.assert_array_equal(part.values, values[:, :, part.index[2]])
 
 
 # ------------------------------------------------------------------------------- when it goes wrong
