@@ -411,16 +411,18 @@ class ModelRunner:
         if device.platform == "cpu":
             # Virtual devices share the host's memory, and equal weights.
             needed, free, where = device_bytes(self.model, None, slots), available_memory(), "here"
+            more = ""
         else:
             limits = device.memory_stats() or {}
             needed, where = device_bytes(self.model, mesh, slots), "on each device"
+            more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"
             free = limits.get("bytes_limit")
             if free is not None:
                 free -= limits.get("bytes_in_use", 0)
         if free is not None and needed > free:
             raise ValueError(
                 f"weights and cache take {needed / 2**30:.1f} GiB {where}, and {free / 2**30:.1f} "
-                "GiB are free; use a mesh with a longer model axis, or a shorter context: "
+                f"GiB are free; use a mesh with a longer model axis, or a shorter context{more}: "
                 "python run.py --plan says what fits"
             )
 

@@ -350,3 +350,21 @@ def test_scores_do_not_depend_on_what_else_is_scored(tiny):
 
 def test_score_of_nothing_is_nothing(tiny):
     assert [len(scores) for scores in tiny.score(["", "Once"])] == [0, len(tiny.encode("Once"))]
+
+
+def test_a_device_with_too_little_memory_is_told_before_anything_is_loaded(monkeypatch):
+    """Forgetting the mesh with the real weights ended in an error of the allocator, if at all."""
+
+    class Small:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 1_200_000, "bytes_in_use": 200_000}
+
+    config = golden.config("three-layers", "float32")
+    runner = ModelRunner(config, 1, golden.DIRECTORY / "three-layers")
+    monkeypatch.setattr("runner.jax.local_devices", lambda: [Small()])
+    monkeypatch.setattr("runner.checkpoint.load", None)
+    message = r"weights and cache take 0.0 GiB on each device, and 0.0 GiB are free; .*MEM_FRACTION"
+    with pytest.raises(ValueError, match=message):
+        runner.check(None)
