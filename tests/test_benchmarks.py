@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("arguments", [(), ("--devices", "8", "--through-buffers")])
 def test_loading_is_as_fast_as_reading_and_takes_little_memory(arguments: tuple[str, ...]) -> None:
     """The original took 4.3 s for this checkpoint, and unpickled it whole."""

@@ -282,6 +282,7 @@ def command(*arguments: Any) -> tuple[int, str, str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_grok_1_on_eight_devices_is_planned_in_15_seconds():
     status, out, err, seconds = command("--mesh", "1,8", "--json")
     assert (status, err) == (0, "")
