@@ -18,21 +18,23 @@ MESHES = [
     for model in (1, 2, 4, 8, 16)
     if 1 < data * model <= 16
 ]
+GATE = [(1, 8), (2, 4), (1, 16), (4, 4), (16, 1)]
 WHOLE = [("three-layers", mesh) for mesh in ((1, 8), (2, 4), (2, 8), (1, 16))]
 QUICK = [("three-layers", (1, 16), True), ("three-layers", (2, 8), False)]
 
 
 def cases():
-    """Every mesh that divides a model's heads; most of them run with the slow proofs."""
+    """Every mesh that divides a model's heads; most of them are proven before a release."""
     for name in golden.NAMES:
         sizes = golden.config(name, "float32").model.model_axis_sizes()
         for mesh in MESHES:
             # As configured, and on some meshes with activations that are whole.
             for sharded in (True, False) if (name, mesh) in WHOLE else (True,):
                 if mesh[1] in sizes:
-                    slow = () if (name, mesh, sharded) in QUICK else pytest.mark.slow
                     case = (name, mesh, sharded)
-                    yield pytest.param(*case, marks=slow, id="-".join(map(str, case)))
+                    long = pytest.mark.slow if mesh in GATE else pytest.mark.exhaustive
+                    marks = () if case in QUICK else long
+                    yield pytest.param(*case, marks=marks, id="-".join(map(str, case)))
 
 
 @functools.cache

@@ -148,7 +148,7 @@ def test_one_device_exchanges_nothing():
     assert "  nothing" in plan.in_words(found)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 4), marks=pytest.mark.exhaustive)])
 def test_the_largest_batch_fits_and_not_much_more_does(sizes):
     """For a shorter context it is a batch that fits, too."""
     memory = 60 << 20
@@ -195,7 +195,7 @@ def test_where_nothing_helps_it_says_so():
     assert found.largest == [{"batch": 0, "context": 128}]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_too_large_a_load_is_told_a_smaller_one():
     config = dataclasses.replace(TINY, sequence_len=4096)
     most = plan.make_plan(config, (1, 16))
@@ -325,7 +325,7 @@ def test_the_demo_is_planned_for_as_its_files_say():
     assert math.isclose(found["token"]["seconds"], found["token"]["bytes"] / 10e9)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_largest_batch_of_grok_1_fits():
     memory = 80 * GIB
     mesh = (1, 8)
