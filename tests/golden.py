@@ -19,8 +19,8 @@ from sharding import make_mesh
 DIRECTORY = pathlib.Path(__file__).parent / "data" / "golden"
 NAMES = ("three-layers", "twelve-layers")
 MESHES = (None, (1, 8), (2, 4))
-# Decoding compiles longest: on the meshes it is left to the slow proofs.
-DECODING_MESHES = (None, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[1:]))
+# Decoding compiles longest: on the meshes it is left to the exhaustive proofs.
+DECODING_MESHES = (None, *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in MESHES[1:]))
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 

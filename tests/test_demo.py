@@ -47,7 +47,7 @@ def test_it_writes_legible_english_within_half_a_minute_and_the_same_twice():
     assert sum(word in known for word in words) / len(words) > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_greedy_float32_text_is_the_same_on_every_mesh():
     arguments = (*PROMPT, "--temperature", "0", "--dtype", "float32", "--json")
     answers = [json.loads(run(*arguments, "--mesh", mesh)) for mesh in ("1,1", "1,8", "2,4")]
