@@ -18,44 +18,22 @@ import hashlib
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
-
-import numpy as np
 
 import checkpoint
 import safe_format
 import storage
 import tensor_file
 from commandline import ByteProgress, Parser, say
+from loading import Counter, Progress, map_array
 from storage import Directory, TensorFile, error
 
 _COPIED = ("config.json", "tokenizer.model")
 _STATE = "state.json"
 _THREADS = 4  # that compute checksums
 _HEADER = 256  # bytes, about, of a tensor in a safetensors header
-
-Progress = Callable[[int, int], object]  # (bytes done, bytes in all)
-
-
-class Counter:
-    """Adds up the bytes that several threads have done, for a Progress."""
-
-    def __init__(self, total: int, progress: Progress | None):
-        self.total = total
-        self.progress = progress
-        self.done = 0
-        self.lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        """Count so many bytes more."""
-        with self.lock:
-            self.done += count
-            if self.progress is not None:
-                self.progress(self.done, self.total)
-
 
 # ---------------------------------------------------------------------------------------- convert
 
@@ -378,7 +356,7 @@ def _write_output(
         name: pool.submit(safe_format.checksum, job.located[name], counter.add)
         for name in output.names
     }
-    arrays = {name: _map(job.located[name]) for name in output.names}
+    arrays = {name: map_array(job.located[name], name) for name in output.names}
     temporary = os.path.join(work, os.path.basename(path))
     if job.form == storage.SAFETENSORS:
         safe_format.write_tensors(temporary, arrays)
@@ -392,14 +370,6 @@ def _write_output(
             raise _mismatch(name, job.located[name], job.checksums[name], found)
     storage.place(temporary, path)
     return checksums
-
-
-def _map(array: tensor_file.Located) -> np.ndarray:
-    """Return an array of the source where it lies."""
-    try:
-        return np.memmap(array.path, array.dtype, "r", offset=array.offset, shape=array.shape)
-    except ValueError as problem:
-        raise error(array.path, "a file that stays as it is", *_CHANGED) from problem
 
 
 def _mismatch(

@@ -63,7 +63,7 @@ def fill_arrays(
     """
     parts = {key: _make_parts(wanted[key], shardings[key]) for key in wanted}
     jobs = [(source, part) for source in sources for part in parts[source.array]]
-    count = _Counter(sum(_stored_bytes(source, part) for source, part in jobs), progress)
+    count = Counter(sum(_stored_bytes(source, part) for source, part in jobs), progress)
     _run(functools.partial(_read, count), jobs)
     return {
         key: jax.make_array_from_single_device_arrays(
@@ -73,8 +73,8 @@ def fill_arrays(
     }
 
 
-class _Counter:
-    """Adds up the bytes that the threads have read."""
+class Counter:
+    """Adds up the bytes that several threads have done, for a Progress."""
 
     def __init__(self, total: int, progress: Progress | None):
         self.total = total
@@ -83,6 +83,7 @@ class _Counter:
         self.lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
+        """Count so many bytes more."""
         with self.lock:
             self.done += nbytes
             if self.progress is not None:
@@ -211,9 +212,9 @@ def _on_host(devices: Sequence[jax.Device]) -> bool:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def _read(count: _Counter, stop: threading.Event, source: Source, part: Any) -> None:
+def _read(count: Counter, stop: threading.Event, source: Source, part: Any) -> None:
     """Read one source's share of a part, piece by piece."""
-    stored = _map(source)
+    stored = map_array(source.located, source.name)
     first: tuple[int, ...] = () if source.layer is None else (source.layer,)
     stored = stored[part.index[len(first) :]]
     for start in _pieces(stored.shape, stored.dtype.itemsize):
@@ -233,9 +234,11 @@ def _stored_bytes(source: Source, part: Any) -> int:
     return numbers * jnp.dtype(source.located.dtype).itemsize
 
 
-def _map(source: Source) -> np.ndarray:
-    """Return a stored array as it lies in its file."""
-    located = source.located
+def map_array(located: Located, name: str) -> np.ndarray:
+    """Return a stored array as it lies in its file; `name` is what errors call it.
+
+    Raises storage.CheckpointError if the file has changed since its header was read.
+    """
     try:
         with storage.open_regular(located.path) as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -243,8 +246,8 @@ def _map(source: Source) -> np.ndarray:
         numbers = math.prod(located.shape)
         flat = np.frombuffer(memory, jnp.dtype(located.dtype), numbers, located.offset)
     except (OSError, ValueError) as error:
-        where, got = f"{located.path} ({source.name})", f"one that changed ({error})"
-        remedy = "load it again when nothing else writes to it"
+        where, got = f"{located.path} ({name})", f"one that changed ({error})"
+        remedy = "start again when nothing else writes to it"
         raise storage.error(where, "the file that was checked", got, remedy) from error
     return flat.reshape(located.shape)
 

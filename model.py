@@ -201,16 +201,19 @@ class TransformerConfig:
             (r"rms_norm(_\d)?/scale$", P()),
         )
 
-    def check_mesh(self, mesh: AnyMesh) -> None:
-        """Raise ValueError unless the mesh has both axes and its model axis splits every width."""
+    def check_mesh(self, mesh: AnyMesh, **others: int) -> None:
+        """Raise ValueError unless the mesh has both axes and its model axis splits every width.
+
+        others: further widths that it must divide, by name.
+        """
         for axis in (self.data_axis, self.model_axis):
             _require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
         size = axis_size(mesh, all_model_axes(mesh, self.model_axis))
-        for name, width in self._split_widths(size).items():
+        for name, width in {**self._split_widths(size), **others}.items():
             if width % size:
                 raise ValueError(
                     f"mesh: a model axis of {size} does not divide {name} = {width}; "
-                    f"use one of {self.model_axis_sizes()}"
+                    f"use one of {self.model_axis_sizes(**others)}"
                 )
         heads = mesh.shape[self.model_axis]
         _require(
@@ -221,12 +224,12 @@ class TransformerConfig:
             dict(mesh.shape),
         )
 
-    def model_axis_sizes(self) -> list[int]:
-        """Return the sizes of a model axis (model times replica) that split every width."""
+    def model_axis_sizes(self, **others: int) -> list[int]:
+        """Return the sizes of a model axis (model times replica) that `check_mesh` takes."""
         return [
             size
             for size in range(1, self.num_q_heads + 1)
-            if all(width % size == 0 for width in self._split_widths(size).values())
+            if all(n % size == 0 for n in (*self._split_widths(size).values(), *others.values()))
         ]
 
     def _split_widths(self, size: int) -> dict[str, int]:
@@ -332,14 +335,11 @@ class LanguageModelConfig:
 
     def check_mesh(self, mesh: AnyMesh) -> None:
         """Raise ValueError unless the model can lie on the mesh."""
-        self.model.check_mesh(mesh)
-        size = axis_size(mesh, all_model_axes(mesh, self.model.model_axis))
-        _require(
-            self.vocab_size % size == 0,
-            "vocab_size",
-            f"a multiple of the model axis {size}",
-            self.vocab_size,
-        )
+        self.model.check_mesh(mesh, vocab_size=self.vocab_size)
+
+    def model_axis_sizes(self) -> list[int]:
+        """Return the sizes of a model axis (model times replica) that `check_mesh` takes."""
+        return self.model.model_axis_sizes(vocab_size=self.vocab_size)
 
     def make(self, mesh: Mesh | None = None) -> "LanguageModel":
         """Return the module; to be called inside `hk.transform`."""

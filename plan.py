@@ -8,7 +8,9 @@ mostly fewer, since a CPU's converts some arrays for its products; the rest is t
 Sizes are in bytes, and per device unless they say otherwise.
 """
 
+import bisect
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -41,6 +43,7 @@ from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, paramet
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
+MOST_ROWS = 4096  # sequences on each part of the data axis
 MANY = 16
 # What jax takes of a GPU's memory when it starts, unless it is told otherwise.
 PREALLOCATED = 0.75
@@ -115,9 +118,10 @@ def make_plan(
         sizes = smallest_mesh(config, batch or 1, device_memory)
     check_sizes(config, sizes)
     batch = batch or sizes[0]
-    if batch % sizes[0]:
+    if batch % sizes[0] or batch > MOST_ROWS * sizes[0]:
         raise ValueError(
-            f"batch: expected a multiple of the mesh's data axis {sizes[0]}, got {batch}"
+            f"batch: expected a multiple of the mesh's data axis {sizes[0]}, of at most "
+            f"{MOST_ROWS * sizes[0]}, got {batch}"
         )
     steps, known = compile_steps(config, sizes, batch)
     weights = weight_bytes(config, sizes)
@@ -181,14 +185,14 @@ def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
 def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
     """Return how many jax devices a plan for a mesh needs. Raises ValueError as make_plan does."""
     if sizes is None:
-        return max(config.model.model_axis_sizes())
+        return max(config.model_axis_sizes())
     check_sizes(config, sizes)
     return math.prod(sizes)
 
 
 def smallest_mesh(config: LanguageModelConfig, batch: int, device_memory: int) -> Sizes:
     """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
-    options = [(1, n) for n in config.model.model_axis_sizes() if config.vocab_size % n == 0]
+    options = [(1, n) for n in config.model_axis_sizes()]
     for sizes in options:
         # Temporaries, drivers and the buffers of collectives need some, too.
         if fixed_bytes(config, sizes, batch) <= 0.9 * device_memory:
@@ -318,22 +322,26 @@ def largest_batches(
     batches = sorted(known)
     last = batches[-1]
 
-    def temporaries(rows: int) -> float:
-        # The most of several phases, each of them a constant and so much a sequence: convex. So
-        # chords lie above it, and so does, beyond, the ray from the origin. Shorter contexts take
+    def taken(each: float, rows: int) -> float:
+        """Return the bytes that so many sequences take, with a cache of `each`."""
+        # Temporaries: the most of several phases, each a constant and so much a sequence: convex.
+        # So chords lie above, and so does, beyond, the ray from the origin. Shorter contexts take
         # less: how much is not known without compiling them, too.
-        between = np.interp(rows, batches, [known[batch] for batch in batches])
-        return max(float(between), known[last] * rows / last if rows > last else 0.0)
+        between = float(np.interp(rows, batches, [known[batch] for batch in batches]))
+        beyond = known[last] * rows / last if rows > last else 0.0
+        return rows * each + max(between, beyond) if rows else 0.0
 
     found = []
     context = config.sequence_len
     while context >= min(PREFILL_CHUNK, config.sequence_len):
         shorter = dataclasses.replace(config, sequence_len=context)
         each = cache_bytes(shorter, sizes, data) / data
-        most = int(room / each)  # by the cache alone
-        fitting = (n * data for n in range(most // data, 0, -1))
-        rows = next((n for n in fitting if n * each + temporaries(n) <= room), 0)
-        found.append({"batch": rows, "context": context})
+        # More sequences take more: the first that do not fit come after all that do.
+        multiples = range(0, max(0, int(room / each)) + data, data)
+        fitting = (
+            bisect.bisect_right(multiples, float(room), key=functools.partial(taken, each)) - 1
+        )
+        found.append({"batch": multiples[max(0, fitting)], "context": context})
         context //= 2
     return found
 
@@ -383,34 +391,40 @@ def _read_step(program: Any, held: int) -> Step:
 
 
 def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, Any]:
-    """Return which files of the released checkpoint are in DIR, and which are not as they should.
+    """Return which files of a checkpoint are in DIR, and which are not as they should be.
 
-    A checkpoint in the safetensors form counts as what it holds.
+    form: "released" or "safetensors"; of the first, without a checkpoint, all files are missing.
+    problem: what is wrong with files that are all there, else None.
     """
-    records = checkpoint.files(config.param_shapes())
-    expected = sum(record.size for record in records)
-    found: dict[str, Any] = {"directory": str(directory), "expected_bytes": expected}
-    if storage.form(directory) == storage.SAFETENSORS:
-        try:
-            checkpoint.check_files(directory, config.param_shapes())
-        except storage.CheckpointError as error:
-            return {**found, "form": storage.SAFETENSORS, "problem": str(error)}
-        return {**found, "form": storage.SAFETENSORS, "problem": None}
-    folder = directory / storage.FOLDER
-    there = {}
-    if folder.is_dir():
-        there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-    return {
-        **found,
-        "form": storage.RELEASED,
-        "expected": len(records),
-        "found": sum(record.file in there for record in records),
-        "found_bytes": sum(there.get(record.file, 0) for record in records),
-        "missing": [record.file for record in records if record.file not in there],
-        "wrong_size": [
-            record.file for record in records if there.get(record.file, record.size) != record.size
-        ],
+    shapes = config.param_shapes()
+    records = checkpoint.files(shapes)
+    form = storage.form(directory) or storage.RELEASED
+    found: dict[str, Any] = {
+        "directory": str(directory),
+        "form": form,
+        "expected_bytes": sum(record.size for record in records),
+        "missing": [],
+        "wrong_size": [],
+        "problem": None,
     }
+    if form == storage.RELEASED:
+        folder, there = directory / storage.FOLDER, {}
+        if folder.is_dir():
+            there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        here = [record for record in records if record.file in there]
+        found |= {
+            "expected": len(records),
+            "found": len(here),
+            "found_bytes": sum(there[record.file] for record in here),
+            "missing": [record.file for record in records if record.file not in there],
+            "wrong_size": [record.file for record in here if there[record.file] != record.size],
+        }
+    if not found["missing"] and not found["wrong_size"]:
+        try:
+            checkpoint.check_files(directory, shapes)
+        except storage.CheckpointError as error:
+            found["problem"] = str(error)
+    return found
 
 
 def host_resources(directory: Path | None) -> dict[str, int | None]:
@@ -452,9 +466,9 @@ def _larger_meshes(config: LanguageModelConfig, plan: Plan) -> list[str]:
     """Return advice to take the next larger model axis on which it fits by about as much."""
     temporaries = plan.peak - plan.cache - sum(plan.weights.values())
     data, model = plan.mesh
-    for size in config.model.model_axis_sizes():
+    for size in config.model_axis_sizes():
         needed = fixed_bytes(config, (data, size), plan.batch) + temporaries * model // size
-        if size > model and config.vocab_size % size == 0 and needed <= plan.device_memory:
+        if model < size <= MOST_DEVICES // data and needed <= plan.device_memory:
             return [f"use --mesh {data},{size} ({gib(needed)} each)"]
     return []
 
@@ -472,15 +486,16 @@ def _files_problem(plan: Plan) -> str:
     files = plan.files
     if files is None:
         return ""
-    if files["form"] == storage.SAFETENSORS:
-        return f"; but {files['problem']}" if files["problem"] else ""
-    wrong, missing = len(files["wrong_size"]), len(files["missing"])
+    if files["problem"]:
+        return f"; but {files['problem']}"
+    wrong, missing = files["wrong_size"], files["missing"]
     if not wrong and not missing:
         return ""
     lacking = files["expected_bytes"] - files["found_bytes"]
-    text = f"; but of {files['expected']} files {missing} are missing in {files['directory']}"
-    if wrong:
-        text += f" and {wrong} have the wrong size, {files['wrong_size'][0]} first"
+    faults = [f"{len(missing)} missing"] if missing else []
+    faults += [f"{len(wrong)} of the wrong size, {wrong[0]} first"] if wrong else []
+    text = f"; but {files['directory']} should hold {files['expected']} files, and there are "
+    text += " and ".join(faults)
     if lacking > (plan.host["free_disk"] or 0):
         free = gigabytes(plan.host["free_disk"] or 0)
         text += f", and the {gigabytes(lacking)} of them are more than the {free} free on its disk"

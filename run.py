@@ -33,9 +33,9 @@ DEMO = ROOT / "checkpoints" / "demo"
 MOST_SLOTS = 8
 # What process 0 decides for all; the files may lie elsewhere on each host.
 SHARED = (
-    *("prompts", "max_len", "temperature", "top_k", "nucleus_p", "seed"),
-    *("mesh", "dtype", "batch", "context"),
-)
+    "prompts", "max_len", "temperature", "top_k", "nucleus_p", "seed", "mesh", "dtype", "batch",
+    "context",
+)  # fmt: skip
 
 
 def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:

@@ -525,11 +525,8 @@ class InferenceRunner:
         (data, model), between = self.mesh_config
         available = jax.local_device_count()
         if between == (1, 1) and data * model > available:
-            fitting = " ".join(
-                f"{available // n},{n}"
-                for n in self.config.model.model_axis_sizes()
-                if available % n == 0 and self.config.vocab_size % n == 0
-            )
+            sizes = (n for n in self.config.model_axis_sizes() if available % n == 0)
+            fitting = " ".join(f"{available // n},{n}" for n in sizes)
             raise ValueError(
                 f"a mesh of {data},{model} needs {data * model} devices, but this machine has "
                 f"{available}, for which the model can take the meshes {fitting}; on a CPU start "

@@ -163,16 +163,17 @@ def match_rule(rules: Rules, name: str) -> P:
 def scales_spec(spec: P, shape: Sequence[int], mesh: AnyMesh | None = None) -> P:
     """Return the spec of the scales, of this shape, of a weight with `spec`.
 
-    As the weight's, but None where the scales have size 1, and over several mesh axes only as many
-    of them, from the first, as divide the size.
+    As the weight's, but None where the scales have size 1, and over only as many of the mesh axes,
+    from the first, as divide the size.
     """
 
     def of(axes: Axes, size: int) -> Axes:
-        if size == 1:
+        if size == 1 or axes is None:
             return None
-        while isinstance(axes, tuple) and size % axis_size(mesh, axes):
-            axes = axes[:-1] if len(axes) > 2 else axes[0]
-        return axes
+        fitting = (axes,) if isinstance(axes, str) else axes
+        while size % axis_size(mesh, fitting):
+            fitting = fitting[:-1]
+        return fitting if len(fitting) > 1 else next(iter(fitting), None)
 
     return P(*(of(axes, size) for axes, size in zip(spec, shape, strict=True)))
 
@@ -183,7 +184,7 @@ def parameter_specs(
     """Return the PartitionSpec of every array of a two-level parameter tree.
 
     The rules speak of one layer; stacked parameters get None for their leading layer axis. Scales
-    lie as `scales_spec` says; it needs the mesh if the rules name several axes a dimension.
+    lie as `scales_spec` says; without the mesh, as if their groups could be divided like rows.
     """
 
     def of(name: str, leaf: Any) -> Any:

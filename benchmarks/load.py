@@ -23,6 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from commandline import Parser, number, say  # noqa: E402  (found by the line above)
+
 MOST_TIMES = 2.0
 MIB = 1 << 20
 
@@ -141,10 +143,11 @@ def measure(directory: Path, config: Any, turns: int, mesh: Any) -> dict[str, An
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--turns", type=int, default=7, metavar="N", help="readings and loads, in turns (7)")
-    add("--devices", type=int, default=1, metavar="N", help="the model axis of the mesh (1)")
+    count = number(1, 10**6, int, "a whole number of at least 1")
+    add("--turns", type=count, default=7, metavar="N", help="readings and loads, in turns (7)")
+    add("--devices", type=int, choices=(1, 2, 4, 8), default=1, help="the model axis (1)")
     add(
         "--through-buffers",
         action="store_true",
@@ -166,9 +169,16 @@ def main() -> int:
     if options.through_buffers:
         loading._on_host = lambda devices: not devices
     config = make_config()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        write_checkpoint(Path(folder), config)
-        found = measure(Path(folder), config, options.turns, make_mesh((1, options.devices)))
+    try:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            write_checkpoint(Path(folder), config)
+            found = measure(Path(folder), config, options.turns, make_mesh((1, options.devices)))
+    except (ValueError, OSError) as error:
+        say(f"error: {error}; name a folder with 1.5 GB of room with --folder")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     if options.json:
         print(json.dumps(found))
     else:

@@ -246,7 +246,7 @@ def test_a_process_reads_only_what_its_own_devices_hold(tmp_path: pathlib.Path) 
     sources = [loading.Source("w", layer, located, "w") for layer, located in enumerate(headers)]
     jobs = [(source, part) for source in sources for part in parts]
     total = sum(loading._stored_bytes(*job) for job in jobs)
-    count = loading._Counter(total, lambda *calls: seen.append(calls))
+    count = loading.Counter(total, lambda *calls: seen.append(calls))
     loading._run(functools.partial(loading._read, count), jobs)
     assert seen[-1] == (total, total) and total == values.nbytes // 2
     for part in parts:

@@ -213,7 +213,8 @@ def test_too_large_a_load_is_told_a_smaller_one():
     [
         ((1, 3), None, r"a model axis of 3 does not divide num_kv_heads = 8; use one of \[1, 2"),
         ((16, 16), None, "expected at most 128 devices, got 16 x 16"),
-        ((2, 4), 3, "batch: expected a multiple of the mesh's data axis 2, got 3"),
+        ((2, 4), 3, "batch: expected a multiple of the mesh's data axis 2, of at most 8192, got 3"),
+        ((1, 1), 4097, "of at most 4096, got 4097"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(sizes, batch, message):
@@ -242,9 +243,17 @@ def test_a_checkpoint_is_looked_for(tmp_path):
     found = plan.make_plan(TINY, (1, 1), directory=tmp_path / "copy")
     assert found.files["missing"] == ["tensor00005_000"]
     assert found.files["wrong_size"] == ["tensor00007_000"]
-    assert "; but of 38 files 1 are missing in " in found.verdict
-    assert "1 have the wrong size, tensor00007_000 first." in found.verdict
+    assert found.verdict.endswith(
+        "copy should hold 38 files, and there are 1 missing and 1 of the wrong size, "
+        "tensor00007_000 first."
+    )
     assert "37 of 38 in " in plan.in_words(found)
+    shutil.copytree(source, tmp_path / "other")
+    path = tmp_path / "other" / "ckpt-0" / "tensor00003_000"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert (
+        "; but " + str(path) in plan.make_plan(TINY, (1, 1), directory=path.parent.parent).verdict
+    )
 
 
 def test_files_that_are_not_there_need_room(tmp_path):

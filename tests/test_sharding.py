@@ -292,7 +292,8 @@ def with_model(config=TINY, **fields):
         (with_model(emb_size=18, shard_activations=True), (1, 4), r"mesh: a model axis of 4 does "
                        r"not divide emb_size = 18; use one of \[1, 2\]"),
         (dataclasses.replace(TINY, vocab_size=66), (1, 4),
-                       "vocab_size: expected a multiple of the model axis 4, got 66"),
+                       r"mesh: a model axis of 4 does not divide vocab_size = 66; "
+                       r"use one of \[1, 2\]"),
     ],
 )  # fmt: skip
 def test_a_model_that_does_not_fit_a_mesh_says_which_would(config, sizes, message):
