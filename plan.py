@@ -27,19 +27,17 @@ import compiled
 import storage
 from model import LanguageModelConfig, grok_1
 from quantization import QuantizedWeight8bit
-from runner import (
+from runner import available_memory, config_in, with_settings
+from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
+from steps import (
     abstract_inputs,
-    available_memory,
-    config_in,
     decode_step,
     device_bytes,
     memory_specs,
     new_memory,
     prefill,
     stored_shapes,
-    with_settings,
 )
-from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128

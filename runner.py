@@ -1,273 +1,73 @@
-"""Requests in, tokens out: mesh, jitted steps, and the batching loop.
+"""Requests in, tokens out: the mesh, the weights, and the batching loop.
 
-Functional core, host shell. The jitted functions at module level take the state and return it; a
-sequence's result depends on its own row only, so a request gives the same tokens alone and in a
-batch. `ModelRunner` knows the model and its weights, `InferenceRunner` serves requests with them.
+The host's part: lists, strings and loops. What runs on devices is in steps.py; a sequence's result
+depends on its own row only, so a request gives the same tokens alone and in a batch. `ModelRunner`
+knows the model and its weights, `InferenceRunner` serves requests with them.
 
 B is the number of slots: sequences that the compiled steps serve at once.
 """
 
 import dataclasses
-import functools
 import itertools
-import math
 import numbers
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import checkpoint
 import storage
-from model import (
-    KVMemory,
-    LanguageModelConfig,
-    LanguageModelOutput,
-    Memory,
-    cache_dtype,
-    grok_1,
-)
-from sampling import SampleOutput, SampleSettings, sample_token, validate_settings
+from model import LanguageModelConfig, grok_1
+from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter, validate_settings
 from sharding import (
-    AnyMesh,
     axis_size,
-    constrain,
     from_host,
     make_mesh,
     named_shardings,
     parameter_specs,
-    readable,
     split_over_hosts,
 )
+from steps import (
+    EMBEDDINGS,
+    Slots,
+    decode_step,
+    device_bytes,
+    logits_step,
+    new_memory,
+    prefill,
+    score_step,
+)
+
+__all__ = [
+    "Completion",
+    "Event",
+    "InferenceRunner",
+    "ModelRunner",
+    "Request",
+    "SampleOutput",
+    "SampleSettings",
+    "available_memory",
+    "config_in",
+    "load_server",
+    "load_tokenizer",
+    "make_mesh",
+    "read_model_config",
+    "sample_from_model",
+    "sample_token",
+    "top_p_filter",
+    "with_settings",
+]
 
 BOS_TOKEN = 1  # as in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
     "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
     "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer"
 )
-
-
-# ------------------------------------------------------------------------------------ the core
-
-
-class Slots(NamedTuple):
-    """What each slot needs for its next token, on the device.
-
-    token: int32 [B, 1], the last token. drawn: int32 [B], how many tokens it has drawn.
-    seed: uint32 [B]. settings: SampleSettings; `active` marks the slots that are in use.
-    """
-
-    token: jax.Array
-    drawn: jax.Array
-    seed: jax.Array
-    settings: SampleSettings
-
-
-EMBEDDINGS = "language_model/in_out_embed", "embeddings"
-
-
-def stored_shapes(config: LanguageModelConfig) -> dict[str, dict[str, Any]]:
-    """Return the parameters as they lie on the devices: as released, the embedding in bfloat16."""
-    shapes = config.param_shapes()
-    module, name = EMBEDDINGS
-    table = shapes[module][name]
-    shapes[module][name] = jax.ShapeDtypeStruct(table.shape, config.fprop_dtype)
-    return shapes
-
-
-def memory_specs(config: LanguageModelConfig) -> Any:
-    """Return the PartitionSpecs of a Memory: sequences over the data axis, heads over the model."""
-    data, model = config.model.data_axis, config.model.model_axis
-    specs: Any = P(None, data, None, model, None), P(data), P(data, None)
-    cache, step, valid = specs
-    return Memory(KVMemory(cache, cache, step), valid)
-
-
-def apply_model(
-    config: LanguageModelConfig,
-    mesh: Mesh | None,
-    params: Any,
-    tokens: jax.Array,
-    memory: Memory | None = None,
-    length: jax.Array | None = None,
-) -> Any:
-    """Run the model on tokens [B, T], outside `hk.transform` -> LanguageModelOutput."""
-    model: Any = hk.without_apply_rng(
-        hk.transform(lambda: config.make(mesh)(tokens, memory, length=length))
-    )
-    output = model.apply(params)
-    if mesh is not None and memory is not None:
-        # The memory comes back as it lay, so that its donated buffers can be used again.
-        state = jax.tree.map(
-            lambda x, spec: constrain(x, mesh, *spec), output.model_state, memory_specs(config)
-        )
-        output = output._replace(model_state=state)
-    return output
-
-
-def _sample(
-    config: LanguageModelConfig, mesh: Mesh | None, output: LanguageModelOutput, slots: Slots
-) -> tuple[SampleOutput, Slots]:
-    """Draw the next token of the active slots; the others keep theirs."""
-    # Sampling looks at whole rows: gathering them once is cheaper than many reductions.
-    logits = constrain(output.logits, mesh, config.model.data_axis, None, None)
-    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
-        slots.seed, slots.drawn
-    )
-    draw = sample_token
-    if mesh is not None:
-        # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
-        rows = P(config.model.data_axis)
-        draw = jax.shard_map(draw, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    sample = readable(draw(keys, LanguageModelOutput(logits, None), slots.settings), mesh)
-    active = slots.settings.active
-    return sample, slots._replace(
-        token=jnp.where(active[:, None], sample.token_id, slots.token),
-        drawn=slots.drawn + active,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
-def prefill(
-    params: Any,
-    memory: Memory,
-    slots: Slots,
-    tokens: jax.Array,
-    length: jax.Array,
-    last: jax.Array,
-    *,
-    config: LanguageModelConfig,
-    mesh: Mesh | None = None,
-) -> tuple[SampleOutput, Memory, Slots]:
-    """Read one chunk of each slot's prompt.
-
-    tokens int32 [B, T], of which the first `length` [B] are real (0: this slot is left alone);
-    last bool [B]: the prompt ends with this chunk, so that the slot's first token is drawn.
-    """
-    output = apply_model(config, mesh, params, tokens, memory, length)
-    settings = slots.settings
-    drawing = slots._replace(settings=settings._replace(active=last & settings.active))
-    sample, drawn = _sample(config, mesh, output, drawing)
-    return sample, output.model_state, drawn._replace(settings=settings)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
-def decode_step(
-    params: Any,
-    memory: Memory,
-    slots: Slots,
-    *,
-    config: LanguageModelConfig,
-    mesh: Mesh | None = None,
-) -> tuple[SampleOutput, Memory, Slots]:
-    """Read each active slot's last token and draw its next one."""
-    length = slots.settings.active.astype(jnp.int32)
-    output = apply_model(config, mesh, params, slots.token, memory, length)
-    sample, slots = _sample(config, mesh, output, slots)
-    return sample, output.model_state, slots
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
-def logits_step(
-    params: Any,
-    memory: Memory,
-    tokens: jax.Array,
-    *,
-    config: LanguageModelConfig,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, Memory]:
-    """Read one chunk of tokens [B, T] -> the logits [B, T, V] at each, and the memory."""
-    output = apply_model(config, mesh, params, tokens, memory)
-    return readable(output.logits, mesh), output.model_state
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
-def score_step(
-    params: Any,
-    memory: Memory,
-    tokens: jax.Array,
-    targets: jax.Array,
-    *,
-    config: LanguageModelConfig,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, Memory]:
-    """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each."""
-    output = apply_model(config, mesh, params, tokens, memory)
-    logits = output.logits
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    scores = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return readable(scores, mesh), output.model_state
-
-
-@functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
-def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> Memory:
-    """Return an empty memory for `batch` sequences of the whole context."""
-    dtype = cache_dtype(config.fprop_dtype)
-    memory = config.model.init_memory(batch, config.sequence_len, dtype)
-    return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
-
-
-def abstract_inputs(
-    config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, chunk: int | None = None
-) -> tuple[Any, ...]:
-    """Return what `prefill` of a chunk length, or `decode_step`, takes, without any data.
-
-    Leaves are jax.ShapeDtypeStruct with shardings, to compile a step ahead of time:
-    `decode_step.lower(*abstract_inputs(config, mesh, 1), config=config, mesh=mesh).compile()`.
-    """
-
-    def place(tree: Any, specs: Any) -> Any:
-        if mesh is None:
-            return tree
-        shardings = named_shardings(specs, mesh)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
-
-    shapes = stored_shapes(config)
-    params = place(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh))
-    memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
-    memory = place(memory, memory_specs(config))
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    rows, flags = array(batch), array(batch, dtype=bool)
-    reals = array(batch, dtype=jnp.float32)
-    mask = array(batch, config.vocab_size, dtype=bool)
-    settings = SampleSettings(reals, reals, mask, flags, rows)
-    slots = Slots(array(batch, 1), rows, array(batch, dtype=jnp.uint32), settings)
-    if chunk is None:
-        return params, memory, slots
-    return params, memory, slots, array(batch, chunk), rows, flags
-
-
-def device_bytes(config: LanguageModelConfig, mesh: AnyMesh | None, batch: int) -> int:
-    """Return the bytes that one device holds between steps: parameters, and `batch` memories."""
-    params, memory, _ = abstract_inputs(config, mesh, batch)
-
-    def own(array: Any) -> int:
-        shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)
-        return math.prod(shape) * array.dtype.itemsize
-
-    return sum(map(own, jax.tree.leaves((params, memory))))
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that a process could still take on this host (Linux), or None."""
-    try:
-        with open("/proc/meminfo") as file:
-            text = file.read()
-    except OSError:
-        return None
-    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -364,6 +164,16 @@ def config_in(directory: str | os.PathLike) -> LanguageModelConfig:
 
 
 # ------------------------------------------------------------------------------------- the shell
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that a process could still take on this host (Linux), or None."""
+    try:
+        with open("/proc/meminfo") as file:
+            text = file.read()
+    except OSError:
+        return None
+    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
 class ModelRunner:

@@ -6,7 +6,8 @@ collective that the victim does not enter, or, for "load", past the same place. 
 but the other one takes its time to act upon the loss. At "start" none stalls: both leave their
 files when they know of each other.
 
-read OUT COORDINATOR PROCESSES PROCESS MESH...: the logits and scores of a golden model.
+read OUT COORDINATOR PROCESSES PROCESS NAME MESH...: what a golden model finds, logits, scores and
+greedy tokens.
 """
 
 import os
@@ -73,25 +74,31 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     sys.exit(run.main())
 
 
-def main_read(out: str, coordinator: str, processes: str, process: str, *meshes: str) -> None:
-    """Read a golden model's logits and scores on each mesh; process 0 writes them down."""
+def main_read(
+    out: str, coordinator: str, processes: str, process: str, name: str, *meshes: str
+) -> None:
+    """Read a golden model on each mesh; process 0 writes down what comes out."""
     import multihost
 
     peers = multihost.Peers(multihost.Place(coordinator, int(processes), int(process)), 60, 60)
     peers.join()
+    import jax
     import numpy as np
 
     import golden
-    from runner import InferenceRunner, ModelRunner
+    from runner import InferenceRunner, ModelRunner, Request
     from sharding import split_over_hosts
 
-    name, found = "three-layers", {}
+    found: dict[str, Any] = {}
     for mesh in meshes:
         data, model = map(int, mesh.split(","))
-        local, between = split_over_hosts(data, model, int(processes), 8 // int(processes))
+        hosts = int(processes), jax.local_device_count()
+        local, between = split_over_hosts(data, model, *hosts)
         server = InferenceRunner(
             name=name,
-            runner=ModelRunner(golden.config(name, "float32"), 4 / 8, golden.DIRECTORY / name),
+            runner=ModelRunner(
+                golden.config(name, "float32"), 4 / (data * model), golden.DIRECTORY / name
+            ),
             load=None,
             tokenizer_path=None,
             local_mesh_config=local,
@@ -102,6 +109,9 @@ def main_read(out: str, coordinator: str, processes: str, process: str, *meshes:
         tokens = golden.recorded(name).tokens
         found[f"logits {mesh}"] = server.logits(tokens)
         found[f"score {mesh}"] = server.score([[int(t) for t in tokens[0] if t]])[0]
+        prompts = [entry["prompt"] for entry in golden.recorded(name).greedy]
+        answers = server.generate([Request(prompt, 0.0, max_len=40) for prompt in prompts])
+        found[f"greedy {mesh}"] = sum((answer.token_ids for answer in answers), [])
     if process == "0":
         np.savez(out, **found)
     peers.close()

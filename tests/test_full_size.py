@@ -11,8 +11,8 @@ import pytest
 
 import compiled
 from model import grok_1
-from runner import abstract_inputs, decode_step, prefill
 from sharding import make_mesh
+from steps import abstract_inputs, decode_step, prefill
 
 GIB = 2**30
 LAYERS, WIDTH, VOCAB, CONTEXT = 64, 6144, 131072, 8192

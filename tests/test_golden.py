@@ -9,7 +9,8 @@ import pytest
 
 import golden
 from model import cache_dtype
-from runner import Request, apply_model, new_memory
+from runner import Request
+from steps import apply_model, new_memory
 
 name = pytest.mark.parametrize("name", golden.NAMES)
 mesh = pytest.mark.parametrize("mesh", golden.MESHES, ids=str)

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import conversion
 import golden
 import storage
+from model import LanguageModelConfig, TransformerConfig
 from runner import InferenceRunner, ModelRunner, Request
 
 MESHES = [
@@ -89,6 +91,39 @@ def test_an_axis_longer_than_the_key_value_heads_is_split_in_two():
     # Eight groups of scales: one for each pair of devices.
     assert parts(attention + "linear", scales=True) == 8
     assert parts("transformer/decoder_layer/moe/linear_1", scales=True) == 8
+
+
+@pytest.mark.parametrize(
+    ("heads", "model"),
+    [((6, 6), 3), ((16, 4), 8), pytest.param((16, 4), 16, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("experts", [4, 1], ids=["mixture", "dense"])
+def test_groups_of_scales_need_not_be_those_of_the_mesh(heads, model, experts):
+    """Eight groups on three devices, or on four pairs, or on four times four."""
+    queries, keys = heads
+    transformer = TransformerConfig(
+        emb_size=48,
+        key_size=8,
+        num_q_heads=queries,
+        num_kv_heads=keys,
+        num_layers=2,
+        widening_factor=6,  # F = 192
+        num_experts=experts,
+        num_selected_experts=min(experts, 2),
+    )
+    config = LanguageModelConfig(
+        transformer, vocab_size=48, sequence_len=16, fprop_dtype=jnp.float32
+    )
+    tokens = np.arange(1, 17).reshape(1, 16)
+
+    def logits(sizes):
+        found = InferenceRunner(
+            "random", ModelRunner(config, 1 / sizes[1], None), None, None, sizes, pad_sizes=(16,)
+        )
+        found.initialize()
+        return found.logits(tokens)
+
+    assert golden.relative_error(logits((1, model)), logits((1, 1))).max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", golden.NAMES)

@@ -108,6 +108,16 @@ def start_stalled(
     return pair
 
 
+def assert_lost(survivor: Result, victim: int, where: str, how: str) -> None:
+    """The survivor failed, and said in one sentence which process was lost, where and how."""
+    assert survivor.status == 1
+    sentence = (
+        rf"error: process {victim} of 2 \(host {HOST}\) was lost during {where}: {how}; "
+        r"all processes end, start them again\n"
+    )
+    assert re.fullmatch(sentence, without_progress(survivor.err)), survivor.err
+
+
 # Answers.
 
 
@@ -136,32 +146,45 @@ def test_two_processes_answer_as_one_and_only_the_first_prints(
 
 
 def read(
-    start: Start, address: str, out: pathlib.Path, processes: int, *meshes: str
+    start: Start, address: str, out: pathlib.Path, processes: int, devices: int, *what: str
 ) -> dict[str, np.ndarray]:
-    """Return the logits and scores that a run of some processes finds, eight devices in all."""
+    """Return the logits, scores and greedy tokens that a run of some processes finds."""
     running = [
-        start(WORKER, "read", out, address, processes, i, *meshes, devices=8 // processes)
+        start(WORKER, "read", out, address, processes, i, *what, devices=devices // processes)
         for i in range(processes)
     ]
     for process in running:
-        result = finish(process, 120)
+        result = finish(process, 240)
         assert result.status == 0, result.err
     with np.load(out) as file:
         return dict(file)
 
 
 @pytest.mark.parametrize(
-    "meshes", [("1,8",), pytest.param(("2,4", "4,2", "8,1"), marks=pytest.mark.slow)]
+    ("devices", "model", "meshes"),
+    [
+        (8, "three-layers", ("1,8",)),
+        pytest.param(8, "twelve-layers", ("1,8",), marks=pytest.mark.slow),
+        pytest.param(8, "three-layers", ("2,4", "4,2", "8,1"), marks=pytest.mark.exhaustive),
+        pytest.param(16, "three-layers", ("1,16", "2,8"), marks=pytest.mark.exhaustive),
+    ],
 )
-def test_two_processes_of_four_devices_find_the_logits_and_scores_of_one_of_eight(
-    meshes: tuple[str, ...], start: Start, address: str, tmp_path: pathlib.Path
+def test_two_processes_find_what_one_with_all_devices_finds(
+    devices: int,
+    model: str,
+    meshes: tuple[str, ...],
+    start: Start,
+    address: str,
+    tmp_path: pathlib.Path,
 ) -> None:
-    one = read(start, address, tmp_path / "one.npz", 1, *meshes)
-    two = read(start, address, tmp_path / "two.npz", 2, *meshes)
-    assert one.keys() == two.keys() and len(one) == 2 * len(meshes)
+    one = read(start, address, tmp_path / "one.npz", 1, devices, model, *meshes)
+    two = read(start, address, tmp_path / "two.npz", 2, devices, model, *meshes)
+    assert one.keys() == two.keys() and len(one) == 3 * len(meshes)
     for name, expected in one.items():
         if name.startswith("logits"):
             assert golden.relative_error(two[name], expected).max() <= 1e-5
+        elif name.startswith("greedy"):
+            assert two[name].tolist() == expected.tolist() and len(expected) > 40
         else:
             np.testing.assert_allclose(two[name], expected, rtol=1e-5, atol=1e-5)
 
@@ -209,11 +232,7 @@ def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
     assert survivor.status == 1
     if where == "decode" and victim == 1:
         assert survivor.out.count(" ") == 3 and survivor.out.endswith("\n")  # what it has is kept
-    loss = (
-        rf"error: process {victim} of 2 \(host {HOST}\) was lost during {where}: its connection "
-        r"(was closed|broke [^\n]*); all processes end, start them again\n"
-    )
-    assert re.fullmatch(loss, without_progress(survivor.err)), survivor.err
+    assert_lost(survivor, victim, where, r"its connection (was closed|broke [^\n]*)")
 
 
 def test_jax_does_not_abort_before_the_loss_of_process_0_is_told(
@@ -237,11 +256,7 @@ def test_when_a_process_falls_silent_the_other_one_says_so_within_the_timeout(
     survivor = finish(pair[1 - victim], TIMEOUT + SLACK)
     assert TIMEOUT - 1 < time.monotonic() - began < TIMEOUT + SLACK
     assert survivor.status == 1
-    loss = (
-        rf"error: process {victim} of 2 \(host {HOST}\) was lost during load: no sign of life for "
-        rf"{TIMEOUT} s; all processes end, start them again\n"
-    )
-    assert re.fullmatch(loss, without_progress(survivor.err)), survivor.err
+    assert_lost(survivor, victim, "load", f"no sign of life for {TIMEOUT} s")
 
 
 def test_a_process_that_ends_by_an_error_ends_the_other_one_with_the_same_sentence(

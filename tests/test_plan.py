@@ -20,8 +20,8 @@ import golden
 import plan
 import storage
 from model import grok_1
-from runner import abstract_inputs, prefill
 from sharding import make_mesh
+from steps import abstract_inputs, prefill
 
 GIB = 2**30
 ROOT = pathlib.Path(plan.__file__).parent

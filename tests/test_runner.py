@@ -10,18 +10,14 @@ import pytest
 import golden
 from model import LanguageModelConfig, TransformerConfig
 from runner import (
-    EMBEDDINGS,
     InferenceRunner,
     ModelRunner,
     Request,
-    apply_model,
-    decode_step,
     load_server,
     load_tokenizer,
-    new_memory,
-    prefill,
     sample_from_model,
 )
+from steps import EMBEDDINGS, apply_model, decode_step, new_memory, prefill
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
 TINY = LanguageModelConfig(
