@@ -189,6 +189,13 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would():
     assert plan.make_plan(TINY, (1, 2), device_memory=memory).fits
 
 
+def test_no_mesh_is_advised_for_its_weights_alone():
+    """Its temporaries count, too."""
+    memory = plan.fixed_bytes(TINY, (1, 2), 1) + 1000
+    found = plan.make_plan(TINY, (1, 1), device_memory=memory)
+    assert not found.fits and "--mesh 1,2" not in found.verdict
+
+
 def test_where_nothing_helps_it_says_so():
     found = plan.make_plan(TINY, (1, 1), device_memory=1000)
     assert found.verdict.endswith("; use devices with more memory.")
