@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,62 +26,29 @@ from checkpoint import CheckpointError
 from model import LanguageModelConfig, grok_1
 from quantization import QuantizedWeight8bit
 from sharding import named_shardings, parameter_specs
+from small import (
+    LAYER,
+    Damage,
+    assert_same,
+    edited,
+    random_params,
+    replaced_by,
+    stacked,
+    tiny_shapes,
+)
 
 DATA = pathlib.Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 GOLDEN_NAMES = ("three-layers", "twelve-layers")
-LAYER = "transformer/decoder_layer/"
-EMBED = "language_model/in_out_embed"
 
 
 # The models that the tests read and write.
-
-
-def stacked(layers: int, *shape: int, groups: int = 0) -> Any:
-    """Shapes of a stacked parameter: float32, or int8 with so many scale groups."""
-    if not groups:
-        return jax.ShapeDtypeStruct((layers, *shape), jnp.float32)
-    scales = (layers, *shape[:-2], groups, shape[-1])
-    return QuantizedWeight8bit(
-        jax.ShapeDtypeStruct((layers, *shape), jnp.int8),
-        jax.ShapeDtypeStruct(scales, jnp.bfloat16),
-    )
 
 
 @functools.cache
 def golden_shapes(name: str) -> dict[str, dict[str, Any]]:
     config = json.loads((GOLDEN / name / "config.json").read_text())
     return LanguageModelConfig.from_dict(config).param_shapes()
-
-
-def tiny_shapes(layers: int = 2) -> dict[str, dict[str, Any]]:
-    """Shapes of a model with one parameter of each kind: eight files for two layers."""
-    return {
-        EMBED: {"embeddings": jax.ShapeDtypeStruct((16, 8), jnp.float32)},
-        "language_model/rms_norm": {"scale": jax.ShapeDtypeStruct((8,), jnp.float32)},
-        LAYER + "moe/linear_1": {"w": stacked(layers, 2, 16, 8, groups=8)},
-        LAYER + "rms_norm": {"scale": stacked(layers, 8)},
-        LAYER + "router": {"w": stacked(layers, 8, 2)},
-    }
-
-
-def random_params(shapes: Any, seed: int = 0) -> Any:
-    """Numpy parameters with these shapes."""
-    rng = np.random.default_rng(seed)
-
-    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        return np.asarray(rng.integers(-128, 128, size=shape.shape)).astype(shape.dtype)
-
-    return jax.tree.map(draw, shapes)
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    """Both trees have one structure, and leaves equal in dtype, shape and every value."""
-    paths = jax.tree_util.tree_leaves_with_path
-    for (path, one), (other_path, other) in zip(paths(got), paths(expected), strict=True):
-        assert path == other_path
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 # Reading and writing.
@@ -276,7 +242,6 @@ def test_importing_touches_no_device() -> None:
 # Damaged and hostile files.
 
 
-Damage = Callable[[pathlib.Path], Any]
 FLOATS, INTS = 4, 2  # The files of a float parameter, and of an int8 one.
 
 
@@ -284,23 +249,6 @@ def holding(*arrays: np.ndarray) -> Damage:
     """The file holds this array, or this weight and its scales."""
     leaf: Any = QuantizedWeight8bit(*arrays) if len(arrays) == 2 else arrays[0]
     return lambda path: path.write_bytes(b"".join(tensor_file.contents(leaf, arrays)))
-
-
-def edited(edit: Callable[[bytes], bytes]) -> Damage:
-    def damage(path: pathlib.Path) -> None:
-        good = path.read_bytes()
-        path.write_bytes(edit(good))
-        assert path.read_bytes() != good
-
-    return damage
-
-
-def replaced_by(make: Damage) -> Damage:
-    def damage(path: pathlib.Path) -> None:
-        path.unlink()
-        make(path)
-
-    return damage
 
 
 def floats(*shape: int, dtype: Any = np.float32) -> np.ndarray:

@@ -26,7 +26,7 @@ import storage
 from checkpoint import CheckpointError
 from conversion import convert, verify
 from model import LanguageModelConfig, TransformerConfig
-from test_checkpoint import assert_same, random_params
+from small import assert_same, random_params
 
 ROOT = pathlib.Path(conversion.__file__).parent
 INDEX, WORK = storage.INDEX, storage.WORK

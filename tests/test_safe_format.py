@@ -19,7 +19,7 @@ import checkpoint
 import safe_format
 import storage
 from checkpoint import CheckpointError
-from test_checkpoint import LAYER, assert_same, random_params, tiny_shapes
+from small import LAYER, Damage, assert_same, edited, random_params, replaced_by, tiny_shapes
 
 INDEX = storage.INDEX
 ROUTER = "transformer/decoder_layer_0/router/w"
@@ -132,9 +132,6 @@ def test_the_checksum_of_a_file_that_was_cut_is_an_error(copy: pathlib.Path) -> 
 # Damaged and hostile files.
 
 
-Damage = Callable[[pathlib.Path], Any]
-
-
 def refusal(directory: pathlib.Path, layers: int = 2) -> str:
     """The sentence of the CheckpointError that loading raises."""
     with pytest.raises(CheckpointError) as caught:
@@ -142,23 +139,6 @@ def refusal(directory: pathlib.Path, layers: int = 2) -> str:
     message = str(caught.value)
     assert re.fullmatch(r"[^\n]+: expected [^\n]+, got [^\n]+; [^\n]+[^.\n]", message), message
     return message
-
-
-def edited(edit: Callable[[bytes], bytes]) -> Damage:
-    def damage(path: pathlib.Path) -> None:
-        good = path.read_bytes()
-        path.write_bytes(edit(good))
-        assert path.read_bytes() != good
-
-    return damage
-
-
-def replaced_by(make: Damage) -> Damage:
-    def damage(path: pathlib.Path) -> None:
-        path.unlink()
-        make(path)
-
-    return damage
 
 
 def index(edit: Callable[[dict[str, Any]], object]) -> Damage:

@@ -1,0 +1,78 @@
+"""A small checkpoint of all kinds of parameters, and ways to damage its files."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantization import QuantizedWeight8bit
+
+LAYER = "transformer/decoder_layer/"
+EMBED = "language_model/in_out_embed"
+
+Damage = Callable[[pathlib.Path], Any]
+
+
+def stacked(layers: int, *shape: int, groups: int = 0) -> Any:
+    """Shapes of a stacked parameter: float32, or int8 with so many scale groups."""
+    if not groups:
+        return jax.ShapeDtypeStruct((layers, *shape), jnp.float32)
+    scales = (layers, *shape[:-2], groups, shape[-1])
+    return QuantizedWeight8bit(
+        jax.ShapeDtypeStruct((layers, *shape), jnp.int8),
+        jax.ShapeDtypeStruct(scales, jnp.bfloat16),
+    )
+
+
+def tiny_shapes(layers: int = 2) -> dict[str, dict[str, Any]]:
+    """Shapes of a model with one parameter of each kind: eight files for two layers."""
+    return {
+        EMBED: {"embeddings": jax.ShapeDtypeStruct((16, 8), jnp.float32)},
+        "language_model/rms_norm": {"scale": jax.ShapeDtypeStruct((8,), jnp.float32)},
+        LAYER + "moe/linear_1": {"w": stacked(layers, 2, 16, 8, groups=8)},
+        LAYER + "rms_norm": {"scale": stacked(layers, 8)},
+        LAYER + "router": {"w": stacked(layers, 8, 2)},
+    }
+
+
+def random_params(shapes: Any, seed: int = 0) -> Any:
+    """Numpy parameters with these shapes."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.asarray(rng.integers(-128, 128, size=shape.shape)).astype(shape.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Both trees have one structure, and leaves equal in dtype, shape and every value."""
+    paths = jax.tree_util.tree_leaves_with_path
+    for (path, one), (other_path, other) in zip(paths(got), paths(expected), strict=True):
+        assert path == other_path
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def edited(edit: Callable[[bytes], bytes]) -> Damage:
+    """The file with other bytes."""
+
+    def damage(path: pathlib.Path) -> None:
+        good = path.read_bytes()
+        path.write_bytes(edit(good))
+        assert path.read_bytes() != good
+
+    return damage
+
+
+def replaced_by(make: Damage) -> Damage:
+    """Something else in place of the file."""
+
+    def damage(path: pathlib.Path) -> None:
+        path.unlink()
+        make(path)
+
+    return damage
