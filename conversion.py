@@ -75,7 +75,7 @@ class Job:
     @property
     def total(self) -> int:
         """The bytes of all tensors."""
-        return sum(map(safe_format.nbytes, self.located.values()))
+        return sum(map(tensor_file.nbytes, self.located.values()))
 
 
 @dataclasses.dataclass
@@ -159,7 +159,7 @@ def _locate(directory: Directory, shapes: Any) -> dict[str, tensor_file.Located]
 
 def _safe_output(file: str, members: list[TensorFile]) -> Output:
     arrays = [array for record in members for array in safe_format.tensors(record).values()]
-    size = sum(map(safe_format.nbytes, arrays)) + _HEADER * len(arrays)
+    size = sum(map(tensor_file.nbytes, arrays)) + _HEADER * len(arrays)
     return Output(file, members, size)
 
 
@@ -338,7 +338,7 @@ def _write_outputs(job: Job, state: State, work: str, progress: Progress | None)
     with ThreadPoolExecutor(_THREADS) as pool:
         for output in job.outputs:
             if _finished(job, state, output):
-                counter.add(sum(safe_format.nbytes(job.located[name]) for name in output.names))
+                counter.add(sum(tensor_file.nbytes(job.located[name]) for name in output.names))
                 continue
             path = os.path.join(job.target, output.file)
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -403,7 +403,7 @@ def verify(directory: Directory, progress: Progress | None = None) -> tuple[str,
     checksums = safe_format.read_index(directory).checksums
     problems = _verify_tensors(located, checksums, progress)
     files = len({array.path for array in located.values()})
-    size = sum(map(safe_format.nbytes, located.values()))
+    size = sum(map(tensor_file.nbytes, located.values()))
     right = len(located) - len(problems)
     counts = f"{right} of {len(located)} tensors in {files} files with {size:,} bytes"
     return f"{directory}: {counts} have the checksums of the index", problems
@@ -415,7 +415,7 @@ def _verify_tensors(
     progress: Progress | None,
 ) -> list[str]:
     """Return a sentence for each tensor that cannot be read or has another checksum."""
-    counter = Counter(sum(map(safe_format.nbytes, located.values())), progress)
+    counter = Counter(sum(map(tensor_file.nbytes, located.values())), progress)
     problems = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = {

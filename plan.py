@@ -38,6 +38,7 @@ from steps import (
     prefill,
     stored_shapes,
 )
+from tensor_file import nbytes
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
@@ -235,11 +236,6 @@ def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
         tree,
         named_shardings(specs, mesh),
     )
-
-
-def nbytes(array: Any) -> int:
-    """Return the bytes of an array."""
-    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def weight_bytes(config: LanguageModelConfig, sizes: Sizes) -> dict[str, int]:

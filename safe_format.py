@@ -17,7 +17,6 @@ bytes, little-endian, and so much JSON).
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -82,11 +81,6 @@ def layout(records: Iterable[TensorFile]) -> dict[str, list[TensorFile]]:
     }
 
 
-def nbytes(array: Any) -> int:
-    """Return how many bytes an array's values take."""
-    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
-
-
 # Writing.
 
 
@@ -97,7 +91,7 @@ def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> 
         for record in members:
             for name, array in tensors(record).items():
                 weight_map[name] = file
-                size += nbytes(array)
+                size += tensor_file.nbytes(array)
     fields = {
         "metadata": {"format": _FORMAT, "total_size": size},
         "weight_map": weight_map,
@@ -139,7 +133,7 @@ def checksum(array: tensor_file.Located, count: Callable[[int], object] | None =
     count: called with the bytes of each piece. Raises OSError, also if the file ends too early:
     unlike a mapped one, which would end the process.
     """
-    digest, left = hashlib.sha256(), nbytes(array)
+    digest, left = hashlib.sha256(), tensor_file.nbytes(array)
     buffer = memoryview(bytearray(min(_PIECE, left)))
     with storage.open_regular(array.path) as file:
         file.seek(array.offset)
@@ -227,7 +221,7 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
     for name, file in expected.items():
         if index.files[name] != file:
             raise error(f"{path} ({name})", file, _short(index.files[name]), _DAMAGED)
-    size = sum(nbytes(array) for items in arrays.values() for _, array in items)
+    size = sum(tensor_file.nbytes(array) for items in arrays.values() for _, array in items)
     if index.total_size != size:
         raise error(path, f"a total_size of {size}", _short(index.total_size), _DAMAGED)
 

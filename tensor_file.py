@@ -80,7 +80,7 @@ def contents(leaf: Any, arrays: Iterable[Any]) -> Iterator[Any]:
 def file_size(leaf: Any) -> int:
     """Return the exact length in bytes of the file of a leaf, as `contents` writes it."""
     header = sum(len(piece) for piece in _header(leaf) if piece is not None)
-    return header + sum(map(_nbytes, _arrays(leaf)))
+    return header + sum(map(nbytes, _arrays(leaf)))
 
 
 def describe(leaf: Any) -> str:
@@ -88,6 +88,11 @@ def describe(leaf: Any) -> str:
     if isinstance(leaf, QuantizedWeight8bit):
         return f"quantised {describe(leaf.weight)} with scales {describe(leaf.scales)}"
     return f"{leaf.dtype} {list(leaf.shape)}"
+
+
+def nbytes(array: Any) -> int:
+    """Return how many bytes an array's values take."""
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def check(name: str, leaf: Any) -> None:
@@ -107,10 +112,6 @@ def check(name: str, leaf: Any) -> None:
 
 def _arrays(leaf: Any) -> list[Any]:
     return [leaf.weight, leaf.scales] if isinstance(leaf, QuantizedWeight8bit) else [leaf]
-
-
-def _nbytes(array: Any) -> int:
-    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def _header(leaf: Any) -> list[bytes | None]:
@@ -217,7 +218,7 @@ def _unparse(leaf: Any) -> _Object:
     layout = (2, 2, 64) if code is _Global.BFLOAT16 else (-1, -1, 0)
     order = "|" if dtype.itemsize == 1 else "<"
     kind = _Object(_Global.DTYPE, (code, False, True), (3, order, None, None, None, *layout))
-    state = (1, tuple(leaf.shape), kind, False, _Bytes(0, _nbytes(leaf)))
+    state = (1, tuple(leaf.shape), kind, False, _Bytes(0, nbytes(leaf)))
     return _Object(_Global.RECONSTRUCT, (_Global.NDARRAY, (0,), _KIND), state)
 
 
