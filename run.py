@@ -201,8 +201,9 @@ class TextPrinter:
 
     def __init__(self, prompts: Sequence[Any]):
         self.alone = len(prompts) == 1
+        self.begun = self.alone and isinstance(prompts[0], str)
         self.open: dict[int, Any] = {}
-        if self.alone and isinstance(prompts[0], str):
+        if self.begun:
             print(prompts[0], end="", flush=True)
 
     def show(self, event: Any) -> None:
@@ -210,6 +211,7 @@ class TextPrinter:
         if self.alone:
             text = event.text if event.completion.text is not None else f"{event.token_id} "
             print(text, end="", flush=True)
+            self.begun = True
             return
         self.open[event.request] = event.completion
         if event.completion.finish_reason is not None:
@@ -217,7 +219,7 @@ class TextPrinter:
 
     def close(self) -> None:
         """End the line, and print what answers there are of an interrupted batch."""
-        if self.alone:
+        if self.begun:
             print(flush=True)
         for index in sorted(self.open):
             self._whole(index)

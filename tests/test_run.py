@@ -168,6 +168,14 @@ def test_several_answers_are_printed_whole_each_with_its_prompt(
     assert result.out == expected
 
 
+@pytest.mark.parametrize(("prompt", "out"), [([5, 6], ""), ("A dog", "A dog\n")])
+def test_an_interruption_before_the_first_token_prints_no_empty_line(
+    prompt: Any, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.TextPrinter([prompt]).close()
+    assert capsys.readouterr().out == out
+
+
 def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
