@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -316,7 +317,11 @@ def test_grok_1_on_four_devices_fits_80_gib_and_no_72():
     assert out.splitlines()[-1].startswith("It fits: 75.")
     status, out, _, _ = command("--mesh", "1,4", "--device-memory", "72GiB")
     assert status == 0
-    assert "more than 72.0 GiB; use --mesh 1,8 (38.0 GiB each)." in out.splitlines()[-1]
+    # What the temporaries take differs a little from one compiler to the next.
+    advice = (
+        r".* are 3\.[89]\d GiB more than 72\.0 GiB; use --mesh 1,8 \((37\.9|38\.0) GiB each\)\."
+    )
+    assert re.fullmatch(advice, out.splitlines()[-1])
 
 
 def test_a_mesh_that_cannot_be_says_what_can():
