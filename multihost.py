@@ -37,6 +37,9 @@ LONGEST_MESSAGE = 2**28  # bytes; the prompts of a run are one message
 SLOWER = 10
 # How long the main thread gets, after a loss, to print what is finished.
 LAST_WORDS = 2.0
+# Wakes the main thread after a loss. Not SIGINT where there is another: a shell script's background
+# processes ignore that one. Has an effect where Python raises KeyboardInterrupt for it.
+WAKE = getattr(signal, "SIGUSR1", signal.SIGINT)
 
 
 class Place(NamedTuple):
@@ -493,8 +496,8 @@ class Peers:
             self._changed.notify_all()
         if not complete:
             return  # `join` waits, and raises it
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            os.kill(os.getpid(), signal.SIGINT)
+        if signal.getsignal(WAKE) is signal.default_int_handler:
+            os.kill(os.getpid(), WAKE)
             time.sleep(LAST_WORDS)
         self.leave()
 

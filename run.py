@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -356,6 +357,7 @@ def main() -> int:
         try:
             options = parse_arguments()
             if options.distributed:
+                signal.signal(multihost.WAKE, signal.default_int_handler)
                 peers = worker.submit(find_peers, options, errors).result()
                 serve_together(worker, options, peers)
             elif options.plan:

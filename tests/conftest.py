@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,3 +10,5 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 ).strip()
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+# In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ TIMEOUT = 4  # --peer-timeout, in seconds
 SLACK = 4  # for two busy cores
 # Compiled code that is slow, and soon there.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# As the background processes of a shell script are.
+DEAF = ("sh", "-c", 'trap "" INT; exec "$0" "$@"')
 HOST = re.escape(socket.gethostname())
 
 
@@ -47,10 +49,12 @@ def start() -> Iterator[Start]:
     """Starts processes of four virtual devices each, all of which end with the test."""
     running = []
 
-    def call(*arguments: object, devices: int = 4, **variables: str) -> subprocess.Popen[bytes]:
+    def call(
+        *arguments: object, devices: int = 4, before: Sequence[str] = (), **variables: str
+    ) -> subprocess.Popen[bytes]:
         environment = dict(os.environ) | variables
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
-        command = [sys.executable, "-W", "error", *map(str, arguments)]
+        command = [*before, sys.executable, "-W", "error", *map(str, arguments)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, cwd="/")
         running.append(process)
@@ -97,11 +101,18 @@ def without_progress(err: str) -> str:
 
 
 def start_stalled(
-    start: Start, address: str, directory: pathlib.Path, victim: int, where: str
+    start: Start,
+    address: str,
+    directory: pathlib.Path,
+    victim: int,
+    where: str,
+    before: Sequence[str] = (),
 ) -> list[subprocess.Popen[bytes]]:
     """Start a run of which the victim stands still at a place, and the other one waits for it."""
     pair = [
-        start(WORKER, "run", directory, f"{victim}:{where}", *place(address, i), *ASK)
+        start(
+            WORKER, "run", directory, f"{victim}:{where}", *place(address, i), *ASK, before=before
+        )
         for i in (0, 1)
     ]
     wait_for(directory / "stalled", directory / "waiting")
@@ -224,7 +235,7 @@ def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
     victim: int, where: str, start: Start, address: str, tmp_path: pathlib.Path
 ) -> None:
     """In prefill and decode the survivor waits in a collective, which would wait for ever."""
-    pair = start_stalled(start, address, tmp_path, victim, where)
+    pair = start_stalled(start, address, tmp_path, victim, where, DEAF)
     pair[victim].kill()
     began = time.monotonic()
     survivor = finish(pair[1 - victim], TIMEOUT + SLACK)
