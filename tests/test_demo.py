@@ -62,7 +62,7 @@ def test_all_that_belongs_to_it_is_small():
     assert sum(path.stat().st_size for path in files) < 24e6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_held_out_likelihood_is_the_one_in_the_model_card():
     server = load_server(
         DEMO, ROOT / "tokenizer.model", slots=4, dtype="float32", pad_sizes=(evaluate_demo.CHUNK,)

@@ -34,7 +34,8 @@ def cases():
             for sharded in (True, False) if (name, mesh) in WHOLE else (True,):
                 if mesh[1] in sizes:
                     case = (name, mesh, sharded)
-                    long = pytest.mark.slow if mesh in GATE else pytest.mark.exhaustive
+                    often = mesh in GATE and (name == "three-layers" or mesh == (1, 8))
+                    long = pytest.mark.slow if often else pytest.mark.exhaustive
                     marks = () if case in QUICK else long
                     yield pytest.param(*case, marks=marks, id="-".join(map(str, case)))
 

@@ -175,7 +175,7 @@ def read(
     ("devices", "model", "meshes"),
     [
         (8, "three-layers", ("1,8",)),
-        pytest.param(8, "twelve-layers", ("1,8",), marks=pytest.mark.slow),
+        pytest.param(8, "twelve-layers", ("1,8",), marks=pytest.mark.exhaustive),
         pytest.param(8, "three-layers", ("2,4", "4,2", "8,1"), marks=pytest.mark.exhaustive),
         pytest.param(16, "three-layers", ("1,16", "2,8"), marks=pytest.mark.exhaustive),
     ],

@@ -54,7 +54,7 @@ def recipe(monkeypatch, tmp_path):
     return train
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_continues_after_an_interruption_as_if_there_had_been_none(recipe):
     whole = recipe("whole.npz")
     recipe("cut.npz", stop_after=5)  # after the state of step 4 was saved
