@@ -30,6 +30,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from attention import attend, attend_cached, cache_dtype, write_rows
 from mixture import Params, all_experts, chosen_experts, combine_all, expert
 from quantization import QuantizedWeight8bit, matmul, product, quantize, split_groups
 from sharding import (
@@ -76,8 +77,6 @@ __all__ = [
 ]
 
 RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
-MASKED_SCORE = -1e30
-ATTENTION_SOFT_CAP = 30.0
 CAPTURE_SITES = ("router_probs",)
 
 
@@ -471,50 +470,6 @@ def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
     return memory._replace(k=k, v=v)
 
 
-def write_rows(
-    cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array
-) -> jax.Array:
-    """Write the first `length` of T new rows of each sequence at its own position.
-
-    cache [L, B, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
-    Rows past a sequence's length, or past the end of the cache, are dropped.
-    """
-    rows, slots = new.shape[1], cache.shape[2]
-    if cache.dtype == jnp.uint16:  # the bits of bfloat16
-        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
-    else:
-        new = new.astype(cache.dtype)
-
-    # One update a sequence: a vmapped one copies the stacked cache in every layer.
-    def write(b: jax.Array, cache: jax.Array) -> jax.Array:
-        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
-        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
-        window = jnp.clip(start[b], 0, slots - rows)
-        row = jnp.arange(rows) - (start[b] - window)
-        keep = (row >= 0) & (row < length[b])
-        at = (layer, b, window, 0, 0)
-        old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
-        fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
-        return lax.dynamic_update_slice(cache, fresh[None, None], at)
-
-    return lax.fori_loop(0, cache.shape[1], write, cache)
-
-
-def cache_dtype(dtype: Any) -> Any:
-    """Return the type in which a cache of `dtype` is best kept: on a CPU, bfloat16 as its bits.
-
-    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
-    convert the whole cache to float32 and back, in every layer. So the loop over layers carries
-    uint16 there. A cache of bfloat16 works as well, but is converted when a step begins and ends.
-    """
-    bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    return jnp.uint16 if bits else dtype
-
-
-def _from_bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-
-
 # --------------------------------------------------------------------------------- small modules
 
 
@@ -645,22 +600,6 @@ class MHAOutput(NamedTuple):
     memory: KVMemory | None
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, multiplier: float
-) -> jax.Array:
-    """Grouped-query attention with Grok-1's soft cap.
-
-    query [B, T, K, G, H], key [B, S, K, H], value [B, S, K, H'], mask bool [B, T, S] (True: may
-    see) -> float32 [B, T, K, G, H']. A query that sees no key gets zero.
-    """
-    scores = product("btkgh,bskh->bkgts", query, key) * multiplier
-    scores = ATTENTION_SOFT_CAP * jnp.tanh(scores / ATTENTION_SOFT_CAP)
-    mask = mask[..., None, None, :, :]  # [B, 1, 1, T, S]
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED_SCORE), axis=-1)
-    weights = jnp.where(mask, weights, 0.0).astype(value.dtype)
-    return product("bkgts,bskh->btkgh", weights, value)
-
-
 class MultiHeadAttention(hk.Module):
     """Grouped-query attention (Ainslie et al. 2023): query head n reads key/value head n // G."""
 
@@ -723,8 +662,6 @@ class MultiHeadAttention(hk.Module):
         rotary = RotaryEmbedding(self.key_size)
         q = rotary(q, 1, offset).astype(dtype)  # rounded once, after the rotation
         k = rotary(k, 1, offset).astype(dtype)
-        if kv_memory is not None:
-            k, v, kv_memory = self._remember(k, v, kv_memory, mesh, layer, length)
         if mask is None:
             mask = jnp.ones([1, 1, 1], bool)
         if mask.ndim == 4:
@@ -734,8 +671,13 @@ class MultiHeadAttention(hk.Module):
         # Devices that share a key/value head have its query heads in turn.
         shared = REPLICA_AXIS if every != model else None
         q = constrain(q, mesh, self.data_axis, None, model, shared, None)
-        # Training recomputes the [B, N, T, S] weights in the backward pass instead of storing them.
-        out = jax.checkpoint(attend, static_argnums=4)(q, k, v, mask, self.attn_output_multiplier)
+        if kv_memory is None:
+            # Training recomputes the [B, N, T, S] weights in the backward pass, and stores none.
+            out = jax.checkpoint(attend, static_argnums=4)(
+                q, k, v, mask, self.attn_output_multiplier
+            )
+        else:
+            out, kv_memory = self._attend_memory(q, k, v, mask, kv_memory, mesh, layer, length)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)  # [B, T, N * H']
         out = constrain(out, mesh, self.data_axis, None, every)
         shards = axis_size(mesh, every)
@@ -751,16 +693,18 @@ class MultiHeadAttention(hk.Module):
         x = x.reshape(*x.shape[:-1], heads, width)
         return constrain(x, mesh, self.data_axis, None, axes, None)
 
-    def _remember(
+    def _attend_memory(
         self,
+        q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        mask: jax.Array,
         memory: KVMemory,
         mesh: Mesh | None,
         layer: jax.Array | None,
         length: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array, KVMemory]:
-        """Write new rows k, v [B, T, K, H]; return what to attend to, and the memory."""
+    ) -> tuple[jax.Array, KVMemory]:
+        """Write new rows k, v [B, T, K, H], attend from q [B, T, K, G, H] to all that is there."""
         batch, rows = k.shape[:2]
         one_layer = layer is None
         caches = [c[None] if one_layer else c for c in (memory.k, memory.v)]
@@ -772,25 +716,32 @@ class MultiHeadAttention(hk.Module):
         layer = jnp.int32(0) if layer is None else layer
         if length is None:
             length = jnp.full([batch], rows, jnp.int32)
-        write: Callable[..., jax.Array] = write_rows
+        mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
+
+        def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            q, keys, values, k, v, mask, layer, start, length = arrays
+            keys = write_rows(keys, k, layer, start, length)
+            values = write_rows(values, v, layer, start, length)
+            multiplier, filled = self.attn_output_multiplier, start + length
+            return attend_cached(q, keys, values, mask, multiplier, layer, filled), keys, values
+
         if mesh is not None:
+            # Each device writes and reads its own sequences and heads, as far as these have come.
             data, model = self.data_axis, self.model_axis
-            cache_spec = P(None, data, None, model, None)  # local [L, B/data, S, K/model, H]
-            rows_spec = P(data, None, model, None)  # local [B/data, T, K/model, H]
-            write = jax.shard_map(
-                write_rows,
+            shared = REPLICA_AXIS if REPLICA_AXIS in mesh.shape else None
+            queries = P(data, None, model, shared, None)  # local [B/data, T, K/model, G/shared, H]
+            cache = P(None, data, None, model, None)  # local [L, B/data, S, K/model, H]
+            new = P(data, None, model, None)  # local [B/data, T, K/model, H]
+            local = jax.shard_map(
+                local,
                 mesh=mesh,
-                out_specs=cache_spec,
+                in_specs=(queries, cache, cache, new, new, P(data), P(), P(data), P(data)),
+                out_specs=(queries, cache, cache),
                 check_vma=False,
-                in_specs=(cache_spec, rows_spec, P(), P(data), P(data)),
             )
-        caches = [
-            write(cache, new, layer, memory.step, length)
-            for cache, new in zip(caches, (k, v), strict=True)
-        ]
-        k, v = (_from_bits(lax.dynamic_index_in_dim(c, layer, 0, keepdims=False)) for c in caches)
-        stored = (k, v) if one_layer else caches
-        return k, v, KVMemory(stored[0], stored[1], memory.step + length)
+        out, *caches = local(q, *caches, k, v, mask, layer, memory.step, length)
+        keys, values = (c[0] for c in caches) if one_layer else caches
+        return out, KVMemory(keys, values, memory.step + length)
 
 
 @dataclasses.dataclass(frozen=True)

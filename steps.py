@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory, cache_dtype
+from attention import cache_dtype
+from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 from sampling import SampleOutput, SampleSettings, sample_token
 from sharding import AnyMesh, constrain, named_shardings, parameter_specs, readable
 

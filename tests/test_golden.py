@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import golden
-from model import cache_dtype
+from attention import cache_dtype
 from runner import Request
 from steps import apply_model, new_memory
 

@@ -1,0 +1,135 @@
+"""Attention and its cache as pure functions: the obvious form, and the one that reads what is used.
+
+Dimension letters: `B` sequences, `T` query positions, `S` cache positions, `K` key/value heads, `G`
+queries per key/value head, `H` head width, `L` layers.
+
+Grok-1 caps its scores at 30, so their exponentials lie between 1e-13 and 1e13 and a softmax needs
+no maximum to be subtracted: it is two sums, which can be taken block by block. A block that holds
+no key of a sequence adds zero to both, exactly: how far the longest sequence of a batch has come
+changes no bit of the others.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quantization import product
+
+ATTENTION_SOFT_CAP = 30.0
+BLOCK = 256  # positions of the cache that are attended to at a time
+
+
+def _scores(query: jax.Array, key: jax.Array, multiplier: float) -> jax.Array:
+    """query [B, T, K, G, H], key [B, S, K, H] -> float32 [B, K, G, T, S], within the soft cap."""
+    scores = product("btkgh,bskh->bkgts", query, key) * multiplier
+    return ATTENTION_SOFT_CAP * jnp.tanh(scores / ATTENTION_SOFT_CAP)
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, multiplier: float
+) -> jax.Array:
+    """Grouped-query attention with Grok-1's soft cap: the obvious form.
+
+    query [B, T, K, G, H], key [B, S, K, H], value [B, S, K, H'], mask bool [B, T, S] (True: may
+    see) -> float32 [B, T, K, G, H']. A query that sees no key gets zero.
+    """
+    mask = mask[..., None, None, :, :]  # [B, 1, 1, T, S]
+    weights = jnp.where(mask, jnp.exp(_scores(query, key, multiplier)), 0.0)
+    out = product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+    return _normalise(out, jnp.sum(weights, axis=-1))
+
+
+def attend_cached(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    multiplier: float,
+    layer: jax.Array,
+    filled: jax.Array,
+) -> jax.Array:
+    """`attend` to the first positions of a cache, in blocks, as many as the longest sequence needs.
+
+    keys, values: [L, B, S, K, H], of which `layer` is read. mask: bool, broadcast to [B, T, S].
+    filled: int32 [B], how many positions of each sequence hold a key.
+    """
+    size = keys.shape[2]
+    block = min(BLOCK, size)
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], size))
+    batch, rows, *heads, _ = query.shape
+
+    def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, total = sums
+        start = jnp.minimum(i * block, size - block)  # the last block may overlap the one before it
+        key, value = (_read_block(cache, layer, start, block) for cache in (keys, values))
+        position = start + jnp.arange(block)
+        seen = lax.dynamic_slice_in_dim(mask, start, block, axis=-1)  # [B, T, block]
+        seen &= (position >= i * block) & (position < filled[:, None, None])
+        scores = _scores(query, key, multiplier)
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores), 0.0)
+        out += product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+        return out, total + jnp.sum(weights, axis=-1)
+
+    out = jnp.zeros([batch, rows, *heads, values.shape[-1]], jnp.float32)
+    total = jnp.zeros([batch, *heads, rows], jnp.float32)
+    blocks = (jnp.max(filled) + block - 1) // block
+    return _normalise(*lax.fori_loop(0, blocks, add, (out, total)))
+
+
+def _normalise(out: jax.Array, total: jax.Array) -> jax.Array:
+    """Divide out [B, T, K, G, H'] by total [B, K, G, T]; zero where there was nothing to see."""
+    total = jnp.moveaxis(total, -1, 1)[..., None]
+    return jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
+
+
+def _read_block(cache: jax.Array, layer: jax.Array, start: jax.Array, block: int) -> jax.Array:
+    """Return positions start ... start + block of a cache [L, B, S, K, H] -> [B, block, K, H]."""
+    shape = (1, cache.shape[1], block, *cache.shape[3:])
+    return from_bits(lax.dynamic_slice(cache, (layer, 0, start, 0, 0), shape)[0])
+
+
+def write_rows(
+    cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array
+) -> jax.Array:
+    """Write the first `length` of T new rows of each sequence at its own position.
+
+    cache [L, B, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
+    Rows past a sequence's length, or past the end of the cache, are dropped.
+    """
+    rows, slots = new.shape[1], cache.shape[2]
+    if cache.dtype == jnp.uint16:  # the bits of bfloat16
+        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+    else:
+        new = new.astype(cache.dtype)
+
+    # One update a sequence: a vmapped one copies the stacked cache in every layer.
+    def write(b: jax.Array, cache: jax.Array) -> jax.Array:
+        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
+        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
+        window = jnp.clip(start[b], 0, slots - rows)
+        row = jnp.arange(rows) - (start[b] - window)
+        keep = (row >= 0) & (row < length[b])
+        at = (layer, b, window, 0, 0)
+        old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
+        fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
+        return lax.dynamic_update_slice(cache, fresh[None, None], at)
+
+    return lax.fori_loop(0, cache.shape[1], write, cache)
+
+
+def cache_dtype(dtype: Any) -> Any:
+    """Return the type in which a cache of `dtype` is best kept: on a CPU, bfloat16 as its bits.
+
+    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
+    convert the whole cache to float32 and back, in every layer. So the loop over layers carries
+    uint16 there. A cache of bfloat16 works as well, but is converted when a step begins and ends.
+    """
+    bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return jnp.uint16 if bits else dtype
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """See the uint16 of `cache_dtype` as the bfloat16 that it is; anything else as it is."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
