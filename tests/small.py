@@ -1,4 +1,4 @@
-"""A small checkpoint of all kinds of parameters, and ways to damage its files."""
+"""Random arrays; a small checkpoint of all kinds of parameters, and ways to damage its files."""
 
 import pathlib
 from collections.abc import Callable
@@ -14,6 +14,11 @@ LAYER = "transformer/decoder_layer/"
 EMBED = "language_model/in_out_embed"
 
 Damage = Callable[[pathlib.Path], Any]
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+    """Normal numbers of this shape."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def stacked(layers: int, *shape: int, groups: int = 0) -> Any:

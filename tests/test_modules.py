@@ -33,13 +33,10 @@ from model import (
     write_rows,
 )
 from sharding import make_mesh
+from small import normal
 
 BFLOAT16 = ml_dtypes.bfloat16
 LAYER = "transformer/decoder_layer"
-
-
-def normal(*shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def pure(function):

@@ -1,0 +1,128 @@
+"""Attention to a cache, block by block: the same as at once, and as far as it must."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from attention import BLOCK, attend, attend_cached, cache_dtype
+from small import normal
+
+LAYERS, HEADS, GROUP, WIDTH = 2, 2, 3, 4
+
+
+@functools.cache
+def compiled(multiplier=0.5):
+    return jax.jit(functools.partial(attend_cached, multiplier=multiplier))
+
+
+def exact(query, key, value, mask, multiplier=0.5):
+    """The definition, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    scores = np.einsum("btkgh,bskh->bkgts", query, key) * multiplier
+    weights = np.exp(30 * np.tanh(scores / 30)) * mask[:, None, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bkgts,bskh->btkgh", weights, value)
+
+
+def inputs(filled, rows, size, dtype=np.float32):
+    """Return attend_cached's arguments for sequences of which `rows` positions are new."""
+    batch = len(filled)
+    query = normal(batch, rows, HEADS, GROUP, WIDTH, dtype=dtype)
+    keys, values = (
+        normal(LAYERS, batch, size, HEADS, WIDTH, seed=seed, dtype=dtype) for seed in (1, 2)
+    )
+    position = np.array(filled)[:, None] - rows + np.arange(rows)
+    mask = np.arange(size) <= position[..., None]  # [B, T, S]
+    mask &= np.random.default_rng(3).random((batch, 1, size)) < 0.8
+    return query, keys, values, mask, np.array(filled, np.int32)
+
+
+def attended(query, keys, values, mask, filled, multiplier=0.5):
+    return compiled(multiplier)(
+        query, keys, values, mask, layer=jnp.int32(1), filled=jnp.asarray(filled)
+    )
+
+
+@pytest.mark.parametrize("size", [5, BLOCK, BLOCK + 1, 2 * BLOCK + 100])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_add_up_to_the_definition(size, rows):
+    """A last block that is not whole overlaps the one before it, and counts nothing twice."""
+    filled = [rows, max(rows, size // 2), size - 1, size]
+    query, keys, values, mask, filled = inputs(filled, rows, size)
+    expected = exact(query, keys[1], values[1], mask)
+    found = attended(query, keys, values, mask, filled)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    at_once = jax.jit(attend, static_argnums=4)(query, keys[1], values[1], mask, 0.5)
+    np.testing.assert_allclose(at_once, expected, rtol=0, atol=2e-6)
+
+
+def test_a_cache_of_bfloat16_may_lie_there_as_its_bits():
+    size = BLOCK + 20
+    query, keys, values, mask, filled = inputs([size, 9], 2, size, dtype=ml_dtypes.bfloat16)
+    bits = [x.view(np.uint16) for x in (keys, values)]
+    found = attended(query, *bits, mask, filled)
+    assert np.array_equal(found, attended(query, keys, values, mask, filled))
+    expected = exact(query, keys[1], values[1], mask)
+    assert np.linalg.norm(found - expected) < 0.005 * np.linalg.norm(expected)
+
+
+def test_longer_company_changes_no_bit():
+    """Of the blocks that only a longer sequence needs, each adds exactly zero to the others."""
+    size = 4 * BLOCK
+    query, keys, values, mask, _ = inputs([40, BLOCK], 1, size)
+    short = attended(query, keys, values, mask, np.int32([40, BLOCK]))
+    for longer in (BLOCK + 1, 3 * BLOCK, size):
+        found = attended(query, keys, values, mask, np.int32([40, longer]))
+        assert np.array_equal(found[0], short[0])
+
+
+def test_no_block_is_read_that_no_sequence_has_come_to():
+    query, keys, values, mask, filled = inputs([40, BLOCK], 1, 3 * BLOCK)
+    clean = attended(query, keys, values, mask, filled)
+    keys[:, :, BLOCK:] = np.nan
+    values[:, :, BLOCK:] = np.nan
+    assert np.array_equal(attended(query, keys, values, mask, filled), clean)
+
+
+def test_a_query_that_sees_nothing_gets_zero():
+    query, keys, values, mask, _ = inputs([8, 8], 2, 16)
+    mask[0, 1] = False
+    found = attended(query, keys, values, mask, np.int32([8, 0]))
+    assert np.all(found[0, 1] == 0) and np.all(found[1] == 0) and np.any(found[0, 0])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_at_the_cap_neither_overflow_nor_vanish(sign):
+    """Without a maximum subtracted: 8,192 exponentials of 30, or of -30."""
+    size = 8192
+    query = np.full((1, 1, HEADS, GROUP, WIDTH), 100.0 * sign, np.float32)
+    keys = np.full((LAYERS, 1, size, HEADS, WIDTH), 100.0, np.float32)
+    values = normal(LAYERS, 1, size, HEADS, WIDTH)
+    found = attended(query, keys, values, np.ones((1, 1, size), bool), [size])
+    expected = np.broadcast_to(values[1].mean(axis=1)[:, None, :, None], found.shape)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_temporaries_do_not_grow_with_the_cache():
+    def temporaries(size):
+        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs([size], 64, size)[:3]]
+        mask = jax.ShapeDtypeStruct((1, 64, 1), bool)
+        filled = jax.ShapeDtypeStruct((1,), jnp.int32)
+        lowered = compiled().lower(
+            *arguments, mask, layer=jax.ShapeDtypeStruct((), jnp.int32), filled=filled
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16 * BLOCK) < 1.5 * temporaries(2 * BLOCK)
+
+
+def test_only_a_cpu_keeps_bfloat16_as_bits(monkeypatch):
+    assert cache_dtype(jnp.float32) == jnp.float32
+    assert cache_dtype(jnp.bfloat16) == jnp.uint16
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert cache_dtype(jnp.bfloat16) == jnp.bfloat16
