@@ -3,8 +3,9 @@
 Dimension letters: `B` sequences, `V` vocabulary.
 
 Every sequence has its own settings and its own key, and all of them are arrays: changing them never
-recompiles, and a sequence draws the same token in any slot and in any company. The filters apply in
-the order mask, temperature, top-k, nucleus, each to what the one before it left, renormalised.
+recompiles, and a sequence draws the same token in any slot and in any company. What is asked for
+applies in the order penalties and bias, mask, temperature, top-k, nucleus, min-p, each filter to
+what the one before it left, renormalised. A filter that no sequence asks for is skipped.
 
 Nothing is sorted: on a CPU, sorting a row of the full vocabulary (131,072) takes ten times as long
 as the bisection in `_shortest_prefix`, which needs only sums over it, wherever its parts lie. The
@@ -12,6 +13,7 @@ sums are in float64: a float32 one is off by some 2e-7 of the whole, which is mo
 have, and the nucleus would be off by as many.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -21,16 +23,27 @@ import numpy as np
 from jax import lax
 
 TOP_K = 8  # how many alternatives are reported beside each token
+TOP_LOGPROBS = 20  # the most log-probabilities that can be asked for beside each token
 
 
 class SampleSettings(NamedTuple):
-    """How each sequence is sampled.
+    """How each sequence is sampled. A field after `active` may be None: as if nobody asked for it.
 
     temperature: float32 [B]; 0 takes the most probable token, of equal ones that of the lowest id.
     nucleus_p: float32 [B], in (0, 1]; 1 keeps every token.
     mask: bool [B, V]; True for a token that may be sampled.
     active: bool [B]; False for an unused slot, whose other settings may hold anything.
-    top_k: int32 [B]; 0 means no limit, as does None for the whole batch.
+    top_k: int32 [B]; 0 means no limit.
+    min_p: float32 [B], in [0, 1]; keeps the tokens at least so probable, beside the most probable
+        one (Nguyen et al. 2024, "Turning Up the Heat", eq. 2); 0 keeps every token.
+    repetition_penalty: float32 [B], above 0; divides the positive logits of the tokens that came
+        before, in prompt and answer, and multiplies the negative ones (Keskar et al. 2019, "CTRL",
+        section 4.1, as it is in use); 1 changes nothing.
+    presence_penalty: float32 [B]; is subtracted from the logits of the tokens in the answer.
+    bias: float32 [B, V]; is added to the logits.
+    in_prompt, in_answer: bool [B, V]; the tokens that came before. With the penalties.
+    top_logprobs: int32 [B], up to TOP_LOGPROBS; how many of the model's own first choices are
+        reported. Of any sequence that asks for some, all TOP_LOGPROBS are.
     """
 
     temperature: jax.Array
@@ -38,6 +51,13 @@ class SampleSettings(NamedTuple):
     mask: jax.Array
     active: jax.Array
     top_k: jax.Array | None = None
+    min_p: jax.Array | None = None
+    repetition_penalty: jax.Array | None = None
+    presence_penalty: jax.Array | None = None
+    bias: jax.Array | None = None
+    in_prompt: jax.Array | None = None
+    in_answer: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
 
 
 class SampleOutput(NamedTuple):
@@ -49,7 +69,10 @@ class SampleOutput(NamedTuple):
         where fewer than that are left, the rest have probability 0 and mean nothing.
     top_k_probs: float32 [B, min(TOP_K, V)], their probabilities after all filters.
     logprob: float32 [B, 1], the model's own log-probability of the token: log_softmax of the
-        logits before mask, temperature and filters.
+        logits before penalties, mask, temperature and filters.
+    top_logprob_ids: int32 [B, min(TOP_LOGPROBS, V)], the model's own first choices, in order; zeros
+        if no sequence asks for them, None if `top_logprobs` is None.
+    top_logprobs: float32 [B, min(TOP_LOGPROBS, V)], their log-probabilities.
     """
 
     token_id: jax.Array
@@ -57,6 +80,8 @@ class SampleOutput(NamedTuple):
     top_k_token_ids: jax.Array
     top_k_probs: jax.Array
     logprob: jax.Array
+    top_logprob_ids: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
 
 
 class HasLogits(Protocol):
@@ -77,6 +102,7 @@ def validate_settings(settings: SampleSettings) -> None:
     if mask.dtype != bool:
         raise ValueError(f"mask must be bool, True for an allowed token, got dtype {mask.dtype}")
     float_max, int_max = np.finfo(np.float32).max, np.iinfo(np.int32).max
+    tiny = np.finfo(np.float32).tiny
     top_k = 0 if settings.top_k is None else settings.top_k
 
     def check(field: str, value: Any, allowed: str, holds: Callable[[Any], Any]) -> None:
@@ -90,6 +116,9 @@ def validate_settings(settings: SampleSettings) -> None:
             place = f" in sequence {index[0]}" if len(index) else ""
             raise ValueError(f"{field} must be {allowed}, got {got:g}{place}")
 
+    def in_range(value: Any) -> Any:
+        return (value >= 0) & (value <= 1)
+
     finite = "a finite number of at least 0"
     check("temperature", settings.temperature, finite, lambda x: (x >= 0) & (x <= float_max))
     fraction = "a number above 0 and at most 1"
@@ -97,6 +126,30 @@ def validate_settings(settings: SampleSettings) -> None:
     count = "an integer of at least 0 (0: no limit)"
     check("top_k", top_k, count, lambda x: (x >= 0) & (x <= int_max) & (x % 1 == 0))
     check("mask", mask.sum(axis=-1), "True for at least one token", lambda x: x > 0)
+    if settings.min_p is not None:
+        check("min_p", settings.min_p, "a number from 0 to 1", in_range)
+    if settings.repetition_penalty is not None:
+        positive = "a finite number above 0 (1: none)"
+        check(
+            "repetition_penalty",
+            settings.repetition_penalty,
+            positive,
+            lambda x: (x >= tiny) & (x <= 1 / tiny),
+        )
+    if settings.presence_penalty is not None:
+        number = "a finite number (0: none)"
+        check("presence_penalty", settings.presence_penalty, number, lambda x: abs(x) <= float_max)
+    if settings.bias is not None:
+        largest = np.max(np.abs(np.asarray(settings.bias, np.float64)), axis=-1)
+        check("bias", largest, "finite numbers", lambda x: x <= float_max)
+    if settings.top_logprobs is not None:
+        allowed = f"an integer from 0 to {TOP_LOGPROBS}"
+        check(
+            "top_logprobs",
+            settings.top_logprobs,
+            allowed,
+            lambda x: (x >= 0) & (x <= TOP_LOGPROBS) & (x % 1 == 0),
+        )
 
 
 def top_k_filter(logits: jax.Array, top_k: jax.Array) -> jax.Array:
@@ -137,34 +190,83 @@ def sample_token(rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSetting
     logits = logits[:, 0].astype(jnp.float32)  # [B, V]
     active = settings.active[:, None]
 
-    # To be greedy is to keep the first token only, as a nucleus of 0 does. Temperatures below the
-    # normal numbers, which devices may flush to 0, are 0.
+    # Temperatures below the normal numbers, which devices may flush to 0, are 0.
     greedy = settings.temperature < jnp.finfo(jnp.float32).tiny
     temperature = jnp.where(greedy, 1, settings.temperature)
-    nucleus_p = jnp.where(greedy, 0, settings.nucleus_p)
 
     allowed = settings.mask | ~active
-    filtered = jnp.where(allowed, logits, -jnp.inf)
+    filtered = jnp.where(allowed, _penalised(logits, settings), -jnp.inf)
     # Where the model rules out all that is allowed, one allowed token is as good as another.
     stuck = jnp.max(filtered, axis=-1, keepdims=True) == -jnp.inf
     filtered = jnp.where(stuck & allowed, 0, filtered)
-    if settings.top_k is not None:  # before the temperature, which does not change the order
-        filtered = top_k_filter(filtered, settings.top_k)
-    filtered = _nucleus(filtered, nucleus_p, temperature)
+    first = jnp.argmax(filtered, axis=-1, keepdims=True)  # of equal ones the lowest id
+    others = jnp.arange(logits.shape[-1]) != first
+    filtered = jnp.where(greedy[:, None] & others, -jnp.inf, filtered)
+    filtered = _filtered(filtered, settings, temperature, settings.active & ~greedy)
 
     probs = _probabilities(filtered, temperature)
-    # The default mode misjudges events of probability below 1e-7: many, in a large vocabulary.
-    draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
-    token_id = draw(rngs, jnp.log(probs))[:, None].astype(jnp.int32)  # [B, 1]
+    token_id = _draw(rngs, filtered, temperature)
     _, top_ids = lax.top_k(filtered, min(TOP_K, logits.shape[-1]))
     output = SampleOutput(
         token_id=token_id,
         prob=jnp.take_along_axis(probs, token_id, axis=-1),
         top_k_token_ids=top_ids.astype(jnp.int32),
         top_k_probs=jnp.take_along_axis(probs, top_ids, axis=-1),
-        logprob=_log_probability(logits, token_id),
+        logprob=log_probabilities(logits, token_id),
     )
+    if settings.top_logprobs is not None:
+        asked = jnp.any((settings.top_logprobs > 0) & settings.active)
+        ids, logprobs = _first_choices(logits, asked)
+        output = output._replace(top_logprob_ids=ids, top_logprobs=logprobs)
     return jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros_like(x)), output)
+
+
+def _penalised(logits: jax.Array, settings: SampleSettings) -> jax.Array:
+    """Apply penalties and bias to logits [B, V]."""
+    if settings.repetition_penalty is not None:
+        penalty = settings.repetition_penalty[:, None]
+        worse = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        assert settings.in_prompt is not None and settings.in_answer is not None
+        logits = jnp.where(settings.in_prompt | settings.in_answer, worse, logits)
+    if settings.presence_penalty is not None:
+        assert settings.in_answer is not None
+        logits -= jnp.where(settings.in_answer, settings.presence_penalty[:, None], 0)
+    return logits if settings.bias is None else logits + settings.bias
+
+
+def _filtered(
+    logits: jax.Array, settings: SampleSettings, temperature: jax.Array, drawing: jax.Array
+) -> jax.Array:
+    """Apply top-k, nucleus and min-p to logits [B, V] for the sequences `drawing` bool [B]."""
+    if settings.top_k is not None:  # before the temperature, which does not change the order
+        top_k = jnp.where(drawing, settings.top_k, 0)
+        logits = _if_any(top_k > 0, lambda x: top_k_filter(x, top_k), logits)
+    nucleus_p = jnp.where(drawing, settings.nucleus_p, 1)
+    logits = _if_any(nucleus_p < 1, lambda x: _nucleus(x, nucleus_p, temperature), logits)
+    if settings.min_p is not None:
+        min_p = jnp.where(drawing, settings.min_p, 0)
+        logits = _if_any(min_p > 0, lambda x: _min_p(x, min_p, temperature), logits)
+    return logits
+
+
+def _if_any(asked: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Any:
+    """Skip a filter that leaves every row as it is unless one of them, asked bool [B], needs it."""
+    return lax.cond(jnp.any(asked), function, lambda x: x, x)
+
+
+def _first_choices(logits: jax.Array, asked: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ids and log-probabilities [B, min(TOP_LOGPROBS, V)] of the largest logits [B, V]."""
+    count = min(TOP_LOGPROBS, logits.shape[-1])
+
+    def find() -> tuple[jax.Array, jax.Array]:
+        ids = lax.top_k(logits, count)[1].astype(jnp.int32)
+        return ids, log_probabilities(logits, ids)
+
+    def skip() -> tuple[jax.Array, jax.Array]:
+        shape = (logits.shape[0], count)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    return lax.cond(asked, find, skip)
 
 
 def _weights(logits: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -180,12 +282,64 @@ def _probabilities(logits: jax.Array, temperature: jax.Array) -> jax.Array:
         return (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(jnp.float32)
 
 
-def _log_probability(logits: jax.Array, token_id: jax.Array) -> jax.Array:
-    """Log-softmax of logits [B, V] at token_id [B, 1], summed in float64, float32 [B, 1]."""
+def _draw(rngs: jax.Array, logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Draw a token of each row of logits [B, V] by its probability -> int32 [B, 1].
+
+    One number a sequence is drawn, and looked up among the running sums of the weights: a number a
+    token, as the Gumbel trick takes, costs a CPU twenty times as much in a full vocabulary.
+    """
+    batch, vocabulary = logits.shape
+    size = math.isqrt(vocabulary - 1) + 1  # so many blocks of so many tokens
+    bits = jax.vmap(lambda key: jax.random.bits(key, (2,)))(rngs)  # uint32 [B, 2]
+    with jax.enable_x64(True):
+        weights = _weights(logits, temperature)
+        weights = jnp.pad(weights, ((0, 0), (0, size * size - vocabulary)))
+        blocks = weights.reshape(batch, size, size)
+        sums = jnp.sum(blocks, axis=-1)
+        high, low = jnp.split(bits.astype(jnp.float64), 2, axis=-1)
+        uniform = (high + low * 2.0**-32) * 2.0**-32  # in [0, 1]
+        point = uniform * jnp.sum(sums, axis=-1, keepdims=True)
+        block, point = _locate(sums, point)
+        inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+        token, _ = _locate(inside, point)
+        return (block * size + token).astype(jnp.int32)
+
+
+def _locate(weights: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Find the points [B, 1] on rows of weights [B, n] laid end to end -> index, what is left.
+
+    Never one of weight zero, even where rounding puts the point beyond the end.
+    """
+    ends = jnp.cumsum(weights, axis=-1)
+    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), 0), -1, keepdims=True)
+    index = jnp.minimum(jnp.sum(ends <= point, axis=-1, keepdims=True), last)
+    begins = jnp.take_along_axis(ends - weights, index, axis=-1)
+    return index, jnp.maximum(point - begins, 0)
+
+
+def log_probabilities(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Log-softmax of logits [B, V] at token_ids int [B, n], summed in float64, float32 [B, n]."""
     with jax.enable_x64(True):
         logits = logits.astype(jnp.float64)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return (jnp.take_along_axis(logits, token_id, axis=-1) - total).astype(jnp.float32)
+        return (jnp.take_along_axis(logits, token_ids, axis=-1) - total).astype(jnp.float32)
+
+
+def min_p_filter(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Keep the tokens of each row that are at least `min_p` times as probable as the first one.
+
+    logits: float32 [B, V]; -inf marks a token that is already out.
+    min_p: float32 [B], in [0, 1]; 0 keeps everything.
+    Returns float32 [B, V], -inf for the tokens that are out.
+    """
+    return _min_p(logits, min_p, jnp.ones_like(min_p))
+
+
+def _min_p(logits: jax.Array, min_p: jax.Array, temperature: jax.Array) -> jax.Array:
+    """`min_p_filter` where the probabilities are those at a temperature [B]."""
+    with jax.enable_x64(True):
+        keep = _weights(logits, temperature) >= min_p.astype(jnp.float64)[:, None]
+    return jnp.where(keep, logits, -jnp.inf)
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -9,8 +9,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sampling import (
     TOP_K,
+    TOP_LOGPROBS,
     SampleOutput,
     SampleSettings,
+    min_p_filter,
     sample_token,
     top_k_filter,
     top_p_filter,
@@ -23,6 +25,24 @@ jitted_top_k = jax.jit(top_k_filter)
 jitted_top_p = jax.jit(top_p_filter)
 
 
+PLAIN: dict[str, tuple[Any, Any]] = {  # the type of each field, and the value that filters nothing
+    "temperature": (np.float32, 1.0),
+    "nucleus_p": (np.float32, 1.0),
+    "mask": (bool, True),
+    "active": (bool, True),
+    "top_k": (np.int32, 0),
+    "min_p": (np.float32, 0.0),
+    "repetition_penalty": (np.float32, 1.0),
+    "presence_penalty": (np.float32, 0.0),
+    "bias": (np.float32, 0.0),
+    "in_prompt": (bool, False),
+    "in_answer": (bool, False),
+    "top_logprobs": (np.int32, 0),
+}
+EVEN = [True, False] * 4
+PER_TOKEN = ("mask", "bias", "in_prompt", "in_answer")
+
+
 class ModelOutput(NamedTuple):
     """The part of the model's output that sampling reads."""
 
@@ -31,15 +51,12 @@ class ModelOutput(NamedTuple):
 
 def make_settings(logits: np.ndarray, **changes: Any) -> SampleSettings:
     """Settings that filter nothing, for a batch of logits [B, V], with the given fields changed."""
-    plain = {"temperature": 1.0, "nucleus_p": 1.0, "mask": True, "active": True, "top_k": 0}
-    dtypes = {
-        "temperature": np.float32, "nucleus_p": np.float32, "mask": bool, "active": bool,
-        "top_k": np.int32,
-    }  # fmt: skip
     fields: dict[str, Any] = {}
-    for field, value in (plain | changes).items():
-        shape = logits.shape if field == "mask" else logits.shape[:1]
-        fields[field] = np.broadcast_to(np.asarray(value, dtypes[field]), shape)
+    for field, (dtype, value) in PLAIN.items():
+        shape = logits.shape if field in PER_TOKEN else logits.shape[:1]
+        value = changes.get(field, value)
+        fields[field] = np.broadcast_to(np.asarray(value, dtype), shape)
+    assert changes.keys() <= fields.keys()
     return SampleSettings(**fields)
 
 
@@ -74,16 +91,35 @@ def exact_nucleus(logits: np.ndarray, top_p: float, temperature: float = 1.0) ->
     return ids[: 1 + int(np.sum(mass < float(top_p)))]
 
 
+def exact_logits(logits: np.ndarray, **settings: Any) -> np.ndarray:
+    """Logits [V] with penalties and bias, float64."""
+    logits = logits.astype(np.float64)
+    answer = np.broadcast_to(settings.get("in_answer", False), logits.shape)
+    before = answer | np.broadcast_to(settings.get("in_prompt", False), logits.shape)
+    penalty = np.float64(np.float32(settings.get("repetition_penalty", 1)))
+    logits = np.where(before, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+    presence = np.float64(np.float32(settings.get("presence_penalty", 0)))
+    return logits - presence * answer + np.asarray(settings.get("bias", 0), np.float32)
+
+
 def exact_distribution(
-    logits: np.ndarray, temperature: float, nucleus_p: float, mask: np.ndarray, top_k: int
+    logits: np.ndarray,
+    temperature: float = 1.0,
+    nucleus_p: float = 1.0,
+    mask: Any = True,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    **penalties: Any,
 ) -> np.ndarray:
     """The probabilities [V] after all filters: float64, one row, one step after the other."""
-    ids = np.flatnonzero(mask)
+    logits = exact_logits(logits, **penalties)
+    ids = np.flatnonzero(np.broadcast_to(mask, logits.shape))
     if temperature == 0:
         temperature, top_k = 1.0, 1
     ids = ids[exact_top_k(logits[ids], top_k)]
-    ids = ids[exact_nucleus(logits[ids], nucleus_p, temperature)]
-    weights = np.exp((logits[ids].astype(np.float64) - logits[ids].max()) / float(temperature))
+    ids = ids[exact_nucleus(logits[ids], np.float32(nucleus_p), temperature)]
+    weights = np.exp((logits[ids] - logits[ids].max()) / float(temperature))
+    weights[weights < np.float32(min_p)] = 0
     probabilities = np.zeros(len(logits))
     probabilities[ids] = weights / weights.sum()
     return probabilities
@@ -221,15 +257,18 @@ def test_filters_apply_in_order_each_to_the_renormalised_rest() -> None:
         {"nucleus_p": 0.8},
         {"mask": [True, False, True, True, False, True, True, True], "top_k": 4},
         {"temperature": 1.5, "nucleus_p": 0.9, "top_k": 6, "mask": [False] + [True] * 7},
+        {"min_p": 0.2},
+        {"min_p": 0.3, "temperature": 2.0},
+        {"min_p": 0.25, "top_k": 6, "nucleus_p": 0.9, "temperature": 1.3},
+        {"repetition_penalty": 1.7, "in_prompt": [True] * 2 + [False] * 6, "in_answer": EVEN},
+        {"presence_penalty": 0.9, "bias": np.arange(8) / 4, "in_answer": EVEN, "min_p": 0.1},
     ],
     ids=str,
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(changes: dict[str, Any]) -> None:
     draws = 20_000
     row = np.array([1.5, 1.0, 0.3, 0.3, 0.0, -0.5, -1.0, -2.0], np.float32)
-    fields = {"temperature": 1.0, "nucleus_p": 1.0, "mask": [True] * 8, "top_k": 0, **changes}
-    fields["nucleus_p"] = np.float32(fields["nucleus_p"])
-    expected = draws * exact_distribution(row, **fields)
+    expected = draws * exact_distribution(row, **changes)
     tokens = draw(np.tile(row, (draws, 1)), seed=1, **changes).token_id[:, 0]
     counts = np.bincount(tokens, minlength=8)
     alive = expected > 0
@@ -248,6 +287,13 @@ def test_a_sequence_gets_the_same_bits_in_any_slot_and_company() -> None:
         "mask": rng.random(logits.shape) < 0.8,
         "active": np.array([True, True, True, True, False]),
         "top_k": np.array([0, 40, 0, 7, 100], np.int32),
+        "min_p": np.array([0, 0.1, 0, 0, 1], np.float32),
+        "repetition_penalty": np.array([1, 1.3, 1, 2, 1], np.float32),
+        "presence_penalty": np.array([0, 0.5, -1, 0, 9], np.float32),
+        "bias": rng.normal(size=logits.shape).astype(np.float32),
+        "in_prompt": rng.random(logits.shape) < 0.5,
+        "in_answer": rng.random(logits.shape) < 0.5,
+        "top_logprobs": np.full(5, 3, np.int32),
     }
     keys = jax.random.split(jax.random.key(4), 5)
     first = jitted_sample(keys, ModelOutput(logits[:, None]), make_settings(logits, **fields))
@@ -256,6 +302,70 @@ def test_a_sequence_gets_the_same_bits_in_any_slot_and_company() -> None:
         second = jitted_sample(keys[np.array(slots)], ModelOutput(logits[slots][:, None]), moved)
         for name, before, after in zip(SampleOutput._fields, first, second, strict=True):
             np.testing.assert_array_equal(np.asarray(before)[slots], after, err_msg=name)
+
+
+def test_a_filter_that_only_others_ask_for_changes_no_bit() -> None:
+    """It is skipped where nobody asks for it, and does nothing for those that do not."""
+    logits = logits_with_ties(np.random.default_rng(11), 4, 50)
+    alone = draw(logits)
+    asking: list[dict[str, Any]] = [{"top_k": 3}, {"nucleus_p": 0.5}, {"min_p": 0.5}]
+    for changes in asking:
+        others = {
+            name: np.where(np.arange(4) < 2, PLAIN[name][1], value)
+            for name, value in changes.items()
+        }
+        output = draw(logits, **others)
+        for name, before, after in zip(SampleOutput._fields, alone, output, strict=True):
+            np.testing.assert_array_equal(before[:2], after[:2], err_msg=name)
+        assert np.any(alone.top_k_probs[2:] != output.top_k_probs[2:])
+
+
+def test_penalties_and_bias_change_the_logits_as_computed_by_hand() -> None:
+    """Probabilities before the filters, in order, at tokens that came before or did not."""
+    logits = np.array([[2.0, -1.0, 0.5, -3.0, 1.0, 0.0]], np.float32)
+    in_prompt = np.array([[True, True, False, False, False, True]])
+    in_answer = np.array([[False, False, True, True, False, True]])
+    bias = np.array([[0.0, 0.0, 0.0, 1.0, -2.0, 0.25]], np.float32)
+    output = draw(
+        logits,
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        bias=bias,
+        in_prompt=in_prompt,
+        in_answer=in_answer,
+    )
+    # 2 / 2; -1 * 2; 0.5 / 2 - 0.5; -3 * 2 - 0.5 + 1; 1 - 2; 0 - 0.5 + 0.25
+    by_hand = np.array([1.0, -2.0, -0.25, -5.5, -1.0, -0.25])
+    order = np.argsort(-by_hand, kind="stable")
+    np.testing.assert_array_equal(output.top_k_token_ids[0], order)
+    probabilities = np.exp(by_hand) / np.exp(by_hand).sum()
+    np.testing.assert_allclose(output.top_k_probs[0], probabilities[order], rtol=1e-6)
+
+
+def test_min_p_keeps_what_is_a_fraction_as_probable_as_the_first() -> None:
+    weights = np.array([[8, 4, 4, 2, 1, 0]] * 4, np.float64)
+    with np.errstate(divide="ignore"):
+        logits = np.log(weights).astype(np.float32)
+    # Each a little below the fraction of a token, so that rounding has no say.
+    min_p = np.array([0, 0.4999, 0.2499, 1], np.float32)
+    expected = [np.arange(6), np.arange(3), np.arange(4), np.arange(1)]
+    assert_keeps(jax.jit(min_p_filter)(logits, min_p), logits, expected)
+
+
+def test_the_models_own_first_choices_are_reported_before_all_filters() -> None:
+    rng = np.random.default_rng(12)
+    logits = logits_with_ties(rng, 4, 50) + 0.0  # no -0, which lax.top_k puts below 0
+    mask = rng.random(logits.shape) < 0.3
+    mask[:, 0] = True
+    asked = draw(logits, top_logprobs=[1, 0, 0, 20], mask=mask, temperature=3, bias=logits)
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    assert asked.top_logprob_ids is not None
+    for row in range(4):
+        ids = exact_top_k(logits[row], TOP_LOGPROBS)
+        np.testing.assert_array_equal(asked.top_logprob_ids[row], ids)
+        np.testing.assert_allclose(asked.top_logprobs[row], exact[row, ids], rtol=1e-6)
+    unasked = draw(logits, top_logprobs=0)
+    assert not np.any(unasked.top_logprob_ids) and not np.any(unasked.top_logprobs)
 
 
 def test_raw_and_typed_keys_draw_the_same() -> None:
@@ -341,14 +451,16 @@ def test_a_token_at_minus_infinity_is_drawn_only_if_nothing_else_is_allowed() ->
     np.testing.assert_allclose(output.prob[32:], 1 / 3)
 
 
-def test_no_top_k_means_no_limit() -> None:
+def test_fields_left_out_change_nothing() -> None:
     logits = np.random.default_rng(10).normal(size=(64, 50)).astype(np.float32)
-    settings = make_settings(logits, temperature=1.5, nucleus_p=0.95)._replace(top_k=None)
+    settings = SampleSettings(*make_settings(logits, temperature=1.5, nucleus_p=0.95)[:4])
     keys = jax.random.split(jax.random.key(11), 64)
     without = jitted_sample(keys, ModelOutput(logits[:, None]), settings)
-    unlimited = draw(logits, seed=11, temperature=1.5, nucleus_p=0.95, top_k=0)
-    for name, one, other in zip(SampleOutput._fields, without, unlimited, strict=True):
-        np.testing.assert_array_equal(one, other, err_msg=name)
+    unchanged = draw(logits, seed=11, temperature=1.5, nucleus_p=0.95)
+    assert without.top_logprobs is None and without.top_logprob_ids is None
+    for name, one, other in zip(SampleOutput._fields, without, unchanged, strict=True):
+        if one is not None:
+            np.testing.assert_array_equal(one, other, err_msg=name)
 
 
 def test_changed_settings_do_not_compile_anew() -> None:
@@ -393,6 +505,13 @@ def test_full_vocabulary_split_over_devices_draws_the_same_tokens() -> None:
         ({"nucleus_p": 1.5}, "nucleus_p must be .*, got 1.5 in sequence 0"),
         ({"nucleus_p": np.nan}, "nucleus_p must be .*, got nan"),
         ({"top_k": -1}, "top_k must be an integer of at least 0 .*, got -1 in sequence 0"),
+        ({"min_p": [0.5, 1.5]}, "min_p must be a number from 0 to 1, got 1.5 in sequence 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be .* above 0 .*, got 0"),
+        ({"repetition_penalty": np.inf}, "repetition_penalty must be a finite .*, got inf"),
+        ({"presence_penalty": np.nan}, "presence_penalty must be a finite .*, got nan"),
+        ({"bias": [[0] * 4 + [np.inf]] * 2}, "bias must be finite numbers, got inf"),
+        ({"bias": [[0] * 5, [np.nan] * 5]}, "bias must be finite .*, got nan in sequence 1"),
+        ({"top_logprobs": 21}, "top_logprobs must be an integer from 0 to 20, got 21"),
         ({"mask": [[True], [False]]}, "mask must be True for at least one .*, got 0 in sequence 1"),
     ],
 )
