@@ -42,6 +42,7 @@ from steps import (
     prefill,
     score_step,
 )
+from text import Detokenizer, Vocabulary, load_tokenizer
 
 __all__ = [
     "Completion",
@@ -64,10 +65,6 @@ __all__ = [
 ]
 
 BOS_TOKEN = 1  # as in Grok-1's tokenizer
-TOKENIZER_SOURCE = (
-    "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
-    "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer"
-)
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -81,6 +78,8 @@ class Request:
     but no other token sees it. temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all.
     rng_seed: the same request with the same seed gives the same tokens. max_len: how many tokens
     to generate at most. top_k: 0 keeps all. allowed_tokens: the only ids that may be drawn.
+    parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
+    name; else they are text like any other.
     """
 
     prompt: str | Sequence[int]
@@ -90,6 +89,7 @@ class Request:
     max_len: int = 100
     top_k: int = 0
     allowed_tokens: Sequence[int] | None = None
+    parse_special: bool = False
 
 
 @dataclasses.dataclass
@@ -121,26 +121,6 @@ class Event(NamedTuple):
     token_id: int
     text: str
     completion: Completion
-
-
-def load_tokenizer(
-    path: str | os.PathLike, vocab_size: int
-) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model; ValueError if there is none or it is not of this vocabulary."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a tokenizer, found no such file; {TOKENIZER_SOURCE}")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a SentencePiece model, got a file that is none; {TOKENIZER_SOURCE}"
-        ) from error
-    if tokenizer.vocab_size() != vocab_size:
-        raise ValueError(
-            f"{path}: expected the {vocab_size} pieces of the checkpoint's vocabulary, "
-            f"got {tokenizer.vocab_size()}; {TOKENIZER_SOURCE}"
-        )
-    return tokenizer
 
 
 def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
@@ -267,9 +247,8 @@ class _Sequence:
     request: Request
     completion: Completion
     chunks: list[int]  # compiled chunk sizes that its prompt still needs
-    prompt_text: str
+    text: Detokenizer | None
     read: int = 0  # prompt tokens that have been read
-    shown: int = 0  # characters of the text that are final and were handed out
 
 
 class InferenceRunner:
@@ -305,6 +284,7 @@ class InferenceRunner:
         self.mesh_config = (local_mesh_config, between_hosts_config)
         self.pad_sizes = sorted({min(size, self.config.sequence_len) for size in pad_sizes})
         self.tokenizer: sentencepiece.SentencePieceProcessor | None = None
+        self.vocabulary: Vocabulary | None = None
         self.mesh: Mesh | None = None
         self.params: Any = None
         self.num_slots = 0
@@ -326,6 +306,7 @@ class InferenceRunner:
         self.runner.check(self.mesh)
         if self.tokenizer_path is not None:
             self.tokenizer = load_tokenizer(self.tokenizer_path, self.config.vocab_size)
+            self.vocabulary = Vocabulary(self.tokenizer)
         self.num_slots = self.runner.num_slots(self.mesh)
         self._admit_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
@@ -377,16 +358,15 @@ class InferenceRunner:
             for first in range(0, len(sequences), self.num_slots)
         )
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError."""
+    def encode(self, prompt: str | Sequence[int], parse_special: bool = False) -> list[int]:
+        """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
+
+        parse_special: take texts such as [EOS] and <|separator|> for the pieces of that name.
+        """
         if isinstance(prompt, str):
-            if self.tokenizer is None:
+            if self.vocabulary is None:
                 raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the prompt is not text in UTF-8: {error.reason}") from error
-            return self.tokenizer.encode(prompt)
+            return self.vocabulary.encode(prompt, parse_special)
         if not isinstance(prompt, Iterable):
             raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
         for token in prompt:
@@ -408,7 +388,7 @@ class InferenceRunner:
         try:
             if not isinstance(request, Request):
                 raise ValueError(f"expected a Request, got {request!r}; write Request(prompt)")
-            ids = self.encode(request.prompt)
+            ids = self.encode(request.prompt, request.parse_special)
             if not ids:
                 raise ValueError("the prompt is empty; give at least one token")
             if len(ids) >= self.config.sequence_len:
@@ -426,9 +406,9 @@ class InferenceRunner:
         except ValueError as error:
             raise ValueError(f"request {index + 1}: {error}") from error
         text = request.prompt if isinstance(request.prompt, str) else None
-        known = "" if self.tokenizer is None else self.tokenizer.decode(ids)
-        answer = Completion(text, ids, [], [], None if self.tokenizer is None else "", None)
-        return _Sequence(index, request, answer, self._chunks(len(ids)), known)
+        words = None if self.vocabulary is None else Detokenizer(self.vocabulary, ids)
+        answer = Completion(text, ids, [], [], None if words is None else "", None)
+        return _Sequence(index, request, answer, self._chunks(len(ids)), words)
 
     def _settings(self, request: Request, active: bool) -> SampleSettings:
         """Return a request's settings as numpy values, without a batch axis."""
@@ -531,16 +511,13 @@ class InferenceRunner:
 
     def _new_text(self, sequence: _Sequence) -> str:
         """Update the answer's text, and return what of it is new and final."""
-        if self.tokenizer is None:
-            return ""
         answer = sequence.completion
-        # Decoded with the prompt: alone, the answer would lose the space that it begins with.
-        text = self.tokenizer.decode(answer.prompt_ids + answer.token_ids)
-        text = text[len(os.path.commonprefix([sequence.prompt_text, text])) :]
-        if answer.finish_reason is None:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character to come
-        new = text[sequence.shown :]
-        answer.text, sequence.shown = text, len(text)
+        if sequence.text is None or answer.text is None:
+            return ""
+        new = sequence.text.push(answer.token_ids[-1])
+        if answer.finish_reason is not None:
+            new += sequence.text.finish()
+        answer.text += new
         return new
 
     # ------------------------------------------------------------------------------ research

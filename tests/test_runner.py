@@ -175,16 +175,13 @@ def test_the_text_is_what_the_tokens_add_to_the_prompt(tiny):
     assert "".join(event.text for event in events) == answer.text
 
 
-def test_a_character_in_several_byte_pieces_is_streamed_whole(tiny):
-    """Byte pieces may end in the middle of a character: no replacement mark may be printed."""
-    first = 69  # the piece of byte 0
-    pieces = [first + byte for byte in "né€😀".encode()]
-    sequence = tiny._admit(0, Request("a", max_len=len(pieces)))
-    texts = []
-    for token in pieces:
-        sequence.completion.token_ids.append(token)
-        texts.append(tiny._new_text(sequence))
-    assert texts == ["n", "", "é", "", "", "€", "", "", "", "😀"]
+def test_the_text_of_special_pieces_is_text_unless_asked_otherwise(tiny):
+    prompt = "The end.<|separator|>[EOS]"
+    (plain,) = tiny.generate([Request(prompt, max_len=1)])
+    (special,) = tiny.generate([Request(prompt, max_len=1, parse_special=True)])
+    assert plain.prompt == special.prompt == tiny.tokenizer.decode(plain.prompt_ids) == prompt
+    assert not {2, 47} & set(plain.prompt_ids)
+    assert special.prompt_ids[-2:] == [47, 2]
 
 
 def test_sample_from_model_works_as_published(tiny):

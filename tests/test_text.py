@@ -1,0 +1,176 @@
+"""Text out of tokens as they come, and tokens out of text that looks like special pieces."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from text import Detokenizer, StopFilter, Vocabulary, load_tokenizer
+
+TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
+FIRST_BYTE = 69  # the piece of byte 0
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary(load_tokenizer(TOKENIZER, 4096))
+
+
+def byte_pieces(values):
+    return [FIRST_BYTE + value for value in values]
+
+
+def sequences(vocabulary, count):
+    """Random token ids that mix words, control pieces, spaces, and bytes, whole and broken."""
+    rng = np.random.default_rng(0)
+    space = vocabulary.tokenizer.piece_to_id("\u2581")
+    whole = [byte_pieces(char.encode()) for char in "é€😀\u2028"]
+    kinds = [
+        lambda: [int(rng.integers(4096))],
+        lambda: [int(rng.choice([0, 1, 2, 3, space, 32, 47]))],
+        lambda: [FIRST_BYTE + int(rng.integers(256))],
+        lambda: whole[rng.integers(4)],
+        lambda: whole[rng.integers(4)][:-1],
+    ]
+    every_byte = byte_pieces(range(256))
+    yield every_byte
+    yield every_byte[::-1]
+    for _ in range(count - 2):
+        yield sum((kinds[rng.integers(5)]() for _ in range(rng.integers(1, 20))), [])
+
+
+def test_what_is_streamed_is_the_decode_of_all_tokens(vocabulary):
+    for ids in sequences(vocabulary, 1000):
+        growing = Detokenizer(vocabulary)
+        shown = ""
+        for end, token in enumerate(ids, 1):
+            shown += growing.push(token)
+            assert vocabulary.decode(ids[:end]).startswith(shown)
+        assert shown + growing.finish() == vocabulary.decode(ids)
+
+
+def test_split_anywhere_into_prompt_and_answer_the_text_is_the_same(vocabulary):
+    for number, ids in enumerate(sequences(vocabulary, 1000)):
+        cut = number % (len(ids) + 1)
+        before, after = Detokenizer(vocabulary), Detokenizer(vocabulary, ids[:cut])
+        shown = "".join(map(before.push, ids[:cut]))
+        rest = "".join(map(after.push, ids[cut:])) + after.finish()
+        assert shown + rest == vocabulary.decode(ids)
+
+
+def test_a_character_in_several_byte_pieces_comes_whole(vocabulary):
+    """Byte pieces may end in the middle of a character: no replacement mark may be printed."""
+    growing = Detokenizer(vocabulary, vocabulary.encode("a"))
+    texts = [growing.push(token) for token in byte_pieces("né€😀".encode())]
+    assert texts == ["n", "", "é", "", "", "€", "", "", "", "😀"]
+
+
+def test_bytes_that_become_no_character_are_shown_as_soon_as_that_is_certain(vocabulary):
+    growing = Detokenizer(vocabulary)
+    texts = [growing.push(token) for token in byte_pieces(b"\xe2\x82\xe2A\xf0\x9f")]
+    mark = "\N{REPLACEMENT CHARACTER}"
+    assert texts == ["", "", 2 * mark, mark + "A", "", ""]
+    assert growing.finish() == 2 * mark
+    assert growing.finish() == ""
+
+
+def test_only_the_space_that_a_text_begins_with_is_left_out(vocabulary):
+    the = vocabulary.tokenizer.piece_to_id("\u2581the")
+    growing = Detokenizer(vocabulary, [1])  # [BOS], which is no text
+    assert [growing.push(token) for token in (the, 2, the)] == ["the", "", " the"]
+
+
+def test_the_cost_of_a_token_does_not_grow_with_the_text(vocabulary, monkeypatch):
+    growing = Detokenizer(vocabulary, [400] * 5000)
+    longest, decode = [], vocabulary.tokenizer.decode
+    monkeypatch.setattr(
+        Vocabulary, "decode", lambda _, ids: longest.append(len(ids)) or decode(ids)
+    )
+    for token in [400, *byte_pieces(b"\xf0\x9f\x98\x80" * 20), 500] * 20:
+        growing.push(token)
+    assert max(longest) <= 6
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "special"),
+    [
+        ("a <|separator|>b", "a <|separator|>b", [327, 4039, 47, 4059]),
+        ("<|mask|><|control20|>", "<|mask|><|control20|>", [48, 68]),
+        ("[BOS]<|control1|>3", "[BOS]<|control1|>3", [1, 49, 17]),
+        (" <|mask|>\n", " <|mask|>\n", [32, 48, 4]),
+        ("<|mask", "<|mask", None),
+        ("", "", []),
+    ],
+)
+def test_special_pieces_are_spelled_unless_asked_for(vocabulary, text, plain, special):
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == plain
+    assert not set(ids) & set(vocabulary.special.values())
+    assert vocabulary.encode(text, parse_special=True) == (ids if special is None else special)
+
+
+def test_text_after_a_marker_gets_no_space_of_its_own(vocabulary):
+    for text in ("ab<|mask|>cd  <|mask|>", "<|mask|> x", "<|separator|>\n\n1 <|separator|>"):
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+        native = vocabulary.tokenizer.encode(text)
+        space = native[:1] if text.startswith("<") else []  # which SentencePiece puts first
+        assert space + vocabulary.encode(text, parse_special=True) == native
+
+
+def test_other_texts_are_encoded_as_sentencepiece_does(vocabulary):
+    for text in ("Once upon a time", "  two\n\nlines 12", "[EOS] <not|special|>", "€"):
+        assert vocabulary.encode(text) == vocabulary.tokenizer.encode(text)
+
+
+# ---------------------------------------------------------------------------------- stop strings
+
+
+def filtered(stops, parts):
+    """Return the text that a filter lets through, in all, and whether it stopped."""
+    stop = StopFilter(stops)
+    shown = ""
+    for part in parts:
+        shown += stop.push(part)
+        whole = "".join(parts)
+        assert whole.startswith(shown)
+    return shown + stop.finish(), stop.stopped
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("aabaabaac", ["aabaac"], "aab"),
+        ("no stop here", ["stop!"], "no stop here"),
+        ("abcd", ["c", "abcd"], "ab"),  # c is complete first
+        ("xabc", ["bc", "abc"], "x"),  # at the same time: the longer one
+        ("end", ["end"], ""),
+        ("text", [], "text"),
+    ],
+)
+def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops, expected):
+    """However the text is cut into pieces."""
+    stopped = expected != text
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        cuts = sorted(rng.integers(0, len(text) + 1, rng.integers(0, 5)))
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert filtered(stops, parts) == (expected, stopped)
+
+
+def test_random_texts_show_nothing_of_a_stop_string_and_lose_nothing():
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        text = "".join(rng.choice(list("ab"), rng.integers(0, 20)))
+        stops = ["".join(rng.choice(list("ab"), rng.integers(2, 6))) for _ in range(2)]
+        ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+        expected = text[: min(ends)[1]] if ends else text
+        assert filtered(stops, list(text)) == (expected, bool(ends))
+
+
+def test_what_cannot_become_a_stop_string_is_shown_at_once():
+    stop = StopFilter(["\n\nHuman:"])
+    assert [stop.push(part) for part in ("a", "\n", "\nHum", "b\n", "c")] == [
+        "a", "", "", "\n\nHumb", "\nc",
+    ]  # fmt: skip
+    assert stop.push("d\n") == "d" and stop.finish() == "\n"
