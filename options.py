@@ -58,9 +58,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--max-len",
         type=count,
-        default=200,
         metavar="N",
-        help="most tokens to generate, beside the prompt's (200)",
+        help="most tokens to generate, beside the prompt's (200, or as many as fit the context)",
     )
     add(
         "--temperature",
@@ -83,6 +82,38 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=1.0,
         metavar="X",
         help="draw from the fewest tokens whose probability reaches X (1)",
+    )
+    add(
+        "--min-p",
+        type=number(0, 1, float, "a number from 0 to 1"),
+        default=0.0,
+        metavar="X",
+        help="draw from the tokens X times as probable as the most probable one, or more (0)",
+    )
+    add(
+        "--repetition-penalty",
+        type=number(sys.float_info.epsilon, 1e6, float, "a number above 0"),
+        default=1.0,
+        metavar="X",
+        help="above 1 tokens of prompt and answer come back less (1)",
+    )
+    add(
+        "--presence-penalty",
+        type=number(-1e6, 1e6, float, "a number"),
+        default=0.0,
+        metavar="X",
+        help="above 0 tokens of the answer come back less (0)",
+    )
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
+    add(
+        "--truncate",
+        choices=("left",),
+        help="keep only the newest tokens of a prompt that is too long",
     )
     add(
         "--seed",
@@ -122,6 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.plan and options.distributed:
         parser.error("--plan and --distributed do not go together: one process makes a plan")
     options.prompts = options.prompts or [DEFAULT_PROMPT]
+    options.stop = options.stop or []
     return options
 
 

@@ -34,8 +34,8 @@ DEMO = ROOT / "checkpoints" / "demo"
 MOST_SLOTS = 8
 # What process 0 decides for all; the files may lie elsewhere on each host.
 SHARED = (
-    "prompts", "max_len", "temperature", "top_k", "nucleus_p", "seed", "mesh", "dtype", "batch",
-    "context",
+    "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
+    "presence_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch", "context",
 )  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
             say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
     storage.require_form(directory, "name the right one with --checkpoint")
     tokenizer = options.tokenizer
-    if tokenizer is None and any(isinstance(prompt, str) for prompt in options.prompts):
+    words = options.stop or any(isinstance(prompt, str) for prompt in options.prompts)
+    if tokenizer is None and words:
         own = directory / "tokenizer.model"
         tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
     return directory, tokenizer
@@ -167,6 +168,11 @@ def make_requests(options: argparse.Namespace) -> list[Any]:
             rng_seed=options.seed,
             max_len=options.max_len,
             top_k=options.top_k,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            stop=options.stop,
+            truncate=options.truncate,
         )
         for prompt in options.prompts
     ]

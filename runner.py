@@ -9,10 +9,9 @@ B is the number of slots: sequences that the compiled steps serve at once.
 
 import dataclasses
 import itertools
-import numbers
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ from jax.sharding import Mesh
 import checkpoint
 import storage
 from model import LanguageModelConfig, grok_1
-from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter, validate_settings
+from request import Answering, Completion, Event, Request, encode, idle_slot
+from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
 from sharding import (
     axis_size,
     from_host,
@@ -42,7 +42,7 @@ from steps import (
     prefill,
     score_step,
 )
-from text import Detokenizer, Vocabulary, load_tokenizer
+from text import Vocabulary, load_tokenizer
 
 __all__ = [
     "Completion",
@@ -65,62 +65,6 @@ __all__ = [
 ]
 
 BOS_TOKEN = 1  # as in Grok-1's tokenizer
-
-
-# --------------------------------------------------------------------------- requests and answers
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it.
-
-    prompt: text, or token ids; nothing is put before it. Token 0 is padding: it takes a position,
-    but no other token sees it. temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all.
-    rng_seed: the same request with the same seed gives the same tokens. max_len: how many tokens
-    to generate at most. top_k: 0 keeps all. allowed_tokens: the only ids that may be drawn.
-    parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
-    name; else they are text like any other.
-    """
-
-    prompt: str | Sequence[int]
-    temperature: float = 1.0
-    nucleus_p: float = 1.0
-    rng_seed: int = 42
-    max_len: int = 100
-    top_k: int = 0
-    allowed_tokens: Sequence[int] | None = None
-    parse_special: bool = False
-
-
-@dataclasses.dataclass
-class Completion:
-    """An answer, finished or in the making.
-
-    token_ids: the generated ids, the end-of-sequence token included if it came. logprobs: the
-    model's own log-probability of each, before temperature and filters. text: what the ids add to
-    the prompt; None without a tokenizer. finish_reason: "eos", "length" (max_len reached),
-    "context" (the context is full), or None while it goes on.
-    """
-
-    prompt: str | None
-    prompt_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str | None
-    finish_reason: str | None
-
-
-class Event(NamedTuple):
-    """One new token of one request of a batch.
-
-    request: which one, from 0. text: what is new of its text and final: a character whose bytes
-    are not all there yet stays out. completion: the answer so far.
-    """
-
-    request: int
-    token_id: int
-    text: str
-    completion: Completion
 
 
 def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
@@ -244,11 +188,14 @@ class _Sequence:
     """A request in a slot, on the host."""
 
     index: int
-    request: Request
-    completion: Completion
+    answering: Answering
     chunks: list[int]  # compiled chunk sizes that its prompt still needs
-    text: Detokenizer | None
     read: int = 0  # prompt tokens that have been read
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far."""
+        return self.answering.completion
 
 
 class InferenceRunner:
@@ -363,19 +310,7 @@ class InferenceRunner:
 
         parse_special: take texts such as [EOS] and <|separator|> for the pieces of that name.
         """
-        if isinstance(prompt, str):
-            if self.vocabulary is None:
-                raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
-            return self.vocabulary.encode(prompt, parse_special)
-        if not isinstance(prompt, Iterable):
-            raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
-        for token in prompt:
-            whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-            if not (whole and 0 <= token < self.config.vocab_size):
-                raise ValueError(
-                    f"expected token ids from 0 to {self.config.vocab_size - 1}, got {token!r}"
-                )
-        return [int(token) for token in prompt]
+        return encode(prompt, self.config, self.vocabulary, parse_special)
 
     def _admit_all(self, requests: Sequence[Request]) -> list[_Sequence]:
         """Check all requests and prepare them for slots."""
@@ -386,44 +321,10 @@ class InferenceRunner:
     def _admit(self, index: int, request: Request) -> _Sequence:
         """Check a request and prepare it for a slot."""
         try:
-            if not isinstance(request, Request):
-                raise ValueError(f"expected a Request, got {request!r}; write Request(prompt)")
-            ids = self.encode(request.prompt, request.parse_special)
-            if not ids:
-                raise ValueError("the prompt is empty; give at least one token")
-            if len(ids) >= self.config.sequence_len:
-                raise ValueError(
-                    f"the prompt has {len(ids)} tokens, and the context of "
-                    f"{self.config.sequence_len} must hold at least one more; shorten it"
-                )
-            if not isinstance(request.max_len, int) or request.max_len < 1:
-                raise ValueError(f"max_len must be an integer of at least 1, got {request.max_len}")
-            if not isinstance(request.rng_seed, int):
-                raise ValueError(f"rng_seed must be an integer, got {request.rng_seed!r}")
-            if request.allowed_tokens is not None and not len(request.allowed_tokens):
-                raise ValueError("allowed_tokens must hold at least one token, got none")
-            validate_settings(self._settings(request, True))
+            answering = Answering(request, self.config, self.vocabulary)
         except ValueError as error:
             raise ValueError(f"request {index + 1}: {error}") from error
-        text = request.prompt if isinstance(request.prompt, str) else None
-        words = None if self.vocabulary is None else Detokenizer(self.vocabulary, ids)
-        answer = Completion(text, ids, [], [], None if words is None else "", None)
-        return _Sequence(index, request, answer, self._chunks(len(ids)), words)
-
-    def _settings(self, request: Request, active: bool) -> SampleSettings:
-        """Return a request's settings as numpy values, without a batch axis."""
-        mask = np.ones([self.config.vocab_size], bool)
-        if request.allowed_tokens is not None:
-            mask[:] = False
-            mask[self.encode(list(request.allowed_tokens))] = True
-        values: dict[str, Any] = {
-            "temperature": np.asarray(request.temperature),
-            "nucleus_p": np.asarray(request.nucleus_p),
-            "mask": mask,
-            "active": np.asarray(active),
-            "top_k": np.asarray(request.top_k),
-        }
-        return SampleSettings(**values)
+        return _Sequence(index, answering, self._chunks(len(answering.completion.prompt_ids)))
 
     def _chunks(self, length: int) -> list[int]:
         """Return the chunk sizes for a prompt: a function of its own length only.
@@ -462,16 +363,9 @@ class InferenceRunner:
 
     def _fill_slots(self, sequences: list[_Sequence]) -> Slots:
         """Return the state of a fresh batch; slots without a sequence are not active."""
-        rows = [self._settings(s.request, True) for s in sequences]
-        rows += [self._settings(Request([0]), False)] * (self.num_slots - len(rows))
-        types: Any = (np.float32, np.float32, bool, bool, np.int32)
-        seeds: Any = np.zeros([self.num_slots], np.uint32)
-        seeds[: len(sequences)] = [s.request.rng_seed % 2**32 for s in sequences]
-        zeros: Any = np.zeros([self.num_slots], np.int32)
-        settings = jax.tree.map(
-            lambda dtype, *values: np.stack(values).astype(dtype), SampleSettings(*types), *rows
-        )
-        return from_host(Slots(zeros[:, None], zeros, seeds, settings), self.mesh)
+        rows = [s.answering.slot for s in sequences]
+        rows += [idle_slot(self.config)] * (self.num_slots - len(rows))
+        return from_host(jax.tree.map(lambda *values: np.stack(values), *rows), self.mesh)
 
     def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:
         """Take the next chunk of every prompt that is due one of `size` tokens."""
@@ -494,31 +388,13 @@ class InferenceRunner:
         self, sequences: list[_Sequence], ready: list[int], sample: SampleOutput
     ) -> Iterator[Event]:
         """Append the new tokens of the `ready` slots to their answers."""
-        token_ids, logprobs = jax.device_get((sample.token_id, sample.logprob))
+        found: Any = jax.device_get(sample)
         for slot in ready:
-            sequence = sequences[slot]
-            answer, token = sequence.completion, int(token_ids[slot, 0])
-            answer.token_ids.append(token)
-            answer.logprobs.append(float(logprobs[slot, 0]))
-            total = len(answer.prompt_ids) + len(answer.token_ids)
-            if token == self.config.eos_token:
-                answer.finish_reason = "eos"
-            elif len(answer.token_ids) >= sequence.request.max_len:
-                answer.finish_reason = "length"
-            elif total >= self.config.sequence_len:
-                answer.finish_reason = "context"
-            yield Event(sequence.index, token, self._new_text(sequence), answer)
-
-    def _new_text(self, sequence: _Sequence) -> str:
-        """Update the answer's text, and return what of it is new and final."""
-        answer = sequence.completion
-        if sequence.text is None or answer.text is None:
-            return ""
-        new = sequence.text.push(answer.token_ids[-1])
-        if answer.finish_reason is not None:
-            new += sequence.text.finish()
-        answer.text += new
-        return new
+            answering = sequences[slot].answering
+            token = int(found.token_id[slot, 0])
+            top = found.top_logprob_ids[slot], found.top_logprobs[slot]
+            text = answering.take(token, float(found.logprob[slot, 0]), *top)
+            yield Event(sequences[slot].index, token, text, answering.completion)
 
     # ------------------------------------------------------------------------------ research
 

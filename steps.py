@@ -27,13 +27,17 @@ class Slots(NamedTuple):
     """What each slot needs for its next token, on the device.
 
     token: int32 [B, 1], the last token. drawn: int32 [B], how many tokens it has drawn.
-    seed: uint32 [B]. settings: SampleSettings; `active` marks the slots that are in use.
+    seed: uint32 [B]. settings: SampleSettings, every field given; `active` marks the slots that are
+    in use. ends: bool [B, V], the tokens that end an answer; none of the first `min_len` int32 [B]
+    is one of these.
     """
 
     token: jax.Array
     drawn: jax.Array
     seed: jax.Array
     settings: SampleSettings
+    ends: jax.Array
+    min_len: jax.Array
 
 
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
@@ -92,11 +96,17 @@ def _sample(
         # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
         rows = P(config.model.data_axis)
         draw = jax.shard_map(draw, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    sample = readable(draw(keys, LanguageModelOutput(logits, None), slots.settings), mesh)
-    active = slots.settings.active
-    return sample, slots._replace(
+    settings, active = slots.settings, slots.settings.active
+    early = (slots.drawn < slots.min_len)[:, None]
+    allowed = settings._replace(mask=settings.mask & ~(slots.ends & early))
+    sample = draw(keys, LanguageModelOutput(logits, None), allowed)
+    tokens = jnp.arange(config.vocab_size)
+    assert settings.in_answer is not None
+    in_answer = settings.in_answer | (active[:, None] & (tokens == sample.token_id))
+    return readable(sample, mesh), slots._replace(
         token=jnp.where(active[:, None], sample.token_id, slots.token),
         drawn=slots.drawn + active,
+        settings=settings._replace(in_answer=in_answer),
     )
 
 
@@ -121,6 +131,7 @@ def prefill(
     settings = slots.settings
     drawing = slots._replace(settings=settings._replace(active=last & settings.active))
     sample, drawn = _sample(config, mesh, output, drawing)
+    settings = drawn.settings._replace(active=settings.active)
     return sample, output.model_state, drawn._replace(settings=settings)
 
 
@@ -207,9 +218,12 @@ def abstract_inputs(
 
     rows, flags = array(batch), array(batch, dtype=bool)
     reals = array(batch, dtype=jnp.float32)
-    mask = array(batch, config.vocab_size, dtype=bool)
-    settings = SampleSettings(reals, reals, mask, flags, rows)
-    slots = Slots(array(batch, 1), rows, array(batch, dtype=jnp.uint32), settings)
+    marks = array(batch, config.vocab_size, dtype=bool)
+    bias = array(batch, config.vocab_size, dtype=jnp.float32)
+    settings = SampleSettings(
+        *(reals, reals, marks, flags, rows, reals, reals, reals, bias, marks, marks, rows)
+    )
+    slots = Slots(array(batch, 1), rows, array(batch, dtype=jnp.uint32), settings, marks, rows)
     if chunk is None:
         return params, memory, slots
     return params, memory, slots, array(batch, chunk), rows, flags

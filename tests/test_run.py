@@ -234,6 +234,26 @@ def test_an_answer_says_why_it_ends(
     assert short["finish_reason"] == "eos" and short["token_ids"] == answer["token_ids"][:1]
 
 
+def test_penalties_stops_and_truncation_reach_the_model(
+    tiny: pathlib.Path, command: Command
+) -> None:
+    arguments = ["--checkpoint", tiny, "--json", "--temperature", 0, "--max-len", 30]
+    (free,) = command(*arguments, "--prompt", PROMPT).answers
+    (once,) = command(*arguments, "--prompt", PROMPT, "--presence-penalty", 1e4).answers
+    (novel,) = command(*arguments, "--prompt", PROMPT, "--repetition-penalty", 1e4).answers
+    assert len(set(free["token_ids"])) < 30
+    assert len(set(once["token_ids"])) == len(set(novel["token_ids"])) == 30
+    assert not set(novel["token_ids"]) & set(novel["prompt_ids"])
+    stop = free["text"][10:14]
+    (stopped,) = command(*arguments, "--prompt", PROMPT, "--stop", "\0", "--stop", stop).answers
+    assert stopped["text"] == free["text"][: free["text"].index(stop)]
+    assert stopped["finish_reason"] == "stop"
+    (cut,) = command(*arguments, "--prompt", "so " * 80, "--truncate", "left").answers
+    assert len(cut["prompt_ids"]) == 34 and len(cut["token_ids"]) == 30
+    drawn = [*arguments, "--temperature", 2, "--prompt", PROMPT, "--min-p"]
+    assert command(*drawn, 1).answers == [free] != command(*drawn, 0).answers
+
+
 def test_a_terminal_that_cannot_show_a_character_loses_no_answer(tiny: pathlib.Path) -> None:
     arguments = ("--checkpoint", tiny, "--prompt", "caf\u00e9", "--max-len", 1)
     result = finish(start(*arguments, PYTHONIOENCODING="ascii"))
@@ -267,7 +287,8 @@ def test_help_names_every_option(command: Command) -> None:
     result = command("--help")
     assert result.status == 0 and result.err == ""
     for option in ("checkpoint", "tokenizer", "prompt", "prompt-ids", "max-len", "temperature",
-                   "top-k", "nucleus-p", "seed", "mesh", "dtype", "json"):  # fmt: skip
+                   "top-k", "nucleus-p", "min-p", "repetition-penalty", "presence-penalty", "stop",
+                   "truncate", "seed", "mesh", "dtype", "json"):  # fmt: skip
         assert f"--{option}" in result.out
 
 
@@ -312,6 +333,14 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
                    "--top-p: expected a number above 0 and at most 1, got '0'"),
     "large-nucleus": (("--top-p", "1.5"), 2, "expected a number above 0 and at most 1, got '1.5'"),
     "top-k": (("--top-k", "-1"), 2, "--top-k: expected a whole number of at least 0"),
+    "min-p": (("--min-p", "2"), 2, "--min-p: expected a number from 0 to 1, got '2'"),
+    "repetition-penalty": (("--repetition-penalty", "0"), 2, "expected a number above 0, got '0'"),
+    "presence-penalty": (("--presence-penalty", "nan"), 2, "expected a number, got 'nan'"),
+    "stop": (("--stop", ""), 1, "request 1: stop must hold texts that are not empty, got ''"),
+    "truncate": (("--truncate", "right"), 2, "--truncate: invalid choice: 'right'"),
+    "long-answer": (("--prompt-ids", "5 6", "--max-len", "63"), 1,
+                    "request 1: the prompt has 2 tokens, and the context of 64 must hold max_len = "
+                    "63 more; shorten it, or keep only its newest tokens (truncate: left)"),
     "no-tokens": (("--max-len", "0"), 2,
                   "--max-len: expected a whole number of at least 1, got '0'"),
     "half-a-token": (("--max-len", "1.5"), 2, "at least 1, got '1.5'"),
@@ -462,7 +491,7 @@ def long(tiny: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathli
 
 
 def test_ctrl_c_leaves_the_text_so_far(long: pathlib.Path) -> None:
-    process = start("--checkpoint", long, "--prompt", PROMPT, "--max-len", 16384, "--top-k", 50)
+    process = start("--checkpoint", long, "--prompt", PROMPT, "--max-len", 16000, "--top-k", 50)
     assert process.stdout is not None
     seen = b""
     while len(seen) < len(PROMPT) + 30:  # It is streamed: this is there long before the end.

@@ -137,9 +137,24 @@ def test_generation_stops_at_max_len(tiny):
 
 def test_generation_stops_when_the_context_is_full(tiny):
     prompt = [*range(10, 70)]
-    answer = tiny.generate([Request(prompt, temperature=0.0, max_len=1000)])[0]
-    assert len(prompt) + len(answer.token_ids) == TINY.sequence_len
-    assert answer.finish_reason == "context"
+    open_ended, exact = tiny.generate(
+        [Request(prompt, temperature=0.0), Request(prompt, temperature=0.0, max_len=4)]
+    )
+    assert len(prompt) + len(exact.token_ids) == TINY.sequence_len
+    assert open_ended.token_ids == exact.token_ids
+    assert (open_ended.finish_reason, exact.finish_reason) == ("context", "length")
+
+
+def test_a_prompt_too_long_keeps_its_newest_tokens_if_asked(tiny):
+    prompt = [*range(10, 110)]
+    (answer,) = tiny.generate([Request(prompt, temperature=0.0, max_len=5, truncate="left")])
+    assert answer.prompt_ids == prompt[-59:]
+    (same,) = tiny.generate([Request(prompt[-59:], temperature=0.0, max_len=5)])
+    assert answer == same and len(answer.token_ids) == 5
+    (short,) = tiny.generate([Request([5, 6], temperature=0.0, max_len=5, truncate="left")])
+    assert short.prompt_ids == [5, 6]
+    (one,) = tiny.generate([Request(prompt, temperature=0.0, truncate="left")])
+    assert len(one.prompt_ids) == 63 and len(one.token_ids) == 1
 
 
 def test_generation_stops_at_the_end_of_sequence_token(tiny):
@@ -154,6 +169,74 @@ def test_generation_stops_at_the_end_of_sequence_token(tiny):
     assert answers[0].token_ids == free.token_ids[: first + 1]
     assert answers[0].finish_reason == "eos"
     assert answers[1].finish_reason == "length" or answers[1].token_ids[-1] == eos
+
+
+def test_the_end_of_sequence_token_can_be_ignored_or_put_off(tiny):
+    free = tiny.generate([Request([5], temperature=0.0, max_len=6)])[0].token_ids
+    stopping = make(dataclasses.replace(TINY, eos_token=free[2]))
+    asked = {"temperature": 0.0, "max_len": 6}
+    ended, ignoring, later = stopping.generate(
+        [
+            Request([5], **asked),
+            Request([5], **asked, ignore_eos=True),
+            Request([5], **asked, min_len=4),
+        ]
+    )
+    assert ended.token_ids == free[: free.index(free[2]) + 1] and ended.finish_reason == "eos"
+    assert ignoring.token_ids == free and ignoring.finish_reason == "length"
+    assert len(later.token_ids) >= 4 and free[2] not in later.token_ids[:3]
+
+
+def test_stop_tokens_and_stop_strings_end_an_answer_that_does_not_show_them(tiny):
+    asked = {"rng_seed": 4, "max_len": 30, "temperature": 0.0}
+    (free,) = tiny.generate([Request("The cat", **asked)])
+    middle = free.token_ids[12]
+    first = free.token_ids.index(middle)
+    (by_token,) = tiny.generate([Request("The cat", **asked, stop_tokens=[middle])])
+    assert by_token.token_ids == free.token_ids[: first + 1] and by_token.finish_reason == "stop"
+    assert by_token.text == tiny.tokenizer.decode(
+        [*free.prompt_ids, *free.token_ids[:first]]
+    ).removeprefix("The cat")
+    stop = free.text[20:26]
+    cut = free.text.index(stop)
+    events = list(tiny.stream([Request("The cat", **asked, stop=["never to be seen", stop])]))
+    by_text = events[-1].completion
+    assert by_text.text == "".join(event.text for event in events) == free.text[:cut]
+    assert by_text.finish_reason == "stop"
+    count = len(by_text.token_ids)
+    assert by_text.token_ids == free.token_ids[:count] and count < len(free.token_ids)
+    (late,) = tiny.generate([Request("The cat", **asked, stop=stop, min_len=count + 1)])
+    assert late.text.startswith(free.text[: cut + len(stop)])
+
+
+def test_bias_and_penalties_change_what_is_drawn(tiny):
+    (free,) = tiny.generate([Request([5, 6], temperature=0.0, max_len=30)])
+    wanted, never = 77, free.token_ids[0]
+    biased, once, novel = tiny.generate(
+        [
+            Request([5, 6], temperature=0.0, max_len=3, logit_bias={wanted: 1e4, 3: -5}),
+            Request([5, 6], temperature=0.0, max_len=30, presence_penalty=1e4),
+            Request([5, never], temperature=0.0, max_len=30, repetition_penalty=1e4),
+        ]
+    )
+    assert biased.token_ids == [wanted] * 3
+    assert len(set(free.token_ids)) < 30  # greedy, it repeats itself
+    assert len(set(once.token_ids)) == 30
+    assert len(set(novel.token_ids)) == 30 and not {5, never} & set(novel.token_ids)
+
+
+def test_the_models_own_first_choices_are_reported(tiny):
+    asked, plain = tiny.generate(
+        [Request([5, 6, 7], rng_seed=3, max_len=6, top_logprobs=3), Request([9], max_len=2)]
+    )
+    assert plain.top_logprobs == []
+    ids = [5, 6, 7, *asked.token_ids]
+    logits = tiny.logits([ids])[0].astype(np.float64)
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for position, found in enumerate(asked.top_logprobs, 2):
+        best = np.argsort(-scores[position], kind="stable")[:3]
+        assert [token for token, _ in found] == best.tolist()
+        np.testing.assert_allclose([p for _, p in found], scores[position, best], atol=1e-5)
 
 
 def test_logprobs_are_the_models_own_before_all_filters(tiny):
@@ -221,7 +304,37 @@ WRONG = {
     "no ids": (Request([]), "the prompt is empty"),
     "an id too large": (Request([5, 4096]), "expected token ids from 0 to 4095, got 4096"),
     "a negative id": (Request([-1]), "got -1"),
-    "a prompt too long": (Request([5] * 64), "has 64 tokens, and the context of 64"),
+    "a prompt too long": (
+        Request([5] * 64),
+        "prompt has 64 tokens, and the context of 64 must hold at least one more",
+    ),
+    "prompt and answer too long": (
+        Request([5] * 60, max_len=5),
+        "has 60 tokens, and the context of 64 must hold max_len = 5 more; shorten it, or keep only",
+    ),
+    "no room": (
+        Request([5], max_len=64, truncate="left"),
+        "max_len = 64 leaves no room for a prompt in the context of 64; set it below 64",
+    ),
+    "truncate": (Request([5], truncate="right"), "truncate must be None or \"left\", got 'right'"),
+    "min_len": (Request([5], max_len=3, min_len=4), "min_len must be .* 0 to max_len = 3, got 4"),
+    "min_len that cannot be": (
+        Request([5], min_len=1, allowed_tokens=[2]),
+        "min_len = 1 needs a token in allowed_tokens",
+    ),
+    "min_p": (Request([5], min_p=2.0), "min_p must be a number from 0 to 1, got 2"),
+    "repetition_penalty": (Request([5], repetition_penalty=0.0), "repetition_penalty must be .* 0"),
+    "presence_penalty": (Request([5], presence_penalty=float("inf")), "presence_penalty must be"),
+    "logit_bias": (Request([5], logit_bias={5: "x"}), "finite numbers, got 'x' for 5"),
+    "a bias of no token": (Request([5], logit_bias={4096: 1.0}), "from 0 to 4095, got 4096"),
+    "biases in a list": (Request([5], logit_bias=[1.0]), "logit_bias must map token ids"),
+    "an empty stop": (Request([5], stop=["a", ""]), "stop must hold texts .* not empty, got ''"),
+    "a stop in ids": (Request([5], stop=[7]), "stop must hold texts that are not empty, got 7"),
+    "one stop": (Request([5], stop=7), "stop must be a text, or a list of texts, got 7"),
+    "one stop token": (Request([5], stop_tokens=7), "stop_tokens: expected .* ids, got 7"),
+    "allowed words": (Request([5], allowed_tokens="ab"), "allowed_tokens: expected .* got 'ab'"),
+    "stop_tokens": (Request([5], stop_tokens=[-1]), "expected token ids from 0 to 4095, got -1"),
+    "top_logprobs": (Request([5], top_logprobs=21), "top_logprobs must be .* 0 to 20, got 21"),
     "max_len": (Request([5], max_len=0), "max_len must be an integer of at least 1, got 0"),
     "temperature": (Request([5], temperature=-0.5), "temperature must be .* got -0.5"),
     "not a number": (Request([5], temperature=float("nan")), "temperature must be .* got nan"),

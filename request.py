@@ -1,0 +1,318 @@
+"""What is asked of a runner, and what it answers. A wrong request is refused here, at no cost.
+
+Dimension letters: `V` vocabulary.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from model import LanguageModelConfig
+from sampling import SampleSettings, validate_settings
+from steps import Slots
+from text import Detokenizer, StopFilter, Vocabulary
+
+DEFAULT_MAX_LEN = 200
+FIELD_TYPES = (
+    *(np.float32, np.float32, bool, bool, np.int32),
+    *(np.float32, np.float32, np.float32, np.float32, bool, bool, np.int32),
+)  # of SampleSettings, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it.
+
+    prompt: text, or token ids; nothing is put before it. Token 0 is padding: it takes a position,
+        but no other token sees it.
+    temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all. top_k: 0 keeps all. min_p: keeps the
+        tokens at least so probable, beside the most probable one; 0 keeps all.
+    rng_seed: the same request with the same seed gives the same tokens.
+    max_len: how many tokens to generate at most; prompt and max_len must fit the context. None:
+        200, or as many as fit.
+    min_len: no token and no stop string ends the answer before so many tokens.
+    truncate: "left" keeps only the newest tokens of a prompt that is too long.
+    repetition_penalty, presence_penalty, logit_bias (by token id): as in SampleSettings.
+    allowed_tokens: the only ids that may be drawn.
+    stop: one text or more that end the answer, which then does not show it. stop_tokens: ids that
+        do. ignore_eos: the end-of-sequence token ends nothing.
+    top_logprobs: how many of the model's own first choices to report beside each token.
+    parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
+        name; else they are text like any other.
+    """
+
+    prompt: str | Sequence[int]
+    temperature: float = 1.0
+    nucleus_p: float = 1.0
+    rng_seed: int = 42
+    max_len: int | None = None
+    top_k: int = 0
+    allowed_tokens: Sequence[int] | None = None
+    parse_special: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_len: int = 0
+    truncate: Literal["left"] | None = None
+    top_logprobs: int = 0
+
+
+@dataclasses.dataclass
+class Completion:
+    """An answer, finished or in the making.
+
+    prompt_ids: what the model read of the prompt. token_ids: the generated ids, that of the token
+    that ended the answer included. logprobs: the model's own log-probability of each, before
+    penalties, temperature and filters. text: what the ids add to the prompt, without the stop;
+    None without a tokenizer. finish_reason: "eos", "stop", "length" (max_len reached), "context"
+    (the context is full), or None while it goes on. top_logprobs: for each token, as many as asked
+    for of the model's own first choices, (token id, log-probability).
+    """
+
+    prompt: str | None
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str | None
+    finish_reason: str | None
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+
+
+class Event(NamedTuple):
+    """One new token of one request of a batch.
+
+    request: which one, from 0. text: what is new of its text and final: a character whose bytes
+    are not all there yet, or what may begin a stop string, stays out. completion: the answer so
+    far.
+    """
+
+    request: int
+    token_id: int
+    text: str
+    completion: Completion
+
+
+def encode(
+    prompt: str | Sequence[int],
+    config: LanguageModelConfig,
+    vocabulary: Vocabulary | None,
+    parse_special: bool = False,
+) -> list[int]:
+    """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
+
+    parse_special: take texts such as [EOS] and <|separator|> for the pieces of that name.
+    """
+    if isinstance(prompt, str):
+        if vocabulary is None:
+            raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
+        return vocabulary.encode(prompt, parse_special)
+    if not isinstance(prompt, Iterable):
+        raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
+    for token in prompt:
+        whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+        if not (whole and 0 <= token < config.vocab_size):
+            raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {token!r}")
+    return [int(token) for token in prompt]
+
+
+class Answering:
+    """A request that is being answered, on the host.
+
+    completion: the answer so far. slot: what a slot needs for it, as numpy arrays without the axis
+    of slots. Raises ValueError if the request is wrong, in one sentence.
+    """
+
+    def __init__(
+        self, request: Request, config: LanguageModelConfig, vocabulary: Vocabulary | None
+    ):
+        if not isinstance(request, Request):
+            raise ValueError(f"expected a Request, got {request!r}; write Request(prompt)")
+        ids = encode(request.prompt, config, vocabulary, request.parse_special)
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        ids, self._limit = _fit(request, ids, config.sequence_len)
+        self._eos = config.eos_token
+        self._stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
+        stops = _stops(request, vocabulary)
+        self.request = request
+        self.slot = _slot(request, ids, self._stop_tokens, config)
+        self._words = None if vocabulary is None else Detokenizer(vocabulary, ids)
+        self._filter = StopFilter(stops)
+        text = request.prompt if isinstance(request.prompt, str) else None
+        self.completion = Completion(text, ids, [], [], None if vocabulary is None else "", None)
+
+    def take(self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: Any) -> str:
+        """Append a token to the answer; returns what of the text is new and final.
+
+        top_ids, top_logprobs: [at least as many as asked for], as in SampleOutput.
+        """
+        answer = self.completion
+        answer.token_ids.append(token)
+        answer.logprobs.append(logprob)
+        if wanted := self.request.top_logprobs:
+            first = zip(top_ids[:wanted].tolist(), top_logprobs[:wanted].tolist(), strict=True)
+            answer.top_logprobs.append(list(first))
+        answer.finish_reason = self._reason(token)
+        if self._words is None or answer.text is None:
+            return ""
+        # The token that ends an answer is none of its text.
+        new = "" if answer.finish_reason in ("eos", "stop") else self._words.push(token)
+        if answer.finish_reason is not None:
+            new += self._words.finish()
+        if len(answer.token_ids) >= self.request.min_len:
+            new = self._filter.push(new)
+        if self._filter.stopped:
+            answer.finish_reason = "stop"
+        elif answer.finish_reason is not None:
+            new += self._filter.finish()
+        answer.text += new
+        return new
+
+    def _reason(self, token: int) -> str | None:
+        """Return why the answer ends with its last token, or None."""
+        if token in self._stop_tokens:
+            return "stop"
+        if token == self._eos and not self.request.ignore_eos:
+            return "eos"
+        count = len(self.completion.token_ids)
+        if count < self._limit:
+            return None
+        wanted = DEFAULT_MAX_LEN if self.request.max_len is None else self.request.max_len
+        return "length" if count >= wanted else "context"
+
+
+def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int]:
+    """Return the prompt that is read, and how many tokens may be generated. Raises ValueError."""
+    max_len, most = request.max_len, len(ids)
+    if max_len is not None and (not _is_integer(max_len) or max_len < 1):
+        raise ValueError(f"max_len must be an integer of at least 1, got {max_len}")
+    if request.truncate not in (None, "left"):
+        raise ValueError(f'truncate must be None or "left", got {request.truncate!r}')
+    room = context - (1 if max_len is None else max_len)  # for the prompt
+    if request.truncate == "left" and room > 0:
+        ids = ids[-room:]
+    if len(ids) > room:
+        asked = "at least one more" if max_len is None else f"max_len = {max_len} more"
+        raise ValueError(
+            f"the prompt has {most} tokens, and the context of {context} must hold {asked}; "
+            "shorten it, or keep only its newest tokens (truncate: left)"
+            if room > 0
+            else f"max_len = {max_len} leaves no room for a prompt in the context of {context}; "
+            f"set it below {context}"
+        )
+    limit = min(DEFAULT_MAX_LEN, context - len(ids)) if max_len is None else max_len
+    min_len = request.min_len
+    if not _is_integer(min_len) or not 0 <= min_len <= limit:
+        raise ValueError(f"min_len must be an integer from 0 to max_len = {limit}, got {min_len}")
+    return ids, limit
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
+    """Check the token ids of a field, which may be numpy's."""
+    try:
+        if isinstance(ids, str):
+            raise ValueError(f"expected a list of token ids, got {ids!r}")
+        return encode(ids, config, None)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
+    stops: Any = (request.stop,) if isinstance(request.stop, str) else request.stop
+    if not isinstance(stops, Iterable):
+        raise ValueError(f"stop must be a text, or a list of texts, got {stops!r}")
+    stops = tuple(stops)
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise ValueError(f"stop must hold texts that are not empty, got {stop!r}")
+    if stops and vocabulary is None:
+        raise ValueError("stop, a text, needs a tokenizer; give stop_tokens instead")
+    return stops
+
+
+def _slot(
+    request: Request, ids: list[int], stop_tokens: Iterable[int], config: LanguageModelConfig
+) -> Slots:
+    """Return what a slot needs for a request, as numpy arrays; raises ValueError."""
+    size = config.vocab_size
+    if not _is_integer(request.rng_seed):
+        raise ValueError(f"rng_seed must be an integer, got {request.rng_seed!r}")
+    mask = np.ones([size], bool)
+    if request.allowed_tokens is not None:
+        mask = _marked(_ids("allowed_tokens", request.allowed_tokens, config), size)
+        if not np.any(mask):
+            raise ValueError("allowed_tokens must hold at least one token, got none")
+    ends = _marked(stop_tokens, size)
+    ends[config.eos_token] |= not request.ignore_eos
+    if request.min_len > 0 and not np.any(mask & ~ends):
+        raise ValueError(
+            f"min_len = {request.min_len} needs a token in allowed_tokens that does not end the "
+            "answer; add one"
+        )
+    values: dict[str, Any] = {
+        "temperature": request.temperature,
+        "nucleus_p": request.nucleus_p,
+        "mask": mask,
+        "active": True,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "bias": _bias(request, config),
+        "in_prompt": _marked(ids, size),
+        "in_answer": np.zeros([size], bool),
+        "top_logprobs": request.top_logprobs,
+    }
+    validate_settings(SampleSettings(**values))
+    return _typed(request.rng_seed % 2**32, request.min_len, ends, SampleSettings(**values))
+
+
+def idle_slot(config: LanguageModelConfig) -> Slots:
+    """Return a slot that serves nothing, as `Answering.slot` is one that does."""
+    nothing = np.zeros([config.vocab_size], bool)
+    settings: list[Any] = [0, 1, ~nothing, False, 0, 0, 1, 0, nothing, nothing, nothing, 0]
+    return _typed(0, 0, nothing, SampleSettings(*settings))
+
+
+def _typed(seed: int, min_len: int, ends: Any, settings: SampleSettings) -> Slots:
+    pairs = zip(settings, FIELD_TYPES, strict=True)
+    fields: list[Any] = [np.asarray(value).astype(dtype) for value, dtype in pairs]
+    token, drawn = np.zeros([1], np.int32), np.zeros([], np.int32)
+    settings = SampleSettings(*fields)
+    row: list[Any] = [token, drawn, np.uint32(seed), settings, ends, np.int32(min_len)]
+    return Slots(*row)
+
+
+def _marked(ids: Iterable[int], size: int) -> np.ndarray:
+    """Return a bool [V], True at the ids."""
+    marks = np.zeros([size], bool)
+    marks[list(ids)] = True
+    return marks
+
+
+def _bias(request: Request, config: LanguageModelConfig) -> np.ndarray:
+    bias = np.zeros([config.vocab_size], np.float32)
+    if request.logit_bias is not None:
+        if not isinstance(request.logit_bias, Mapping):
+            raise ValueError(
+                f"logit_bias must map token ids to numbers, got {request.logit_bias!r}"
+            )
+        for token, value in request.logit_bias.items():
+            _ids("logit_bias", [token], config)
+            if not isinstance(value, numbers.Real) or not abs(value) <= np.finfo(np.float32).max:
+                raise ValueError(
+                    f"logit_bias must map token ids to finite numbers, got {value!r} for {token}"
+                )
+            bias[token] = value
+    return bias
