@@ -72,8 +72,8 @@ class Completion:
     that ended the answer included. logprobs: the model's own log-probability of each, before
     penalties, temperature and filters. text: what the ids add to the prompt, without the stop;
     None without a tokenizer. finish_reason: "eos", "stop", "length" (max_len reached), "context"
-    (the context is full), or None while it goes on. top_logprobs: for each token, as many as asked
-    for of the model's own first choices, (token id, log-probability).
+    (the context is full), "cancelled", or None while it goes on. top_logprobs: for each token, as
+    many as asked for of the model's own first choices, (token id, log-probability).
     """
 
     prompt: str | None
@@ -86,11 +86,11 @@ class Completion:
 
 
 class Event(NamedTuple):
-    """One new token of one request of a batch.
+    """One new token of one request.
 
-    request: which one, from 0. text: what is new of its text and final: a character whose bytes
-    are not all there yet, or what may begin a stop string, stays out. completion: the answer so
-    far.
+    request: which one, its place in the list that was asked, or the number of its handle. text:
+    what is new of its text and final: a character whose bytes are not all there yet, or what may
+    begin a stop string, stays out. completion: the answer so far.
     """
 
     request: int
@@ -125,8 +125,9 @@ def encode(
 class Answering:
     """A request that is being answered, on the host.
 
-    completion: the answer so far. slot: what a slot needs for it, as numpy arrays without the axis
-    of slots. Raises ValueError if the request is wrong, in one sentence.
+    completion: the answer so far. limit: the most tokens it may have. slot: what a slot needs for
+    it, as numpy arrays without the axis of slots. Raises ValueError if the request is wrong, in one
+    sentence.
     """
 
     def __init__(
@@ -137,12 +138,12 @@ class Answering:
         ids = encode(request.prompt, config, vocabulary, request.parse_special)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
-        ids, self._limit = _fit(request, ids, config.sequence_len)
+        ids, self.limit = _fit(request, ids, config.sequence_len)
         self._eos = config.eos_token
         self._stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
         stops = _stops(request, vocabulary)
         self.request = request
-        self.slot = _slot(request, ids, self._stop_tokens, config)
+        self.slot = _slot(request, ids, self._stop_tokens, self.limit, config)
         self._words = None if vocabulary is None else Detokenizer(vocabulary, ids)
         self._filter = StopFilter(stops)
         text = request.prompt if isinstance(request.prompt, str) else None
@@ -182,7 +183,7 @@ class Answering:
         if token == self._eos and not self.request.ignore_eos:
             return "eos"
         count = len(self.completion.token_ids)
-        if count < self._limit:
+        if count < self.limit:
             return None
         wanted = DEFAULT_MAX_LEN if self.request.max_len is None else self.request.max_len
         return "length" if count >= wanted else "context"
@@ -242,7 +243,11 @@ def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
 
 
 def _slot(
-    request: Request, ids: list[int], stop_tokens: Iterable[int], config: LanguageModelConfig
+    request: Request,
+    ids: list[int],
+    stop_tokens: Iterable[int],
+    limit: int,
+    config: LanguageModelConfig,
 ) -> Slots:
     """Return what a slot needs for a request, as numpy arrays; raises ValueError."""
     size = config.vocab_size
@@ -275,23 +280,18 @@ def _slot(
         "top_logprobs": request.top_logprobs,
     }
     validate_settings(SampleSettings(**values))
-    return _typed(request.rng_seed % 2**32, request.min_len, ends, SampleSettings(**values))
-
-
-def idle_slot(config: LanguageModelConfig) -> Slots:
-    """Return a slot that serves nothing, as `Answering.slot` is one that does."""
-    nothing = np.zeros([config.vocab_size], bool)
-    settings: list[Any] = [0, 1, ~nothing, False, 0, 0, 1, 0, nothing, nothing, nothing, 0]
-    return _typed(0, 0, nothing, SampleSettings(*settings))
-
-
-def _typed(seed: int, min_len: int, ends: Any, settings: SampleSettings) -> Slots:
-    pairs = zip(settings, FIELD_TYPES, strict=True)
+    pairs = zip(SampleSettings(**values), FIELD_TYPES, strict=True)
     fields: list[Any] = [np.asarray(value).astype(dtype) for value, dtype in pairs]
-    token, drawn = np.zeros([1], np.int32), np.zeros([], np.int32)
-    settings = SampleSettings(*fields)
-    row: list[Any] = [token, drawn, np.uint32(seed), settings, ends, np.int32(min_len)]
-    return Slots(*row)
+    slot: dict[str, Any] = {
+        "token": np.zeros([1], np.int32),
+        "drawn": np.int32(0),
+        "seed": np.uint32(request.rng_seed % 2**32),
+        "settings": SampleSettings(*fields),
+        "ends": ends,
+        "min_len": np.int32(request.min_len),
+        "limit": np.int32(limit),
+    }
+    return Slots(**slot)
 
 
 def _marked(ids: Iterable[int], size: int) -> np.ndarray:

@@ -185,7 +185,7 @@ def generate(
     phase: Callable[[str], object],
 ) -> None:
     """Print the answers, then a line of statistics."""
-    events = server.stream(make_requests(options), phase)
+    events = server.generate_events(make_requests(options), phase)
     printer = JsonPrinter() if options.json else TextPrinter(options.prompts)
     began, first, tokens = time.perf_counter(), 0.0, 0
     try:

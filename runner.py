@@ -8,7 +8,6 @@ B is the number of slots: sequences that the compiled steps serve at once.
 """
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -22,11 +21,11 @@ from jax.sharding import Mesh
 import checkpoint
 import storage
 from model import LanguageModelConfig, grok_1
-from request import Answering, Completion, Event, Request, encode, idle_slot
+from request import Answering, Completion, Event, Request, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
+from serving import Handle, Serving
 from sharding import (
     axis_size,
-    from_host,
     make_mesh,
     named_shardings,
     parameter_specs,
@@ -34,12 +33,9 @@ from sharding import (
 )
 from steps import (
     EMBEDDINGS,
-    Slots,
-    decode_step,
     device_bytes,
     logits_step,
     new_memory,
-    prefill,
     score_step,
 )
 from text import Vocabulary, load_tokenizer
@@ -183,21 +179,6 @@ class ModelRunner:
         return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
 
 
-@dataclasses.dataclass
-class _Sequence:
-    """A request in a slot, on the host."""
-
-    index: int
-    answering: Answering
-    chunks: list[int]  # compiled chunk sizes that its prompt still needs
-    read: int = 0  # prompt tokens that have been read
-
-    @property
-    def completion(self) -> Completion:
-        """The answer so far."""
-        return self.answering.completion
-
-
 class InferenceRunner:
     """Serves requests: batched, each with its own settings, tokens and stop reason.
 
@@ -257,6 +238,8 @@ class InferenceRunner:
         self.num_slots = self.runner.num_slots(self.mesh)
         self._admit_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
+        where = self.config, self.mesh, self.num_slots, self.pad_sizes
+        self._serving = Serving(self.params, *where)
 
     def _check_size(self) -> None:
         """Raise ValueError, with the meshes that fit the model, if this machine has no such one."""
@@ -283,27 +266,68 @@ class InferenceRunner:
             request = yield None
             yield self.generate([request])[0].text
 
+    def submit(self, request: Request) -> Handle:
+        """Put a request in line; `step`, `stream` and `generate` work on it.
+
+        Raises ValueError that names the field, what it may hold and what it holds.
+        """
+        return self._serving.submit(Answering(request, self.config, self.vocabulary))
+
+    def step(self) -> list[Event]:
+        """Do the next piece of work for all requests; returns the tokens that are new.
+
+        At most one chunk of prompts and one token for each request that is being answered. An empty
+        list does not mean that all is done: `busy` says so.
+        """
+        return self._serving.step()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are requests that have not ended."""
+        return not self._serving.idle
+
+    def stream(self, handle: Handle) -> Iterator[Event]:
+        """Return an iterator over the tokens of one request; all others go on meanwhile."""
+        return self._serving.stream(handle)
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request where it is; its slot is free for the next one. Its answer stays."""
+        self._serving.cancel(handle)
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, in their order. Raises ValueError before the first token."""
         answers: dict[int, Completion] = {}
-        for event in self.stream(requests):
+        for event in self.generate_events(requests):
             answers[event.request] = event.completion
         return [answers[i] for i in range(len(requests))]
 
-    def stream(
+    def generate_events(
         self, requests: Sequence[Request], phase: Callable[[str], object] = lambda _: None
     ) -> Iterator[Event]:
         """Return an iterator over each token of each request as it is drawn.
 
         All requests are checked at once: ValueError names the request and what is wrong with it.
-        Requests beyond the number of slots wait for the batch before them. phase: called with
-        "prefill" and "decode" as these begin.
+        Requests beyond the number of slots wait in order. One that is given up, by leaving the
+        iterator, is cancelled with all others. phase: called with "prefill" and "decode" as these
+        begin.
         """
-        sequences = self._admit_all(requests)
-        return itertools.chain.from_iterable(
-            self._run_batch(sequences[first : first + self.num_slots], phase)
-            for first in range(0, len(sequences), self.num_slots)
-        )
+        return self._events(self._admit_all(requests), phase)
+
+    def _events(
+        self, admitted: Sequence[Answering], phase: Callable[[str], object]
+    ) -> Iterator[Event]:
+        handles = [self._serving.submit(answering) for answering in admitted]
+        index = {handle.number: i for i, handle in enumerate(handles)}
+        self._serving.phase = phase
+        try:
+            while not all(handle.finished for handle in handles):
+                for event in self._serving.step():
+                    if event.request in index:
+                        yield event._replace(request=index[event.request])
+        finally:
+            self._serving.phase = lambda _: None
+            for handle in handles:
+                self._serving.cancel(handle)
 
     def encode(self, prompt: str | Sequence[int], parse_special: bool = False) -> list[int]:
         """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
@@ -312,89 +336,17 @@ class InferenceRunner:
         """
         return encode(prompt, self.config, self.vocabulary, parse_special)
 
-    def _admit_all(self, requests: Sequence[Request]) -> list[_Sequence]:
-        """Check all requests and prepare them for slots."""
+    def _admit_all(self, requests: Sequence[Request]) -> list[Answering]:
+        """Check all requests."""
         if isinstance(requests, str | Request):
             raise ValueError(f"expected a list of requests, got {requests!r}; put it in a list")
-        return [self._admit(index, request) for index, request in enumerate(requests)]
-
-    def _admit(self, index: int, request: Request) -> _Sequence:
-        """Check a request and prepare it for a slot."""
-        try:
-            answering = Answering(request, self.config, self.vocabulary)
-        except ValueError as error:
-            raise ValueError(f"request {index + 1}: {error}") from error
-        return _Sequence(index, answering, self._chunks(len(answering.completion.prompt_ids)))
-
-    def _chunks(self, length: int) -> list[int]:
-        """Return the chunk sizes for a prompt: a function of its own length only.
-
-        Company must not change how a prompt is cut, or its rounding would depend on it.
-        """
-        largest = self.pad_sizes[-1]
-        whole, rest = divmod(length, largest)
-        fitting = [size for size in self.pad_sizes if size >= rest][:1] if rest else []
-        return [largest] * whole + fitting
-
-    def _run_batch(
-        self, sequences: list[_Sequence], phase: Callable[[str], object]
-    ) -> Iterator[Event]:
-        """Serve one sequence a slot until all are done."""
-        phase("prefill")
-        memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
-        slots = self._fill_slots(sequences)
-        where: dict[str, Any] = {"config": self.config, "mesh": self.mesh}
-        while size := next((s.chunks[0] for s in sequences if s.chunks), None):
-            batch, reading = self._next_chunks(sequences, size)
-            sample, memory, slots = prefill(self.params, memory, slots, *batch, **where)
-            ready = [slot for slot in reading if not sequences[slot].chunks]
-            yield from self._deliver(sequences, ready, sample)
-        phase("decode")
-        while True:
-            running = [
-                slot for slot, s in enumerate(sequences) if s.completion.finish_reason is None
-            ]
-            if not running:
-                return
-            active = from_host(np.isin(np.arange(self.num_slots), running), self.mesh)
-            slots = slots._replace(settings=slots.settings._replace(active=active))
-            sample, memory, slots = decode_step(self.params, memory, slots, **where)
-            yield from self._deliver(sequences, running, sample)
-
-    def _fill_slots(self, sequences: list[_Sequence]) -> Slots:
-        """Return the state of a fresh batch; slots without a sequence are not active."""
-        rows = [s.answering.slot for s in sequences]
-        rows += [idle_slot(self.config)] * (self.num_slots - len(rows))
-        return from_host(jax.tree.map(lambda *values: np.stack(values), *rows), self.mesh)
-
-    def _next_chunks(self, sequences: list[_Sequence], size: int) -> tuple[Any, list[int]]:
-        """Take the next chunk of every prompt that is due one of `size` tokens."""
-        tokens = np.zeros([self.num_slots, size], np.int32)
-        length = np.zeros([self.num_slots], np.int32)
-        last = np.zeros([self.num_slots], bool)
-        reading = []
-        for slot, sequence in enumerate(sequences):
-            if sequence.chunks[:1] != [size]:
-                continue
-            chunk = sequence.completion.prompt_ids[sequence.read : sequence.read + size]
-            tokens[slot, : len(chunk)], length[slot] = chunk, len(chunk)
-            sequence.read += len(chunk)
-            del sequence.chunks[0]
-            last[slot] = not sequence.chunks
-            reading.append(slot)
-        return (tokens, length, last), reading
-
-    def _deliver(
-        self, sequences: list[_Sequence], ready: list[int], sample: SampleOutput
-    ) -> Iterator[Event]:
-        """Append the new tokens of the `ready` slots to their answers."""
-        found: Any = jax.device_get(sample)
-        for slot in ready:
-            answering = sequences[slot].answering
-            token = int(found.token_id[slot, 0])
-            top = found.top_logprob_ids[slot], found.top_logprobs[slot]
-            text = answering.take(token, float(found.logprob[slot, 0]), *top)
-            yield Event(sequences[slot].index, token, text, answering.completion)
+        admitted = []
+        for number, request in enumerate(requests, 1):
+            try:
+                admitted.append(Answering(request, self.config, self.vocabulary))
+            except ValueError as error:
+                raise ValueError(f"request {number}: {error}") from error
+        return admitted
 
     # ------------------------------------------------------------------------------ research
 
@@ -470,6 +422,7 @@ class InferenceRunner:
         padded = -(-length // size) * size
         whole = np.zeros([len(arrays), self.num_slots, padded], np.int32)
         whole[:, :rows, :length] = arrays
+        self._serving.release()
         memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
         for first in range(0, padded, size):
             chunk = whole[:, :, first : first + size]

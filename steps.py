@@ -29,7 +29,8 @@ class Slots(NamedTuple):
     token: int32 [B, 1], the last token. drawn: int32 [B], how many tokens it has drawn.
     seed: uint32 [B]. settings: SampleSettings, every field given; `active` marks the slots that are
     in use. ends: bool [B, V], the tokens that end an answer; none of the first `min_len` int32 [B]
-    is one of these.
+    is one of these. limit: int32 [B], the most tokens it may draw. A slot that has drawn its last
+    token is no longer active.
     """
 
     token: jax.Array
@@ -38,6 +39,7 @@ class Slots(NamedTuple):
     settings: SampleSettings
     ends: jax.Array
     min_len: jax.Array
+    limit: jax.Array
 
 
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
@@ -100,17 +102,59 @@ def _sample(
     early = (slots.drawn < slots.min_len)[:, None]
     allowed = settings._replace(mask=settings.mask & ~(slots.ends & early))
     sample = draw(keys, LanguageModelOutput(logits, None), allowed)
-    tokens = jnp.arange(config.vocab_size)
+    # bool [B, V], the token that each slot has drawn
+    drawn_token = active[:, None] & (jnp.arange(config.vocab_size) == sample.token_id)
+    drawn = slots.drawn + active
+    over = jnp.any(slots.ends & drawn_token, axis=-1) | (drawn >= slots.limit)
     assert settings.in_answer is not None
-    in_answer = settings.in_answer | (active[:, None] & (tokens == sample.token_id))
-    return readable(sample, mesh), slots._replace(
-        token=jnp.where(active[:, None], sample.token_id, slots.token),
-        drawn=slots.drawn + active,
-        settings=settings._replace(in_answer=in_answer),
+    settings = settings._replace(active=active & ~over, in_answer=settings.in_answer | drawn_token)
+    token = jnp.where(active[:, None], sample.token_id, slots.token)
+    return readable(sample, mesh), slots._replace(token=token, drawn=drawn, settings=settings)
+
+
+def _draw(
+    config: LanguageModelConfig,
+    mesh: Mesh | None,
+    output: LanguageModelOutput,
+    slots: Slots,
+    drawing: jax.Array,
+) -> tuple[SampleOutput, Slots]:
+    """`_sample` for the slots that are active and `drawing` bool [B]; the others stay."""
+    active = slots.settings.active
+    chosen = slots._replace(settings=slots.settings._replace(active=active & drawing))
+    sample, slots = _sample(config, mesh, output, chosen)
+    settings = slots.settings
+    still = jnp.where(drawing, settings.active, active)
+    slots = slots._replace(settings=settings._replace(active=still))
+    return sample, _placed(slots, config, mesh)
+
+
+def _placed(slots: Slots, config: LanguageModelConfig, mesh: Mesh | None) -> Slots:
+    """Lay slots out over the data axis, in every step alike: else the next one compiles anew."""
+    return jax.tree.map(lambda x: constrain(x, mesh, config.model.data_axis), slots)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory", "slots"))
+def start(
+    memory: Memory,
+    slots: Slots,
+    index: jax.Array,
+    row: Slots,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[Memory, Slots]:
+    """Give the slot `index` int32 [] to a new sequence, `row` (without the axis of slots)."""
+    chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
+    slots = jax.tree.map(
+        lambda x, new: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), new, x), slots, row
     )
+    step = jnp.where(chosen, 0, memory.layers.step)
+    memory = memory._replace(layers=memory.layers._replace(step=step))
+    return memory, _placed(slots, config, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory", "slots"))
 def prefill(
     params: Any,
     memory: Memory,
@@ -128,26 +172,24 @@ def prefill(
     last bool [B]: the prompt ends with this chunk, so that the slot's first token is drawn.
     """
     output = apply_model(config, mesh, params, tokens, memory, length)
-    settings = slots.settings
-    drawing = slots._replace(settings=settings._replace(active=last & settings.active))
-    sample, drawn = _sample(config, mesh, output, drawing)
-    settings = drawn.settings._replace(active=settings.active)
-    return sample, output.model_state, drawn._replace(settings=settings)
+    sample, slots = _draw(config, mesh, output, slots, last)
+    return sample, output.model_state, slots
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory", "slots"))
 def decode_step(
     params: Any,
     memory: Memory,
     slots: Slots,
+    running: jax.Array,
     *,
     config: LanguageModelConfig,
     mesh: Mesh | None = None,
 ) -> tuple[SampleOutput, Memory, Slots]:
-    """Read each active slot's last token and draw its next one."""
-    length = slots.settings.active.astype(jnp.int32)
+    """Read the last token of each slot that is active and `running` bool [B], and draw its next."""
+    length = (slots.settings.active & running).astype(jnp.int32)
     output = apply_model(config, mesh, params, slots.token, memory, length)
-    sample, slots = _sample(config, mesh, output, slots)
+    sample, slots = _draw(config, mesh, output, slots, running)
     return sample, output.model_state, slots
 
 
@@ -191,6 +233,33 @@ def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = N
     return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
 
 
+def _idle_slots(config: LanguageModelConfig, batch: int) -> Slots:
+    rows, reals = jnp.zeros([batch], jnp.int32), jnp.zeros([batch], jnp.float32)
+    flags = jnp.zeros([batch], bool)
+    marks = jnp.zeros([batch, config.vocab_size], bool)
+    settings = SampleSettings(
+        temperature=reals,
+        nucleus_p=reals,
+        mask=marks,
+        active=flags,
+        top_k=rows,
+        min_p=reals,
+        repetition_penalty=reals,
+        presence_penalty=reals,
+        bias=marks.astype(jnp.float32),
+        in_prompt=marks,
+        in_answer=marks,
+        top_logprobs=rows,
+    )
+    return Slots(rows[:, None], rows, rows.astype(jnp.uint32), settings, marks, rows, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
+def new_slots(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> Slots:
+    """Return slots that serve nothing."""
+    return _placed(_idle_slots(config, batch), config, mesh)
+
+
 def abstract_inputs(
     config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, chunk: int | None = None
 ) -> tuple[Any, ...]:
@@ -217,21 +286,16 @@ def abstract_inputs(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows, flags = array(batch), array(batch, dtype=bool)
-    reals = array(batch, dtype=jnp.float32)
-    marks = array(batch, config.vocab_size, dtype=bool)
-    bias = array(batch, config.vocab_size, dtype=jnp.float32)
-    settings = SampleSettings(
-        *(reals, reals, marks, flags, rows, reals, reals, reals, bias, marks, marks, rows)
-    )
-    slots = Slots(array(batch, 1), rows, array(batch, dtype=jnp.uint32), settings, marks, rows)
+    slots = jax.eval_shape(lambda: _idle_slots(config, batch))
+    slots = place(slots, jax.tree.map(lambda _: P(config.model.data_axis), slots))
     if chunk is None:
-        return params, memory, slots
+        return params, memory, slots, flags
     return params, memory, slots, array(batch, chunk), rows, flags
 
 
 def device_bytes(config: LanguageModelConfig, mesh: AnyMesh | None, batch: int) -> int:
     """Return the bytes that one device holds between steps: parameters, and `batch` memories."""
-    params, memory, _ = abstract_inputs(config, mesh, batch)
+    params, memory, *_ = abstract_inputs(config, mesh, batch)
 
     def own(array: Any) -> int:
         shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)

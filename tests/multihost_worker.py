@@ -20,8 +20,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# How many results a process of each kind has asked for when it stops, or waits for ever.
-RESULTS = {"prefill": (None, 1), "decode": (3, 4)}
+# At which of its steps a process stops, and the other one waits for it for ever.
+STEPS = {"prefill": (None, 1), "decode": (4, 4)}
 
 
 def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
@@ -29,7 +29,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     import commandline
     import multihost
     import run
-    import runner
+    import serving
 
     victim, _, place = where.partition(":")
     mine = arguments[arguments.index("--process-id") + 1] == victim
@@ -43,18 +43,18 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
         if place in ("load", "late"):
             arrive()
 
-    phase, deliver, results = multihost.Peers.phase, runner.InferenceRunner._deliver, []
+    phase, dispatch, steps = multihost.Peers.phase, serving.Serving._dispatch, []
 
     def change(self: Any, name: str) -> None:
         phase(self, name)
         if name == place == "prefill" and mine:
             arrive()
 
-    def ask(self: Any, *arguments: Any) -> Any:
-        results.append(0)
-        if place in RESULTS and len(results) == RESULTS[place][0 if mine else 1]:
+    def go(self: Any, *arguments: Any) -> None:
+        steps.append(0)
+        if place in STEPS and len(steps) == STEPS[place][0 if mine else 1]:
             arrive()
-        return deliver(self, *arguments)
+        dispatch(self, *arguments)
 
     def hear(self: Any, *arguments: Any) -> None:
         take(self, *arguments)
@@ -69,7 +69,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     take, multihost.Peers._take = multihost.Peers._take, hear
     commandline.ByteProgress.__call__ = progress
     multihost.Peers.phase = change
-    runner.InferenceRunner._deliver = ask
+    serving.Serving._dispatch = go
     sys.argv = ["run.py", *arguments]
     sys.exit(run.main())
 

@@ -242,7 +242,8 @@ def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
     assert time.monotonic() - began < SLACK  # a closed connection needs no time-out
     assert survivor.status == 1
     if where == "decode" and victim == 1:
-        assert survivor.out.count(" ") == 3 and survivor.out.endswith("\n")  # what it has is kept
+        # What it has is kept.
+        assert survivor.out.count(" ") in (2, 3) and survivor.out.endswith("\n")
     assert_lost(survivor, victim, where, r"its connection (was closed|broke [^\n]*)")
 
 

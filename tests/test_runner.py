@@ -9,6 +9,7 @@ import pytest
 
 import golden
 from model import LanguageModelConfig, TransformerConfig
+from request import Answering
 from runner import (
     InferenceRunner,
     ModelRunner,
@@ -17,7 +18,8 @@ from runner import (
     load_tokenizer,
     sample_from_model,
 )
-from steps import EMBEDDINGS, apply_model, decode_step, new_memory, prefill
+from serving import chunk_lengths
+from steps import EMBEDDINGS, apply_model, decode_step, new_memory, new_slots, prefill, start
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
 TINY = LanguageModelConfig(
@@ -111,15 +113,18 @@ def test_settings_and_prompts_of_any_kind_compile_nothing_new(tiny):
     ("length", "chunks"), [(1, [8]), (8, [8]), (9, [32]), (32, [32]), (40, [32, 8]), (63, [32, 32])]
 )
 def test_a_prompt_is_read_in_the_largest_chunks_and_its_rest_in_the_smallest_that_holds_it(
-    length, chunks, tiny
+    length, chunks
 ):
-    assert tiny._chunks(length) == chunks
+    assert chunk_lengths(length, [8, 32]) == chunks
 
 
 def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
     memory = new_memory(config=TINY, batch=4)
-    slots = tiny._fill_slots([tiny._admit(0, Request([5]))])  # the other three are empty
-    sample, memory, slots = decode_step(tiny.params, memory, slots, config=TINY)
+    slots = new_slots(config=TINY, batch=4)
+    row = Answering(Request([5]), TINY, None).slot
+    memory, slots = start(memory, slots, np.int32(0), row, config=TINY)
+    everybody = np.ones(4, bool)
+    sample, memory, slots = decode_step(tiny.params, memory, slots, everybody, config=TINY)
     assert memory.layers.step.tolist() == slots.drawn.tolist() == [1, 0, 0, 0]
     assert sample.token_id[1:].tolist() == [[0]] * 3
 
@@ -199,7 +204,9 @@ def test_stop_tokens_and_stop_strings_end_an_answer_that_does_not_show_them(tiny
     ).removeprefix("The cat")
     stop = free.text[20:26]
     cut = free.text.index(stop)
-    events = list(tiny.stream([Request("The cat", **asked, stop=["never to be seen", stop])]))
+    events = list(
+        tiny.generate_events([Request("The cat", **asked, stop=["never to be seen", stop])])
+    )
     by_text = events[-1].completion
     assert by_text.text == "".join(event.text for event in events) == free.text[:cut]
     assert by_text.finish_reason == "stop"
@@ -251,7 +258,7 @@ def test_logprobs_are_the_models_own_before_all_filters(tiny):
 
 def test_the_text_is_what_the_tokens_add_to_the_prompt(tiny):
     prompt = "The cat sat on"
-    events = list(tiny.stream([Request(prompt, rng_seed=4, max_len=20)]))
+    events = list(tiny.generate_events([Request(prompt, rng_seed=4, max_len=20)]))
     answer = events[-1].completion
     whole = tiny.tokenizer.decode(answer.prompt_ids + answer.token_ids)
     assert whole == prompt + answer.text
@@ -353,7 +360,7 @@ WRONG = {
 def test_a_wrong_request_is_refused_by_name_before_any_token(case, tiny):
     request, message = WRONG[case]
     with pytest.raises(ValueError, match=f"request 2: .*{message}"):
-        next(tiny.stream([Request([5]), request]))
+        next(tiny.generate_events([Request([5]), request]))
 
 
 @pytest.mark.parametrize("requests", ["words", Request([5])])
@@ -438,10 +445,10 @@ def test_long_texts_are_scored_in_windows_that_overlap_by_half(length, tiny):
     ids = np.random.default_rng(length).integers(3, 4096, length).tolist()
     [scores] = tiny.score([ids])
     expected = list(score_by_hand(tiny, ids, 0, 64))
-    # A window from `start` reads ids[start - 1 : start + 63] and counts its second half.
-    for start in range(32, length - 32, 32):
-        end = min(start + 64, length)
-        window = score_by_hand(tiny, ids, start - 1, end, bos=False)
+    # A window from `begin` reads ids[begin - 1 : begin + 63] and counts its second half.
+    for begin in range(32, length - 32, 32):
+        end = min(begin + 64, length)
+        window = score_by_hand(tiny, ids, begin - 1, end, bos=False)
         expected += list(window[32:])
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
