@@ -326,7 +326,7 @@ assert not xla_bridge.backends_are_initialized(), "a device was started"
 assert dict(jax.config.values) == options, "an option was set"
 assert {name: sys.modules[name] for name in modules} == modules, "a module was replaced"
 new = set(sys.modules) - set(modules)
-assert new == {"model", "mixture", "quantization", "sharding"}, new
+assert new == {"model", "attention", "mixture", "quantization", "sharding"}, new
 assert all(sys.modules[name].__name__ == name for name in new), new
 assert "QuantizedWeight8bit" not in globals(), "a class was put in __main__"
 """
