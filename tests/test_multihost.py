@@ -460,7 +460,7 @@ def test_a_signal_to_one_process_ends_all(
 
 @pytest.mark.slow
 def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str) -> None:
-    first, second = start_pair(start, address, *ASK, "--max-len", 200)
+    first, second = start_pair(start, address, *ASK)
     assert first.stdout is not None
     assert first.stdout.read(2)
     first.stdout.close()
