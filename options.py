@@ -92,14 +92,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--repetition-penalty",
-        type=number(sys.float_info.epsilon, 1e6, float, "a number above 0"),
+        type=number(1e-6, 1e6, float, "a number from 1e-06 to 1e+06"),
         default=1.0,
         metavar="X",
         help="above 1 tokens of prompt and answer come back less (1)",
     )
     add(
         "--presence-penalty",
-        type=number(-1e6, 1e6, float, "a number"),
+        type=number(-1e9, 1e9, float, "a number from -1e+09 to 1e+09"),
         default=0.0,
         metavar="X",
         help="above 0 tokens of the answer come back less (0)",

@@ -11,11 +11,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from model import LanguageModelConfig
-from sampling import SampleSettings, validate_settings
+from sampling import LARGEST_BIAS, SampleSettings, validate_settings
 from steps import Slots
 from text import Detokenizer, StopFilter, Vocabulary
 
 DEFAULT_MAX_LEN = 200
+NUMBERS = (
+    *("temperature", "nucleus_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty"),
+)
 FIELD_TYPES = (
     *(np.float32, np.float32, bool, bool, np.int32),
     *(np.float32, np.float32, np.float32, np.float32, bool, bool, np.int32),
@@ -125,9 +129,8 @@ def encode(
 class Answering:
     """A request that is being answered, on the host.
 
-    completion: the answer so far. limit: the most tokens it may have. slot: what a slot needs for
-    it, as numpy arrays without the axis of slots. Raises ValueError if the request is wrong, in one
-    sentence.
+    completion: the answer so far. limit: the most tokens it may have. Raises ValueError if the
+    request is wrong, in one sentence.
     """
 
     def __init__(
@@ -139,15 +142,23 @@ class Answering:
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         ids, self.limit = _fit(request, ids, config.sequence_len)
-        self._eos = config.eos_token
+        self._config = config
         self._stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
         stops = _stops(request, vocabulary)
         self.request = request
-        self.slot = _slot(request, ids, self._stop_tokens, self.limit, config)
         self._words = None if vocabulary is None else Detokenizer(vocabulary, ids)
         self._filter = StopFilter(stops)
         text = request.prompt if isinstance(request.prompt, str) else None
         self.completion = Completion(text, ids, [], [], None if vocabulary is None else "", None)
+        self.slot()  # to find what is wrong with it
+
+    def slot(self) -> Slots:
+        """Return what a slot needs for the request, as numpy arrays without the axis of slots.
+
+        Made when it is needed: for Grok-1's vocabulary it is a megabyte.
+        """
+        ids = self.completion.prompt_ids
+        return _slot(self.request, ids, self._stop_tokens, self.limit, self._config)
 
     def take(self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: Any) -> str:
         """Append a token to the answer; returns what of the text is new and final.
@@ -180,7 +191,7 @@ class Answering:
         """Return why the answer ends with its last token, or None."""
         if token in self._stop_tokens:
             return "stop"
-        if token == self._eos and not self.request.ignore_eos:
+        if token == self._config.eos_token and not self.request.ignore_eos:
             return "eos"
         count = len(self.completion.token_ids)
         if count < self.limit:
@@ -251,8 +262,12 @@ def _slot(
 ) -> Slots:
     """Return what a slot needs for a request, as numpy arrays; raises ValueError."""
     size = config.vocab_size
-    if not _is_integer(request.rng_seed):
-        raise ValueError(f"rng_seed must be an integer, got {request.rng_seed!r}")
+    for field in ("rng_seed", "top_logprobs"):
+        if not _is_integer(getattr(request, field)):
+            raise ValueError(f"{field} must be an integer, got {getattr(request, field)!r}")
+    for field in NUMBERS:
+        if np.ndim(getattr(request, field)):
+            raise ValueError(f"{field} must be one number, got {getattr(request, field)!r}")
     mask = np.ones([size], bool)
     if request.allowed_tokens is not None:
         mask = _marked(_ids("allowed_tokens", request.allowed_tokens, config), size)
@@ -310,9 +325,10 @@ def _bias(request: Request, config: LanguageModelConfig) -> np.ndarray:
             )
         for token, value in request.logit_bias.items():
             _ids("logit_bias", [token], config)
-            if not isinstance(value, numbers.Real) or not abs(value) <= np.finfo(np.float32).max:
+            if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST_BIAS:
                 raise ValueError(
-                    f"logit_bias must map token ids to finite numbers, got {value!r} for {token}"
+                    f"logit_bias must map token ids to numbers from -{LARGEST_BIAS:g} to "
+                    f"{LARGEST_BIAS:g}, got {value!r} for {token}"
                 )
             bias[token] = value
     return bias

@@ -1,8 +1,7 @@
-"""Requests in, tokens out: the mesh, the weights, and the batching loop.
+"""Requests in, tokens out: the mesh, the weights, and what can be asked of them.
 
-The host's part: lists, strings and loops. What runs on devices is in steps.py; a sequence's result
-depends on its own row only, so a request gives the same tokens alone and in a batch. `ModelRunner`
-knows the model and its weights, `InferenceRunner` serves requests with them.
+`ModelRunner` knows the model and its weights, `InferenceRunner` serves requests with them. Which
+request runs when is in serving.py, what runs on devices in steps.py.
 
 B is the number of slots: sequences that the compiled steps serve at once.
 """
@@ -43,6 +42,7 @@ from text import Vocabulary, load_tokenizer
 __all__ = [
     "Completion",
     "Event",
+    "Handle",
     "InferenceRunner",
     "ModelRunner",
     "Request",
@@ -216,6 +216,7 @@ class InferenceRunner:
         self.mesh: Mesh | None = None
         self.params: Any = None
         self.num_slots = 0
+        self._loaded: Serving | None = None
 
     def initialize(
         self,
@@ -239,7 +240,13 @@ class InferenceRunner:
         self._admit_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
         where = self.config, self.mesh, self.num_slots, self.pad_sizes
-        self._serving = Serving(self.params, *where)
+        self._loaded = Serving(self.params, *where)
+
+    @property
+    def _serving(self) -> Serving:
+        if self._loaded is None:
+            raise ValueError(f"{self.name}: nothing is loaded yet; call initialize() first")
+        return self._loaded
 
     def _check_size(self) -> None:
         """Raise ValueError, with the meshes that fit the model, if this machine has no such one."""
@@ -267,7 +274,7 @@ class InferenceRunner:
             yield self.generate([request])[0].text
 
     def submit(self, request: Request) -> Handle:
-        """Put a request in line; `step`, `stream` and `generate` work on it.
+        """Put a request in line; `step`, and whatever else is asked for answers, works on it.
 
         Raises ValueError that names the field, what it may hold and what it holds.
         """
@@ -277,7 +284,8 @@ class InferenceRunner:
         """Do the next piece of work for all requests; returns the tokens that are new.
 
         At most one chunk of prompts and one token for each request that is being answered. An empty
-        list does not mean that all is done: `busy` says so.
+        list does not mean that all is done: `busy` says so. `stream` returns its request's tokens
+        as well. If it raises, the requests that were being answered are cancelled.
         """
         return self._serving.step()
 
@@ -296,10 +304,10 @@ class InferenceRunner:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, in their order. Raises ValueError before the first token."""
-        answers: dict[int, Completion] = {}
-        for event in self.generate_events(requests):
-            answers[event.request] = event.completion
-        return [answers[i] for i in range(len(requests))]
+        admitted = self._admit_all(requests)
+        for _ in self._events(admitted, lambda _: None):
+            pass
+        return [answering.completion for answering in admitted]
 
     def generate_events(
         self, requests: Sequence[Request], phase: Callable[[str], object] = lambda _: None
@@ -355,6 +363,7 @@ class InferenceRunner:
 
         Raises ValueError if T exceeds the context or an id is out of range.
         """
+        self._serving.release()
         try:
             tokens = np.atleast_2d(np.asarray(token_ids))
         except ValueError as error:
@@ -381,6 +390,7 @@ class InferenceRunner:
         """
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
+        self._serving.release()
         bos = BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
         context = self.config.sequence_len
         scores, windows = [], []
@@ -422,7 +432,6 @@ class InferenceRunner:
         padded = -(-length // size) * size
         whole = np.zeros([len(arrays), self.num_slots, padded], np.int32)
         whole[:, :rows, :length] = arrays
-        self._serving.release()
         memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
         for first in range(0, padded, size):
             chunk = whole[:, :, first : first + size]

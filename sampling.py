@@ -24,6 +24,8 @@ from jax import lax
 
 TOP_K = 8  # how many alternatives are reported beside each token
 TOP_LOGPROBS = 20  # the most log-probabilities that can be asked for beside each token
+LARGEST_BIAS = 1e9  # and the largest presence penalty: logits stay finite
+LARGEST_PENALTY = 1e6  # of repetition, and one over the smallest
 
 
 class SampleSettings(NamedTuple):
@@ -102,7 +104,6 @@ def validate_settings(settings: SampleSettings) -> None:
     if mask.dtype != bool:
         raise ValueError(f"mask must be bool, True for an allowed token, got dtype {mask.dtype}")
     float_max, int_max = np.finfo(np.float32).max, np.iinfo(np.int32).max
-    tiny = np.finfo(np.float32).tiny
     top_k = 0 if settings.top_k is None else settings.top_k
 
     def check(field: str, value: Any, allowed: str, holds: Callable[[Any], Any]) -> None:
@@ -129,19 +130,20 @@ def validate_settings(settings: SampleSettings) -> None:
     if settings.min_p is not None:
         check("min_p", settings.min_p, "a number from 0 to 1", in_range)
     if settings.repetition_penalty is not None:
-        positive = "a finite number above 0 (1: none)"
         check(
             "repetition_penalty",
             settings.repetition_penalty,
-            positive,
-            lambda x: (x >= tiny) & (x <= 1 / tiny),
+            f"a number from {1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g} (1: none)",
+            lambda x: (x >= 1 / LARGEST_PENALTY) & (x <= LARGEST_PENALTY),
         )
     if settings.presence_penalty is not None:
-        number = "a finite number (0: none)"
-        check("presence_penalty", settings.presence_penalty, number, lambda x: abs(x) <= float_max)
+        number = f"a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g} (0: none)"
+        penalty = settings.presence_penalty
+        check("presence_penalty", penalty, number, lambda x: abs(x) <= LARGEST_BIAS)
     if settings.bias is not None:
         largest = np.max(np.abs(np.asarray(settings.bias, np.float64)), axis=-1)
-        check("bias", largest, "finite numbers", lambda x: x <= float_max)
+        most = f"numbers from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}"
+        check("bias", largest, most, lambda x: x <= LARGEST_BIAS)
     if settings.top_logprobs is not None:
         allowed = f"an integer from 0 to {TOP_LOGPROBS}"
         check(

@@ -74,7 +74,7 @@ class Serving:
     """Slots, the requests in them, and the line before them.
 
     params: the placed parameters. num_slots: B. pad_sizes: the chunk lengths, rising, for which
-    prefill is compiled. phase: called with "prefill" and "decode" as these begin.
+    prefill is compiled. The attribute `phase` is called with "prefill" and "decode" as these begin.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Serving:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self._waiting and not any(self._slots) and not self._dispatched
+        """Whether there is nothing to do: what the devices may still be at is thrown away."""
+        return not self._waiting and not any(self._slots)
 
     def submit(self, answering: Answering) -> Handle:
         """Put a request in line."""
@@ -119,7 +119,10 @@ class Serving:
         self._free(handle)
 
     def step(self) -> list[Event]:
-        """Let the devices do the next step; returns the tokens of the one before it."""
+        """Let the devices do the next step; returns the tokens of the one before it.
+
+        If it raises, the requests in the slots are cancelled; those in line stay there.
+        """
         before, self._dispatched = self._dispatched, []
         try:
             self._fill()
@@ -143,7 +146,7 @@ class Serving:
     def release(self) -> None:
         """Give up the memory of the slots, if nothing uses it."""
         if self.idle:
-            self._state = None
+            self._state, self._dispatched = None, []
 
     # ---------------------------------------------------------------------------- scheduling
 
@@ -153,7 +156,7 @@ class Serving:
             if taken is None and self._waiting:
                 handle = self._waiting.popleft()
                 self._slots[index] = handle
-                row = handle._answering.slot
+                row = handle._answering.slot()
                 self._state = start(*self._current(), np.int32(index), row, **self._where)
 
     def _current(self) -> tuple[Memory, Slots]:

@@ -121,7 +121,7 @@ def test_a_prompt_is_read_in_the_largest_chunks_and_its_rest_in_the_smallest_tha
 def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
     memory = new_memory(config=TINY, batch=4)
     slots = new_slots(config=TINY, batch=4)
-    row = Answering(Request([5]), TINY, None).slot
+    row = Answering(Request([5]), TINY, None).slot()
     memory, slots = start(memory, slots, np.int32(0), row, config=TINY)
     everybody = np.ones(4, bool)
     sample, memory, slots = decode_step(tiny.params, memory, slots, everybody, config=TINY)
@@ -332,7 +332,10 @@ WRONG = {
     "min_p": (Request([5], min_p=2.0), "min_p must be a number from 0 to 1, got 2"),
     "repetition_penalty": (Request([5], repetition_penalty=0.0), "repetition_penalty must be .* 0"),
     "presence_penalty": (Request([5], presence_penalty=float("inf")), "presence_penalty must be"),
-    "logit_bias": (Request([5], logit_bias={5: "x"}), "finite numbers, got 'x' for 5"),
+    "logit_bias": (
+        Request([5], logit_bias={5: "x"}),
+        "numbers from -1e.09 to 1e.09, got 'x' for 5",
+    ),
     "a bias of no token": (Request([5], logit_bias={4096: 1.0}), "from 0 to 4095, got 4096"),
     "biases in a list": (Request([5], logit_bias=[1.0]), "logit_bias must map token ids"),
     "an empty stop": (Request([5], stop=["a", ""]), "stop must hold texts .* not empty, got ''"),
@@ -341,6 +344,8 @@ WRONG = {
     "one stop token": (Request([5], stop_tokens=7), "stop_tokens: expected .* ids, got 7"),
     "allowed words": (Request([5], allowed_tokens="ab"), "allowed_tokens: expected .* got 'ab'"),
     "stop_tokens": (Request([5], stop_tokens=[-1]), "expected token ids from 0 to 4095, got -1"),
+    "half a choice": (Request([5], top_logprobs=2.0), "top_logprobs must be an integer, got 2.0"),
+    "temperatures": (Request([5], temperature=[1.0, 2.0]), "temperature must be one number, got"),
     "top_logprobs": (Request([5], top_logprobs=21), "top_logprobs must be .* 0 to 20, got 21"),
     "max_len": (Request([5], max_len=0), "max_len must be an integer of at least 1, got 0"),
     "temperature": (Request([5], temperature=-0.5), "temperature must be .* got -0.5"),
@@ -361,6 +366,25 @@ def test_a_wrong_request_is_refused_by_name_before_any_token(case, tiny):
     request, message = WRONG[case]
     with pytest.raises(ValueError, match=f"request 2: .*{message}"):
         next(tiny.generate_events([Request([5]), request]))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda server: server.generate([Request([5])]),
+        lambda server: server.submit(Request([5])),
+        lambda server: server.step(),
+        lambda server: server.logits([5]),
+        lambda server: server.score([[5]]),
+    ],
+    ids=("generate", "submit", "step", "logits", "score"),
+)
+def test_before_it_is_initialized_a_runner_says_what_to_call(use):
+    server = InferenceRunner("early", ModelRunner(TINY, 1, None), None, None)
+    with pytest.raises(
+        ValueError, match=r"early: nothing is loaded yet; call initialize\(\) first"
+    ):
+        use(server)
 
 
 @pytest.mark.parametrize("requests", ["words", Request([5])])

@@ -165,6 +165,30 @@ def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(
     assert order == ahead
 
 
+def test_scoring_frees_the_memory_of_slots_that_nobody_uses():
+    drain()
+    server().generate([Request([5], temperature=0.0, stop_tokens=[1], max_len=3)])
+    assert not server().busy and server()._serving._state is not None
+    server().score([[5, 6]])
+    assert server()._serving._state is None
+    handle = server().submit(Request([5], max_len=3, ignore_eos=True))
+    server().step()
+    server().score([[5, 6]])  # which leaves what is running alone
+    assert server()._serving._state is not None
+    assert len(list(server().stream(handle))) == 3
+
+
+def test_an_answer_that_others_cancel_is_what_there_is_of_it():
+    drain()
+    events = server().generate_events([Request([5], max_len=30, ignore_eos=True)])
+    tokens = [next(events).token_id]
+    handle = next(taken for taken in server()._serving._slots if taken is not None)
+    server().cancel(handle)
+    tokens += [event.token_id for event in events]  # what was drawn before
+    assert handle.completion.finish_reason == "cancelled"
+    assert handle.completion.token_ids == tokens and len(tokens) < 30
+
+
 def test_leaving_an_iterator_cancels_what_it_asked_for():
     drain()
     events = server().generate_events([Request([5], max_len=30), Request([6], max_len=30)])
