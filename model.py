@@ -644,7 +644,8 @@ class MultiHeadAttention(hk.Module):
 
         mask: bool, broadcast to [B, T, S] or given as [B, 1, T, S]; True where a query may see a
         key; None: everywhere. With `kv_memory`, the new keys are written at its `step`, which is
-        also their position, and S is the memory's length; else S = T' and positions start at 0.
+        also their position, and S is the memory's length, of which only what has been filled is
+        seen; else S = T' and positions start at 0.
         layer: the layer to use of a memory that holds all of them. length: int32 [B], how many of
         the new positions are real; default all.
 

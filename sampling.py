@@ -37,7 +37,7 @@ class SampleSettings(NamedTuple):
     active: bool [B]; False for an unused slot, whose other settings may hold anything.
     top_k: int32 [B]; 0 means no limit.
     min_p: float32 [B], in [0, 1]; keeps the tokens at least so probable, beside the most probable
-        one (Nguyen et al. 2024, "Turning Up the Heat", eq. 2); 0 keeps every token.
+        one (Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"); 0 keeps every token.
     repetition_penalty: float32 [B], above 0; divides the positive logits of the tokens that came
         before, in prompt and answer, and multiplies the negative ones (Keskar et al. 2019, "CTRL",
         section 4.1, as it is in use); 1 changes nothing.
@@ -288,7 +288,7 @@ def _draw(rngs: jax.Array, logits: jax.Array, temperature: jax.Array) -> jax.Arr
     """Draw a token of each row of logits [B, V] by its probability -> int32 [B, 1].
 
     One number a sequence is drawn, and looked up among the running sums of the weights: a number a
-    token, as the Gumbel trick takes, costs a CPU twenty times as much in a full vocabulary.
+    token, as the Gumbel trick takes, costs a CPU several times as much in a full vocabulary.
     """
     batch, vocabulary = logits.shape
     size = math.isqrt(vocabulary - 1) + 1  # so many blocks of so many tokens
