@@ -6,8 +6,9 @@ longer than a chunk. What a sequence gets depends on nothing but itself: its pro
 own length, and the compiled steps keep the slots apart.
 
 The devices are a step ahead of the host: a step is dispatched before the tokens of the one before
-it are read. A slot knows itself when it has drawn its last token; what only the host can see, a
-stop string, costs a token that is thrown away.
+it are read, but for the first token where no other sequence is going on. A slot knows itself when
+it has drawn its last token; what only the host can see, a stop string, costs a token that is thrown
+away.
 """
 
 import collections
@@ -126,8 +127,13 @@ class Serving:
         before, self._dispatched = self._dispatched, []
         try:
             self._fill()
+            others = self._running().any()
             self._read_prompts()
-            self._decode()
+            if others or before or not self._dispatched:
+                self._decode()
+            else:
+                # Nobody waits for the devices, which may have to compile: the first token at once.
+                before, self._dispatched = self._dispatched, []
             return [event for step in before for event in self._deliver(step)]
         except BaseException:
             self._abandon()  # memory that was given to a failed step is lost
@@ -188,12 +194,17 @@ class Serving:
             last[index] = not handle._chunks
         self._dispatch(prefill, last, *self._given(tokens, length, last))
 
-    def _decode(self) -> None:
-        """Dispatch a token for all whose prompt has been read and that may need one more."""
+    def _running(self) -> np.ndarray:
+        """Return bool [B]: whose prompt has been read, and that may need one more token."""
         running = np.zeros([self._num_slots], bool)
         for index, handle in enumerate(self._slots):
             if handle is not None:
                 running[index] = not handle._chunks and handle._due < handle._answering.limit
+        return running
+
+    def _decode(self) -> None:
+        """Dispatch a token for all that are running."""
+        running = self._running()
         if running.any():
             self.phase("decode")
             self._dispatch(decode_step, running, *self._given(running))
