@@ -1,7 +1,7 @@
 """Attention and its cache as pure functions: the obvious form, and the one that reads what is used.
 
-Dimension letters: `B` sequences, `T` query positions, `S` cache positions, `K` key/value heads, `G`
-queries per key/value head, `H` head width, `L` layers.
+Dimension letters: `B` sequences, `C` sequences of a cache, `T` query positions, `S` cache positions,
+`K` key/value heads, `G` queries per key/value head, `H` head width, `L` layers.
 
 Grok-1 caps its scores at 30, so their exponentials lie between 1e-13 and 1e13 and a softmax needs
 no maximum to be subtracted: it is two sums, which can be taken block by block. A block that holds
@@ -49,11 +49,13 @@ def attend_cached(
     multiplier: float,
     layer: jax.Array,
     filled: jax.Array,
+    sequence: jax.Array | None = None,
 ) -> jax.Array:
     """`attend` to the first positions of a cache, in blocks, as many as the longest sequence needs.
 
-    keys, values: [L, B, S, K, H], of which `layer` is read. mask: bool, broadcast to [B, T, S].
-    filled: int32 [B], how many positions of each sequence hold a key.
+    keys, values: [L, C, S, K, H], of which `layer` is read. mask: bool, broadcast to [B, T, S].
+    filled: int32 [B], how many positions of each sequence hold a key. sequence: int32 [B], where
+    among the C of the cache each query's sequence is; None: B = C, in order.
     """
     size = keys.shape[2]
     block = min(BLOCK, size)
@@ -63,7 +65,7 @@ def attend_cached(
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, total = sums
         start = jnp.minimum(i * block, size - block)  # the last block may overlap the one before it
-        key, value = (_read_block(cache, layer, start, block) for cache in (keys, values))
+        key, value = (_read_block(cache, layer, start, block, sequence) for cache in (keys, values))
         position = start + jnp.arange(block)
         seen = lax.dynamic_slice_in_dim(mask, start, block, axis=-1)  # [B, T, block]
         seen &= (position >= i * block) & (position < filled[:, None, None])
@@ -84,19 +86,33 @@ def _normalise(out: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
 
 
-def _read_block(cache: jax.Array, layer: jax.Array, start: jax.Array, block: int) -> jax.Array:
-    """Return positions start ... start + block of a cache [L, B, S, K, H] -> [B, block, K, H]."""
-    shape = (1, cache.shape[1], block, *cache.shape[3:])
-    return from_bits(lax.dynamic_slice(cache, (layer, 0, start, 0, 0), shape)[0])
+def _read_block(
+    cache: jax.Array, layer: jax.Array, start: jax.Array, block: int, sequence: jax.Array | None
+) -> jax.Array:
+    """Return positions start ... start + block of a cache [L, C, S, K, H] -> [B, block, K, H]."""
+
+    def read(first: Any, count: int) -> jax.Array:
+        shape = (1, count, block, *cache.shape[3:])
+        return from_bits(lax.dynamic_slice(cache, (layer, first, start, 0, 0), shape)[0])
+
+    if sequence is None:
+        return read(0, cache.shape[1])
+    return jnp.concatenate([read(sequence[b], 1) for b in range(sequence.shape[0])])
 
 
 def write_rows(
-    cache: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    sequence: jax.Array | None = None,
 ) -> jax.Array:
     """Write the first `length` of T new rows of each sequence at its own position.
 
-    cache [L, B, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
-    Rows past a sequence's length, or past the end of the cache, are dropped.
+    cache [L, C, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
+    Rows past a sequence's length, or past the end of the cache, are dropped. sequence: as in
+    `attend_cached`.
     """
     rows, slots = new.shape[1], cache.shape[2]
     if cache.dtype == jnp.uint16:  # the bits of bfloat16
@@ -111,12 +127,12 @@ def write_rows(
         window = jnp.clip(start[b], 0, slots - rows)
         row = jnp.arange(rows) - (start[b] - window)
         keep = (row >= 0) & (row < length[b])
-        at = (layer, b, window, 0, 0)
+        at = (layer, b if sequence is None else sequence[b], window, 0, 0)
         old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
         fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
         return lax.dynamic_update_slice(cache, fresh[None, None], at)
 
-    return lax.fori_loop(0, cache.shape[1], write, cache)
+    return lax.fori_loop(0, new.shape[0], write, cache)
 
 
 def cache_dtype(dtype: Any) -> Any:

@@ -433,11 +433,14 @@ class KVMemory(NamedTuple):
 
     k, v: [L, B, S, K, H] for all layers, or [B, S, K, H] for one.
     step: int32 [B], the positions that each sequence has filled.
+    sequence: int32 [R], while R of the B sequences are read, one a row: which ones. `step` is then
+        theirs, [R]. None: all, in order.
     """
 
     k: jax.Array
     v: jax.Array
     step: jax.Array
+    sequence: jax.Array | None = None
 
 
 class Memory(NamedTuple):
@@ -719,12 +722,15 @@ class MultiHeadAttention(hk.Module):
             length = jnp.full([batch], rows, jnp.int32)
         mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
 
-        def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            q, keys, values, k, v, mask, layer, start, length = arrays
-            keys = write_rows(keys, k, layer, start, length)
-            values = write_rows(values, v, layer, start, length)
+        def local(*arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            q, keys, values, k, v, mask, layer, start, length, sequence = arrays
+            if sequence is not None and mesh is not None:
+                sequence -= lax.axis_index(self.data_axis) * keys.shape[1]
+            keys = write_rows(keys, k, layer, start, length, sequence)
+            values = write_rows(values, v, layer, start, length, sequence)
             multiplier, filled = self.attn_output_multiplier, start + length
-            return attend_cached(q, keys, values, mask, multiplier, layer, filled), keys, values
+            out = attend_cached(q, keys, values, mask, multiplier, layer, filled, sequence)
+            return out, keys, values
 
         if mesh is not None:
             # Each device writes and reads its own sequences and heads, as far as these have come.
@@ -736,13 +742,14 @@ class MultiHeadAttention(hk.Module):
             local = jax.shard_map(
                 local,
                 mesh=mesh,
-                in_specs=(queries, cache, cache, new, new, P(data), P(), P(data), P(data)),
+                in_specs=(queries, cache, cache, new, new, P(data), P(), P(data), P(data), P(data)),
                 out_specs=(queries, cache, cache),
                 check_vma=False,
             )
-        out, *caches = local(q, *caches, k, v, mask, layer, memory.step, length)
+        sequence = memory.sequence
+        out, *caches = local(q, *caches, k, v, mask, layer, memory.step, length, sequence)
         keys, values = (c[0] for c in caches) if one_layer else caches
-        return out, KVMemory(keys, values, memory.step + length)
+        return out, KVMemory(keys, values, memory.step + length, sequence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1169,6 +1176,8 @@ class LanguageModel(hk.Module):
         *,
         last_hid_only: bool = False,
         length: jax.Array | None = None,
+        sequence: jax.Array | None = None,
+        every_position: bool = False,
         capture: Collection[str] = (),
     ) -> LanguageModelOutput | jax.Array:
         """Tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
@@ -1177,7 +1186,9 @@ class LanguageModel(hk.Module):
         nothing is remembered.
         length: int32 [B], how many of the T tokens are real. The others change nothing: they are
         not seen, not remembered and go to no expert; a sequence of length 0 keeps its memory. The
-        logits are then [B, 1, V], at each sequence's last real position.
+        logits are then [B, 1, V], at each sequence's last real position, unless `every_position`.
+        sequence: int32 [B], which sequences of a larger memory these continue, no two the same;
+        those of each part of the data axis in that part. The others stay as they are.
         last_hid_only: return only the hidden state [B, D], float32 and after the final norm, at
         the last real position of each sequence.
         capture: names from CAPTURE_SITES; `captured` then holds router_probs [L, B, T, E].
@@ -1189,8 +1200,9 @@ class LanguageModel(hk.Module):
         self._check(batch, capture)
         written = jnp.full([batch], steps, jnp.int32) if length is None else length
         real = (tokens > config.pad_token) & (jnp.arange(steps) < written[:, None])
-        start, valid = jnp.zeros([batch], jnp.int32), real
+        start, valid, whole = jnp.zeros([batch], jnp.int32), real, memory
         if memory is not None:
+            memory = _chosen(memory, sequence)
             start, valid = memory.layers.step, _remember_valid(memory, real, written)
         # A query sees the real keys up to its own position.
         position = start[:, None] + jnp.arange(steps)  # [B, T]
@@ -1207,10 +1219,10 @@ class LanguageModel(hk.Module):
         h = constrain(h, self.mesh, config.model.data_axis, None, None)
         layers = None if memory is None else memory.layers
         h, layers, captured = self.model(h, mask, real, layers, length=length, capture=capture)
-        memory = None if layers is None else Memory(layers, valid)
+        memory = None if layers is None else _put_back(Memory(layers, valid), whole)
 
         h = RMSNorm(name="rms_norm")(h)
-        if length is not None or last_hid_only:
+        if (length is not None and not every_position) or last_hid_only:
             last = written - 1 if length is not None else _last_real(real)
             h = jnp.take_along_axis(h, jnp.maximum(last, 0)[:, None, None], axis=1)  # [B, 1, D]
         if last_hid_only:
@@ -1230,6 +1242,25 @@ class LanguageModel(hk.Module):
         sites = CAPTURE_SITES if self.config.model.num_experts > 1 else ()
         for name in capture:
             _require(name in sites, "capture", f"names from {sites}", name)
+
+
+def _chosen(memory: Memory, sequence: jax.Array | None) -> Memory:
+    """Return a memory of which only some sequences are read: whole caches, the marks of these."""
+    if sequence is None:
+        return memory
+    layers = memory.layers
+    step = layers.step[sequence]
+    return Memory(layers._replace(step=step, sequence=sequence), memory.valid[sequence])
+
+
+def _put_back(memory: Memory, whole: Memory | None) -> Memory:
+    """Undo `_chosen`: return all sequences of `whole`, those that have been read as in `memory`."""
+    layers, sequence = memory.layers, memory.layers.sequence
+    if sequence is None or whole is None:
+        return memory
+    step = whole.layers.step.at[sequence].set(layers.step)
+    valid = whole.valid.at[sequence].set(memory.valid)
+    return Memory(layers._replace(step=step, sequence=None), valid)
 
 
 def _last_real(real: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 Dimension letters: `V` vocabulary.
 """
 
+import copy
 import dataclasses
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +45,9 @@ class Request:
     stop: one text or more that end the answer, which then does not show it. stop_tokens: ids that
         do. ignore_eos: the end-of-sequence token ends nothing.
     top_logprobs: how many of the model's own first choices to report beside each token.
+    num_samples: how many answers; the prompt is read once. Answer i, from 0, is that of the same
+        request with rng_seed + i.
+    prompt_logprobs: report the log-probability of each token of the prompt.
     parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
         name; else they are text like any other.
     """
@@ -66,6 +70,8 @@ class Request:
     min_len: int = 0
     truncate: Literal["left"] | None = None
     top_logprobs: int = 0
+    num_samples: int = 1
+    prompt_logprobs: bool = False
 
 
 @dataclasses.dataclass
@@ -78,6 +84,8 @@ class Completion:
     None without a tokenizer. finish_reason: "eos", "stop", "length" (max_len reached), "context"
     (the context is full), "cancelled", or None while it goes on. top_logprobs: for each token, as
     many as asked for of the model's own first choices, (token id, log-probability).
+    prompt_logprobs: the log-probability of each token of the prompt, None for the first one, which
+    follows nothing; None if not asked for.
     """
 
     prompt: str | None
@@ -87,6 +95,7 @@ class Completion:
     text: str | None
     finish_reason: str | None
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
 
 
 class Event(NamedTuple):
@@ -94,13 +103,15 @@ class Event(NamedTuple):
 
     request: which one, its place in the list that was asked, or the number of its handle. text:
     what is new of its text and final: a character whose bytes are not all there yet, or what may
-    begin a stop string, stays out. completion: the answer so far.
+    begin a stop string, stays out. completion: the answer so far. sample: which one of the
+    request's answers.
     """
 
     request: int
     token_id: int
     text: str
     completion: Completion
+    sample: int = 0
 
 
 def encode(
@@ -127,7 +138,7 @@ def encode(
 
 
 class Answering:
-    """A request that is being answered, on the host.
+    """One answer to a request, in the making, on the host.
 
     completion: the answer so far. limit: the most tokens it may have. Raises ValueError if the
     request is wrong, in one sentence.
@@ -142,23 +153,59 @@ class Answering:
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         ids, self.limit = _fit(request, ids, config.sequence_len)
-        self._config = config
-        self._stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
-        stops = _stops(request, vocabulary)
+        if not _is_integer(request.num_samples) or request.num_samples < 1:
+            raise ValueError(
+                f"num_samples must be an integer of at least 1, got {request.num_samples!r}"
+            )
         self.request = request
-        self._words = None if vocabulary is None else Detokenizer(vocabulary, ids)
-        self._filter = StopFilter(stops)
-        text = request.prompt if isinstance(request.prompt, str) else None
-        self.completion = Completion(text, ids, [], [], None if vocabulary is None else "", None)
+        self.sample = 0
+        self._ids = ids
+        self._config = config
+        self._vocabulary = vocabulary
+        self._stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
+        self._stops = _stops(request, vocabulary)
+        self._begin()
         self.slot()  # to find what is wrong with it
+
+    def _begin(self) -> None:
+        """Have nothing yet."""
+        vocabulary, prompt = self._vocabulary, self.request.prompt
+        self._words = None if vocabulary is None else Detokenizer(vocabulary, self._ids)
+        self._filter = StopFilter(self._stops)
+        self.completion = Completion(
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_ids=list(self._ids),
+            token_ids=[],
+            logprobs=[],
+            text=None if vocabulary is None else "",
+            finish_reason=None,
+            prompt_logprobs=[None] if self.request.prompt_logprobs else None,
+        )
+
+    def samples(self) -> list["Answering"]:
+        """Return all answers that the request wants, of which this is the first."""
+        found = [self]
+        for index in range(1, self.request.num_samples):
+            other = copy.copy(self)
+            other.sample = index
+            other._begin()
+            found.append(other)
+        return found
 
     def slot(self) -> Slots:
         """Return what a slot needs for the request, as numpy arrays without the axis of slots.
 
         Made when it is needed: for Grok-1's vocabulary it is a megabyte.
         """
-        ids = self.completion.prompt_ids
-        return _slot(self.request, ids, self._stop_tokens, self.limit, self._config)
+        request = self.request
+        seed = np.uint32((request.rng_seed + self.sample) % 2**32)
+        slot = _slot(request, self._ids, self._stop_tokens, self.limit, self._config)
+        return slot._replace(seed=seed)
+
+    def take_prompt(self, logprobs: Sequence[float]) -> None:
+        """Append to the log-probabilities of the prompt's tokens."""
+        if self.completion.prompt_logprobs is not None:
+            self.completion.prompt_logprobs += logprobs
 
     def take(self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: Any) -> str:
         """Append a token to the answer; returns what of the text is new and final.
@@ -300,7 +347,7 @@ def _slot(
     slot: dict[str, Any] = {
         "token": np.zeros([1], np.int32),
         "drawn": np.int32(0),
-        "seed": np.uint32(request.rng_seed % 2**32),
+        "seed": np.uint32(0),
         "settings": SampleSettings(*fields),
         "ends": ends,
         "min_len": np.int32(request.min_len),

@@ -22,7 +22,7 @@ import storage
 from model import LanguageModelConfig, grok_1
 from request import Answering, Completion, Event, Request, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from serving import Handle, Serving
+from serving import Handle, Serving, Statistics
 from sharding import (
     axis_size,
     make_mesh,
@@ -32,6 +32,7 @@ from sharding import (
 )
 from steps import (
     EMBEDDINGS,
+    MOST_TOKENS,
     device_bytes,
     logits_step,
     new_memory,
@@ -48,6 +49,7 @@ __all__ = [
     "Request",
     "SampleOutput",
     "SampleSettings",
+    "Statistics",
     "available_memory",
     "config_in",
     "load_server",
@@ -280,56 +282,76 @@ class InferenceRunner:
         """
         return self._serving.submit(Answering(request, self.config, self.vocabulary))
 
-    def step(self) -> list[Event]:
+    def step(self, tokens: int = 1) -> list[Event]:
         """Do the next piece of work for all requests; returns the tokens that are new.
 
-        At most one chunk of prompts and one token for each request that is being answered. An empty
+        At most one chunk of a prompt, and `tokens` for each request that is being answered, or one
+        while a prompt is read: several, up to 8, cost the host less, and come all at once. An empty
         list does not mean that all is done: `busy` says so. `stream` returns its request's tokens
         as well. If it raises, the requests that were being answered are cancelled.
         """
-        return self._serving.step()
+        return self._serving.step(tokens)
 
     @property
     def busy(self) -> bool:
         """Whether there are requests that have not ended."""
         return not self._serving.idle
 
-    def stream(self, handle: Handle) -> Iterator[Event]:
-        """Return an iterator over the tokens of one request; all others go on meanwhile."""
-        return self._serving.stream(handle)
+    @property
+    def statistics(self) -> Statistics:
+        """What has been done since it was last set to `Statistics()`."""
+        return self._serving.statistics
+
+    @statistics.setter
+    def statistics(self, statistics: Statistics) -> None:
+        self._serving.statistics = statistics
+
+    def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
+        """Return an iterator over the tokens of one request; all others go on meanwhile.
+
+        tokens: how many come at a time, as in `step`.
+        """
+        return self._serving.stream(handle, tokens)
 
     def cancel(self, handle: Handle) -> None:
         """End a request where it is; its slot is free for the next one. Its answer stays."""
         self._serving.cancel(handle)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, in their order. Raises ValueError before the first token."""
+        """Answer all requests, in their order. Raises ValueError before the first token.
+
+        A request that wants several answers has as many in the list, one after another.
+        """
         admitted = self._admit_all(requests)
-        for _ in self._events(admitted, lambda _: None):
-            pass
-        return [answering.completion for answering in admitted]
+        found: dict[tuple[int, int], Completion] = {}
+        for event in self._events(admitted, lambda _: None, MOST_TOKENS):
+            found[event.request, event.sample] = event.completion
+        return [found[place] for place in sorted(found)]
 
     def generate_events(
-        self, requests: Sequence[Request], phase: Callable[[str], object] = lambda _: None
+        self,
+        requests: Sequence[Request],
+        phase: Callable[[str], object] = lambda _: None,
+        tokens: int = 1,
     ) -> Iterator[Event]:
         """Return an iterator over each token of each request as it is drawn.
 
         All requests are checked at once: ValueError names the request and what is wrong with it.
         Requests beyond the number of slots wait in order. One that is given up, by leaving the
         iterator, is cancelled with all others. phase: called with "prefill" and "decode" as these
-        begin.
+        begin. tokens: how many come at a time, as in `step`.
         """
-        return self._events(self._admit_all(requests), phase)
+        return self._events(self._admit_all(requests), phase, tokens)
 
     def _events(
-        self, admitted: Sequence[Answering], phase: Callable[[str], object]
+        self, admitted: Sequence[Answering], phase: Callable[[str], object], tokens: int
     ) -> Iterator[Event]:
         handles = [self._serving.submit(answering) for answering in admitted]
         index = {handle.number: i for i, handle in enumerate(handles)}
         self._serving.phase = phase
         try:
             while not all(handle.finished for handle in handles):
-                for event in self._serving.step():
+                for event in self._serving.step(tokens):
                     if event.request in index:
                         yield event._replace(request=index[event.request])
         finally:

@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attention import cache_dtype
 from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 from sampling import SampleOutput, SampleSettings, sample_token
-from sharding import AnyMesh, constrain, named_shardings, parameter_specs, readable
+from sharding import AnyMesh, axis_size, constrain, named_shardings, parameter_specs, readable
+
+MOST_TOKENS = 8  # that one dispatch of `decode` can draw for each slot
 
 
 class Slots(NamedTuple):
@@ -40,6 +43,29 @@ class Slots(NamedTuple):
     ends: jax.Array
     min_len: jax.Array
     limit: jax.Array
+
+
+class State(NamedTuple):
+    """What the devices hold between steps, beside the parameters.
+
+    memory: the cache of each slot. slots: what it needs for its next token. logits: float32 [B, V],
+    those after the last token of its prompt that has been read; answers begin with them.
+    """
+
+    memory: Memory
+    slots: Slots
+    logits: jax.Array
+
+
+class Decoded(NamedTuple):
+    """The tokens of one dispatch of `decode`, in the order in which they were drawn.
+
+    sample: SampleOutput, each field with an axis before its own, of MOST_TOKENS in `decode`.
+    drawn: bool [MOST_TOKENS, B], for whom a token was drawn each time.
+    """
+
+    sample: SampleOutput
+    drawn: jax.Array
 
 
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
@@ -69,10 +95,11 @@ def apply_model(
     tokens: jax.Array,
     memory: Memory | None = None,
     length: jax.Array | None = None,
+    **options: Any,
 ) -> Any:
     """Run the model on tokens [B, T], outside `hk.transform` -> LanguageModelOutput."""
     model: Any = hk.without_apply_rng(
-        hk.transform(lambda: config.make(mesh)(tokens, memory, length=length))
+        hk.transform(lambda: config.make(mesh)(tokens, memory, length=length, **options))
     )
     output = model.apply(params)
     if mesh is not None and memory is not None:
@@ -85,11 +112,9 @@ def apply_model(
 
 
 def _sample(
-    config: LanguageModelConfig, mesh: Mesh | None, output: LanguageModelOutput, slots: Slots
+    config: LanguageModelConfig, mesh: Mesh | None, logits: jax.Array, slots: Slots
 ) -> tuple[SampleOutput, Slots]:
-    """Draw the next token of the active slots; the others keep theirs."""
-    # Sampling looks at whole rows: gathering them once is cheaper than many reductions.
-    logits = constrain(output.logits, mesh, config.model.data_axis, None, None)
+    """Draw the next token of the active slots from logits [B, V]; the others keep theirs."""
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
         slots.seed, slots.drawn
     )
@@ -101,7 +126,7 @@ def _sample(
     settings, active = slots.settings, slots.settings.active
     early = (slots.drawn < slots.min_len)[:, None]
     allowed = settings._replace(mask=settings.mask & ~(slots.ends & early))
-    sample = draw(keys, LanguageModelOutput(logits, None), allowed)
+    sample = draw(keys, LanguageModelOutput(logits[:, None], None), allowed)
     # bool [B, V], the token that each slot has drawn
     drawn_token = active[:, None] & (jnp.arange(config.vocab_size) == sample.token_id)
     drawn = slots.drawn + active
@@ -115,82 +140,212 @@ def _sample(
 def _draw(
     config: LanguageModelConfig,
     mesh: Mesh | None,
-    output: LanguageModelOutput,
+    logits: jax.Array,
     slots: Slots,
     drawing: jax.Array,
 ) -> tuple[SampleOutput, Slots]:
     """`_sample` for the slots that are active and `drawing` bool [B]; the others stay."""
     active = slots.settings.active
     chosen = slots._replace(settings=slots.settings._replace(active=active & drawing))
-    sample, slots = _sample(config, mesh, output, chosen)
+    sample, slots = _sample(config, mesh, logits, chosen)
     settings = slots.settings
     still = jnp.where(drawing, settings.active, active)
-    slots = slots._replace(settings=settings._replace(active=still))
-    return sample, _placed(slots, config, mesh)
+    return sample, slots._replace(settings=settings._replace(active=still))
 
 
-def _placed(slots: Slots, config: LanguageModelConfig, mesh: Mesh | None) -> Slots:
-    """Lay slots out over the data axis, in every step alike: else the next one compiles anew."""
-    return jax.tree.map(lambda x: constrain(x, mesh, config.model.data_axis), slots)
+def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: Mesh | None) -> jax.Array:
+    """Logits [B, 1, V] -> [B, V], each row on one device.
+
+    Sampling looks at whole rows: gathering them once is cheaper than many reductions.
+    """
+    return constrain(logits[:, 0], mesh, config.model.data_axis, None)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory", "slots"))
+def _placed(state: State, config: LanguageModelConfig, mesh: Mesh | None) -> State:
+    """Lay the state out alike after every step: else the next one compiles anew."""
+    memory = state.memory
+    if mesh is not None:
+        memory = jax.tree.map(
+            lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config)
+        )
+    rows = jax.tree.map(
+        lambda x: constrain(x, mesh, config.model.data_axis), (state.slots, state.logits)
+    )
+    return State(memory, *rows)
+
+
+_step = functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
+
+
+@_step
 def start(
-    memory: Memory,
-    slots: Slots,
+    state: State,
     index: jax.Array,
     row: Slots,
     *,
     config: LanguageModelConfig,
     mesh: Mesh | None = None,
-) -> tuple[Memory, Slots]:
+) -> State:
     """Give the slot `index` int32 [] to a new sequence, `row` (without the axis of slots)."""
+    memory, slots, logits = state
     chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
     slots = jax.tree.map(
         lambda x, new: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), new, x), slots, row
     )
     step = jnp.where(chosen, 0, memory.layers.step)
     memory = memory._replace(layers=memory.layers._replace(step=step))
-    return memory, _placed(slots, config, mesh)
+    return _placed(State(memory, slots, logits), config, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory", "slots"))
+@_step
 def prefill(
     params: Any,
-    memory: Memory,
-    slots: Slots,
+    state: State,
     tokens: jax.Array,
     length: jax.Array,
-    last: jax.Array,
+    slot: jax.Array,
+    following: jax.Array | None = None,
     *,
     config: LanguageModelConfig,
     mesh: Mesh | None = None,
-) -> tuple[SampleOutput, Memory, Slots]:
-    """Read one chunk of each slot's prompt.
+) -> tuple[jax.Array | None, State]:
+    """Read one chunk of a prompt, one for each part of the data axis.
 
-    tokens int32 [B, T], of which the first `length` [B] are real (0: this slot is left alone);
-    last bool [B]: the prompt ends with this chunk, so that the slot's first token is drawn.
+    tokens: int32 [R, T], of which the first `length` [R] are real (0: nothing is read). slot:
+    int32 [R], whose prompt it is; R is the size of the data axis, and each row's slot lies in its
+    own part of that axis. following: int32 [R, T], the token after each.
+    Returns float32 [R, T], the log-probabilities of `following`, if given; and the state.
     """
-    output = apply_model(config, mesh, params, tokens, memory, length)
-    sample, slots = _draw(config, mesh, output, slots, last)
-    return sample, output.model_state, slots
+    memory, slots, before = state
+    output = apply_model(
+        config, mesh, params, tokens, memory, length,
+        sequence=slot, every_position=following is not None,
+    )  # fmt: skip
+    logits, scores = output.logits, None
+    if following is not None:
+        scores = readable(_log_probabilities(logits, following), mesh)
+        last = jnp.maximum(length - 1, 0)[:, None, None]
+        logits = jnp.take_along_axis(logits, last, axis=1)
+    rows = _whole_rows(logits, config, mesh)
+    rows = before.at[slot].set(jnp.where(length[:, None] > 0, rows, before[slot]))
+    return scores, _placed(State(output.model_state, slots, rows), config, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory", "slots"))
-def decode_step(
-    params: Any,
-    memory: Memory,
-    slots: Slots,
-    running: jax.Array,
+@_step
+def first_token(
+    state: State,
+    drawing: jax.Array,
+    source: jax.Array,
+    length: jax.Array,
     *,
     config: LanguageModelConfig,
     mesh: Mesh | None = None,
-) -> tuple[SampleOutput, Memory, Slots]:
-    """Read the last token of each slot that is active and `running` bool [B], and draw its next."""
-    length = (slots.settings.active & running).astype(jnp.int32)
-    output = apply_model(config, mesh, params, slots.token, memory, length)
-    sample, slots = _draw(config, mesh, output, slots, running)
-    return sample, output.model_state, slots
+) -> tuple[Decoded, State]:
+    """Draw the first token of the slots `drawing` bool [B], whose prompts have been read.
+
+    source: int32 [B], the slot that read the prompt, whose cache and logits each takes over: its
+    own, or one that answers, or has answered, the same prompt. length: int32 [B], the prompt's.
+    """
+    memory, slots, logits = state
+    logits = jnp.where(drawing[:, None], logits[source], logits)
+    memory = _take_over(memory, drawing, source, length, config, mesh)
+    sample, slots = _draw(config, mesh, logits, slots, drawing)
+    state = _placed(State(memory, slots, logits), config, mesh)
+    return jax.tree.map(lambda x: x[None], readable(Decoded(sample, drawing), mesh)), state
+
+
+def _take_over(
+    memory: Memory,
+    taking: jax.Array,
+    source: jax.Array,
+    length: jax.Array,
+    config: LanguageModelConfig,
+    mesh: Mesh | None,
+) -> Memory:
+    """Give the slots `taking` bool [B] the first `length` [B] positions of the slots `source`."""
+    layers = memory.layers
+    step = jnp.where(taking, length, layers.step)
+    valid = jnp.where(taking[:, None], memory.valid[source], memory.valid)
+    copying = taking & (source != jnp.arange(source.shape[0]))
+    data = config.model.data_axis
+
+    def local(cache: jax.Array, copying: jax.Array, source: jax.Array) -> jax.Array:
+        # Local: cache [L, B/data, S, K/model, H]; copying and source [B] as a whole.
+        size = cache.shape[1]
+        first = 0 if mesh is None else lax.axis_index(data) * size
+
+        def copy(slot: jax.Array, cache: jax.Array) -> jax.Array:
+            own = source[slot] - first
+            row = lax.dynamic_slice_in_dim(cache, jnp.clip(own, 0, size - 1), 1, axis=1)
+            if mesh is not None:
+                # The bits, from the part of the data axis that has them to all others.
+                kind = jnp.dtype(f"uint{8 * row.dtype.itemsize}")
+                bits = lax.bitcast_convert_type(row, kind).astype(jnp.uint32)
+                bits = lax.psum(jnp.where((own >= 0) & (own < size), bits, 0), data)
+                row = lax.bitcast_convert_type(bits.astype(kind), row.dtype)
+            at = jnp.clip(slot - first, 0, size - 1)
+            old = lax.dynamic_slice_in_dim(cache, at, 1, axis=1)
+            mine = (slot >= first) & (slot < first + size)
+            return lax.dynamic_update_slice_in_dim(cache, jnp.where(mine, row, old), at, axis=1)
+
+        def visit(slot: jax.Array, cache: jax.Array) -> jax.Array:
+            return lax.cond(copying[slot], lambda c: copy(slot, c), lambda c: c, cache)
+
+        return lax.fori_loop(0, source.shape[0], visit, cache)
+
+    if mesh is not None:
+        cache = memory_specs(config).layers.k
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=(cache, P(), P()), out_specs=cache, check_vma=False
+        )
+    k, v = (local(x, copying, source) for x in (layers.k, layers.v))
+    return Memory(layers._replace(k=k, v=v, step=step), valid)
+
+
+@_step
+def decode(
+    params: Any,
+    state: State,
+    running: jax.Array,
+    count: jax.Array,
+    until_free: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None = None,
+) -> tuple[Decoded, State]:
+    """Draw the next tokens of the slots that are active and `running` bool [B], in one dispatch.
+
+    count: int32 [], up to MOST_TOKENS, how many for each; fewer where an answer ends.
+    until_free: bool [], end with the first token that ends an answer, as others wait for its slot.
+    """
+    running &= state.slots.settings.active
+
+    def more(carry: tuple[jax.Array, Decoded, State]) -> jax.Array:
+        i, _, state = carry
+        active = state.slots.settings.active
+        ended = jnp.any(running & ~active)
+        return (i < count) & jnp.any(running & active) & ~(until_free & ended)
+
+    def token(carry: tuple[jax.Array, Decoded, State]) -> tuple[jax.Array, Decoded, State]:
+        i, decoded, state = carry
+        memory, slots, logits = state
+        drawing = slots.settings.active & running
+        length = drawing.astype(jnp.int32)
+        output = apply_model(config, mesh, params, slots.token, memory, length)
+        rows = _whole_rows(output.logits, config, mesh)
+        sample, slots = _draw(config, mesh, rows, slots, drawing)
+        state = _placed(State(output.model_state, slots, logits), config, mesh)
+        new = readable(Decoded(sample, drawing), mesh)
+        return i + 1, jax.tree.map(lambda all, x: all.at[i].set(x), decoded, new), state
+
+    sample, _ = jax.eval_shape(
+        functools.partial(_draw, config, mesh), state.logits, state.slots, running
+    )
+    nothing = jax.tree.map(
+        lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), Decoded(sample, running)
+    )
+    _, decoded, state = lax.while_loop(more, token, (jnp.int32(0), nothing, state))
+    return decoded, state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
@@ -219,10 +374,13 @@ def score_step(
 ) -> tuple[jax.Array, Memory]:
     """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each."""
     output = apply_model(config, mesh, params, tokens, memory)
-    logits = output.logits
+    return readable(_log_probabilities(output.logits, targets), mesh), output.model_state
+
+
+def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return float32 [B, T], the log-probabilities of `targets` [B, T] by logits [B, T, V]."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    scores = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return readable(scores, mesh), output.model_state
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
@@ -254,19 +412,25 @@ def _idle_slots(config: LanguageModelConfig, batch: int) -> Slots:
     return Slots(rows[:, None], rows, rows.astype(jnp.uint32), settings, marks, rows, rows)
 
 
+def _idle_logits(config: LanguageModelConfig, batch: int) -> jax.Array:
+    return jnp.zeros([batch, config.vocab_size], jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
-def new_slots(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> Slots:
-    """Return slots that serve nothing."""
-    return _placed(_idle_slots(config, batch), config, mesh)
+def new_state(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> State:
+    """Return the state of slots that serve nothing."""
+    memory = new_memory(config=config, batch=batch, mesh=mesh)
+    state = State(memory, _idle_slots(config, batch), _idle_logits(config, batch))
+    return _placed(state, config, mesh)
 
 
 def abstract_inputs(
     config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, chunk: int | None = None
 ) -> tuple[Any, ...]:
-    """Return what `prefill` of a chunk length, or `decode_step`, takes, without any data.
+    """Return what `prefill` of a chunk length, or `decode`, takes, without any data.
 
     Leaves are jax.ShapeDtypeStruct with shardings, to compile a step ahead of time:
-    `decode_step.lower(*abstract_inputs(config, mesh, 1), config=config, mesh=mesh).compile()`.
+    `decode.lower(*abstract_inputs(config, mesh, 1), config=config, mesh=mesh).compile()`.
     """
 
     def place(tree: Any, specs: Any) -> Any:
@@ -285,20 +449,21 @@ def abstract_inputs(
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    rows, flags = array(batch), array(batch, dtype=bool)
-    slots = jax.eval_shape(lambda: _idle_slots(config, batch))
-    slots = place(slots, jax.tree.map(lambda _: P(config.model.data_axis), slots))
+    rows = jax.eval_shape(lambda: (_idle_slots(config, batch), _idle_logits(config, batch)))
+    rows = place(rows, jax.tree.map(lambda _: P(config.model.data_axis), rows))
+    state = State(memory, *rows)
     if chunk is None:
-        return params, memory, slots, flags
-    return params, memory, slots, array(batch, chunk), rows, flags
+        return params, state, array(batch, dtype=bool), array(), array(dtype=bool)
+    prompts = axis_size(mesh, config.model.data_axis)
+    return params, state, array(prompts, chunk), array(prompts), array(prompts)
 
 
 def device_bytes(config: LanguageModelConfig, mesh: AnyMesh | None, batch: int) -> int:
     """Return the bytes that one device holds between steps: parameters, and `batch` memories."""
-    params, memory, *_ = abstract_inputs(config, mesh, batch)
+    params, state, *_ = abstract_inputs(config, mesh, batch)
 
     def own(array: Any) -> int:
         shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)
         return math.prod(shape) * array.dtype.itemsize
 
-    return sum(map(own, jax.tree.leaves((params, memory))))
+    return sum(map(own, jax.tree.leaves((params, state.memory))))
