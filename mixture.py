@@ -18,6 +18,7 @@ from jax import lax
 from quantization import matmul
 
 Params = Mapping[str, Mapping[str, Any]]
+SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
 
 
 def expert(params: Params, x: jax.Array) -> jax.Array:
@@ -80,13 +81,17 @@ def block_rows(copies: int, num_experts: int) -> int:
     return min(256, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
 
 
-def sort_by_expert(index: jax.Array, num_experts: int) -> Blocks:
-    """Lay the token copies out in blocks; index int32 [M, A], `num_experts` for a masked copy."""
+def sort_by_expert(index: jax.Array, num_experts: int, multiple: int = 1) -> Blocks:
+    """Lay the token copies out in blocks; index int32 [M, A], `num_experts` for a masked copy.
+
+    There is room for a multiple of so many blocks, the unused ones of padding only.
+    """
     tokens, chosen = index.shape
     copies = tokens * chosen
     rows = block_rows(copies, num_experts)
     # Each expert wastes less than one block, and no more blocks exist than copies.
     most = min(copies, (copies + num_experts * (rows - 1)) // rows)
+    most = -(-most // multiple) * multiple
     flat = index.reshape(-1)
     counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)  # [E]
     blocks = (counts + rows - 1) // rows
@@ -121,10 +126,13 @@ def chosen_experts(
     """The mixture, computing only the chosen experts; equal to `all_experts`.
 
     Arguments as there. The matrices of one (layer, expert) at a time are sliced out, inside the
-    loop. differentiable: loop over a static number of blocks, each with its own copy of its
+    loop; of two, if they are small: a CPU's cores then take one each, where one matrix would not
+    keep them busy. differentiable: loop over a static number of blocks, each with its own copy of its
     expert's matrices, and skip the empty ones: a loop with a dynamic bound has no reverse mode.
     """
-    blocks = sort_by_expert(index, num_experts)
+    elements = sum(math.prod(module["w"].shape[-2:]) for module in params.values())
+    together = 2 if elements * x.dtype.itemsize <= SMALL_EXPERT and not differentiable else 1
+    blocks = sort_by_expert(index, num_experts, together)
     most, rows = blocks.row_token.shape
     padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
     x_blocks = padded[blocks.row_token]  # [blocks, R, D]
@@ -151,12 +159,16 @@ def chosen_experts(
         _, out = lax.scan(jax.checkpoint(block), blocks.used, (jnp.arange(most), x_blocks, own))
     else:
 
-        def body(b: jax.Array, out: jax.Array) -> jax.Array:
-            y = expert(weights_of(blocks.block_expert[b]), x_blocks[b])
-            return lax.dynamic_update_index_in_dim(out, y, b, 0)
+        def body(i: jax.Array, out: jax.Array) -> jax.Array:
+            first = i * together
+            y = [
+                expert(weights_of(blocks.block_expert[b]), x_blocks[b])
+                for b in (first + j for j in range(together))
+            ]
+            return lax.dynamic_update_slice_in_dim(out, jnp.stack(y), first, 0)
 
         zeros = jnp.zeros(x_blocks.shape, jnp.float32)
-        out = lax.fori_loop(0, blocks.used, body, zeros)
+        out = lax.fori_loop(0, (blocks.used + together - 1) // together, body, zeros)
     out = out.reshape(most * rows, -1)
     copies = out.at[blocks.copy_row].get(mode="fill", fill_value=0)  # [M, A, D]
     return jnp.sum(copies * gates[..., None], axis=1)
