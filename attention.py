@@ -1,7 +1,7 @@
-"""Attention and its cache as pure functions: the obvious form, and the one that reads what is used.
+"""Attention and its cache as pure functions: the obvious form, and one that reads what is used.
 
-Dimension letters: `B` sequences, `C` sequences of a cache, `T` query positions, `S` cache positions,
-`K` key/value heads, `G` queries per key/value head, `H` head width, `L` layers.
+Dimension letters: `B` sequences, `C` sequences of a cache, `T` query positions, `S` positions of a
+cache, `K` key/value heads, `G` queries per key/value head, `H` head width, `L` layers.
 
 Grok-1 caps its scores at 30, so their exponentials lie between 1e-13 and 1e13 and a softmax needs
 no maximum to be subtracted: it is two sums, which can be taken block by block. A block that holds
@@ -18,7 +18,7 @@ from jax import lax
 from quantization import product
 
 ATTENTION_SOFT_CAP = 30.0
-BLOCK = 256  # positions of the cache that are attended to at a time
+BLOCK = 128  # positions of the cache that are attended to at a time
 
 
 def _scores(query: jax.Array, key: jax.Array, multiplier: float) -> jax.Array:
@@ -71,13 +71,23 @@ def attend_cached(
         seen &= (position >= i * block) & (position < filled[:, None, None])
         scores = _scores(query, key, multiplier)
         weights = jnp.where(seen[:, None, None], jnp.exp(scores), 0.0)
-        out += product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+        out += _weigh(weights.astype(value.dtype), value)
         return out, total + jnp.sum(weights, axis=-1)
 
     out = jnp.zeros([batch, rows, *heads, values.shape[-1]], jnp.float32)
     total = jnp.zeros([batch, *heads, rows], jnp.float32)
     blocks = (jnp.max(filled) + block - 1) // block
     return _normalise(*lax.fori_loop(0, blocks, add, (out, total)))
+
+
+def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Sum value [B, S, K, H] by weights [B, K, G, T, S], of one dtype -> float32 [B, T, K, G, H]."""
+    if weights.shape[3] > 1:
+        return product("bkgts,bskh->btkgh", weights, value)
+    # One query: a product would first transpose the values, which takes a CPU longer than to sum.
+    by_position = jnp.moveaxis(weights[:, :, :, 0], -1, 1).astype(jnp.float32)  # [B, S, K, G]
+    out = jnp.sum(by_position[..., None] * value[:, :, :, None].astype(jnp.float32), axis=1)
+    return out[:, None]
 
 
 def _normalise(out: jax.Array, total: jax.Array) -> jax.Array:
