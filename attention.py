@@ -81,7 +81,7 @@ def attend_cached(
 
 
 def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Sum value [B, S, K, H] by weights [B, K, G, T, S], of one dtype -> float32 [B, T, K, G, H]."""
+    """Weights [B, K, G, T, S], value [B, S, K, H], of one dtype -> float32 [B, T, K, G, H]."""
     if weights.shape[3] > 1:
         return product("bkgts,bskh->btkgh", weights, value)
     # One query: a product would first transpose the values, which takes a CPU longer than to sum.

@@ -127,8 +127,8 @@ def chosen_experts(
 
     Arguments as there. The matrices of one (layer, expert) at a time are sliced out, inside the
     loop; of two, if they are small: a CPU's cores then take one each, where one matrix would not
-    keep them busy. differentiable: loop over a static number of blocks, each with its own copy of its
-    expert's matrices, and skip the empty ones: a loop with a dynamic bound has no reverse mode.
+    keep them busy. differentiable: loop over a static number of blocks, each with its own copy of
+    its expert's matrices, and skip the empty ones: a loop with a dynamic bound has no reverse mode.
     """
     elements = sum(math.prod(module["w"].shape[-2:]) for module in params.values())
     together = 2 if elements * x.dtype.itemsize <= SMALL_EXPERT and not differentiable else 1

@@ -31,7 +31,7 @@ from runner import available_memory, config_in, with_settings
 from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
 from steps import (
     abstract_inputs,
-    decode_step,
+    decode,
     device_bytes,
     memory_specs,
     new_memory,
@@ -346,23 +346,26 @@ def largest_batches(
 def compile_steps(
     config: LanguageModelConfig, sizes: Sizes, batch: int
 ) -> tuple[dict[str, Step], dict[int, int]]:
-    """Compile both steps -> what they take, and the temporaries of prefill by batch."""
+    """Compile both steps -> what they take, and the most temporaries of either by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
     chunk = min(PREFILL_CHUNK, config.sequence_len)
 
     def compile_step(rows: int, chunk: int | None) -> Step:
         inputs = abstract_inputs(config, mesh, rows, chunk)
-        step = decode_step if chunk is None else prefill
+        step = decode if chunk is None else prefill
         program = step.lower(*inputs, config=config, mesh=mesh).compile()
         return _read_step(program, fixed_bytes(config, sizes, rows))
 
     batches = sorted({sizes[0], batch, MANY * batch})
     # XLA compiles without Python's lock.
     with ThreadPoolExecutor() as pool:
-        decode = pool.submit(compile_step, batch, None)
-        found = dict(zip(batches, pool.map(lambda n: compile_step(n, chunk), batches), strict=True))
-    steps = {"prefill": found[batch], "decode": decode.result()}
-    return steps, {rows: step.temporaries for rows, step in found.items()}
+        # A chunk is of one prompt, however many sequences there are: but for the cache, beside
+        # which it needs as much for few as for many.
+        prompts = pool.submit(compile_step, batch, chunk)
+        found = dict(zip(batches, pool.map(lambda n: compile_step(n, None), batches), strict=True))
+    steps = {"prefill": prompts.result(), "decode": found[batch]}
+    least = steps["prefill"].temporaries
+    return steps, {rows: max(least, step.temporaries) for rows, step in found.items()}
 
 
 def _read_step(program: Any, held: int) -> Step:

@@ -197,10 +197,8 @@ class Answering:
 
         Made when it is needed: for Grok-1's vocabulary it is a megabyte.
         """
-        request = self.request
-        seed = np.uint32((request.rng_seed + self.sample) % 2**32)
-        slot = _slot(request, self._ids, self._stop_tokens, self.limit, self._config)
-        return slot._replace(seed=seed)
+        request, limit = self.request, self.limit
+        return _slot(request, self.sample, self._ids, self._stop_tokens, limit, self._config)
 
     def take_prompt(self, logprobs: Sequence[float]) -> None:
         """Append to the log-probabilities of the prompt's tokens."""
@@ -302,6 +300,7 @@ def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
 
 def _slot(
     request: Request,
+    sample: int,
     ids: list[int],
     stop_tokens: Iterable[int],
     limit: int,
@@ -347,7 +346,7 @@ def _slot(
     slot: dict[str, Any] = {
         "token": np.zeros([1], np.int32),
         "drawn": np.int32(0),
-        "seed": np.uint32(0),
+        "seed": np.uint32((request.rng_seed + sample) % 2**32),
         "settings": SampleSettings(*fields),
         "ends": ends,
         "min_len": np.int32(request.min_len),

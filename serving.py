@@ -112,13 +112,13 @@ class _Sequence:
 
 
 class _Tokens(NamedTuple):
-    """Tokens that are on their way: up to `count` for each of the sequences, by slot.
+    """Tokens that are on their way: up to `most` for each of the sequences, by slot.
 
     first: they are the first ones, for which the model need not be run.
     """
 
     found: Decoded
-    count: int
+    most: int
     drawing: dict[int, _Sequence]
     first: bool
 
@@ -127,7 +127,7 @@ class _Scores(NamedTuple):
     """Log-probabilities [R, T] of a prompt's tokens that are on their way: by row, whose."""
 
     found: Any
-    counts: dict[int, tuple[_Sequence, int]]
+    scored: dict[int, tuple[_Sequence, int]]
 
 
 @dataclasses.dataclass
@@ -363,17 +363,17 @@ class Serving:
         """Take what a step has found, for those that have not ended since it was dispatched."""
         if isinstance(done, _Scores):
             scores = self._fetch(done.found)
-            for row, (sequence, count) in done.counts.items():
+            for row, (sequence, count) in done.scored.items():
                 for other in sequence.handle._sequences:
                     other.answering.take_prompt(scores[row, :count].tolist())
             return
         for sequence in done.drawing.values():
-            sequence.in_flight -= done.count
+            sequence.in_flight -= done.most
         if all(sequence.finished for sequence in done.drawing.values()):
             return
         asked = any(s.answering.request.top_logprobs for s in done.drawing.values())
         sample = done.found.sample
-        wanted = [sample.token_id, sample.logprob, done.found.drawn]
+        wanted: list[Any] = [sample.token_id, sample.logprob, done.found.drawn]
         if asked:
             wanted += [sample.top_logprob_ids, sample.top_logprobs]
         tokens, logprobs, drawn, *top = self._fetch(wanted)

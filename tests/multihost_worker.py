@@ -43,18 +43,21 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
         if place in ("load", "late"):
             arrive()
 
-    phase, dispatch, steps = multihost.Peers.phase, serving.Serving._dispatch, []
+    phase, steps = multihost.Peers.phase, []
 
     def change(self: Any, name: str) -> None:
         phase(self, name)
         if name == place == "prefill" and mine:
             arrive()
 
-    def go(self: Any, *arguments: Any) -> None:
-        steps.append(0)
-        if place in STEPS and len(steps) == STEPS[place][0 if mine else 1]:
-            arrive()
-        dispatch(self, *arguments)
+    def counted(step: Any) -> Any:
+        def go(*arguments: Any, **options: Any) -> Any:
+            steps.append(0)
+            if place in STEPS and len(steps) == STEPS[place][0 if mine else 1]:
+                arrive()
+            return step(*arguments, **options)
+
+        return go
 
     def hear(self: Any, *arguments: Any) -> None:
         take(self, *arguments)
@@ -69,7 +72,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     take, multihost.Peers._take = multihost.Peers._take, hear
     commandline.ByteProgress.__call__ = progress
     multihost.Peers.phase = change
-    serving.Serving._dispatch = go
+    serving.prefill, serving.decode = counted(serving.prefill), counted(serving.decode)
     sys.argv = ["run.py", *arguments]
     sys.exit(run.main())
 

@@ -12,7 +12,7 @@ import pytest
 import golden
 import mixture
 from quantization import QuantizedWeight8bit
-from steps import abstract_inputs, apply_model, decode_step, new_memory
+from steps import abstract_inputs, apply_model, decode, new_memory
 
 PROMPT = [17, 300, 44, 9, 0, 250, 7, 7, 121, 480, 5, 0, 33, 402, 2, 91]  # two pads inside
 MORE = [64, 200, 11, 0, 350]
@@ -183,7 +183,7 @@ def test_a_step_writes_its_rows_and_copies_no_cache(dtype):
     """XLA's CPU backend converted a bfloat16 cache to float32 and back for every row written."""
     config = dataclasses.replace(golden.config("three-layers", dtype), sequence_len=8192)
     memory = jax.eval_shape(lambda: new_memory(config=config, batch=4))
-    compiled = decode_step.lower(*abstract_inputs(config, None, batch=4), config=config).compile()
+    compiled = decode.lower(*abstract_inputs(config, None, batch=4), config=config).compile()
     shape = ",".join(map(str, memory.layers.k.shape))
     made = re.findall(rf"= (\w+)\[{shape}\]\S* ([\w-]+)\(", compiled.as_text())
     kinds = {kind for _, kind in made}
@@ -198,9 +198,9 @@ def test_padding_is_sent_to_no_expert(monkeypatch):
     seen = []
     plain = mixture.sort_by_expert
 
-    def record(index, num_experts):
+    def record(index, *others):
         jax.debug.callback(lambda index: seen.append(np.array(index)), index)
-        return plain(index, num_experts)
+        return plain(index, *others)
 
     monkeypatch.setattr(mixture, "sort_by_expert", record)
     tokens, length = chunks([PROMPT[:3], [], PROMPT[:4]], 8)

@@ -19,7 +19,14 @@ from runner import (
     sample_from_model,
 )
 from serving import chunk_lengths
-from steps import EMBEDDINGS, apply_model, decode_step, new_memory, new_slots, prefill, start
+from steps import (
+    EMBEDDINGS,
+    apply_model,
+    decode,
+    new_state,
+    prefill,
+    start,
+)
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
 TINY = LanguageModelConfig(
@@ -98,7 +105,7 @@ def test_the_seed_decides_the_tokens(tiny):
 
 def test_settings_and_prompts_of_any_kind_compile_nothing_new(tiny):
     tiny.generate([Request([5], max_len=2), Request([*range(3, 40)], max_len=2)])
-    compiled = prefill._cache_size(), decode_step._cache_size()
+    compiled = prefill._cache_size(), decode._cache_size()
     tiny.generate(
         [
             Request([*range(3, 23)], temperature=0.0, max_len=4),
@@ -106,7 +113,7 @@ def test_settings_and_prompts_of_any_kind_compile_nothing_new(tiny):
             Request([9, 9], allowed_tokens=[5, 6, 7], max_len=5),
         ]
     )
-    assert (prefill._cache_size(), decode_step._cache_size()) == compiled
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
 
 
 @pytest.mark.parametrize(
@@ -119,14 +126,15 @@ def test_a_prompt_is_read_in_the_largest_chunks_and_its_rest_in_the_smallest_tha
 
 
 def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
-    memory = new_memory(config=TINY, batch=4)
-    slots = new_slots(config=TINY, batch=4)
-    row = Answering(Request([5]), TINY, None).slot()
-    memory, slots = start(memory, slots, np.int32(0), row, config=TINY)
+    state = new_state(config=TINY, batch=4)
+    row = Answering(Request([5], ignore_eos=True), TINY, None).slot()
+    state = start(state, np.int32(0), row, config=TINY)
     everybody = np.ones(4, bool)
-    sample, memory, slots = decode_step(tiny.params, memory, slots, everybody, config=TINY)
-    assert memory.layers.step.tolist() == slots.drawn.tolist() == [1, 0, 0, 0]
-    assert sample.token_id[1:].tolist() == [[0]] * 3
+    given = everybody, np.int32(3), np.bool_(False)
+    found, state = decode(tiny.params, state, *given, config=TINY)
+    assert state.memory.layers.step.tolist() == state.slots.drawn.tolist() == [3, 0, 0, 0]
+    assert found.drawn.sum(axis=0).tolist() == [3, 0, 0, 0]
+    assert not found.sample.token_id[:, 1:].any()
 
 
 def test_only_allowed_tokens_are_drawn(tiny):

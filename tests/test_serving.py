@@ -147,22 +147,28 @@ def test_requests_wait_in_order_and_one_that_waits_can_be_cancelled():
 
 def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(monkeypatch):
     drain()
-    order, dispatch, deliver = [], serving.Serving._dispatch, serving.Serving._deliver
+    order, deliver = [], serving.Serving._deliver
 
-    def dispatched(*arguments):
-        order.append("dispatch")
-        dispatch(*arguments)
+    def dispatched(name):
+        step = getattr(serving, name)
+
+        def call(*arguments, **options):
+            order.append(name)
+            return step(*arguments, **options)
+
+        monkeypatch.setattr(serving, name, call)
 
     def delivered(*arguments):
         order.append("read")
         return deliver(*arguments)
 
-    monkeypatch.setattr(serving.Serving, "_dispatch", dispatched)
+    for name in ("prefill", "first_token", "decode"):
+        dispatched(name)
     monkeypatch.setattr(serving.Serving, "_deliver", delivered)
-    server().generate([Request([5], max_len=4, ignore_eos=True)])
+    list(server().generate_events([Request([5], max_len=4, ignore_eos=True)]))
     # The first token, for which nothing else waits; then one step ahead.
-    ahead = ["dispatch", "read", "dispatch", *["dispatch", "read"] * 2, "read"]
-    assert order == ahead
+    begin = ["prefill", "first_token", "read"]
+    assert order == [*begin, "decode", *["decode", "read"] * 2, "read"]
 
 
 def test_scoring_frees_the_memory_of_slots_that_nobody_uses():
@@ -210,7 +216,7 @@ def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "decode_step", fail)
+        patch.setattr(serving, "decode", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             list(server().stream(handle))
     assert handle.completion.finish_reason == "cancelled"
@@ -220,7 +226,7 @@ def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(
 def test_coming_and_going_compiles_nothing_new():
     drain()
     server().generate([Request([5] * 40, max_len=2)])
-    functions = (steps.start, steps.prefill, steps.decode_step, steps.new_memory, steps.new_slots)
+    functions = (steps.start, steps.prefill, steps.first_token, steps.decode, steps.new_state)
     compiled = [function._cache_size() for function in functions]
     handles = [server().submit(Request([5] * (1 + i), max_len=1 + i)) for i in range(8)]
     for _ in range(3):
