@@ -144,7 +144,9 @@ def make_plan(
         device_memory=device_memory,
         fits=peak <= device_memory,
         token=token_cost(config, sizes, batch, bandwidth),
-        largest=largest_batches(config, sizes, device_memory - held, known),
+        largest=largest_batches(
+            config, sizes, device_memory - held, steps["prefill"].temporaries, known
+        ),
         files=files,
         host={**host_resources(directory), "loading": loading_bytes(config, sizes)},
         verdict="",
@@ -306,11 +308,12 @@ def token_cost(
 
 
 def largest_batches(
-    config: LanguageModelConfig, sizes: Sizes, room: int, known: dict[int, int]
+    config: LanguageModelConfig, sizes: Sizes, room: int, prompt: int, known: dict[int, int]
 ) -> list[dict[str, int]]:
     """Return a batch that fits for the context asked for, and for shorter ones, as large as known.
 
-    room: bytes beside the weights. known: the temporaries of some batches of the whole context.
+    room: bytes beside the weights. prompt: the temporaries of prefill, for any batch. known: those
+    of decode for some batches of the whole context.
     """
     data = sizes[0]
     batches = sorted(known)
@@ -323,7 +326,7 @@ def largest_batches(
         # less: how much is not known without compiling them, too.
         between = float(np.interp(rows, batches, [known[batch] for batch in batches]))
         beyond = known[last] * rows / last if rows > last else 0.0
-        return rows * each + max(between, beyond) if rows else 0.0
+        return rows * each + max(prompt, between, beyond) if rows else 0.0
 
     found = []
     context = config.sequence_len
@@ -346,7 +349,7 @@ def largest_batches(
 def compile_steps(
     config: LanguageModelConfig, sizes: Sizes, batch: int
 ) -> tuple[dict[str, Step], dict[int, int]]:
-    """Compile both steps -> what they take, and the most temporaries of either by batch."""
+    """Compile both steps -> what they take, and the temporaries of decode by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
     chunk = min(PREFILL_CHUNK, config.sequence_len)
 
@@ -359,13 +362,11 @@ def compile_steps(
     batches = sorted({sizes[0], batch, MANY * batch})
     # XLA compiles without Python's lock.
     with ThreadPoolExecutor() as pool:
-        # A chunk is of one prompt, however many sequences there are: but for the cache, beside
-        # which it needs as much for few as for many.
+        # A chunk is of one prompt, however many sequences there are.
         prompts = pool.submit(compile_step, batch, chunk)
         found = dict(zip(batches, pool.map(lambda n: compile_step(n, None), batches), strict=True))
     steps = {"prefill": prompts.result(), "decode": found[batch]}
-    least = steps["prefill"].temporaries
-    return steps, {rows: max(least, step.temporaries) for rows, step in found.items()}
+    return steps, {rows: step.temporaries for rows, step in found.items()}
 
 
 def _read_step(program: Any, held: int) -> Step:

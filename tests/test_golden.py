@@ -63,8 +63,8 @@ def test_bfloat16_mode_multiplies_and_remembers_bfloat16():
     router = [p for p in products if p[2] == "128x8"]
     others = [p for p in products if p[2] != "128x8"]
     assert [(p[1], p[3], p[4]) for p in router] == [("f32", "f32", "f32")]
-    # query, key, value, linear, scores, weighted values, three of an expert, logits.
-    assert len(others) == 10
+    # query, key, value, linear, scores, weighted values, three of each of two experts, logits.
+    assert len(others) == 13
     assert {(p[1], p[3], p[4]) for p in others} == {("bf16", "bf16", "f32")}
 
 

@@ -188,7 +188,7 @@ def test_an_answer_that_others_cancel_is_what_there_is_of_it():
     drain()
     events = server().generate_events([Request([5], max_len=30, ignore_eos=True)])
     tokens = [next(events).token_id]
-    handle = next(taken for taken in server()._serving._slots if taken is not None)
+    handle = next(taken for taken in server()._serving._slots if taken is not None).handle
     server().cancel(handle)
     tokens += [event.token_id for event in events]  # what was drawn before
     assert handle.completion.finish_reason == "cancelled"
