@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import time
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, Self, TextIO
 
 
 def say(message: str, file: TextIO | None = None) -> None:
@@ -85,37 +85,48 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-class ByteProgress:
-    """Shows how many bytes are done: a bar on a terminal, else a line every few seconds.
+class Progress:
+    """Shows how much is done: a bar on a terminal, else a line every few seconds.
 
-    what: the work, in one word. Call it as progress(bytes_done, bytes_total), from any thread.
+    what: the work, in one word. already: how much was done before it began. Call it as
+    progress(done, total), from any thread.
     """
 
-    def __init__(self, what: str, seconds: float = 5.0):
+    unit, scaled = " answers", False  # as tqdm takes them
+
+    def __init__(self, what: str, seconds: float = 5.0, already: int = 0):
         self.what = what
         self.seconds = seconds
+        self.already = already
         self.began = time.perf_counter()
         self.next = self.began + seconds
         self.bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Take the bytes that are done, and all there are."""
+        """Take how much is done, and all there is."""
         if sys.stderr.isatty():
             if self.bar is None:
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=total, desc=self.what, unit="B", unit_scale=True)
+                self.bar = tqdm(
+                    total=total,
+                    initial=self.already,
+                    desc=self.what,
+                    unit=self.unit,
+                    unit_scale=self.scaled,
+                )
             self.bar.update(done - self.bar.n)
         elif time.perf_counter() >= self.next:
-            passed = time.perf_counter() - self.began
-            left = passed * (total - done) / max(1, done)
-            say(
-                f"{self.what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, "
-                f"{done / 1e9 / passed:.2f} GB/s, {left:.0f} s left"
-            )
+            passed, new = time.perf_counter() - self.began, done - self.already
+            left = passed * (total - done) / max(1, new)
+            say(f"{self.what}: {self.amounts(done, total, new / passed)}, {left:.0f} s left")
             self.next = time.perf_counter() + self.seconds
 
-    def __enter__(self) -> "ByteProgress":
+    def amounts(self, done: int, total: int, rate: float) -> str:
+        """Return what is done of all there is, and how much in a second, in words."""
+        return f"{done} of {total} answers, {rate:.2f} a second"
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,3 +136,13 @@ class ByteProgress:
         """End the line of the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+class ByteProgress(Progress):
+    """Shows how many bytes are done."""
+
+    unit, scaled = "B", True
+
+    def amounts(self, done: int, total: int, rate: float) -> str:
+        """Return the same, in GB."""
+        return f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"

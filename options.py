@@ -146,15 +146,89 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="activations; by default float32 on a CPU, bfloat16 elsewhere",
     )
     add("--json", action="store_true", help="print one JSON object a line for each prompt")
+    add(
+        "--stats",
+        action="store_true",
+        help="say at the end how long first tokens took, and those after them",
+    )
+    add(
+        "--no-compile-cache",
+        dest="compile_cache",
+        action="store_false",
+        help="neither keep compiled programs for the next start nor use those of the last one",
+    )
+    add_prompts(parser)
     add_plan(parser)
     add_distributed(parser)
     options = parser.parse_args(arguments)
     check_distributed(parser, options)
+    check_prompts(parser, options)
     if options.plan and options.distributed:
         parser.error("--plan and --distributed do not go together: one process makes a plan")
-    options.prompts = options.prompts or [DEFAULT_PROMPT]
+    if options.prompts is None:
+        options.prompts = [] if options.prompts_file else [DEFAULT_PROMPT]
+    options.places = [f"request {number}" for number, _ in enumerate(options.prompts, 1)]
+    if options.interactive:
+        # In place of those to come: wrong settings are told before the weights are loaded.
+        options.prompts, options.places = [[0]], ["the options"]
+    # Of each prompt: the person's name for it, and settings of its own.
+    options.ids = [None for _ in options.prompts]
+    options.settings = [{} for _ in options.prompts]
     options.stop = options.stop or []
     return options
+
+
+def add_prompts(parser: Parser) -> None:
+    """Add the options of many prompts, and of those that are yet to be typed."""
+    add = parser.add_argument_group("prompts from elsewhere, and where answers go").add_argument
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        help="more prompts, one a line: text, or in FILE.jsonl JSON objects with the key prompt, "
+        "if wanted id, and settings of their own; - is standard input",
+    )
+    add(
+        "--prompts-format",
+        choices=("text", "jsonl"),
+        help="what --prompts-file holds, whatever its name",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write each answer to FILE as it ends, as a JSON object a line, and print none",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted --output: answer only what it does not hold",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="answer prompts as they are typed; Ctrl-C stops an answer, Ctrl-D ends",
+    )
+
+
+def check_prompts(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if the options of prompts and answers do not fit together."""
+    if options.prompts_format and options.prompts_file is None:
+        parser.error("--prompts-format needs --prompts-file")
+    if options.resume and options.output is None:
+        parser.error("--resume needs --output, the file to go on with")
+    others = {
+        "--prompt": options.prompts,
+        "--prompts-file": options.prompts_file,
+        "--output": options.output,
+        "--json": options.json,
+        "--distributed": options.distributed,
+        "--plan": options.plan,
+    }
+    given = [name for name, value in others.items() if value]
+    if options.interactive and given:
+        parser.error(
+            f"--interactive and {given[0]} do not go together: prompts are typed, answers printed"
+        )
 
 
 def add_plan(parser: Parser) -> None:

@@ -8,6 +8,7 @@ options hold for all, and only it prints. When a process is lost, all end and sa
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,10 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+import interactive
 import multihost
+import prompts
 import storage
-from commandline import ByteProgress, say
+from commandline import ByteProgress, Progress, say
 from options import parse_arguments
+from output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
+from timing import Timing
 
 ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
@@ -36,6 +41,7 @@ MOST_SLOTS = 8
 SHARED = (
     "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
     "presence_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch", "context",
+    "settings", "places", "ids",
 )  # fmt: skip
 
 
@@ -48,11 +54,17 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
             say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
     storage.require_form(directory, "name the right one with --checkpoint")
     tokenizer = options.tokenizer
-    words = options.stop or any(isinstance(prompt, str) for prompt in options.prompts)
-    if tokenizer is None and words:
+    if tokenizer is None and needs_words(options):
         own = directory / "tokenizer.model"
         tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
     return directory, tokenizer
+
+
+def needs_words(options: argparse.Namespace) -> bool:
+    """Whether something of the run is text, which takes a tokenizer."""
+    words = any(isinstance(prompt, str) for prompt in options.prompts)
+    stops = options.stop or any(own.get("stop") for own in options.settings)
+    return bool(options.interactive or words or stops)
 
 
 def find_peers(options: argparse.Namespace, errors: TextIO) -> multihost.Peers:
@@ -80,20 +92,31 @@ def keep_outputs(peers: multihost.Peers) -> None:
     os.close(nothing)
 
 
-def agree(peers: multihost.Peers, options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Take process 0's options, and return this process's files, which must hold what its do."""
+def agree(
+    peers: multihost.Peers, options: argparse.Namespace
+) -> tuple[tuple[Path, Path | None], AnswerFile | None, list[int]]:
+    """Take process 0's options, and return this process's files, which must hold what its do.
+
+    Also returns where the answers go, if that is a file, and which prompts it is left to answer.
+    """
     first = peers.place.process == 0
-    files: Any = choose_files(options) if first else ()
+    files: Any = ()
+    answers = None
+    if first:
+        prompts.read_file(options)
+        files = choose_files(options)
+        answers = open_answers(options, *files)
     shared = peers.share(
         {
-            "options": {name: getattr(options, name) for name in SHARED},
+            "options": {name: getattr(options, name) for name in SHARED} if first else {},
             "files": [None if file is None else str(file.absolute()) for file in files],
             "contents": contents(*files) if first else {},
+            "left": left_over(options, answers) if first else [],
         }
     )
     vars(options).update(shared["options"])
     if first:
-        return files
+        return files, answers, shared["left"]
     if options.checkpoint is None:
         options.checkpoint = Path(shared["files"][0])
         if options.tokenizer is None and shared["files"][1] is not None:
@@ -105,7 +128,7 @@ def agree(peers: multihost.Peers, options: argparse.Namespace) -> tuple[Path, Pa
                 f"the {name} of {directory if name == 'config.json' else tokenizer} is not that of "
                 "process 0; give all processes the same files"
             )
-    return directory, tokenizer
+    return (directory, tokenizer), None, shared["left"]
 
 
 def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
@@ -117,14 +140,35 @@ def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
     }
 
 
+def open_answers(
+    options: argparse.Namespace, directory: Path, tokenizer: Path | None
+) -> AnswerFile | None:
+    """Open the file for the answers, if there is to be one. Raises ValueError."""
+    if options.output is None:
+        return None
+    model = contents(directory, tokenizer) | {"dtype": options.dtype, "context": options.context}
+    fingerprints = [
+        fingerprint(request=prompts.fields_of(options, index), id=options.ids[index], model=model)
+        for index in range(len(options.prompts))
+    ]
+    return AnswerFile(options.output, fingerprints, options.ids, options.resume)
+
+
+def left_over(options: argparse.Namespace, answers: AnswerFile | None) -> list[int]:
+    """Return the places of the prompts that have no answer yet."""
+    done = answers.done if answers else set()
+    return [index for index in range(len(options.prompts)) if index not in done]
+
+
 def make_server(
     options: argparse.Namespace,
+    left: Sequence[int],
     progress: ByteProgress,
     directory: Path,
     tokenizer: Path | None,
     processes: int = 1,
 ) -> Any:
-    """Load the model as the options say."""
+    """Load the model as the options say; the prompts that are left are checked before."""
     mesh = options.mesh or (1, 1)
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
     devices = math.prod(mesh) // processes
@@ -133,19 +177,29 @@ def make_server(
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     import jax  # Takes seconds: after all that can be checked without it.
 
+    import compile_cache
     from runner import load_server
 
+    # Not with others: where one process compiles, XLA may wait for all to do so.
+    if not options.compile_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif processes == 1 and (reason := compile_cache.enable()):
+        say(reason)
     began = time.perf_counter()
-    server = load_server(
-        directory,
-        tokenizer,
-        mesh=mesh,
-        slots=options.batch or min(len(options.prompts), MOST_SLOTS),
-        dtype=options.dtype,
-        context=options.context,
-        requests=make_requests(options),
-        progress=progress,
-    )
+    try:
+        server = load_server(
+            directory,
+            tokenizer,
+            mesh=mesh,
+            # As many as before an interruption: rounding depends on it.
+            slots=options.batch or min(len(options.prompts), MOST_SLOTS),
+            dtype=options.dtype,
+            context=options.context,
+            requests=prompts.make_requests(options, left),
+            progress=progress,
+        )
+    except ValueError as error:
+        raise prompts.in_place(error, [options.places[index] for index in left]) from error
     progress.close()
     dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(
@@ -156,128 +210,55 @@ def make_server(
     return server
 
 
-def make_requests(options: argparse.Namespace) -> list[Any]:
-    """Return a request for each prompt."""
-    from runner import Request
-
-    return [
-        Request(
-            prompt=prompt,
-            temperature=options.temperature,
-            nucleus_p=options.nucleus_p,
-            rng_seed=options.seed,
-            max_len=options.max_len,
-            top_k=options.top_k,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            presence_penalty=options.presence_penalty,
-            stop=options.stop,
-            truncate=options.truncate,
-        )
-        for prompt in options.prompts
-    ]
-
-
 def generate(
     worker: ThreadPoolExecutor,
     server: Any,
     options: argparse.Namespace,
-    phase: Callable[[str], object],
+    left: Sequence[int],
+    answers: AnswerFile | None = None,
+    phase: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Print the answers, then a line of statistics."""
-    events = server.generate_events(make_requests(options), phase)
-    printer = JsonPrinter() if options.json else TextPrinter(options.prompts)
-    began, first, tokens = time.perf_counter(), 0.0, 0
-    try:
-        while event := worker.submit(next, events, None).result():
-            first = first or time.perf_counter() - began
-            tokens += 1
-            printer.show(event)
-    finally:
-        # After an interruption too: nothing that was computed is lost.
-        printer.close()
-    total = time.perf_counter() - began
-    line = f"{tokens} tokens in {total:.2f} s, compilation included: {first:.2f} s to the first"
-    if tokens > 1:
-        line += f" token, then {(tokens - 1) / (total - first):.1f} tokens/s"
-    say(line)
+    """Print the answers that are left, or write them to a file; then a line of statistics."""
+    events = server.generate_events(prompts.make_requests(options, left), phase)
+    done, total = len(options.prompts) - len(left), len(options.prompts)
+    with Progress("answering", already=done) as progress:
+        if answers:
+            answers.progress = progress
+            progress(done, total)
+        printer = answers or make_printer(options)
+        timing = Timing()
+        try:
+            while event := worker.submit(next, events, None).result():
+                timing.take(event.request)
+                printer.show(event._replace(request=left[event.request]))
+        finally:
+            # After an interruption too: nothing that was computed is lost.
+            printer.close()
+    say(timing.line())
+    if options.stats:
+        say(timing.block())
 
 
-class TextPrinter:
-    """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
-
-    def __init__(self, prompts: Sequence[Any]):
-        self.alone = len(prompts) == 1
-        self.begun = self.alone and isinstance(prompts[0], str)
-        self.open: dict[int, Any] = {}
-        if self.begun:
-            print(prompts[0], end="", flush=True)
-
-    def show(self, event: Any) -> None:
-        """Print what is new."""
-        if self.alone:
-            text = event.text if event.completion.text is not None else f"{event.token_id} "
-            print(text, end="", flush=True)
-            self.begun = True
-            return
-        self.open[event.request] = event.completion
-        if event.completion.finish_reason is not None:
-            self._whole(event.request)
-
-    def close(self) -> None:
-        """End the line, and print what answers there are of an interrupted batch."""
-        if self.begun:
-            print(flush=True)
-        for index in sorted(self.open):
-            self._whole(index)
-
-    def _whole(self, index: int) -> None:
-        answer = self.open.pop(index)
-        prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
-        text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
-        # Ids do not run on into an answer, as words do.
-        between = " | " if answer.prompt is None else ""
-        print(f"[{index + 1}] {prompt}{between}{text}", flush=True)
-
-
-class JsonPrinter:
-    """Prints finished answers as JSON lines, in the order of the prompts."""
-
-    def __init__(self) -> None:
-        self.finished: dict[int, Any] = {}
-        self.next = 0
-
-    def show(self, event: Any) -> None:
-        """Print the answers that are finished and whose turn it is."""
-        if event.completion.finish_reason is not None:
-            self.finished[event.request] = event.completion
-        while self.next in self.finished:
-            self._print(self.finished.pop(self.next))
-            self.next += 1
-
-    def close(self) -> None:
-        """Print the other finished answers of an interrupted batch."""
-        for index in sorted(self.finished):
-            self._print(self.finished[index])
-
-    def _print(self, answer: Any) -> None:
-        fields = {
-            "prompt": answer.prompt,
-            "prompt_ids": answer.prompt_ids,
-            "token_ids": answer.token_ids,
-            "text": answer.text,
-            "finish_reason": answer.finish_reason,
-            "logprobs": answer.logprobs,
-        }
-        print(json.dumps(fields), flush=True)
+def make_printer(options: argparse.Namespace) -> Any:
+    """Return what prints the answers to standard output."""
+    return JsonPrinter(options.ids) if options.json else TextPrinter(options.prompts)
 
 
 def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
     """Load the model and answer, in one process."""
+    prompts.read_file(options)
     files = choose_files(options)
+    answers = open_answers(options, *files)
+    left = left_over(options, answers)
+    if nothing_left(options, left):
+        return
     with ByteProgress("loading") as progress:
-        server = worker.submit(make_server, options, progress, *files).result()
-    generate(worker, server, options, lambda _: None)
+        server = worker.submit(make_server, options, left, progress, *files).result()
+    if options.interactive:
+        request = functools.partial(prompts.request_for, options)
+        interactive.converse(worker, server, request, options.stats)
+    else:
+        generate(worker, server, options, left, answers)
 
 
 def serve_together(
@@ -287,12 +268,20 @@ def serve_together(
     keep_outputs(peers)
     worker.submit(peers.join).result()
     peers.phase("load")
-    files = worker.submit(agree, peers, options).result()
+    files, answers, left = worker.submit(agree, peers, options).result()
     count = peers.place.processes
-    with ByteProgress("loading") as progress:
-        server = worker.submit(make_server, options, progress, *files, count).result()
-    generate(worker, server, options, peers.phase)
+    if not nothing_left(options, left):
+        with ByteProgress("loading") as progress:
+            server = worker.submit(make_server, options, left, progress, *files, count).result()
+        generate(worker, server, options, left, answers, peers.phase)
     worker.submit(peers.close).result()
+
+
+def nothing_left(options: argparse.Namespace, left: Sequence[int]) -> bool:
+    """Whether all prompts have their answers already; says so."""
+    if not left:
+        say(f"{options.output} holds all {len(options.prompts)} answers already")
+    return not left
 
 
 def show_plan(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from commandline import ByteProgress, byte_rate, byte_size
+from commandline import ByteProgress, Progress, byte_rate, byte_size
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,28 @@ def test_progress_is_a_bar_on_a_terminal(
             progress(done, 2 * 10**9)
     bar = capsys.readouterr().err
     assert "loading: 100%" in bar and "2.00G/2.00G" in bar and "B/s" in bar and bar.endswith("\n")
+
+
+def test_progress_of_answers_leaves_out_of_its_rate_what_was_there_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress("answering", seconds=0.05, already=60) as progress:
+        progress(60, 100)
+        time.sleep(0.1)
+        progress(62, 100)
+    words = capsys.readouterr().err.split()
+    assert words[:5] == ["answering:", "62", "of", "100", "answers,"]
+    assert words[6:8] == ["a", "second,"] and words[9:] == ["s", "left"]
+    rate, left = float(words[5]), float(words[8])
+    assert 1 < rate < 20.1 and left == pytest.approx(38 / rate, rel=0.1, abs=1)
+
+
+def test_the_bar_of_answers_begins_where_they_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("answering", already=60) as progress:
+        progress(60, 100)
+        progress(100, 100)
+    bar = capsys.readouterr().err
+    assert " 60/100 " in bar and "answering: 100%" in bar and " 100/100 " in bar

@@ -45,8 +45,9 @@ COUNTED = (
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A random checkpoint whose vocabulary is that of the repository's tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
-    checkpoint.save(directory, CONFIG.init_params(0, quantized=True), CONFIG.to_dict())
+    directory = tmp_path_factory.getbasetemp() / "tiny"
+    if not directory.exists():  # of another module
+        checkpoint.save(directory, CONFIG.init_params(0, quantized=True), CONFIG.to_dict())
     return directory
 
 
@@ -92,10 +93,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def start(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
     """Start the command as its own process, elsewhere, and with no settings for XLA."""
+    return start_program(ROOT / "run.py", *arguments, **variables)
+
+
+def start_program(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
+    """Start Python in the same way."""
     environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
     environment |= variables
     return subprocess.Popen(
-        [sys.executable, "-W", "error", ROOT / "run.py", *map(str, arguments)],
+        [sys.executable, "-W", "error", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
@@ -179,7 +185,7 @@ def test_an_interruption_before_the_first_token_prints_no_empty_line(
 def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    printer = run.JsonPrinter()
+    printer = run.JsonPrinter([None] * 4)
 
     def show(index: int, finish_reason: str | None) -> list[Any]:
         answer = Completion(None, [index], [5], [-1.0], None, finish_reason)

@@ -1,0 +1,87 @@
+"""Compiled programs are kept, so that the next start does not compile them again."""
+
+import hashlib
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import jax
+
+# A file whose time says up to when the entries have been looked at.
+CHECKED = "checked"
+# Before it XLA printed an error for each entry that a CPU with AVX-512 read, its own ones too.
+FIRST_QUIET = (0, 10, 2)
+
+
+def enable() -> str | None:
+    """Let jax keep what it compiles from now on; returns why it cannot, or None.
+
+    What the person has set with JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE holds.
+    """
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    if not enabled or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return None
+    if jax.__version_info__ < FIRST_QUIET and jax.default_backend() == "cpu":
+        return None
+    try:
+        directory = default_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run
+        remove_cut_entries(directory)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        return f"compiled programs cannot be kept ({error})"
+    # The run does not need the cache: it goes on where an entry cannot be read or written.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return None
+
+
+def default_directory() -> Path:
+    """Return the directory for programs compiled on this kind of machine."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # others are not valid
+        base = Path.home() / ".cache"
+    return base / "grok-1-jax" / machine()
+
+
+def machine() -> str:
+    """Return a name for this kind of processor: code for another one might not run here.
+
+    jax's own keys do not tell them apart, and a home directory may be that of many machines.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    # As x86 and ARM call what a processor can do.
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    found = f"{platform.system()} {platform.processor()} {features}"
+    return f"{platform.machine()}-{hashlib.sha256(found.encode()).hexdigest()[:8]}"
+
+
+def remove_cut_entries(directory: Path) -> None:
+    """Remove the entries that a killed run has left half written; raises OSError.
+
+    jax writes them in place. It would compile such a program anew at every start, and never
+    replace the entry. Only what was written since the last time is looked at.
+    """
+    checked = directory / CHECKED
+    since = checked.stat().st_mtime_ns if checked.exists() else 0
+    checked.touch()
+    for entry in directory.glob("*-cache"):
+        if entry.stat().st_mtime_ns >= since and not is_whole(entry.read_bytes()):
+            entry.unlink(missing_ok=True)
+
+
+def is_whole(entry: bytes) -> bool:
+    """Whether an entry can be unpacked."""
+    # Private: nothing public says so.
+    from jax._src.compilation_cache import decompress_executable
+
+    try:
+        decompress_executable(entry)
+    except Exception:  # of whatever library it was packed by
+        return False
+    return True

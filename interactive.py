@@ -1,0 +1,108 @@
+"""A prompt line: each prompt is answered by itself, as it is typed."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from commandline import say
+from timing import Timing
+
+SIGN = "> "
+
+
+class Keyboard:
+    """Reads lines, and knows whether Ctrl-C was pressed since.
+
+    While a line is read Ctrl-C clears it. At any other time it only sets `pressed`: an exception
+    between two arbitrary instructions could leave a request behind.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._reading = False
+        self._terminal = sys.stdin.isatty()
+        self._sign = SIGN if self._terminal and sys.stdout.isatty() else ""
+        if self._terminal:
+            with contextlib.suppress(ImportError):  # not on every platform
+                import readline  # noqa: F401  # gives `input` its history
+        # What is not UTF-8 reaches the tokenizer, which refuses it.
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+
+    def close(self) -> None:
+        """Give Ctrl-C back its meaning."""
+        signal.signal(signal.SIGINT, self._before)
+
+    def read(self) -> str | None:
+        """Return the next line; None at the end of the input."""
+        self.pressed = False
+        try:
+            try:
+                self._reading = True
+                return self._line()
+            finally:
+                self._reading = False
+        except KeyboardInterrupt:
+            line = ""
+        except EOFError:
+            line = None
+        if self._sign:
+            print(flush=True)
+        return line
+
+    def _line(self) -> str:
+        if self._terminal:
+            return input(self._sign)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    def _interrupt(self, *_: object) -> None:
+        if self._reading:
+            self._reading = False
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+def converse(
+    worker: ThreadPoolExecutor,
+    server: Any,
+    make_request: Callable[[str], Any],
+    stats: bool = False,
+) -> None:
+    """Answer each line of the input until it ends.
+
+    worker: the thread in which jax works. stats: say after each answer when its tokens came.
+    """
+    if sys.stdin.isatty():
+        say("a prompt a line; Ctrl-C stops an answer, Ctrl-D ends")
+    with contextlib.closing(Keyboard()) as keyboard:
+        while (prompt := keyboard.read()) is not None:
+            if not prompt.strip():
+                continue
+            timing = Timing()
+            try:
+                _answer(worker, server, make_request(prompt), keyboard, timing)
+            except ValueError as error:
+                say(f"error: {error}")
+                continue
+            if stats:
+                say(timing.block())
+
+
+def _answer(
+    worker: ThreadPoolExecutor, server: Any, request: Any, keyboard: Keyboard, timing: Timing
+) -> None:
+    """Print an answer as it grows, to its end or to Ctrl-C. ValueError: the request is wrong."""
+    handle = worker.submit(server.submit, request).result()
+    events = server.stream(handle)
+    # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
+    while not keyboard.pressed and (event := worker.submit(next, events, None).result()):
+        timing.take(event.request)
+        print(event.text, end="", flush=True)
+    worker.submit(server.cancel, handle).result()  # leaves one that has ended as it is
+    print(flush=True)

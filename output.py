@@ -1,0 +1,215 @@
+"""Where answers go: to standard output as text or JSON lines, or to a file that can be resumed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# What every line of an output file begins with.
+BEGINNING = b'{"index": '
+
+
+def answer_fields(answer: Any) -> dict[str, Any]:
+    """Return what JSON says of an answer; the model's first choices if they were asked for."""
+    fields = {
+        "prompt": answer.prompt,
+        "prompt_ids": answer.prompt_ids,
+        "token_ids": answer.token_ids,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "logprobs": answer.logprobs,
+    }
+    return fields | ({"top_logprobs": answer.top_logprobs} if answer.top_logprobs else {})
+
+
+def is_finished(answer: Any) -> bool:
+    """Whether an answer has come to its own end."""
+    return answer.finish_reason not in (None, "cancelled")
+
+
+class TextPrinter:
+    """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
+
+    def __init__(self, prompts: Sequence[Any]):
+        self.alone = len(prompts) == 1
+        self.begun = self.alone and isinstance(prompts[0], str)
+        self.open: dict[int, Any] = {}
+        if self.begun:
+            print(prompts[0], end="", flush=True)
+
+    def show(self, event: Any) -> None:
+        """Print what is new."""
+        if self.alone:
+            text = event.text if event.completion.text is not None else f"{event.token_id} "
+            print(text, end="", flush=True)
+            self.begun = True
+            return
+        self.open[event.request] = event.completion
+        if event.completion.finish_reason is not None:
+            self._whole(event.request)
+
+    def close(self) -> None:
+        """End the line, and print what answers there are of an interrupted batch."""
+        if self.begun:
+            print(flush=True)
+        for index in sorted(self.open):
+            self._whole(index)
+
+    def _whole(self, index: int) -> None:
+        answer = self.open.pop(index)
+        prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
+        text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
+        # Ids do not run on into an answer, as words do.
+        between = " | " if answer.prompt is None else ""
+        print(f"[{index + 1}] {prompt}{between}{text}", flush=True)
+
+
+class JsonPrinter:
+    """Prints finished answers as JSON lines, in the order of the prompts.
+
+    ids: the person's own name for each prompt, or None.
+    """
+
+    def __init__(self, ids: Sequence[str | int | None]) -> None:
+        self.ids = ids
+        self.finished: dict[int, Any] = {}
+        self.next = 0
+
+    def show(self, event: Any) -> None:
+        """Print the answers that are finished and whose turn it is."""
+        if is_finished(event.completion):
+            self.finished[event.request] = event.completion
+        while self.next in self.finished:
+            self._print(self.next)
+            self.next += 1
+
+    def close(self) -> None:
+        """Print the other finished answers of an interrupted batch."""
+        for index in sorted(self.finished):
+            self._print(index)
+
+    def _print(self, index: int) -> None:
+        fields = named(self.ids[index]) | answer_fields(self.finished.pop(index))
+        print(json.dumps(fields), flush=True)
+
+
+def named(name: str | int | None) -> dict[str, Any]:
+    """Return the field for the person's own name of a prompt, if it has one."""
+    return {} if name is None else {"id": name}
+
+
+# ------------------------------------------------------------------------------- the output file
+
+
+def fingerprint(**values: Any) -> str:
+    """Return a fingerprint of all that an answer depends on, which must be JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class AnswerFile:
+    """Writes answers to a file, a JSON line each, as they finish.
+
+    fingerprints: of each request; they stand in the lines, and tell whether what is there already
+    belongs to this run. ids: the person's own name for each prompt, or None. resume: keep what is
+    there; `done` holds its places among the prompts. progress: called with the number of answers
+    that are there, and of all.
+
+    Raises ValueError, in one sentence, if the file cannot be written or holds something else.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprints: Sequence[str],
+        ids: Sequence[str | int | None],
+        resume: bool = False,
+    ):
+        self.path = path
+        self.fingerprints = fingerprints
+        self.ids = ids
+        self.progress: Callable[[int, int], object] = lambda _, __: None
+        self.done: set[int] = set()
+        try:
+            self._append(b"")
+            if size := path.stat().st_size:
+                self._take_up(size, resume)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: the answers cannot be written there ({error.strerror}); name another "
+                "file with --output"
+            ) from error
+
+    def show(self, event: Any) -> None:
+        """Write an answer that is finished."""
+        if is_finished(event.completion):
+            self._write(event.request, event.completion)
+            self.done.add(event.request)
+            self.progress(len(self.done), len(self.fingerprints))
+
+    def close(self) -> None:
+        """Do nothing: what of an interrupted batch was not finished is not written."""
+
+    def _write(self, index: int, answer: Any) -> None:
+        fields = {"index": index} | named(self.ids[index]) | answer_fields(answer)
+        fields["fingerprint"] = self.fingerprints[index]
+        try:
+            self._append(json.dumps(fields).encode() + b"\n")
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: {len(self.done)} of {len(self.fingerprints)} answers are written, "
+                f"and no more can be ({error.strerror}); make room and start again with --resume"
+            ) from error
+
+    def _append(self, line: bytes) -> None:
+        """Put a line at the end of the file, where it is when this returns."""
+        with open(self.path, "ab", buffering=0) as file:
+            while line:  # a disk that is almost full takes a part of it
+                line = line[file.write(line) :]
+
+    def _take_up(self, size: int, resume: bool) -> None:
+        """Find out what is done. The half of a line that an interruption left is cut off."""
+        if not resume:
+            raise ValueError(
+                f"{self.path}: expected no such file, or an empty one, got one of "
+                f"{size} bytes; add --resume to go on with it, or name another file"
+            )
+        content = self.path.read_bytes()
+        *lines, half = content.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            self.done.add(self._index(line, f"{self.path}, line {number}"))
+        if half[: len(BEGINNING)] != BEGINNING[: len(half)]:
+            self._refuse(half, f"{self.path}, line {len(lines) + 1}")
+        os.truncate(self.path, len(content) - len(half))
+
+    def _index(self, line: bytes, place: str) -> int:
+        """Return which prompt a line answers. Raises ValueError if it is none of this run."""
+        try:
+            fields = json.loads(line)
+            index, found = fields["index"], fields["fingerprint"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._refuse(line, place)
+        if not isinstance(index, int) or not 0 <= index < len(self.fingerprints):
+            raise ValueError(
+                f"{place}: expected the index of one of {len(self.fingerprints)} prompts, got "
+                f"{index!r}; give the prompts that the file was begun with, or name another file"
+            )
+        if found != self.fingerprints[index]:
+            raise ValueError(
+                f"{place}: expected an answer to prompt {index + 1} as it is now, got one of "
+                "another prompt, other settings or another model; give those that the file was "
+                "begun with, or name another file"
+            )
+        if index in self.done:
+            raise ValueError(
+                f"{place}: expected one answer to each prompt, got a second one to prompt "
+                f"{index + 1}; remove the line"
+            )
+        return index
+
+    def _refuse(self, line: bytes, place: str) -> NoReturn:
+        got = line[:40].decode(errors="replace")
+        raise ValueError(
+            f"{place}: expected an answer as --output writes it, got {got!r}; name another file"
+        )

@@ -1,0 +1,246 @@
+"""The prompts of a run: from the command line and from a file, each with its own settings.
+
+All that is known of them is JSON until requests are made of it, so that process 0 can share it.
+"""
+
+import argparse
+import collections.abc
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+STANDARD_INPUT = "-"
+
+
+class Line(NamedTuple):
+    """A prompt as it stands in a file.
+
+    prompt: text or token ids. id: the person's own name for it, or None. settings: fields of a
+    Request that are its own. place: file and line.
+    """
+
+    prompt: Any
+    id: str | int | None
+    settings: dict[str, Any]
+    place: str
+
+
+# ------------------------------------------------------------------------------------ from a file
+
+
+def read_file(options: argparse.Namespace) -> None:
+    """Put the prompts of --prompts-file after those of the command line.
+
+    Raises ValueError, in one sentence, if the file cannot be read or holds no prompts.
+    """
+    if options.prompts_file is None:
+        return
+    for line in read_lines(options.prompts_file, options.prompts_format):
+        options.prompts.append(line.prompt)
+        options.ids.append(line.id)
+        options.settings.append(line.settings)
+        options.places.append(line.place)
+
+
+def read_lines(file: str, form: str | None = None) -> list[Line]:
+    """Return the prompts of a file, or of standard input, as `-`.
+
+    form: "text", a prompt a line, or "jsonl", an object a line; by default as the name ends.
+    """
+    form = form or ("jsonl" if file.endswith(".jsonl") else "text")
+    name = "standard input" if file == STANDARD_INPUT else file
+    lines = []
+    for number, text in _numbered(file, name):
+        place = f"{name}, line {number}"
+        lines.append(_parse(text, place) if form == "jsonl" else Line(text, None, {}, place))
+    if not lines:
+        wanted = "a prompt" if form == "text" else "a JSON object"
+        raise ValueError(f"{name}: expected {wanted} on each line, found only empty ones")
+    return lines
+
+
+def _numbered(file: str, name: str) -> Iterator[tuple[int, str]]:
+    """Return an iterator over the lines that are not blank, with their numbers, from 1."""
+    try:
+        if file == STANDARD_INPUT:
+            content = sys.stdin.buffer.read()
+        else:
+            with open(file, "rb") as opened:
+                content = opened.read()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: expected a file of prompts, which cannot be read ({error.strerror}); "
+            "name another one with --prompts-file"
+        ) from error
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: expected text in UTF-8, got the byte "
+                f"0x{line[error.start]:02x}; convert the file"
+            ) from None
+        if text.strip():
+            yield number, text
+
+
+def _parse(text: str, place: str) -> Line:
+    """Return what a line of JSON asks for. Raises ValueError."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{place}: expected a JSON object, got {_short(text)} ({error}); write one such as "
+            '{"prompt": "Once upon a time"}'
+        ) from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {_short(text)}")
+    if "prompt" not in fields:
+        raise ValueError(f'{place}: expected the key "prompt", got {_short(text)}')
+    prompt, name = fields.pop("prompt"), fields.pop("id", None)
+    ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not isinstance(prompt, str) and not ids:
+        raise ValueError(
+            f"{place}: prompt: expected a text or a list of token ids, got {_shown(prompt)}"
+        )
+    if name is not None and type(name) not in (str, int):
+        raise ValueError(f"{place}: id: expected a text or a whole number, got {_shown(name)}")
+    return Line(prompt, name, fields, place)
+
+
+def _shown(value: Any) -> str:
+    return _short(json.dumps(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --------------------------------------------------------------------------------------- requests
+
+
+def command_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a Request that the command line sets."""
+    return {
+        "temperature": options.temperature,
+        "nucleus_p": options.nucleus_p,
+        "rng_seed": options.seed,
+        "max_len": options.max_len,
+        "top_k": options.top_k,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+        "presence_penalty": options.presence_penalty,
+        "stop": options.stop,
+        "truncate": options.truncate,
+    }
+
+
+def fields_of(options: argparse.Namespace, index: int) -> dict[str, Any]:
+    """Return the fields of one request, as JSON: its own settings go before the command line's."""
+    prompt = {"prompt": options.prompts[index]}
+    return prompt | command_settings(options) | options.settings[index]
+
+
+def request_for(options: argparse.Namespace, prompt: str) -> Any:
+    """Return a request for a prompt with the settings of the command line."""
+    from request import Request  # Takes seconds.
+
+    return Request(prompt=prompt, **command_settings(options))
+
+
+def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[Any]:
+    """Return a request for each of these prompts.
+
+    Raises ValueError with the place of a setting that Request does not have, or not of that type.
+    """
+    from request import Request  # Takes seconds.
+
+    hints = typing.get_type_hints(Request)
+    requests = []
+    for index in indices:
+        place = options.places[index]
+        for name, value in options.settings[index].items():
+            _check(name, value, hints, place)
+        fields = fields_of(options, index)
+        requests.append(Request(**{name: _keyed(hints[name], fields[name]) for name in fields}))
+    return requests
+
+
+def in_place(error: ValueError, places: Sequence[str]) -> ValueError:
+    """Return an error that names the place of a request where the runner counted them."""
+    counted = re.fullmatch(r"request (\d+): (.*)", str(error), re.DOTALL)
+    return ValueError(f"{places[int(counted[1]) - 1]}: {counted[2]}") if counted else error
+
+
+def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
+    """Raise ValueError if a setting has another name or type than the fields of a Request."""
+    if name not in hints:
+        raise ValueError(
+            f'{place}: expected the keys "prompt", "id" and settings of a request '
+            f"({', '.join(field for field in hints if field != 'prompt')}), got {_shown(name)}"
+        )
+    if not _fits(value, hints[name]):
+        raise ValueError(f"{place}: {name}: expected {_words(hints[name])}, got {_shown(value)}")
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "null",
+}
+
+
+def _words(hint: Any) -> str:
+    """Return what JSON of a type is called."""
+    parts = typing.get_args(hint)
+    if _is_union(hint):
+        return " or ".join(_words(part) for part in parts)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(json.dumps(part) for part in parts)
+    if typing.get_origin(hint) is collections.abc.Sequence:
+        return f"a list (each {_words(parts[0])})"
+    if typing.get_origin(hint) is collections.abc.Mapping:
+        return f"an object (each key {_words(parts[0])} in quotes, each value {_words(parts[1])})"
+    return _NAMES.get(hint, str(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a type. What it may be beyond that, the runner knows."""
+    parts = typing.get_args(hint)
+    if _is_union(hint):
+        return any(_fits(value, part) for part in parts)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in parts
+    if typing.get_origin(hint) is collections.abc.Sequence:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if typing.get_origin(hint) is collections.abc.Mapping:
+        return isinstance(value, dict) and all(
+            _is_key(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
+        )
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return type(value) in kinds and not abs(value) > sys.float_info.max
+    return type(value) is hint if hint in _NAMES else True
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_key(key: str, hint: Any) -> bool:
+    return hint is not int or re.fullmatch(r"-?[0-9]{1,18}", key) is not None
+
+
+def _keyed(hint: Any, value: Any) -> Any:
+    """Return a value with keys that are numbers where its type has such: in JSON they are texts."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    numbered = any(typing.get_args(kind)[:1] == (int,) for kind in kinds)
+    if isinstance(value, dict) and numbered:
+        return {int(key): item for key, item in value.items()}
+    return value

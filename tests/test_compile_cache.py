@@ -1,0 +1,146 @@
+"""Compiled programs are kept: the second start compiles nothing, and no trouble ends a run."""
+
+import json
+import os
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+import compile_cache
+import test_run
+from test_run import COUNTED, LOADED, PROMPT, finish
+
+tiny = test_run.tiny
+# The command, and on its standard error how often jax asked for a program and found it.
+COUNTING = """
+import collections, json, sys
+import jax.monitoring
+seen = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: seen.update([event.split("/")[-1]]))
+import run
+status = run.main()
+names = "compile_requests_use_cache", "cache_hits", "cache_misses"
+print(json.dumps([seen[name] for name in names]), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def entries(home: pathlib.Path) -> dict[pathlib.Path, int]:
+    """When each entry of a cache was written."""
+    return {path: path.stat().st_mtime_ns for path in home.glob("grok-1-jax/*/*-cache")}
+
+
+def counted(home: pathlib.Path, *arguments: object, **variables: str) -> tuple[list[int], str, str]:
+    """What a start asks for, finds and compiles, and what it prints."""
+    process = test_run.start_program(
+        "-c", COUNTING, *arguments, XDG_CACHE_HOME=str(home), PYTHONPATH=str(test_run.ROOT),
+        JAX_ENABLE_COMPILATION_CACHE="true", **variables,
+    )  # fmt: skip
+    result = finish(process)
+    assert result.status == 0, result.err
+    *said, counts = result.err.splitlines(keepends=True)
+    return json.loads(counts), result.out, "".join(said)
+
+
+def test_the_second_start_compiles_nothing_and_prints_nothing_more(
+    tiny: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    arguments = ("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 3)
+    (asked, found, compiled), out, err = counted(tmp_path, *arguments)
+    there = entries(tmp_path)
+    assert len(there) == compiled > 3 and asked == found + compiled
+    assert re.fullmatch(LOADED + COUNTED, err), err
+    (again, found, compiled), second_out, err = counted(tmp_path, *arguments)
+    assert (again, found, compiled) == (asked, asked, 0)
+    assert second_out == out and entries(tmp_path) == there
+    assert re.fullmatch(LOADED + COUNTED, err), err
+
+
+@pytest.mark.slow
+def test_an_entry_that_was_cut_is_made_anew(tiny: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arguments = ("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 3)
+    counted(tmp_path, *arguments)
+    largest = max(entries(tmp_path), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 1000)
+    (asked, found, compiled), _, err = counted(tmp_path, *arguments)
+    assert (found, compiled) == (asked - 1, 1) and largest.stat().st_size > 1000
+    assert re.fullmatch(LOADED + COUNTED, err), err
+
+
+@pytest.mark.slow
+def test_the_cache_can_be_switched_off_and_put_elsewhere(
+    tiny: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    arguments = ("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 3)
+    own = tmp_path / "own"
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(own),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    assert counted(tmp_path, "--no-compile-cache", *arguments, **variables)[0] == [0, 0, 0]
+    assert not list(tmp_path.iterdir())
+    counts = counted(tmp_path, *arguments, **variables)[0]
+    assert counts[2] == len(list(own.glob("*-cache"))) > 3 and list(tmp_path.iterdir()) == [own]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_directory_for_the_cache(
+    tiny: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    arguments = ("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 3)
+    counts, _, err = counted(home, *arguments)
+    assert counts[1:] == [0, 0]
+    assert re.fullmatch(rf"compiled programs cannot be kept \([^\n]*\)\n{LOADED}{COUNTED}", err)
+
+
+@pytest.fixture
+def enabled(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A cache of jax that is switched on, and where its home is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield tmp_path
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_directory_that_cannot_be_made_is_no_error(enabled: pathlib.Path) -> None:
+    (enabled / "grok-1-jax").touch()
+    assert "cannot be kept" in (compile_cache.enable() or "")
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+def test_no_cache_where_xla_would_print_an_error_for_each_program(
+    enabled: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
+    assert compile_cache.enable() is None and not list(enabled.iterdir())
+
+
+def test_the_directory_is_where_such_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        found = compile_cache.default_directory()
+        assert found == pathlib.Path("/home/somebody/.cache/grok-1-jax", compile_cache.machine())
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert compile_cache.default_directory().parent == pathlib.Path("/cache/grok-1-jax")
+
+
+def test_a_cut_entry_is_found_the_first_time_it_is_looked_at(tmp_path: pathlib.Path) -> None:
+    whole, cut, old = (tmp_path / f"jit_{name}-cache" for name in ("whole", "cut", "old"))
+    packed = zlib.compress(os.urandom(1000))
+    old.write_bytes(b"")
+    os.utime(old, (1, 1))
+    (tmp_path / compile_cache.CHECKED).touch()
+    whole.write_bytes(packed)
+    cut.write_bytes(packed[:500])
+    compile_cache.remove_cut_entries(tmp_path)
+    assert whole.exists() and old.exists() and not cut.exists()

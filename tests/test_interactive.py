@@ -1,0 +1,150 @@
+"""A prompt line, as a person meets it: in a terminal, and with prompts from a pipe."""
+
+import io
+import os
+import pathlib
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import test_run
+from test_run import LOADED, PROMPT, ROOT, Command, assert_one_sentence
+
+tiny, command = test_run.tiny, test_run.command
+# Makes the terminal on standard input that of the process, as Ctrl-C needs it.
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+TAKE_TERMINAL += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+class Terminal:
+    """A command in a pseudo-terminal, and all that it has shown there."""
+
+    def __init__(self, *arguments: object):
+        self.person, inside = os.openpty()
+        plain = {"TERM": "dumb", "INPUTRC": os.devnull}
+        without = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, "-W", "error", ROOT / "run.py", *arguments],
+            stdin=inside,
+            stdout=inside,
+            stderr=subprocess.PIPE,
+            env=without | plain,
+            start_new_session=True,
+        )
+        os.close(inside)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        """Press these keys."""
+        os.write(self.person, text.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+        """Wait until this is shown, and return what has been up to its end since the last time."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+            assert time.monotonic() < deadline, f"{pattern} not in {self.shown!r}"
+            if select.select([self.person], [], [], 1)[0]:
+                piece = os.read(self.person, 4096).decode(errors="replace")
+                self.shown += piece.replace("\r\n", "\n")
+        seen, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return seen
+
+    def close(self) -> None:
+        """End the command if it has not ended."""
+        self.process.kill()
+        self.process.communicate()
+        os.close(self.person)
+
+
+@pytest.fixture
+def terminal(tiny: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Terminal]:
+    """A session whose answers are long, but not endless."""
+    model = test_run.changed(tiny, tmp_path / "model", sequence_len=1024)
+    settings = map(str, ("--max-len", 600, "--temperature", 0))
+    session = Terminal("--checkpoint", model, "--interactive", *settings)
+    yield session
+    session.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes a terminal as Linux gives it")
+def test_a_session_in_a_terminal(terminal: Terminal) -> None:
+    """Prompt, answer, Ctrl-C in it, the whole answer, Ctrl-C in a line, a mistake, Ctrl-D."""
+    terminal.wait_for("> $")
+    terminal.type(PROMPT + "\n")
+    begun = terminal.wait_for(rf"{PROMPT}\n.{{30}}")
+    terminal.type("\x03")
+    begun += terminal.wait_for(r"\n> $")
+    part = begun.removeprefix(f"{PROMPT}\n").removesuffix("\n> ").replace("^C", "")
+
+    terminal.type(PROMPT + "\n")
+    whole = terminal.wait_for(r"\n> $").removeprefix(f"{PROMPT}\n").removesuffix("\n> ")
+    assert whole.startswith(part[:30]) and len(whole) > len(part) + 30
+
+    terminal.type("never sent")
+    terminal.wait_for("never sent$")
+    terminal.type("\x03")
+    terminal.wait_for(r"\n> $")
+    terminal.type("so " * 1100 + "\n")
+    terminal.wait_for(r"\n> $")
+    terminal.type("\x10\x10\n")  # Ctrl-P twice: the last line but one, as it was typed
+    assert PROMPT in terminal.wait_for(r"\n> $")
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=20) == 0
+    assert terminal.process.stderr is not None
+    err = terminal.process.stderr.read().decode()
+    hint = r"a prompt a line; Ctrl-C stops an answer, Ctrl-D ends\n"
+    mistake = r"error: the prompt has \d+ tokens, and the context of 1024 must hold [^\n]*\n"
+    assert re.fullmatch(LOADED + hint + mistake, err), err
+
+
+def test_prompts_from_a_pipe_are_answered_line_by_line_with_no_sign(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["--checkpoint", tiny, "--max-len", 5, "--temperature", 0]
+    first, second = (
+        command(*settings, "--json", "--prompt", prompt).answers[0]["text"]
+        for prompt in (PROMPT, "A dog ")
+    )
+    lines = f"{PROMPT}\n\n{'so ' * 80}\ncaf\udce9\nA dog ".encode(errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
+    before = signal.getsignal(signal.SIGINT)
+    result = command(*settings, "--interactive", "--stats")
+    assert (result.status, result.out) == (0, f"{first}\n{second}\n")
+    assert signal.getsignal(signal.SIGINT) is before
+    block = r"time to first token [^\n]*\nbetween tokens [^\n]*\ntokens per second [^\n]*\n"
+    mistakes = r"error: the prompt has 81 tokens[^\n]*\nerror: the prompt is not text in UTF-8[^\n]"
+    assert re.fullmatch(LOADED + block + mistakes + r"*\n" + block, result.err), result.err
+
+
+def test_settings_that_fit_no_prompt_are_told_before_the_weights_are_loaded(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpoint.load", None)
+    result = command("--checkpoint", tiny, "--interactive", "--max-len", 64)
+    assert_one_sentence(result, 1, "error: the options: max_len = 64 leaves no room for a prompt")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--prompt", "A"),
+        ("--prompt-ids", "5"),
+        ("--prompts-file", "A"),
+        ("--output", "A"),
+        ("--json",),
+        ("--distributed",),
+        ("--plan",),
+    ],
+)
+def test_a_session_goes_with_neither_other_prompts_nor_other_outputs(
+    other: tuple[str, ...], command: Command
+) -> None:
+    name = other[0].removesuffix("-ids")
+    sentence = f"--interactive and {name} do not go together: prompts are typed, answers printed"
+    assert_one_sentence(command("--interactive", *other), 2, sentence)

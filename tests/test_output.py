@@ -1,0 +1,277 @@
+"""Answers in a file: each once, whatever interrupts the run, and never those of two runs mixed."""
+
+import io
+import json
+import pathlib
+import random
+import re
+import signal
+import time
+from typing import Any
+
+import pytest
+
+import output
+import test_multihost
+import test_run
+from output import AnswerFile
+from runner import Completion, Event
+from test_run import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, finish, start
+
+tiny, command = test_run.tiny, test_run.command
+address, start_many = test_multihost.address, test_multihost.start
+# The seed makes the random model's answers differ in length.
+SETTINGS = ("--temperature", 1, "--batch", 4)
+
+
+def event(index: int, reason: str | None) -> Event:
+    """A token of an answer."""
+    return Event(index, 5, "a", Completion("A", [4], [5], [-1.0], "a", reason))
+
+
+def opened(path: pathlib.Path, count: int = 3, resume: bool = False) -> AnswerFile:
+    """An output file for so many requests."""
+    return AnswerFile(path, [f"print {i}" for i in range(count)], [None] * count, resume)
+
+
+def indices(path: pathlib.Path) -> list[int]:
+    """Which prompts the lines of a file answer."""
+    return [json.loads(line)["index"] for line in path.read_text().splitlines()]
+
+
+# One file.
+
+
+def test_only_answers_that_came_to_their_end_are_written_each_at_once(
+    tmp_path: pathlib.Path,
+) -> None:
+    file = opened(tmp_path / "out")
+    seen: list[tuple[int, int]] = []
+    file.progress = lambda done, total: seen.append((done, total))
+    for index, reason in ((0, None), (2, "eos"), (1, "cancelled"), (0, "length")):
+        file.show(event(index, reason))
+        assert (2 in file.done) == (2 in indices(tmp_path / "out"))
+    file.close()
+    assert indices(tmp_path / "out") == [2, 0] and seen == [(1, 3), (2, 3)]
+
+
+def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "out"
+    file = opened(path)
+    file.show(event(2, "eos"))
+    first = path.stat().st_size
+    file.show(event(0, "eos"))
+    file.close()
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        file = opened(path, resume=True)
+        file.close()
+        complete = whole[:length].count(b"\n")
+        assert path.read_bytes() == whole[: (0, first, len(whole))[complete]]
+        assert file.done == set([2, 0][:complete])
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("A dog", "line 1: expected an answer as --output writes it, got 'A dog'; name another"),
+        ("{}\n", "line 1: expected an answer as --output writes it, got '{}'"),
+        ("[]\n", "line 1: expected an answer"),
+        ('\n{"index": 0', "line 1: expected an answer"),
+        ('{"index": 3, "fingerprint": "print 3"}\n', "the index of one of 3 prompts, got 3; give"),
+        ('{"index": "0", "fingerprint": ""}\n', "the index of one of 3 prompts, got '0'; give"),
+        (
+            '{"index": 1, "fingerprint": "print 2"}\n',
+            "line 1: expected an answer to prompt 2 as it is now, got one of another prompt",
+        ),
+        (
+            '{"index": 1, "fingerprint": "print 1"}\n' * 2,
+            "line 2: expected one answer to each prompt, got a second one to prompt 2",
+        ),
+    ],
+)
+def test_a_file_that_is_not_of_this_run_is_refused_and_left_as_it_is(
+    content: str, part: str, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "out"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        opened(path, resume=True)
+    assert part in str(error.value) and path.read_text() == content
+
+
+class FullDisk(io.BytesIO):
+    """Takes a part of a line and then nothing."""
+
+    room = 20
+
+    def write(self, data: bytes) -> int:
+        taken = super().write(data[: self.room - self.tell()])
+        if not taken:
+            raise OSError(28, "No space left on device")
+        return taken
+
+    def close(self) -> None:
+        """What was written can still be seen."""
+
+
+def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, disk = tmp_path / "out", FullDisk()
+    file = opened(path)
+    file.show(event(0, "eos"))
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "open", lambda *_, **__: disk, raising=False)
+        with pytest.raises(ValueError) as error:
+            file.show(event(1, "eos"))
+    assert str(error.value) == (
+        f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); make "
+        "room and start again with --resume"
+    )
+    assert file.done == {0} and len(disk.getvalue()) == 20
+    path.write_bytes(whole + disk.getvalue())
+    assert opened(path, resume=True).done == {0} and path.read_bytes() == whole
+
+
+def test_a_fingerprint_changes_with_all_that_an_answer_depends_on() -> None:
+    values: dict[str, Any] = {"request": {"prompt": "A", "top_k": 1}, "id": None, "model": {}}
+    prints = {output.fingerprint(**values)}
+    for change in (
+        {"request": {"prompt": "A", "top_k": 2}},
+        {"request": {"prompt": [5], "top_k": 1}},
+        {"id": 1},
+        {"model": {"config.json": "0"}},
+    ):
+        prints.add(output.fingerprint(**values | change))
+    assert len(prints) == 5
+    reordered = {"model": {}, "id": None, "request": {"top_k": 1, "prompt": "A"}}
+    assert output.fingerprint(**reordered) in prints
+
+
+# The command.
+
+
+def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    """Byte for byte but for the order; nothing of it on standard output."""
+    path, file = tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
+    prompts = [{"prompt": f"{i} dogs", "id": f"n{i}", "max_len": 2 + i} for i in range(6)]
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--prompts-file", file, "--max-len", 9]
+    printed = command(*arguments, *SETTINGS, "--json").answers
+    arguments += [*SETTINGS, "--output", path]
+    result = command(*arguments)
+    assert (result.status, result.out) == (0, "") and re.fullmatch(LOADED + COUNTED, result.err)
+    lines = path.read_bytes().splitlines(keepends=True)
+    answers = sorted(map(json.loads, lines), key=lambda answer: answer["index"])
+    assert [list(answer)[:2] for answer in answers] == [["index", "prompt"]] + [["index", "id"]] * 6
+    assert len({answer.pop("fingerprint") for answer in answers}) == 7
+    assert [answer.pop("index") for answer in answers] == list(range(7)) and answers == printed
+
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:-1])
+    result = command(*arguments, "--resume")
+    assert (result.status, result.out) == (0, "")
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    result = command(*arguments, "--resume")
+    assert (result.status, result.out) == (0, "")
+    assert result.err == f"{path} holds all 7 answers already\n"
+
+    content = path.read_bytes()
+    assert_one_sentence(
+        command(*arguments), 1, f"{path}: expected no such file, or an empty one, got one of "
+        f"{len(content)} bytes; add --resume to go on with it, or name another file",
+    )  # fmt: skip
+    for other in (("--seed", 7), ("--dtype", "bfloat16"), ("--context", 60)):
+        other_settings = command(*arguments, "--resume", *other)
+        assert_one_sentence(other_settings, 1, "other settings or another model; give those that")
+    file.write_text("\n".join(map(json.dumps, prompts[1:])))
+    assert_one_sentence(command(*arguments, "--resume"), 1, "got one of another prompt")
+    assert path.read_bytes() == content
+
+
+def test_another_model_is_not_resumed_with(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "out"
+    arguments = ["--prompt", "A", "--max-len", 1, *SETTINGS, "--output", path, "--checkpoint"]
+    assert command(*arguments, tiny).status == 0
+    other = test_run.changed(tiny, tmp_path / "other", eos_token=3)
+    assert_one_sentence(command(*arguments, other, "--resume"), 1, "or another model")
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    arguments = ["--checkpoint", tiny, "--prompt", "A", "--max-len", 1, *SETTINGS, "--output"]
+    missing = tmp_path / "no" / "such"
+    result = command(*arguments, missing)
+    assert_one_sentence(result, 1, f"{missing}: the answers cannot be written there (No such file")
+    if pathlib.Path("/dev/full").exists():
+        full = "/dev/full: 0 of 1 answers are written, and no more can be (No space left on device)"
+        assert_one_sentence(command(*arguments, "/dev/full"), 1, full)
+
+
+def test_resuming_needs_a_file(command: Command) -> None:
+    assert_one_sentence(command("--resume"), 2, "--resume needs --output, the file to go on with")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_and_resumed_leaves_what_an_undisturbed_one_does(
+    seed: int, tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    """At any moment: the loss of a process leaves whole lines, but for the last one."""
+    file, path = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("".join(f"{i} dogs and a cat\n" for i in range(100)))
+    arguments = ["--checkpoint", tiny, "--prompts-file", file, "--max-len", 40, "--seed", seed]
+    assert command(*arguments, "--output", tmp_path / "undisturbed").status == 0
+    expected = sorted((tmp_path / "undisturbed").read_bytes().splitlines())
+    process = start(*arguments, "--output", path)
+    random_numbers = random.Random(seed)
+    wanted = random_numbers.randrange(1, 60)
+    while not path.exists() or path.read_bytes().count(b"\n") < wanted:
+        assert process.poll() is None
+        time.sleep(0.002)
+    time.sleep(random_numbers.uniform(0, 0.1))
+    process.kill()
+    assert finish(process).status == -signal.SIGKILL
+    there = path.read_bytes().count(b"\n")
+    assert wanted <= there < 100
+    path.write_bytes(path.read_bytes() + expected[0][: random_numbers.randrange(200)])
+    result = finish(start(*arguments, "--output", path, "--resume"))
+    assert (result.status, result.out) == (0, "")
+    assert sorted(path.read_bytes().splitlines()) == expected and len(expected) == 100
+
+
+@pytest.mark.slow
+def test_several_processes_skip_the_same_answers_and_only_the_first_writes(
+    start_many: test_multihost.Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    """The file of prompts is process 0's: the others have none."""
+    prompts, path = tmp_path / "prompts.jsonl", tmp_path / "out"
+    lines = [{"prompt": [5, 6, i], "id": i, "logit_bias": {"7": i}} for i in range(5)]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    model = test_multihost.MODEL
+    options = ["--checkpoint", model, "--max-len", 3, "--prompts-file", prompts, "--mesh", "1,8"]
+    options += ["--output", path, "--resume"]
+    for rest in (b"", b'{"index": 4'):
+        pair = test_multihost.start_pair(start_many, address, *options)
+        first, second = (test_multihost.finish(process) for process in pair)
+        assert (first.status, first.out, second) == (0, "", (0, "", "")), first.err
+        assert sorted(indices(path)) == list(range(5))
+        whole = path.read_bytes()
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]) + rest)
+    pair = test_multihost.start_pair(start_many, address, *options)
+    first, second = (test_multihost.finish(process) for process in pair)
+    assert (first.status, second) == (0, (0, "", "")), first.err
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert (
+        f"{path} holds all"
+        in test_multihost.finish(
+            start_many(test_run.run.__file__, *test_multihost.place(address, 0, 1), *options)
+        ).err
+    )

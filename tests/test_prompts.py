@@ -1,0 +1,187 @@
+"""Prompts from a file: each with its own settings, and mistakes named by file and line."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+import checkpoint
+import prompts
+import test_run
+from request import Request
+from test_run import PROMPT, Command, assert_one_sentence
+
+tiny, command = test_run.tiny, test_run.command
+
+
+def give_input(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    """Put this on standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+
+
+def test_text_is_a_prompt_a_line_and_blank_lines_are_none(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfA dog \r\n\n  \t\n caf\xc3\xa9\n{}")
+    lines = prompts.read_lines(str(file))
+    assert [line.prompt for line in lines] == ["A dog ", " caf\u00e9", "{}"]
+    assert [line.place for line in lines] == [f"{file}, line {n}" for n in (1, 4, 5)]
+
+
+def test_json_lines_have_prompts_ids_and_settings(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "A dog", "id": 5, "top_k": 3}\n\n{"prompt": [5, 6]}\n')
+    assert prompts.read_lines(str(file)) == [
+        ("A dog", 5, {"top_k": 3}, f"{file}, line 1"),
+        ([5, 6], None, {}, f"{file}, line 3"),
+    ]
+    (line, _) = prompts.read_lines(str(file), "text")
+    assert line.prompt.startswith('{"prompt"')
+
+
+def test_standard_input_is_text_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_input(monkeypatch, '{"prompt": "A"}\n')
+    (line,) = prompts.read_lines("-")
+    assert line == ('{"prompt": "A"}', None, {}, "standard input, line 1")
+    give_input(monkeypatch, '{"prompt": "A"}\n')
+    (line,) = prompts.read_lines("-", "jsonl")
+    assert line.prompt == "A"
+
+
+# fmt: off
+# id -> (the second line of a file of JSON lines, what the sentence must say)
+LINE_CASES: dict[str, tuple[str, str]] = {
+    "no-json": ("{", "line 2: expected a JSON object, got { (Expecting property name"),
+    "deep": ("[" * 10**5, "line 2: expected a JSON object, got [[["),
+    "no-object": ("[1]", "line 2: expected a JSON object, got [1]"),
+    "no-prompt": ('{"promt": "A"}', 'line 2: expected the key "prompt", got {"promt": "A"}'),
+    "prompt": ('{"prompt": 5}', "line 2: prompt: expected a text or a list of token ids, got 5"),
+    "prompt-ids": ('{"prompt": [5, true]}', "a list of token ids, got [5, true]"),
+    "id": ('{"prompt": "A", "id": [1]}', "line 2: id: expected a text or a whole number, got [1]"),
+    "utf-8": ("caf\udce9", "line 2: expected text in UTF-8, got the byte 0xe9; convert the file"),
+}
+# Those that only a Request can tell.
+SETTING_CASES: dict[str, tuple[str, str]] = {
+    "key": ('"temprature": 1', 'settings of a request (temperature, nucleus_p, rng_seed, '),
+    "text": ('"temperature": "0.5"', 'temperature: expected a number, got "0.5"'),
+    "true": ('"top_k": true', "top_k: expected a whole number, got true"),
+    "half": ('"max_len": 1.5', "max_len: expected a whole number or null, got 1.5"),
+    "null": ('"min_p": null', "min_p: expected a number, got null"),
+    "one": ('"ignore_eos": 1', "ignore_eos: expected true or false, got 1"),
+    "list": ('"stop": ["a", 1]', 'stop: expected a text or a list (each a text), got ["a", 1]'),
+    "choice": ('"truncate": "right"', 'truncate: expected "left" or null, got "right"'),
+    "huge": (f'"temperature": {10**400}', "temperature: expected a number, got 1000"),
+    "infinite": ('"temperature": 1e999', "temperature: expected a number, got Infinity"),
+    "bias-key": ('"logit_bias": {"x": 1}', "logit_bias: expected an object (each key a whole "
+                 'number in quotes, each value a number) or null, got {"x": 1}'),
+    "bias-value": ('"logit_bias": {"5": "1"}', 'got {"5": "1"}'),
+    "bias-id": ('"logit_bias": {"4096": 1}',
+                "logit_bias: expected token ids from 0 to 4095, got 4096"),
+    "cold": ('"temperature": -1', "temperature must be a finite number of at least 0, got -1"),
+    "nan": ('"temperature": NaN', "temperature must be a finite number of at least 0, got nan"),
+    "long": ('"max_len": 64', "max_len = 64 leaves no room for a prompt in the context of 64"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("text", "part"), LINE_CASES.values(), ids=LINE_CASES.keys())
+def test_a_wrong_line_is_named(text: str, part: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "A"}\n' + text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError) as error:
+        prompts.read_lines(str(file))
+    sentence = str(error.value)
+    assert sentence.startswith(f"{file}, line 2: ") and part in sentence and "\n" not in sentence
+    assert len(sentence) < 400
+
+
+@pytest.mark.parametrize(("setting", "part"), SETTING_CASES.values(), ids=SETTING_CASES.keys())
+def test_a_wrong_setting_is_named_before_the_weights_are_loaded(
+    setting: str,
+    part: str,
+    tiny: pathlib.Path,
+    command: Command,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", None)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'\n{{"prompt": "A"}}\n{{"prompt": "B", {setting}}}\n')
+    result = command("--checkpoint", tiny, "--prompts-file", file, "--prompt", "C")
+    assert_one_sentence(result, 1, f"error: {file}, line 3: ", part)
+
+
+def test_a_prompt_of_the_command_line_is_still_named_by_its_number(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_input(monkeypatch, "A\nB\n")
+    result = command(
+        *("--checkpoint", tiny, "--prompts-file", "-"), *("--prompt", "C", "--prompt", "")
+    )
+    assert_one_sentence(result, 1, "error: request 2: the prompt is empty")
+
+
+@pytest.mark.parametrize("content", [None, "", " \n\n"])
+def test_a_file_without_prompts_is_refused(
+    content: str | None, tmp_path: pathlib.Path, command: Command
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is None:
+        result = command("--prompts-file", file)
+        assert_one_sentence(result, 1, f"{file}: expected a file of prompts, which cannot be read")
+        assert_one_sentence(command("--prompts-file", tmp_path), 1, "(Is a directory); name anoth")
+    else:
+        file.write_text(content)
+        result = command("--prompts-file", file)
+        assert_one_sentence(result, 1, f"{file}: expected a prompt on each line, found only empty")
+
+
+def test_every_field_of_a_request_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are still to come, too."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Request):
+        novelty: float | None = None
+
+    own: dict[str, Any] = {
+        "logit_bias": {"5": 1, "07": -2.5},
+        "stop": ["a"],
+        "stop_tokens": [3],
+        "truncate": "left",
+        "novelty": 5,
+    }
+    monkeypatch.setattr("request.Request", Later)
+    options = test_run.run.parse_arguments(["--prompt-ids", "5", "--top-k", "9", "--stop", "b"])
+    options.settings = [own]
+    (request,) = prompts.make_requests(options, [0])
+    changed = own | {"logit_bias": {5: 1, 7: -2.5}, "prompt": [5], "top_k": 9, "temperature": 0.7}
+    assert request == Later(**changed)
+
+
+def test_lines_are_answered_after_the_prompts_each_with_its_own_settings(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--checkpoint", tiny, "--json", "--max-len", 4, "--batch", 4]
+    arguments += ["--temperature", 0]
+    (first,) = command(*arguments, "--prompt", PROMPT).answers
+    banned = first["token_ids"][0]
+    lines = [
+        {"prompt": PROMPT, "id": "same"},
+        {"prompt": first["prompt_ids"], "max_len": 2, "top_logprobs": 1, "id": 9},
+        {"prompt": PROMPT, "logit_bias": {str(banned): -1e9}},
+    ]
+    give_input(monkeypatch, "\n".join(map(json.dumps, lines)))
+    file = ("--prompts-file", "-", "--prompts-format", "jsonl")
+    answers = command(*arguments, *file, "--prompt", PROMPT).answers
+    assert answers[0] == first and answers[1] == {"id": "same"} | first
+    assert answers[2]["id"] == 9 and answers[2]["token_ids"] == first["token_ids"][:2]
+    ((token, logprob),) = answers[2]["top_logprobs"][0]
+    assert (token, logprob) == (banned, pytest.approx(first["logprobs"][0]))
+    assert banned != answers[3]["token_ids"][0] and "id" not in answers[3]
+
+
+def test_a_format_without_a_file_is_refused(command: Command) -> None:
+    assert_one_sentence(command("--prompts-format", "text"), 2, "needs --prompts-file")

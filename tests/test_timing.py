@@ -1,0 +1,49 @@
+"""The times at which tokens arrived, in words."""
+
+import re
+
+import pytest
+
+import timing
+from test_run import COUNTED
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that shows its only number."""
+    now = [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_first_tokens_and_those_after_them_are_told_apart(clock: list[float]) -> None:
+    times = timing.Timing()
+    for second, request in ((2, 0), (2.5, 1), (2.6, 0), (2.7, 0), (6, 2), (6.2, 1)):
+        clock[0] = 100 + second
+        times.take(request)
+    clock[0] = 110
+    assert times.block([("slots in use", "2.0 of 8")]).splitlines() == [
+        "time to first token  median 2.50 s, largest 6.00 s, of 3 requests",
+        "between tokens       median 600.0 ms, 99 % 3700.0 ms",
+        "tokens per second    1.0",
+        "slots in use         2.0 of 8",
+    ]
+    assert times.line() == (
+        "6 tokens in 10.00 s, compilation included: 2.00 s to the first token, then 0.6 tokens/s"
+    )
+    assert re.fullmatch(COUNTED, times.line() + "\n")
+
+
+def test_what_did_not_happen_is_left_out(clock: list[float]) -> None:
+    times = timing.Timing()
+    assert times.block() == ""
+    assert times.line() == "0 tokens in 0.00 s, compilation included: 0.00 s to the first"
+    clock[0] += 1
+    times.take(0)
+    assert "between" not in times.block() and times.block().count("\n") == 1
+    assert times.line() == "1 tokens in 1.00 s, compilation included: 1.00 s to the first"
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1), (1, 1), (50, 50), (99, 99), (100, 100)])
+def test_a_percentile_is_one_of_the_values(percent: float, value: int) -> None:
+    assert timing.percentile(range(100, 0, -1), percent) == value
