@@ -145,6 +145,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=("bfloat16", "float32"),
         help="activations; by default float32 on a CPU, bfloat16 elsewhere",
     )
+    add(
+        "--num-samples",
+        type=count,
+        default=1,
+        metavar="N",
+        help="so many answers to each prompt, which is read once; the seed counts up (1)",
+    )
     add("--json", action="store_true", help="print one JSON object a line for each prompt")
     add(
         "--stats",
@@ -223,6 +230,7 @@ def check_prompts(parser: Parser, options: argparse.Namespace) -> None:
         "--json": options.json,
         "--distributed": options.distributed,
         "--plan": options.plan,
+        "--num-samples": options.num_samples > 1,
     }
     given = [name for name, value in others.items() if value]
     if options.interactive and given:

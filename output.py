@@ -1,5 +1,6 @@
 """Where answers go: to standard output as text or JSON lines, or to a file that can be resumed."""
 
+import collections
 import hashlib
 import json
 import os
@@ -7,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+Place = tuple[int, int]  # of an answer: which prompt it is to, and which one of that prompt's
 # What every line of an output file begins with.
 BEGINNING = b'{"index": '
 
 
 def answer_fields(answer: Any) -> dict[str, Any]:
-    """Return what JSON says of an answer; the model's first choices if they were asked for."""
+    """Return what JSON says of an answer; what else was asked for, if it was."""
     fields = {
         "prompt": answer.prompt,
         "prompt_ids": answer.prompt_ids,
@@ -21,21 +23,21 @@ def answer_fields(answer: Any) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "logprobs": answer.logprobs,
     }
-    return fields | ({"top_logprobs": answer.top_logprobs} if answer.top_logprobs else {})
-
-
-def is_finished(answer: Any) -> bool:
-    """Whether an answer has come to its own end."""
-    return answer.finish_reason not in (None, "cancelled")
+    if answer.top_logprobs:
+        fields["top_logprobs"] = answer.top_logprobs
+    if answer.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = answer.prompt_logprobs
+    return fields
 
 
 class TextPrinter:
     """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
 
-    def __init__(self, prompts: Sequence[Any]):
-        self.alone = len(prompts) == 1
+    def __init__(self, prompts: Sequence[Any], places: Sequence[Place]):
+        self.alone = len(places) == 1
         self.begun = self.alone and isinstance(prompts[0], str)
-        self.open: dict[int, Any] = {}
+        self.several = {index for index, sample in places if sample}
+        self.open: dict[Place, Any] = {}
         if self.begun:
             print(prompts[0], end="", flush=True)
 
@@ -46,52 +48,54 @@ class TextPrinter:
             print(text, end="", flush=True)
             self.begun = True
             return
-        self.open[event.request] = event.completion
-        if event.completion.finish_reason is not None:
-            self._whole(event.request)
+        place = event.request, event.sample
+        self.open[place] = event.completion
+        if event.finish_reason is not None:
+            self._whole(place)
 
     def close(self) -> None:
         """End the line, and print what answers there are of an interrupted batch."""
         if self.begun:
             print(flush=True)
-        for index in sorted(self.open):
-            self._whole(index)
+        for place in sorted(self.open):
+            self._whole(place)
 
-    def _whole(self, index: int) -> None:
-        answer = self.open.pop(index)
+    def _whole(self, place: Place) -> None:
+        index, sample = place
+        answer = self.open.pop(place)
         prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
         text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
         # Ids do not run on into an answer, as words do.
         between = " | " if answer.prompt is None else ""
-        print(f"[{index + 1}] {prompt}{between}{text}", flush=True)
+        label = f"{index + 1}.{sample + 1}" if index in self.several else f"{index + 1}"
+        print(f"[{label}] {prompt}{between}{text}", flush=True)
 
 
 class JsonPrinter:
     """Prints finished answers as JSON lines, in the order of the prompts.
 
-    ids: the person's own name for each prompt, or None.
+    places: of all answers. ids: the person's own name for each prompt, or None.
     """
 
-    def __init__(self, ids: Sequence[str | int | None]) -> None:
+    def __init__(self, places: Sequence[Place], ids: Sequence[str | int | None]) -> None:
         self.ids = ids
-        self.finished: dict[int, Any] = {}
-        self.next = 0
+        self.waiting = collections.deque(places)
+        self.finished: dict[Place, Any] = {}
 
     def show(self, event: Any) -> None:
         """Print the answers that are finished and whose turn it is."""
-        if is_finished(event.completion):
-            self.finished[event.request] = event.completion
-        while self.next in self.finished:
-            self._print(self.next)
-            self.next += 1
+        if event.finish_reason is not None:
+            self.finished[event.request, event.sample] = event.completion
+        while self.waiting and self.waiting[0] in self.finished:
+            self._print(self.waiting.popleft())
 
     def close(self) -> None:
         """Print the other finished answers of an interrupted batch."""
-        for index in sorted(self.finished):
-            self._print(index)
+        for place in sorted(self.finished):
+            self._print(place)
 
-    def _print(self, index: int) -> None:
-        fields = named(self.ids[index]) | answer_fields(self.finished.pop(index))
+    def _print(self, place: Place) -> None:
+        fields = named(self.ids[place[0]]) | answer_fields(self.finished.pop(place))
         print(json.dumps(fields), flush=True)
 
 
@@ -111,10 +115,10 @@ def fingerprint(**values: Any) -> str:
 class AnswerFile:
     """Writes answers to a file, a JSON line each, as they finish.
 
-    fingerprints: of each request; they stand in the lines, and tell whether what is there already
-    belongs to this run. ids: the person's own name for each prompt, or None. resume: keep what is
-    there; `done` holds its places among the prompts. progress: called with the number of answers
-    that are there, and of all.
+    places: of all answers. fingerprints: of each request; they stand in the lines, and tell whether
+    what is there already belongs to this run. ids: the person's own name for each prompt, or None.
+    resume: keep what is there; `done` holds the places of those. progress: called with the number
+    of answers that are there, and of all.
 
     Raises ValueError, in one sentence, if the file cannot be written or holds something else.
     """
@@ -122,15 +126,17 @@ class AnswerFile:
     def __init__(
         self,
         path: Path,
+        places: Sequence[Place],
         fingerprints: Sequence[str],
         ids: Sequence[str | int | None],
         resume: bool = False,
     ):
         self.path = path
+        self.places = frozenset(places)
         self.fingerprints = fingerprints
         self.ids = ids
         self.progress: Callable[[int, int], object] = lambda _, __: None
-        self.done: set[int] = set()
+        self.done: set[Place] = set()
         try:
             self._append(b"")
             if size := path.stat().st_size:
@@ -143,22 +149,25 @@ class AnswerFile:
 
     def show(self, event: Any) -> None:
         """Write an answer that is finished."""
-        if is_finished(event.completion):
-            self._write(event.request, event.completion)
-            self.done.add(event.request)
-            self.progress(len(self.done), len(self.fingerprints))
+        place = event.request, event.sample
+        # Of several answers to a prompt some may have been there before.
+        if event.finish_reason is not None and place not in self.done:
+            self._write(place, event.completion)
+            self.done.add(place)
+            self.progress(len(self.done), len(self.places))
 
     def close(self) -> None:
         """Do nothing: what of an interrupted batch was not finished is not written."""
 
-    def _write(self, index: int, answer: Any) -> None:
-        fields = {"index": index} | named(self.ids[index]) | answer_fields(answer)
+    def _write(self, place: Place, answer: Any) -> None:
+        index, sample = place
+        fields = {"index": index, "sample": sample} | named(self.ids[index]) | answer_fields(answer)
         fields["fingerprint"] = self.fingerprints[index]
         try:
             self._append(json.dumps(fields).encode() + b"\n")
         except OSError as error:
             raise ValueError(
-                f"{self.path}: {len(self.done)} of {len(self.fingerprints)} answers are written, "
+                f"{self.path}: {len(self.done)} of {len(self.places)} answers are written, "
                 f"and no more can be ({error.strerror}); make room and start again with --resume"
             ) from error
 
@@ -178,16 +187,16 @@ class AnswerFile:
         content = self.path.read_bytes()
         *lines, half = content.split(b"\n")
         for number, line in enumerate(lines, 1):
-            self.done.add(self._index(line, f"{self.path}, line {number}"))
+            self.done.add(self._place(line, f"{self.path}, line {number}"))
         if half[: len(BEGINNING)] != BEGINNING[: len(half)]:
             self._refuse(half, f"{self.path}, line {len(lines) + 1}")
         os.truncate(self.path, len(content) - len(half))
 
-    def _index(self, line: bytes, place: str) -> int:
-        """Return which prompt a line answers. Raises ValueError if it is none of this run."""
+    def _place(self, line: bytes, place: str) -> Place:
+        """Return which answer is in a line. Raises ValueError if it is none of this run."""
         try:
             fields = json.loads(line)
-            index, found = fields["index"], fields["fingerprint"]
+            index, sample, found = fields["index"], fields["sample"], fields["fingerprint"]
         except (ValueError, TypeError, KeyError, RecursionError):
             self._refuse(line, place)
         if not isinstance(index, int) or not 0 <= index < len(self.fingerprints):
@@ -201,12 +210,12 @@ class AnswerFile:
                 "another prompt, other settings or another model; give those that the file was "
                 "begun with, or name another file"
             )
-        if index in self.done:
+        if (index, sample) not in self.places or (index, sample) in self.done:
             raise ValueError(
-                f"{place}: expected one answer to each prompt, got a second one to prompt "
-                f"{index + 1}; remove the line"
+                f"{place}: expected each answer once, got number {sample!r} of prompt {index + 1} "
+                "again, or one that was not asked for; remove the line"
             )
-        return index
+        return index, sample
 
     def _refuse(self, line: bytes, place: str) -> NoReturn:
         got = line[:40].decode(errors="replace")

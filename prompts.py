@@ -136,6 +136,7 @@ def command_settings(options: argparse.Namespace) -> dict[str, Any]:
         "presence_penalty": options.presence_penalty,
         "stop": options.stop,
         "truncate": options.truncate,
+        "num_samples": options.num_samples,
     }
 
 
@@ -143,6 +144,16 @@ def fields_of(options: argparse.Namespace, index: int) -> dict[str, Any]:
     """Return the fields of one request, as JSON: its own settings go before the command line's."""
     prompt = {"prompt": options.prompts[index]}
     return prompt | command_settings(options) | options.settings[index]
+
+
+def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return the place of each answer that is wanted: of which prompt, and which one of its."""
+    found = []
+    for index in range(len(options.prompts)):
+        wanted = fields_of(options, index)["num_samples"]
+        # What is none is refused when requests are made.
+        found += [(index, i) for i in range(wanted if type(wanted) is int else 1)]
+    return found
 
 
 def request_for(options: argparse.Namespace, prompt: str) -> Any:

@@ -103,8 +103,9 @@ class Event(NamedTuple):
 
     request: which one, its place in the list that was asked, or the number of its handle. text:
     what is new of its text and final: a character whose bytes are not all there yet, or what may
-    begin a stop string, stays out. completion: the answer so far. sample: which one of the
-    request's answers.
+    begin a stop string, stays out. completion: the answer so far, which may be further than this
+    token. sample: which one of the request's answers. finish_reason: of its last token, why it is
+    the last; else None.
     """
 
     request: int
@@ -112,6 +113,7 @@ class Event(NamedTuple):
     text: str
     completion: Completion
     sample: int = 0
+    finish_reason: str | None = None
 
 
 def encode(

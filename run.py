@@ -41,7 +41,7 @@ MOST_SLOTS = 8
 SHARED = (
     "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
     "presence_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch", "context",
-    "settings", "places", "ids",
+    "settings", "places", "ids", "num_samples",
 )  # fmt: skip
 
 
@@ -151,13 +151,15 @@ def open_answers(
         fingerprint(request=prompts.fields_of(options, index), id=options.ids[index], model=model)
         for index in range(len(options.prompts))
     ]
-    return AnswerFile(options.output, fingerprints, options.ids, options.resume)
+    places = prompts.places_of_answers(options)
+    return AnswerFile(options.output, places, fingerprints, options.ids, options.resume)
 
 
 def left_over(options: argparse.Namespace, answers: AnswerFile | None) -> list[int]:
-    """Return the places of the prompts that have no answer yet."""
+    """Return which prompts do not have all their answers yet."""
     done = answers.done if answers else set()
-    return [index for index in range(len(options.prompts)) if index not in done]
+    places = prompts.places_of_answers(options)
+    return sorted({index for index, sample in places if (index, sample) not in done})
 
 
 def make_server(
@@ -192,7 +194,7 @@ def make_server(
             tokenizer,
             mesh=mesh,
             # As many as before an interruption: rounding depends on it.
-            slots=options.batch or min(len(options.prompts), MOST_SLOTS),
+            slots=options.batch or min(len(prompts.places_of_answers(options)), MOST_SLOTS),
             dtype=options.dtype,
             context=options.context,
             requests=prompts.make_requests(options, left),
@@ -219,29 +221,45 @@ def generate(
     phase: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Print the answers that are left, or write them to a file; then a line of statistics."""
-    events = server.generate_events(prompts.make_requests(options, left), phase)
-    done, total = len(options.prompts) - len(left), len(options.prompts)
-    with Progress("answering", already=done) as progress:
+    from runner import MOST_TOKENS
+
+    # Where nobody watches them come, several tokens at a time, which is faster.
+    tokens = MOST_TOKENS if options.json or answers else 1
+    events = server.generate_events(prompts.make_requests(options, left), phase, tokens)
+    with Progress("answering", already=len(answers.done) if answers else 0) as progress:
         if answers:
             answers.progress = progress
-            progress(done, total)
+            progress(len(answers.done), len(answers.places))
         printer = answers or make_printer(options)
         timing = Timing()
         try:
             while event := worker.submit(next, events, None).result():
-                timing.take(event.request)
+                timing.take((event.request, event.sample))
                 printer.show(event._replace(request=left[event.request]))
         finally:
             # After an interruption too: nothing that was computed is lost.
             printer.close()
     say(timing.line())
     if options.stats:
-        say(timing.block())
+        say(timing.block(work_of(server)))
+
+
+def work_of(server: Any) -> list[tuple[str, str]]:
+    """Return what the server has to say of its work, as names and values."""
+    done = server.statistics
+    host = 1e3 * (done.seconds - done.waiting) / max(1, done.tokens)
+    return [
+        ("slots used", f"{done.slots_used:.1f} of {server.num_slots}, in the mean"),
+        ("host's work", f"{host:.2f} ms a token, {done.host_share:.0%} of the time"),
+    ]
 
 
 def make_printer(options: argparse.Namespace) -> Any:
     """Return what prints the answers to standard output."""
-    return JsonPrinter(options.ids) if options.json else TextPrinter(options.prompts)
+    places = prompts.places_of_answers(options)
+    if options.json:
+        return JsonPrinter(places, options.ids)
+    return TextPrinter(options.prompts, places)
 
 
 def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
@@ -280,7 +298,7 @@ def serve_together(
 def nothing_left(options: argparse.Namespace, left: Sequence[int]) -> bool:
     """Whether all prompts have their answers already; says so."""
     if not left:
-        say(f"{options.output} holds all {len(options.prompts)} answers already")
+        say(f"{options.output} holds all {len(prompts.places_of_answers(options))} answers already")
     return not left
 
 

@@ -135,8 +135,8 @@ class Statistics:
     """What has been done since the count began.
 
     steps: times that the model was run to decode. tokens: those that were drawn in these. seconds:
-    that steps took; waiting: of these, until the devices were ready, while the host had nothing to
-    do. The rest is the host's own work.
+    that steps took, but for those that may have had to compile; waiting: of these, until the
+    devices were ready, while the host had nothing to do. The rest is the host's own work.
     """
 
     steps: int = 0
@@ -185,6 +185,8 @@ class Serving:
         self._prompts: dict[int, Handle] = {}
         self._dispatched: list[_Tokens | _Scores] = []
         self._state: State | None = None
+        self._waited = 0.0  # seconds, for the devices
+        self._known: set[Any] = set()  # programs that have been run
         self.phase: Callable[[str], object] = lambda _: None
         self.statistics = Statistics()
 
@@ -216,7 +218,7 @@ class Serving:
         tokens: how many to draw at a time for all that are decoding, where none reads its prompt.
         If it raises, the requests in the slots are cancelled; those in line stay there.
         """
-        began = time.perf_counter()
+        began, waited, known = time.perf_counter(), self._waited, len(self._known)
         before, self._dispatched = self._dispatched, []
         try:
             others = any(sequence.decoding for sequence in self._slots if sequence)
@@ -232,7 +234,9 @@ class Serving:
             self._abandon()  # memory that was given to a failed step is lost
             raise
         finally:
-            self.statistics.seconds += time.perf_counter() - began
+            if len(self._known) == known:
+                self.statistics.seconds += time.perf_counter() - began
+                self.statistics.waiting += self._waited - waited
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
         """Return an iterator over the tokens of one request, which lets all others go on, too."""
@@ -261,7 +265,8 @@ class Serving:
                 if self._prompts.get(slot) is not sequence.handle:
                     self._prompts.pop(slot, None)
                 row = sequence.answering.slot()
-                self._state = start(self._current(), np.int32(slot), row, **self._where)
+                given = self._given(np.int32(slot), row)
+                self._state = self._run(start, self._current(), *given)
         self._begin()
 
     def _find_prompt(self, handle: Handle, slot: int) -> int | None:
@@ -272,6 +277,10 @@ class Serving:
     def _current(self) -> State:
         if self._state is None:
             self._state = new_state(batch=self._num_slots, **self._where)
+            if self._mesh is None:
+                # Bound to the device, as what steps return is: else they are compiled again.
+                device = jax.tree.leaves(self._params)[0].sharding
+                self._state = jax.device_put(self._state, device)
         return self._state
 
     def _read_prompts(self) -> None:
@@ -300,9 +309,9 @@ class Serving:
             tokens[part, : len(chunk)], following[part, : len(after)] = chunk, after
             counts[part] = reading[slot], len(after)
         given = tokens, length, places, following
-        scores, self._state = prefill(
-            self._params, self._current(), *self._given(*given[: 4 if scored else 3]), **self._where
-        )
+        inputs = self._given(*given[: 4 if scored else 3])
+        state = self._current()
+        scores, self._state = self._run(prefill, self._params, state, *inputs, kind=(size, scored))
         if scores is not None:
             self._dispatched.append(_Scores(scores, counts))
         for slot in chosen.values():
@@ -327,7 +336,7 @@ class Serving:
         if not beginning:
             return
         given = self._given(drawing, source, length)
-        found, self._state = first_token(self._current(), *given, **self._where)
+        found, self._state = self._run(first_token, self._current(), *given)
         for slot, sequence in beginning.items():
             sequence.begun = True
             self._prompts[slot] = sequence.handle
@@ -344,8 +353,13 @@ class Serving:
         running = np.zeros([self._num_slots], bool)
         running[list(decoding)] = True
         given = self._given(running, np.int32(count), np.bool_(bool(self._waiting)))
-        found, self._state = decode(self._params, self._current(), *given, **self._where)
+        found, self._state = self._run(decode, self._params, self._current(), *given)
         self._note(found, count, decoding, first=False)
+
+    def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None) -> Any:
+        """Dispatch a step; of one kind there is one program, compiled when it is first run."""
+        self._known.add((step, kind))
+        return step(*inputs, **self._where)
 
     def _given(self, *arrays: Any) -> tuple[Any, ...]:
         return from_host(arrays, self._mesh)
@@ -393,7 +407,8 @@ class Serving:
         text = answering.take(token, logprob, *first)
         if sequence.finished:
             self._free(sequence)
-        event = Event(handle.number, token, text, sequence.completion, answering.sample)
+        answer = sequence.completion
+        event = Event(handle.number, token, text, answer, answering.sample, answer.finish_reason)
         handle._events.append(event)
         return event
 
@@ -401,7 +416,7 @@ class Serving:
         """Return arrays as numpy's, when the devices have them."""
         began = time.perf_counter()
         jax.block_until_ready(arrays)
-        self.statistics.waiting += time.perf_counter() - began
+        self._waited += time.perf_counter() - began
         return jax.device_get(arrays)
 
     def _free(self, sequence: _Sequence) -> None:

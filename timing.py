@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 
 class Timing:
@@ -12,19 +12,19 @@ class Timing:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.tokens = 0
-        self.first: dict[int, float] = {}  # of each request, seconds from the beginning
-        self.between: list[float] = []  # seconds between the tokens of a request
-        self._latest: dict[int, float] = {}
+        self.first: dict[Hashable, float] = {}  # of each answer, seconds from the beginning
+        self.between: list[float] = []  # seconds between the tokens of an answer
+        self._latest: dict[Hashable, float] = {}
 
-    def take(self, request: int) -> None:
-        """Note that a token of a request is there."""
+    def take(self, answer: Hashable) -> None:
+        """Note that a token of an answer is there."""
         now = time.perf_counter() - self.began
         self.tokens += 1
-        if request in self.first:
-            self.between.append(now - self._latest[request])
+        if answer in self.first:
+            self.between.append(now - self._latest[answer])
         else:
-            self.first[request] = now
-        self._latest[request] = now
+            self.first[answer] = now
+        self._latest[answer] = now
 
     def line(self) -> str:
         """Return what there was in one line."""
@@ -45,7 +45,7 @@ class Timing:
         rows = []
         if first := list(self.first.values()):
             value = f"median {statistics.median(first):.2f} s, largest {max(first):.2f} s"
-            rows.append(("time to first token", f"{value}, of {len(first)} requests"))
+            rows.append(("time to first token", f"{value}, of {len(first)} answers"))
         if between := [1e3 * seconds for seconds in self.between]:
             value = f"median {statistics.median(between):.1f} ms"
             rows.append(("between tokens", f"{value}, 99 % {percentile(between, 99):.1f} ms"))

@@ -26,12 +26,13 @@ SETTINGS = ("--temperature", 1, "--batch", 4)
 
 def event(index: int, reason: str | None) -> Event:
     """A token of an answer."""
-    return Event(index, 5, "a", Completion("A", [4], [5], [-1.0], "a", reason))
+    return Event(index, 5, "a", Completion("A", [4], [5], [-1.0], "a", reason), 0, reason)
 
 
 def opened(path: pathlib.Path, count: int = 3, resume: bool = False) -> AnswerFile:
     """An output file for so many requests."""
-    return AnswerFile(path, [f"print {i}" for i in range(count)], [None] * count, resume)
+    places = [(i, 0) for i in range(count)]
+    return AnswerFile(path, places, [f"print {i}" for i in range(count)], [None] * count, resume)
 
 
 def indices(path: pathlib.Path) -> list[int]:
@@ -48,9 +49,9 @@ def test_only_answers_that_came_to_their_end_are_written_each_at_once(
     file = opened(tmp_path / "out")
     seen: list[tuple[int, int]] = []
     file.progress = lambda done, total: seen.append((done, total))
-    for index, reason in ((0, None), (2, "eos"), (1, "cancelled"), (0, "length")):
+    for index, reason in ((0, None), (2, "eos"), (1, None), (0, "length")):
         file.show(event(index, reason))
-        assert (2 in file.done) == (2 in indices(tmp_path / "out"))
+        assert ((2, 0) in file.done) == (2 in indices(tmp_path / "out"))
     file.close()
     assert indices(tmp_path / "out") == [2, 0] and seen == [(1, 3), (2, 3)]
 
@@ -69,7 +70,7 @@ def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> No
         file.close()
         complete = whole[:length].count(b"\n")
         assert path.read_bytes() == whole[: (0, first, len(whole))[complete]]
-        assert file.done == set([2, 0][:complete])
+        assert file.done == {(i, 0) for i in [2, 0][:complete]}
 
 
 @pytest.mark.parametrize(
@@ -79,15 +80,21 @@ def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> No
         ("{}\n", "line 1: expected an answer as --output writes it, got '{}'"),
         ("[]\n", "line 1: expected an answer"),
         ('\n{"index": 0', "line 1: expected an answer"),
-        ('{"index": 3, "fingerprint": "print 3"}\n', "the index of one of 3 prompts, got 3; give"),
-        ('{"index": "0", "fingerprint": ""}\n', "the index of one of 3 prompts, got '0'; give"),
         (
-            '{"index": 1, "fingerprint": "print 2"}\n',
+            '{"index": 3, "sample": 0, "fingerprint": "print 3"}\n',
+            "the index of one of 3 prompts, got 3; give",
+        ),
+        (
+            '{"index": "0", "sample": 0, "fingerprint": ""}\n',
+            "the index of one of 3 prompts, got '0'; give",
+        ),
+        (
+            '{"index": 1, "sample": 0, "fingerprint": "print 2"}\n',
             "line 1: expected an answer to prompt 2 as it is now, got one of another prompt",
         ),
         (
-            '{"index": 1, "fingerprint": "print 1"}\n' * 2,
-            "line 2: expected one answer to each prompt, got a second one to prompt 2",
+            '{"index": 1, "sample": 0, "fingerprint": "print 1"}\n' * 2,
+            "line 2: expected each answer once, got number 0 of prompt 2 again",
         ),
     ],
 )
@@ -131,9 +138,9 @@ def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
         f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); make "
         "room and start again with --resume"
     )
-    assert file.done == {0} and len(disk.getvalue()) == 20
+    assert file.done == {(0, 0)} and len(disk.getvalue()) == 20
     path.write_bytes(whole + disk.getvalue())
-    assert opened(path, resume=True).done == {0} and path.read_bytes() == whole
+    assert opened(path, resume=True).done == {(0, 0)} and path.read_bytes() == whole
 
 
 def test_a_fingerprint_changes_with_all_that_an_answer_depends_on() -> None:
@@ -160,6 +167,7 @@ def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
     """Byte for byte but for the order; nothing of it on standard output."""
     path, file = tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
     prompts = [{"prompt": f"{i} dogs", "id": f"n{i}", "max_len": 2 + i} for i in range(6)]
+    prompts[2]["num_samples"] = 2
     file.write_text("\n".join(map(json.dumps, prompts)))
     arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--prompts-file", file, "--max-len", 9]
     printed = command(*arguments, *SETTINGS, "--json").answers
@@ -167,18 +175,23 @@ def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
     result = command(*arguments)
     assert (result.status, result.out) == (0, "") and re.fullmatch(LOADED + COUNTED, result.err)
     lines = path.read_bytes().splitlines(keepends=True)
-    answers = sorted(map(json.loads, lines), key=lambda answer: answer["index"])
-    assert [list(answer)[:2] for answer in answers] == [["index", "prompt"]] + [["index", "id"]] * 6
+    answers = sorted(map(json.loads, lines), key=lambda answer: (answer["index"], answer["sample"]))
+    assert list(answers[0])[:3] == ["index", "sample", "prompt"]
+    assert list(answers[1])[:3] == ["index", "sample", "id"]
     assert len({answer.pop("fingerprint") for answer in answers}) == 7
-    assert [answer.pop("index") for answer in answers] == list(range(7)) and answers == printed
+    places = [(answer.pop("index"), answer.pop("sample")) for answer in answers]
+    assert places == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (4, 0), (5, 0), (6, 0)]
+    assert answers == printed and answers[3]["token_ids"] != answers[4]["token_ids"]
 
-    path.write_bytes(b"".join(lines[:3]) + lines[3][:-1])
+    both = [i for i, line in enumerate(lines) if json.loads(line)["index"] == 3]
+    for kept in (lines[:3], [line for i, line in enumerate(lines) if i != both[0]]):
+        path.write_bytes(b"".join(kept) + lines[both[0]][:-1])
+        result = command(*arguments, "--resume")
+        assert (result.status, result.out) == (0, "")
+        assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
     result = command(*arguments, "--resume")
     assert (result.status, result.out) == (0, "")
-    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
-    result = command(*arguments, "--resume")
-    assert (result.status, result.out) == (0, "")
-    assert result.err == f"{path} holds all 7 answers already\n"
+    assert result.err == f"{path} holds all 8 answers already\n"
 
     content = path.read_bytes()
     assert_one_sentence(

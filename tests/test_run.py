@@ -178,18 +178,31 @@ def test_several_answers_are_printed_whole_each_with_its_prompt(
 def test_an_interruption_before_the_first_token_prints_no_empty_line(
     prompt: Any, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.TextPrinter([prompt]).close()
+    run.TextPrinter([prompt], [(0, 0)]).close()
     assert capsys.readouterr().out == out
+
+
+def test_several_answers_to_a_prompt_are_told_apart(tiny: pathlib.Path, command: Command) -> None:
+    arguments = ["--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 4, "--num-samples", 3]
+    result = command(*arguments, "--stats")
+    answers = command(*arguments, "--json").answers
+    assert sorted(result.out.splitlines()) == [
+        f"[1.{i}] {PROMPT}{answer['text']}" for i, answer in enumerate(answers, 1)
+    ]
+    (second,) = command(*arguments[:-2], "--seed", 43, "--json", "--batch", 3).answers
+    assert answers[1] == second
+    assert re.search(r"\nslots used +3.0 of 3, in the mean\n", result.err), result.err
+    assert re.search(r"\nhost's work +[\d.]+ ms a token, \d+% of the time\n", result.err)
 
 
 def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    printer = run.JsonPrinter([None] * 4)
+    printer = run.JsonPrinter([(i, 0) for i in range(4)], [None] * 4)
 
     def show(index: int, finish_reason: str | None) -> list[Any]:
         answer = Completion(None, [index], [5], [-1.0], None, finish_reason)
-        printer.show(Event(index, 5, "", answer))
+        printer.show(Event(index, 5, "", answer, 0, answer.finish_reason))
         return [json.loads(line)["prompt_ids"] for line in capsys.readouterr().out.splitlines()]
 
     assert show(0, None) == show(3, None) == []

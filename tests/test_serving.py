@@ -1,9 +1,11 @@
 """Requests that come and go: each gets what it gets alone, and nothing is lost or mixed up."""
 
 import copy
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import serving
 import steps
 from request import Request
+from serving import Statistics
 from test_runner import make
 
 SLOTS = 4
@@ -42,9 +45,20 @@ requests = st.builds(
     stop_tokens=st.sampled_from([(), (66,)]),
     ignore_eos=st.booleans(),
     top_logprobs=st.sampled_from([0, 2]),
+    num_samples=st.sampled_from([1, 1, 1, 2, 6]),
+    prompt_logprobs=st.booleans(),
 )
+
+
+class Steps(NamedTuple):
+    """A step of so many tokens at a time."""
+
+    tokens: int
+
+
 # What happens: a request comes, a step is done, or one of the requests is cancelled.
-actions = st.one_of(requests, requests, st.none(), st.none(), st.none(), st.integers(0, 99))
+steps_of = st.builds(Steps, st.sampled_from([1, 1, 2, 8]))
+actions = st.one_of(requests, requests, steps_of, steps_of, steps_of, st.integers(0, 99))
 known: dict[str, Any] = {}
 
 
@@ -57,6 +71,11 @@ def alone(request):
         assert not server().busy or not list(server().stream(handle))
         known[key] = handle.completion, text
     return known[key]
+
+
+def sample(request, index):
+    """The request that has as its only answer one of those of a request."""
+    return dataclasses.replace(request, num_samples=1, rng_seed=request.rng_seed + index)
 
 
 def drain():
@@ -79,8 +98,8 @@ def test_each_request_gets_what_it_gets_alone_whatever_comes_and_goes(schedule):
     for action in schedule:
         if isinstance(action, Request):
             asked.append((action, server().submit(action)))
-        elif action is None:
-            events += server().step()
+        elif isinstance(action, Steps):
+            events += server().step(action.tokens)
         elif asked:
             handle = asked[action % len(asked)][1]
             if not handle.finished:
@@ -90,19 +109,30 @@ def test_each_request_gets_what_it_gets_alone_whatever_comes_and_goes(schedule):
     handles = {handle.number: handle for _, handle in asked}
     assert {event.request for event in events} <= handles.keys()
     for request, handle in asked:
-        own = [event for event in events if event.request == handle.number]
-        found = copy.deepcopy(handle.completion)
-        expected, text = alone(request)
-        assert [event.token_id for event in own] == found.token_ids
-        assert "".join(event.text for event in own) == found.text
-        if handle.number not in cancelled:
-            assert found == expected and found.text == text
-            continue
-        assert found.finish_reason == "cancelled"
-        count = len(found.token_ids)
-        assert found.token_ids == expected.token_ids[:count]
-        assert found.logprobs == expected.logprobs[:count]
-        assert expected.text.startswith(found.text)
+        assert len(handle.completions) == request.num_samples
+        for index, answer in enumerate(copy.deepcopy(handle.completions)):
+            place = handle.number, index
+            own = [event for event in events if (event.request, event.sample) == place]
+            check(answer, own, sample(request, index), handle.number in cancelled)
+
+
+def check(found, events, request, cancelled):
+    """Whether an answer and its events are those of the request alone, or of their beginning."""
+    expected, text = alone(request)
+    assert [event.token_id for event in events] == found.token_ids
+    assert "".join(event.text for event in events) == found.text
+    if not cancelled or found.finish_reason != "cancelled":
+        assert found == expected and found.text == text
+        *others, last = [event.finish_reason for event in events]
+        assert last == found.finish_reason and not any(others)
+        return
+    assert not any(event.finish_reason for event in events)
+    count = len(found.token_ids)
+    assert found.token_ids == expected.token_ids[:count]
+    assert found.logprobs == expected.logprobs[:count]
+    assert expected.text.startswith(found.text)
+    if request.prompt_logprobs:
+        assert found.prompt_logprobs == expected.prompt_logprobs[: len(found.prompt_logprobs)]
 
 
 def test_a_request_takes_a_free_slot_while_others_go_on():
@@ -223,14 +253,108 @@ def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(
     assert server().generate([request]) == expected
 
 
-def test_coming_and_going_compiles_nothing_new():
-    drain()
-    server().generate([Request([5] * 40, max_len=2)])
+def test_after_one_request_coming_and_going_compiles_nothing_new():
+    server = make(slots=2)
+    server.generate([Request([5] * 40, max_len=2)])
     functions = (steps.start, steps.prefill, steps.first_token, steps.decode, steps.new_state)
     compiled = [function._cache_size() for function in functions]
-    handles = [server().submit(Request([5] * (1 + i), max_len=1 + i)) for i in range(8)]
+    handles = [server.submit(Request([5] * (1 + i), max_len=1 + i)) for i in range(8)]
     for _ in range(3):
-        server().step()
-    server().cancel(handles[2])
-    drain()
+        server.step()
+    server.cancel(handles[2])
+    while server.busy:
+        server.step(8)
+    server._serving.release()
+    server.generate([Request([5] * 40, max_len=2, num_samples=3)])
     assert [function._cache_size() for function in functions] == compiled
+
+
+# ------------------------------------------------------------------ several answers, several tokens
+
+
+def counted(monkeypatch, name):
+    """Returns the list of a step's inputs, one for each time that it is dispatched."""
+    calls, step = [], getattr(serving, name)
+
+    def call(*arguments, **options):
+        calls.append(arguments)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(serving, name, call)
+    return calls
+
+
+def test_a_prompt_is_read_once_for_all_its_answers_more_than_there_are_slots(monkeypatch):
+    drain()
+    chunks = counted(monkeypatch, "prefill")
+    request = Request([*range(3, 43)], num_samples=2 * SLOTS + 1, max_len=5, ignore_eos=True)
+    answers = server().generate([request, Request([9], max_len=2)])
+    assert len(chunks) == 3  # 32 tokens and 8, and the other prompt
+    for index, answer in enumerate(answers[:-1]):
+        assert answer == alone(sample(request, index))[0]
+    assert len({tuple(answer.token_ids) for answer in answers}) == len(answers)
+
+
+def test_the_answers_to_a_prompt_are_in_the_order_of_the_requests_and_of_their_seeds():
+    drain()
+    several = [
+        Request([5, 6], num_samples=2, max_len=9, ignore_eos=True),
+        Request([7], max_len=1),
+        Request([8], num_samples=3, max_len=2, ignore_eos=True),
+    ]
+    answers = server().generate(several)
+    assert [answer.prompt_ids for answer in answers] == [[5, 6]] * 2 + [[7]] + [[8]] * 3
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 40])
+def test_the_log_probabilities_of_a_prompt_are_those_of_its_logits(length):
+    drain()
+    prompt = [(7 * i) % 4093 + 3 for i in range(length)]
+    (answer,) = server().generate([Request(prompt, max_len=1, prompt_logprobs=True)])
+    logits = server().logits([prompt])[0].astype(np.float64)
+    scores = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    expected = [scores[i, token] for i, token in enumerate(prompt[1:])]
+    assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == length
+    np.testing.assert_allclose(answer.prompt_logprobs[1:], expected, rtol=0, atol=2e-5)
+    assert server().generate([Request(prompt, max_len=1)])[0].prompt_logprobs is None
+
+
+def test_several_tokens_of_a_dispatch_end_where_an_answer_does_if_others_wait(monkeypatch):
+    drain()
+    dispatches = counted(monkeypatch, "decode")
+    requests = [Request([5 + i], max_len=3 + i, ignore_eos=True) for i in range(SLOTS)]
+    requests.append(Request([20], max_len=40, ignore_eos=True))
+    server().generate(requests[:SLOTS])
+    assert len(dispatches) < 6 + SLOTS
+    dispatches.clear()
+    for request in requests:
+        server().submit(request)
+    first = {}  # by request, how many dispatches there had been
+    while server().busy:
+        for event in server().step(8):
+            first.setdefault(event.request, len(dispatches))
+    started = sorted(first.values())
+    # The one that waits begins long before the 40 tokens of a longest answer are drawn.
+    assert len(started) == SLOTS + 1 and started[-1] - started[0] <= 2 + SLOTS
+
+
+def test_statistics_count_what_was_decoded():
+    drain()
+    server().statistics = Statistics()
+    assert server().statistics.slots_used == server().statistics.host_share == 0
+    requests = [Request([5 + i], max_len=9, ignore_eos=True) for i in range(2)]
+    server().generate(requests)
+    found = server().statistics
+    assert found.tokens == 16 and 8 <= found.steps <= 16  # first tokens are not decoded
+    assert found.slots_used == found.tokens / found.steps
+    assert 0 < found.waiting < found.seconds and 0 < found.host_share < 1
+
+
+def test_several_parts_of_the_data_axis_read_prompts_and_share_them():
+    """Answers of one prompt lie on both parts: what the first has read goes over to the others."""
+    request = Request([*range(3, 43)], num_samples=6, max_len=4, ignore_eos=True)
+    others = [Request([9, 8, 7], max_len=6), Request([5] * 33, max_len=6, prompt_logprobs=True)]
+    found = [make(slots=4, mesh=mesh).generate([request, *others]) for mesh in [(2, 4), (1, 1)]]
+    assert [a.token_ids for a in found[0]] == [a.token_ids for a in found[1]]
+    scores = [answers[-1].prompt_logprobs[1:] for answers in found]
+    np.testing.assert_allclose(*scores, rtol=0, atol=2e-5)

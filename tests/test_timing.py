@@ -23,7 +23,7 @@ def test_first_tokens_and_those_after_them_are_told_apart(clock: list[float]) ->
         times.take(request)
     clock[0] = 110
     assert times.block([("slots in use", "2.0 of 8")]).splitlines() == [
-        "time to first token  median 2.50 s, largest 6.00 s, of 3 requests",
+        "time to first token  median 2.50 s, largest 6.00 s, of 3 answers",
         "between tokens       median 600.0 ms, 99 % 3700.0 ms",
         "tokens per second    1.0",
         "slots in use         2.0 of 8",
