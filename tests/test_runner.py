@@ -20,6 +20,7 @@ from runner import (
 )
 from serving import chunk_lengths
 from steps import (
+    MOST_TOKENS,
     EMBEDDINGS,
     apply_model,
     decode,
@@ -135,6 +136,20 @@ def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
     assert state.memory.layers.step.tolist() == state.slots.drawn.tolist() == [3, 0, 0, 0]
     assert found.drawn.sum(axis=0).tolist() == [3, 0, 0, 0]
     assert not found.sample.token_id[:, 1:].any()
+
+
+@pytest.mark.parametrize(("until_free", "drawn"), [(False, [2, 8, 0, 0]), (True, [2, 2, 0, 0])])
+def test_several_tokens_of_a_dispatch_end_with_the_first_answer_if_others_wait_for_its_slot(
+    until_free, drawn, tiny
+):
+    state = new_state(config=TINY, batch=4)
+    for slot, limit in enumerate((2, 40)):
+        row = Answering(Request([5], max_len=limit, ignore_eos=True), TINY, None).slot()
+        state = start(state, np.int32(slot), row, config=TINY)
+    given = np.ones(4, bool), np.int32(MOST_TOKENS), np.bool_(until_free)
+    found, state = decode(tiny.params, state, *given, config=TINY)
+    assert found.drawn.sum(axis=0).tolist() == state.slots.drawn.tolist() == drawn
+    assert state.slots.settings.active.tolist() == [False, True, False, False]
 
 
 def test_only_allowed_tokens_are_drawn(tiny):

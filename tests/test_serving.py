@@ -319,25 +319,6 @@ def test_the_log_probabilities_of_a_prompt_are_those_of_its_logits(length):
     assert server().generate([Request(prompt, max_len=1)])[0].prompt_logprobs is None
 
 
-def test_several_tokens_of_a_dispatch_end_where_an_answer_does_if_others_wait(monkeypatch):
-    drain()
-    dispatches = counted(monkeypatch, "decode")
-    requests = [Request([5 + i], max_len=3 + i, ignore_eos=True) for i in range(SLOTS)]
-    requests.append(Request([20], max_len=40, ignore_eos=True))
-    server().generate(requests[:SLOTS])
-    assert len(dispatches) < 6 + SLOTS
-    dispatches.clear()
-    for request in requests:
-        server().submit(request)
-    first = {}  # by request, how many dispatches there had been
-    while server().busy:
-        for event in server().step(8):
-            first.setdefault(event.request, len(dispatches))
-    started = sorted(first.values())
-    # The one that waits begins long before the 40 tokens of a longest answer are drawn.
-    assert len(started) == SLOTS + 1 and started[-1] - started[0] <= 2 + SLOTS
-
-
 def test_statistics_count_what_was_decoded():
     drain()
     server().statistics = Statistics()
