@@ -20,8 +20,8 @@ from runner import (
 )
 from serving import chunk_lengths
 from steps import (
-    MOST_TOKENS,
     EMBEDDINGS,
+    MOST_TOKENS,
     apply_model,
     decode,
     new_state,
