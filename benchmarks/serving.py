@@ -1,0 +1,294 @@
+"""How smoothly tokens come while a prompt is read, what a batch gains, what the host costs.
+
+python benchmarks/serving.py
+
+latency: one request streams, token by token, when another with a prompt of 4,000 tokens arrives.
+No token of the first may come later after the one before it than 1.5 times the longest chunk of
+that prompt takes alone (medians of several turns; random weights, a context of 8,192).
+batch: the demo with 8 slots, all busy, must draw at least 3 times as many tokens in a second as
+with one (median of the ratios of pairs, in turns).
+host: of a step of 8 tokens, as `generate` takes them, the host's own work must take less than 15 %
+of the time, with 1 slot and with 8 (medians).
+
+All three, unless options name some of them. Ends with status 1 if a limit was not held.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402  (what follows is found by the line above)
+import numpy as np  # noqa: E402
+
+from commandline import Parser, number, say  # noqa: E402
+from model import LanguageModelConfig, TransformerConfig  # noqa: E402
+from runner import (  # noqa: E402
+    InferenceRunner,
+    ModelRunner,
+    Request,
+    Statistics,
+    load_server,
+)
+from serving import chunk_lengths  # noqa: E402
+from steps import MOST_TOKENS, new_state, prefill  # noqa: E402
+
+MOST_CHUNKS = 1.5
+LEAST_GAIN = 3.0
+MOST_HOST = 0.15
+MEASUREMENTS = "latency", "batch", "host"
+SLOTS = 8
+LONG_PROMPT = 4000
+DEMO_LEN = 200
+PROMPTS = (
+    *("Once upon a time", "The little rabbit", "The king", "In the middle of the night"),
+    *("There was an old woman", "A fox", "The children went", "When the sun rose"),
+)
+
+
+# ----------------------------------------------------------------------------------------- latency
+
+
+def make_long_server() -> InferenceRunner:
+    """Return a runner of random int8 weights, of Grok-1's context, that answers two at a time."""
+    config = LanguageModelConfig(
+        vocab_size=4096,
+        sequence_len=8192,
+        fprop_dtype=np.float32,
+        model=TransformerConfig(
+            emb_size=256,
+            key_size=32,
+            num_q_heads=8,
+            num_kv_heads=4,
+            num_layers=2,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+    runner = ModelRunner(config, 2, None)
+    server = InferenceRunner("latency", runner, None, None, pad_sizes=(16, 128, 1024))
+    server.initialize()
+    return server
+
+
+def time_chunks(server: InferenceRunner, prompt: Sequence[int]) -> list[float]:
+    """Return the seconds of each chunk of a prompt that is read with nothing else at work."""
+    where: dict[str, Any] = {"config": server.config, "mesh": server.mesh}
+    state = jax.block_until_ready(new_state(batch=server.num_slots, **where))
+    seconds, first = [], 0
+    for size in chunk_lengths(len(prompt), server.pad_sizes):
+        part = prompt[first : first + size]
+        tokens = np.zeros([1, size], np.int32)
+        tokens[0, : len(part)] = part
+        length, slot = np.array([[len(part)], [0]], np.int32)
+        began = time.perf_counter()
+        given = jax.device_put((tokens, length, slot))
+        _, state = jax.block_until_ready(prefill(server.params, state, *given, **where))
+        seconds.append(time.perf_counter() - began)
+        first += size
+    return seconds
+
+
+def time_gaps(server: InferenceRunner, prompt: Sequence[int]) -> list[float]:
+    """Return the seconds between the tokens of one request while another's prompt is read."""
+    streaming = server.submit(Request([5, 6, 7], ignore_eos=True, max_len=64))
+    while len(streaming.completion.token_ids) < 8:
+        server.step()
+    gaps, last = [], time.perf_counter()
+    other = server.submit(Request(prompt, ignore_eos=True, max_len=8))
+    while not other.finished:
+        events = server.step()
+        if any(event.request == streaming.number for event in events):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+    assert not streaming.finished, "it ended before the other's prompt was read"
+    while server.busy:  # so that nothing is at work when the next turn begins
+        server.step()
+    return gaps
+
+
+def measure_latency(turns: int) -> dict[str, Any]:
+    """Read a long prompt alone and beside a request that streams, in turns."""
+    server = make_long_server()
+    prompt = np.random.default_rng(0).integers(3, server.config.vocab_size, LONG_PROMPT).tolist()
+    time_chunks(server, prompt), time_gaps(server, prompt)  # compiles
+    chunks, gaps = [], []
+    for _ in range(turns):
+        chunks.append(time_chunks(server, prompt))
+        gaps.append(time_gaps(server, prompt))
+    chunk = max(median(times) for times in zip(*chunks, strict=True))
+    gap = median(max(turn) for turn in gaps)
+    return {
+        "chunks_s": chunks,
+        "longest_gap_s": [max(turn) for turn in gaps],
+        "chunk_s": chunk,
+        "gap_s": gap,
+        "ratio": gap / chunk,
+    }
+
+
+# ------------------------------------------------------------------------------- batch and host
+
+
+def load_demo(slots: int) -> InferenceRunner:
+    """Return the demo, all of whose steps have been compiled."""
+    server = load_server(ROOT / "checkpoints/demo", ROOT / "tokenizer.model", slots=slots)
+    decode(server, MOST_TOKENS)
+    return server
+
+
+def decode(server: InferenceRunner, tokens: int) -> tuple[float, float]:
+    """Answer as many requests as there are slots, `tokens` a step.
+
+    Returns the tokens per second while all of them decode, and the host's share of that time.
+    """
+    handles = [
+        server.submit(
+            Request(prompt, temperature=0.7, rng_seed=seed, ignore_eos=True, max_len=DEMO_LEN)
+        )
+        for seed, prompt in enumerate(PROMPTS[: server.num_slots])
+    ]
+    while not all(handle.completion.token_ids for handle in handles):
+        server.step(tokens)
+    server.statistics = Statistics()
+    count, began, rate, share = 0, time.perf_counter(), 0.0, 0.0
+    while server.busy:  # to the end, so that nothing is at work when the next turn begins
+        events = server.step(tokens)
+        if not any(handle.finished for handle in handles):
+            count += len(events)
+            rate = count / (time.perf_counter() - began)
+            share = server.statistics.host_share
+    return rate, share
+
+
+def measure_batch(servers: dict[int, InferenceRunner], turns: int) -> dict[str, Any]:
+    """Decode with one slot and with many, in turns."""
+    rates: dict[int, list[float]] = {slots: [] for slots in servers}
+    for _ in range(turns):
+        for slots, server in servers.items():
+            rates[slots].append(decode(server, MOST_TOKENS)[0])
+    pairs = list(zip(rates[1], rates[SLOTS], strict=True))
+    return {
+        "one_slot_per_s": rates[1],
+        "all_slots_per_s": rates[SLOTS],
+        "ratio": median(many / one for one, many in pairs),
+    }
+
+
+def measure_host(servers: dict[int, InferenceRunner], turns: int) -> list[dict[str, Any]]:
+    """Decode with one slot and with many, one token a step and several."""
+    found = []
+    for slots, server in servers.items():
+        for tokens in (1, MOST_TOKENS):
+            shares = [decode(server, tokens)[1] for _ in range(turns)]
+            found.append(
+                {"slots": slots, "tokens": tokens, "shares": shares, "share": median(shares)}
+            )
+    return found
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def measure(chosen: Sequence[str], turns: int) -> dict[str, Any]:
+    """Return the figures of the chosen measurements."""
+    found: dict[str, Any] = {}
+    if "latency" in chosen:
+        found["latency"] = measure_latency(turns)
+    if "batch" in chosen or "host" in chosen:
+        servers = {slots: load_demo(slots) for slots in (1, SLOTS)}
+        if "batch" in chosen:
+            found["batch"] = measure_batch(servers, turns)
+        if "host" in chosen:
+            found["host"] = measure_host(servers, turns)
+    return found
+
+
+def judge(found: dict[str, Any]) -> list[str]:
+    """Return a sentence for each limit that was not held."""
+    failures = []
+    if (latency := found.get("latency")) and latency["ratio"] > MOST_CHUNKS:
+        failures.append(
+            f"a token came {latency['gap_s']:.2f} s after the one before it, "
+            f"{latency['ratio']:.2f} times a chunk; the limit is {MOST_CHUNKS:g}"
+        )
+    if (batch := found.get("batch")) and batch["ratio"] < LEAST_GAIN:
+        failures.append(
+            f"{SLOTS} slots draw {batch['ratio']:.2f} times as many tokens in a second as one; "
+            f"the least is {LEAST_GAIN:g}"
+        )
+    for row in found.get("host", []):
+        if row["tokens"] == MOST_TOKENS and row["share"] >= MOST_HOST:
+            failures.append(
+                f"the host takes {row['share']:.1%} of a step of {row['tokens']} tokens "
+                f"(slots: {row['slots']}); the limit is {MOST_HOST:.0%}"
+            )
+    return failures
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--latency", action="store_true", help="measure tokens beside a prompt that is read")
+    add("--batch", action="store_true", help="measure many slots beside one")
+    add("--host", action="store_true", help="measure the host's share of a step")
+    count = number(1, 10**6, int, "a whole number of at least 1")
+    add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run the benchmark; returns 1 if a limit was not held."""
+    options = parse_arguments()
+    chosen = [name for name in MEASUREMENTS if getattr(options, name)] or MEASUREMENTS
+    try:
+        found = measure(chosen, options.turns)
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    failures = judge(found)
+    if options.json:
+        print(json.dumps({**found, "failures": failures}))
+    else:
+        report(found)
+    for failure in failures:
+        say(f"error: {failure}")
+    return 1 if failures else 0
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print the figures for a person."""
+
+    def row(name: str, figure: str, values: Sequence[float], form: str) -> None:
+        print(f"{name:22} {figure}   ({' '.join(format(value, form) for value in values)})")
+
+    if latency := found.get("latency"):
+        longest = [max(turn) for turn in latency["chunks_s"]]
+        row("chunk alone", f"{latency['chunk_s']:.2f} s", longest, ".2f")
+        row("longest gap", f"{latency['gap_s']:.2f} s", latency["longest_gap_s"], ".2f")
+        print(f"{'ratio':22} {latency['ratio']:.2f}, at most {MOST_CHUNKS:g}")
+    if batch := found.get("batch"):
+        for name, key in (("1 slot", "one_slot_per_s"), (f"{SLOTS} slots", "all_slots_per_s")):
+            row(name, f"{median(batch[key]):.1f} tokens/s", batch[key], ".1f")
+        print(f"{'ratio':22} {batch['ratio']:.2f}, at least {LEAST_GAIN:g}")
+    for line in found.get("host", []):
+        limit = f", less than {MOST_HOST:.0%}" if line["tokens"] == MOST_TOKENS else ""
+        name = f"host, slots {line['slots']}, step {line['tokens']}"
+        row(name, f"{line['share']:.1%}{limit}", line["shares"], ".1%")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""Thousands of requests of all kinds, come and gone at random: right, compiled once, no leak.
+
+python benchmarks/soak.py
+
+Serves 2,000 requests on 8 slots of a tiny random model: prompts of many lengths, settings of all
+kinds, one answer or several, arriving at random times, some cancelled. They are drawn from a pool
+whose answers were computed before, one request at a time. Ends with status 1 if an answer is not
+bit for bit that of its request alone (of a cancelled one, a beginning of it), if one is lost or
+comes twice, if anything is compiled after the pool was answered, or if the resident set (Linux)
+then grows by 2 % or more.
+"""
+
+import argparse
+import collections
+import dataclasses
+import gc
+import json
+import os
+import string
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402  (what follows is found by the line above)
+import numpy as np  # noqa: E402
+
+from commandline import Parser, number, say  # noqa: E402
+from model import LanguageModelConfig, TransformerConfig  # noqa: E402
+from runner import Completion, Event, Handle, InferenceRunner, ModelRunner, Request  # noqa: E402
+
+TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer.model"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # an event for each program
+MOST_GROWTH = 0.02  # of the resident set
+SLOTS = 8
+CONTEXT = 128
+LONGEST_ANSWER = 40
+MOST_OPEN = 4 * SLOTS  # requests at a time, in slots and in line
+MOST_SILENT = 1000  # steps in a row without a token
+SHOWN = 5  # failures of one kind
+MIB = 1 << 20
+
+
+def make_server() -> InferenceRunner:
+    """Return a runner of random weights, with words for tokens."""
+    config = LanguageModelConfig(
+        vocab_size=4096,
+        sequence_len=CONTEXT,
+        output_multiplier_scale=1.0,
+        embedding_multiplier_scale=6.0,
+        fprop_dtype=np.float32,
+        model=TransformerConfig(
+            emb_size=32,
+            key_size=8,
+            num_q_heads=8,
+            num_kv_heads=8,
+            num_layers=2,
+            attn_output_multiplier=0.35,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+    runner = ModelRunner(config, SLOTS, None, rng_seed=1)
+    server = InferenceRunner("soak", runner, None, TOKENIZER, pad_sizes=(8, 32))
+    server.initialize()
+    return server
+
+
+# ------------------------------------------------------------------------------------ the requests
+
+
+def draw_request(rng: np.random.Generator, config: LanguageModelConfig) -> Request:
+    """Return a request with a few or many settings that are not their defaults."""
+    size = config.vocab_size
+    max_len = int(rng.integers(1, LONGEST_ANSWER + 1))
+    room = CONTEXT - max_len
+
+    def ids(most: int) -> list[int]:
+        return rng.integers(size, size=rng.integers(1, most + 1)).tolist()
+
+    def letters(most: int) -> str:
+        return "".join(rng.choice(list(string.ascii_lowercase + " "), rng.integers(1, most + 1)))
+
+    truncate = rng.random() < 0.1
+    values = {
+        "temperature": float(rng.choice([0.0, 0.5, 1.0, 1.5])),
+        "top_k": int(rng.integers(1, 50)),
+        "nucleus_p": float(rng.uniform(0.1, 1)),
+        "min_p": float(rng.uniform(0, 0.5)),
+        "repetition_penalty": float(rng.uniform(0.5, 2)),
+        "presence_penalty": float(rng.uniform(-1, 2)),
+        "logit_bias": {token: float(rng.uniform(-5, 5)) for token in [config.eos_token, *ids(9)]},
+        # Few enough that answers end at one of them, and that the same one is drawn again.
+        "allowed_tokens": [config.eos_token, *rng.choice(size, rng.integers(9, 40)).tolist()],
+        "stop": [letters(2) for _ in range(rng.integers(1, 4))],
+        "stop_tokens": ids(200),
+        "ignore_eos": True,
+        "min_len": int(rng.integers(0, max_len + 1)),
+        "num_samples": int(rng.integers(2, 4)),
+        "prompt_logprobs": True,
+        "top_logprobs": int(rng.integers(1, 21)),
+        "parse_special": True,
+    }
+    chance = rng.choice([0.1, 0.4])
+    chosen: dict[str, Any] = {k: value for k, value in values.items() if rng.random() < chance}
+    prompt: Any = ids(2 * CONTEXT if truncate else room)
+    if rng.random() < 0.3:
+        prompt = letters(room - 1)  # at most a token each, and one for the space before them
+    return Request(
+        prompt,
+        max_len=max_len,
+        rng_seed=int(rng.integers(2**31)),
+        truncate="left" if truncate else None,
+        **chosen,
+    )
+
+
+def expected(answer: Completion, alone: Completion) -> Completion:
+    """Return what an answer should be: that of its request alone, or as much of it as came."""
+    if answer.finish_reason != "cancelled":
+        return alone
+    count, scores = len(answer.token_ids), answer.prompt_logprobs
+    return dataclasses.replace(
+        alone,
+        token_ids=alone.token_ids[:count],
+        logprobs=alone.logprobs[:count],
+        top_logprobs=alone.top_logprobs[:count],
+        prompt_logprobs=None if scores is None else (alone.prompt_logprobs or [])[: len(scores)],
+        text=(alone.text or "")[: len(answer.text or "")],
+        finish_reason="cancelled",
+    )
+
+
+def differing(answer: Completion, wanted: Completion) -> list[str]:
+    """Return the fields that are not the same bit for bit: a float's repr tells its bits."""
+    names = [field.name for field in dataclasses.fields(Completion)]
+    return [name for name in names if repr(getattr(answer, name)) != repr(getattr(wanted, name))]
+
+
+# --------------------------------------------------------------------------------------- the soak
+
+
+class Soak:
+    """Serves requests from the pool, and keeps only what is open, counts and a few failures.
+
+    alone: the answers to each request of the pool. failures: a sentence for each.
+    """
+
+    def __init__(self, server: InferenceRunner, pool: Sequence[Request], rng: np.random.Generator):
+        self.server = server
+        self.pool = pool
+        self.rng = rng
+        self.alone = [server.generate([request]) for request in pool]
+        self.submitted = 0
+        self.ends: collections.Counter[str] = collections.Counter()
+        self.wrong: collections.Counter[str] = collections.Counter()
+        self.failures: list[str] = []
+        self._open: dict[int, _Open] = {}  # by the number of the handle
+        self._wanted = SLOTS  # how many to have open, which changes
+
+    def serve(self, count: int) -> None:
+        """Submit so many more requests, and serve until all have ended."""
+        last, silent = self.submitted + count, 0
+        while self.submitted < last or self._open:
+            self._arrive(last - self.submitted)
+            self._cancel()
+            events = self.server.step(int(self.rng.integers(1, 9)))
+            for event in events:
+                self._take(event)
+            self._close()
+            silent = 0 if events else silent + 1
+            if silent == MOST_SILENT or (self._open and not self.server.busy):
+                self._lose_all()
+                silent = 0
+        if self.server.busy:
+            self._fail("busy", "the server is still busy when all requests have ended")
+
+    def _arrive(self, left: int) -> None:
+        """Submit some requests: now slots lie idle, now there is a line."""
+        if self.rng.random() < 0.05:
+            self._wanted = int(self.rng.integers(MOST_OPEN + 1))
+        arriving = min(self._wanted - len(self._open), int(self.rng.integers(1, 5)), left)
+        for _ in range(arriving):
+            index = int(self.rng.integers(len(self.pool)))
+            handle = self.server.submit(self.pool[index])
+            patience = int(self.rng.integers(40)) if self.rng.random() < 0.15 else None
+            self._open[handle.number] = _Open(handle, index, patience)
+            self.submitted += 1
+
+    def _cancel(self) -> None:
+        """Cancel those whose time has come, some of them still in line."""
+        for entry in self._open.values():
+            if entry.patience is not None:
+                if entry.patience == 0:
+                    self.server.cancel(entry.handle)
+                    entry.cancelled = True
+                entry.patience -= 1
+
+    def _take(self, event: Event) -> None:
+        """Count a token of an open request."""
+        entry = self._open.get(event.request)
+        if entry is None or entry.cancelled:
+            self._fail("late", f"a token came for request {event.request}, which had ended")
+            return
+        entry.events[event.sample] += 1
+        entry.texts[event.sample] += event.text
+
+    def _close(self) -> None:
+        """Check and forget the requests that have ended."""
+        ended = [entry for entry in self._open.values() if entry.handle.finished]
+        for entry in ended:
+            del self._open[entry.handle.number]
+            self._check(entry)
+
+    def _lose_all(self) -> None:
+        """Give up the requests that are open."""
+        for entry in self._open.values():
+            self._fail("lost", f"{entry} was never answered to the end")
+            self.server.cancel(entry.handle)
+        self._open.clear()
+
+    def _check(self, entry: "_Open") -> None:
+        """Hold what was answered to what the request gets alone."""
+        answers, alone = entry.handle.completions, self.alone[entry.index]
+        if len(answers) != len(alone):
+            self._fail("lost", f"{entry} got {len(answers)} answers in place of {len(alone)}")
+            return
+        for sample, (answer, whole) in enumerate(zip(answers, alone, strict=True)):
+            name = f"answer {sample} to {entry}"
+            self.ends[str(answer.finish_reason)] += 1
+            if answer.finish_reason == "cancelled" and not entry.cancelled:
+                self._fail("lost", f"{name} was cancelled by nobody")
+            if fields := differing(answer, expected(answer, whole)):
+                self._fail("differs", f"{name} has other {', '.join(fields)} than alone")
+            if entry.events[sample] != len(answer.token_ids):
+                came = f"{entry.events[sample]} events for {len(answer.token_ids)} tokens"
+                self._fail("events", f"{name} came in {came}")
+            if entry.texts[sample] != answer.text:
+                self._fail("events", f"the text of {name} is not what came with its tokens")
+
+    def _fail(self, kind: str, message: str) -> None:
+        """Keep the first failures of a kind, and count them all."""
+        self.wrong[kind] += 1
+        if self.wrong[kind] <= SHOWN:
+            self.failures.append(message)
+
+
+class _Open:
+    """A request that was submitted and has not ended.
+
+    index: its place in the pool. patience: after how many steps it is cancelled; None: never.
+    events, texts: how many tokens and what text came for each of its answers.
+    """
+
+    def __init__(self, handle: Handle, index: int, patience: int | None):
+        self.handle = handle
+        self.index = index
+        self.patience = patience
+        self.cancelled = False
+        self.events: collections.Counter[int] = collections.Counter()
+        self.texts: collections.defaultdict[int, str] = collections.defaultdict(str)
+
+    def __str__(self) -> str:
+        return f"request {self.handle.number} (pool[{self.index}])"
+
+
+# ---------------------------------------------------------------------------------- what is counted
+
+
+class Compilations:
+    """Counts the programs that are compiled from now on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, *_: Any, **__: Any) -> None:
+        self.count += event == COMPILED
+
+    def hears(self) -> bool:
+        """Whether it notices a program that is compiled now."""
+        before = self.count
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(3, np.float32)))
+        return self.count > before
+
+
+def resident_bytes() -> int:
+    """Return this process's resident set, without what only waits to be collected (Linux)."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(requests: int, pool: int, seed: int, points: int) -> dict[str, Any]:
+    """Serve all requests; returns the figures, and what went wrong."""
+    compilations = Compilations()
+    rng = np.random.default_rng(seed)
+    server = make_server()
+    began = time.perf_counter()
+    soak = Soak(server, [draw_request(rng, server.config) for _ in range(pool)], rng)
+    warm = time.perf_counter()
+    before, resident = compilations.count, [resident_bytes()]
+    for point in range(points):
+        soak.serve(requests * (point + 1) // points - soak.submitted)
+        resident.append(resident_bytes())
+    found = {
+        "requests": soak.submitted,
+        "answers": dict(soak.ends),
+        "wrong": dict(soak.wrong),
+        "compiled_before": before,
+        "compiled_after": compilations.count - before,
+        "resident_bytes": resident,
+        "growth": resident[-1] / resident[0] - 1,
+        "warm_up_s": warm - began,
+        "soak_s": time.perf_counter() - warm,
+    }
+    found["failures"] = soak.failures + judge(found, compilations.hears())
+    return found
+
+
+def judge(found: dict[str, Any], hears: bool) -> list[str]:
+    """Return a sentence for each limit on compilations and memory that was not held."""
+    failures = []
+    if not (hears and found["compiled_before"]):
+        failures.append(f"jax does not report {COMPILED}, so compilations cannot be counted")
+    if found["compiled_after"]:
+        failures.append(f"{found['compiled_after']} programs were compiled after the warm-up")
+    if found["growth"] >= MOST_GROWTH:
+        limit = f"the limit is {MOST_GROWTH:.0%}"
+        failures.append(f"the resident set grew by {found['growth']:.1%}; {limit}")
+    return failures
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    count = number(1, 10**9, int, "a whole number of at least 1")
+    add("--requests", type=count, default=2000, metavar="N", help="how many to serve (2000)")
+    add("--pool", type=count, default=150, metavar="N", help="how many different ones (150)")
+    add("--points", type=count, default=8, metavar="N", help="how often memory is measured (8)")
+    seed = number(0, 2**32 - 1, int, "a whole number of at least 0")
+    add("--seed", type=seed, default=0, metavar="N", help="what is drawn, and when it comes (0)")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run the soak; returns 1 if something was not as it should be."""
+    options = parse_arguments()
+    try:
+        found = measure(options.requests, options.pool, options.seed, options.points)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    if options.json:
+        print(json.dumps(found))
+    else:
+        report(found)
+    for failure in found["failures"]:
+        say(f"error: {failure}")
+    return 1 if found["failures"] else 0
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print the figures for a person."""
+    ends = ", ".join(f"{count} {reason}" for reason, count in sorted(found["answers"].items()))
+    wrong = sum(found["wrong"].values())
+    print(f"served       {found['requests']} requests in {found['soak_s']:.0f} s", end="")
+    print(f" after {found['warm_up_s']:.0f} s of warm-up")
+    print(f"answers      {ends}; {wrong} things wrong")
+    after, before = found["compiled_after"], found["compiled_before"]
+    print(f"compiled     {after} programs, after {before} for the warm-up")
+    sizes = " ".join(f"{size / MIB:.1f}" for size in found["resident_bytes"])
+    print(f"memory       {found['growth']:+.2%}, less than {MOST_GROWTH:.0%}   ({sizes} MiB)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
