@@ -63,12 +63,6 @@ def test_a_stream_waits_for_no_more_than_a_chunk_of_another_prompt() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_eight_slots_draw_three_times_as_many_tokens_as_one() -> None:
-    assert figures("serving.py", "--batch")["batch"]["ratio"] >= 3
-
-
-@pytest.mark.slow
-@pytest.mark.timed
 def test_the_host_takes_little_of_a_step() -> None:
     found = figures("serving.py", "--host")["host"]
     shares = {(row["slots"], row["tokens"]): row["share"] for row in found}
