@@ -71,7 +71,7 @@ def test_an_entry_that_was_cut_is_made_anew(tiny: pathlib.Path, tmp_path: pathli
     assert re.fullmatch(LOADED + COUNTED, err), err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_cache_can_be_switched_off_and_put_elsewhere(
     tiny: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_the_cache_can_be_switched_off_and_put_elsewhere(
     assert counts[2] == len(list(own.glob("*-cache"))) > 3 and list(tmp_path.iterdir()) == [own]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_without_a_directory_for_the_cache(
     tiny: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

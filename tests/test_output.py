@@ -232,8 +232,13 @@ def test_resuming_needs_a_file(command: Command) -> None:
     assert_one_sentence(command("--resume"), 2, "--resume needs --output, the file to go on with")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2)),
+    ],
+)
 def test_a_run_that_is_killed_and_resumed_leaves_what_an_undisturbed_one_does(
     seed: int, tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
 ) -> None:
