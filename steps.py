@@ -326,12 +326,15 @@ def decode(
         ended = jnp.any(running & ~active)
         return (i < count) & jnp.any(running & active) & ~(until_free & ended)
 
-    def token(carry: tuple[jax.Array, Decoded, State]) -> tuple[jax.Array, Decoded, State]:
+    def draw(carry: tuple[jax.Array, Decoded, State]) -> tuple[jax.Array, Decoded, State]:
         i, decoded, state = carry
         memory, slots, logits = state
         drawing = slots.settings.active & running
         length = drawing.astype(jnp.int32)
-        output = apply_model(config, mesh, params, slots.token, memory, length)
+        # Else what is made of a weight, such as the table in float32 for a CPU's product, would be
+        # made once before the loop, and held.
+        own, token = lax.optimization_barrier((params, slots.token))
+        output = apply_model(config, mesh, own, token, memory, length)
         rows = _whole_rows(output.logits, config, mesh)
         sample, slots = _draw(config, mesh, rows, slots, drawing)
         state = _placed(State(output.model_state, slots, logits), config, mesh)
@@ -344,7 +347,7 @@ def decode(
     nothing = jax.tree.map(
         lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), Decoded(sample, running)
     )
-    _, decoded, state = lax.while_loop(more, token, (jnp.int32(0), nothing, state))
+    _, decoded, state = lax.while_loop(more, draw, (jnp.int32(0), nothing, state))
     return decoded, state
 
 

@@ -56,7 +56,7 @@ def test_requests_at_random_get_their_own_answers_with_nothing_compiled_or_kept(
 @pytest.mark.slow
 @pytest.mark.timed
 def test_a_stream_waits_for_no_more_than_a_chunk_of_another_prompt() -> None:
-    found = figures("serving.py", "--latency")["latency"]
+    found = figures("serving.py", "--latency", "--turns", "3")["latency"]
     assert all(len(chunks) == 4 for chunks in found["chunks_s"])
     assert found["ratio"] <= 1.5
 
@@ -64,7 +64,7 @@ def test_a_stream_waits_for_no_more_than_a_chunk_of_another_prompt() -> None:
 @pytest.mark.slow
 @pytest.mark.timed
 def test_the_host_takes_little_of_a_step() -> None:
-    found = figures("serving.py", "--host")["host"]
+    found = figures("serving.py", "--host", "--turns", "3")["host"]
     shares = {(row["slots"], row["tokens"]): row["share"] for row in found}
     assert shares.keys() == {(1, 1), (1, 8), (8, 1), (8, 8)}
     assert shares[1, 8] < 0.15 and shares[8, 8] < 0.15
