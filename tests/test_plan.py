@@ -151,7 +151,8 @@ def test_one_device_exchanges_nothing():
     assert "  nothing" in plan.in_words(found)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 4), marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 4)])
 def test_the_largest_batch_fits_and_not_much_more_does(sizes):
     """For a shorter context it is a batch that fits, too."""
     memory = 60 << 20
