@@ -25,7 +25,7 @@ def test_float32_logits_are_exact_wherever_no_expert_is_a_tie(name, mesh):
     )
     clear = files.real & (files.margin > 1e-4)
     assert clear.sum() > 50
-    assert error[clear].max() <= 1e-4  # measured: 4e-6
+    assert error[clear].max() <= 1e-4  # measured: 4.5e-6
 
 
 @name
