@@ -53,16 +53,14 @@ def test_requests_at_random_get_their_own_answers_with_nothing_compiled_or_kept(
     assert found["growth"] < 0.02
 
 
-@pytest.mark.slow
-@pytest.mark.timed
+@pytest.mark.exhaustive
 def test_a_stream_waits_for_no_more_than_a_chunk_of_another_prompt() -> None:
     found = figures("serving.py", "--latency", "--turns", "3")["latency"]
     assert all(len(chunks) == 4 for chunks in found["chunks_s"])
     assert found["ratio"] <= 1.5
 
 
-@pytest.mark.slow
-@pytest.mark.timed
+@pytest.mark.exhaustive
 def test_the_host_takes_little_of_a_step() -> None:
     found = figures("serving.py", "--host", "--turns", "3")["host"]
     shares = {(row["slots"], row["tokens"]): row["share"] for row in found}

@@ -265,7 +265,7 @@ def test_a_run_that_is_killed_and_resumed_leaves_what_an_undisturbed_one_does(
     assert sorted(path.read_bytes().splitlines()) == expected and len(expected) == 100
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_processes_skip_the_same_answers_and_only_the_first_writes(
     start_many: test_multihost.Start, address: str, tmp_path: pathlib.Path
 ) -> None:
