@@ -139,7 +139,7 @@ def measure_latency(turns: int) -> dict[str, Any]:
 
 
 def load_demo(slots: int) -> InferenceRunner:
-    """Return the demo, all of whose steps have been compiled."""
+    """Return the demo, warm."""
     server = load_server(ROOT / "checkpoints/demo", ROOT / "tokenizer.model", slots=slots)
     decode(server, MOST_TOKENS)
     return server

@@ -2,16 +2,17 @@
 
 python benchmarks/soak.py
 
-Serves 2,000 requests on 8 slots of a tiny random model: prompts of many lengths, settings of all
-kinds, one answer or several, arriving at random times, some cancelled. They are drawn from a pool
-whose answers were computed before, one request at a time. Ends with status 1 if an answer is not
-bit for bit that of its request alone (of a cancelled one, a beginning of it), if one is lost or
-comes twice, if anything is compiled after the pool was answered, or if the resident set (Linux)
-then grows by 2 % or more.
+Serves 2,000 requests on 8 slots of the demo: prompts of many lengths, settings of all kinds, one
+answer or several, arriving at random times, some cancelled. They are drawn from a pool whose
+answers were computed before, one request at a time. Ends with status 1 if an answer is not bit for
+bit that of its request alone (of a cancelled one, a beginning of it), if one is lost or comes
+twice, if anything is compiled for a request that was answered before, be it the very first, or if
+the resident set (Linux) grows by 2 % or more after a warm-up, of as many requests as the pool has.
 """
 
 import argparse
 import collections
+import ctypes
 import dataclasses
 import gc
 import json
@@ -23,50 +24,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402  (what follows is found by the line above)
 import numpy as np  # noqa: E402
 
 from commandline import Parser, number, say  # noqa: E402
-from model import LanguageModelConfig, TransformerConfig  # noqa: E402
-from runner import Completion, Event, Handle, InferenceRunner, ModelRunner, Request  # noqa: E402
+from model import LanguageModelConfig  # noqa: E402
+from runner import Completion, Event, Handle, InferenceRunner, Request, load_server  # noqa: E402
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer.model"
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event for each program
 MOST_GROWTH = 0.02  # of the resident set
 SLOTS = 8
 CONTEXT = 128
+PAD_SIZES = 8, 32
 LONGEST_ANSWER = 40
 MOST_OPEN = 4 * SLOTS  # requests at a time, in slots and in line
 MOST_SILENT = 1000  # steps in a row without a token
 SHOWN = 5  # failures of one kind
 MIB = 1 << 20
-
-
-def make_server() -> InferenceRunner:
-    """Return a runner of random weights, with words for tokens."""
-    config = LanguageModelConfig(
-        vocab_size=4096,
-        sequence_len=CONTEXT,
-        output_multiplier_scale=1.0,
-        embedding_multiplier_scale=6.0,
-        fprop_dtype=np.float32,
-        model=TransformerConfig(
-            emb_size=32,
-            key_size=8,
-            num_q_heads=8,
-            num_kv_heads=8,
-            num_layers=2,
-            attn_output_multiplier=0.35,
-            num_experts=8,
-            num_selected_experts=2,
-        ),
-    )
-    runner = ModelRunner(config, SLOTS, None, rng_seed=1)
-    server = InferenceRunner("soak", runner, None, TOKENIZER, pad_sizes=(8, 32))
-    server.initialize()
-    return server
 
 
 # ------------------------------------------------------------------------------------ the requests
@@ -288,8 +265,9 @@ class Compilations:
 
 
 def resident_bytes() -> int:
-    """Return this process's resident set, without what only waits to be collected (Linux)."""
+    """Return this process's resident set, without what is free but not given back (Linux)."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -297,19 +275,32 @@ def measure(requests: int, pool: int, seed: int, points: int) -> dict[str, Any]:
     """Serve all requests; returns the figures, and what went wrong."""
     compilations = Compilations()
     rng = np.random.default_rng(seed)
-    server = make_server()
     began = time.perf_counter()
-    soak = Soak(server, [draw_request(rng, server.config) for _ in range(pool)], rng)
-    warm = time.perf_counter()
-    before, resident = compilations.count, [resident_bytes()]
+    server = load_server(
+        *(ROOT / "checkpoints/demo", ROOT / "tokenizer.model"),
+        slots=SLOTS,
+        context=CONTEXT,
+        pad_sizes=PAD_SIZES,
+    )
+    drawn = [draw_request(rng, server.config) for _ in range(pool)]
+    server.generate(drawn[:1])
+    once = compilations.count
+    server.generate(drawn[:1])
+    again = compilations.count - once
+    soak = Soak(server, drawn, rng)
+    before = compilations.count
+    soak.serve(pool)  # in company they take some more memory, once
+    warm, resident = time.perf_counter(), [resident_bytes()]
     for point in range(points):
-        soak.serve(requests * (point + 1) // points - soak.submitted)
+        soak.serve(requests * (point + 1) // points - requests * point // points)
         resident.append(resident_bytes())
     found = {
-        "requests": soak.submitted,
+        "requests": requests,
+        "warm_requests": pool,
         "answers": dict(soak.ends),
         "wrong": dict(soak.wrong),
         "compiled_before": before,
+        "compiled_again": again,
         "compiled_after": compilations.count - before,
         "resident_bytes": resident,
         "growth": resident[-1] / resident[0] - 1,
@@ -325,6 +316,9 @@ def judge(found: dict[str, Any], hears: bool) -> list[str]:
     failures = []
     if not (hears and found["compiled_before"]):
         failures.append(f"jax does not report {COMPILED}, so compilations cannot be counted")
+    if found["compiled_again"]:
+        times = f"{found['compiled_again']} programs were compiled"
+        failures.append(f"{times} when the first request was answered a second time")
     if found["compiled_after"]:
         failures.append(f"{found['compiled_after']} programs were compiled after the warm-up")
     if found["growth"] >= MOST_GROWTH:
@@ -371,11 +365,14 @@ def report(found: dict[str, Any]) -> None:
     """Print the figures for a person."""
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(found["answers"].items()))
     wrong = sum(found["wrong"].values())
-    print(f"served       {found['requests']} requests in {found['soak_s']:.0f} s", end="")
-    print(f" after {found['warm_up_s']:.0f} s of warm-up")
+    seconds = f"{found['soak_s']:.0f} s after {found['warm_up_s']:.0f} s of warm-up"
+    print(
+        f"served       {found['requests']} requests in {seconds}, of {found['warm_requests']} more"
+    )
     print(f"answers      {ends}; {wrong} things wrong")
     after, before = found["compiled_after"], found["compiled_before"]
-    print(f"compiled     {after} programs, after {before} for the warm-up")
+    again = found["compiled_again"]
+    print(f"compiled     {after} programs, after {before} for the warm-up, {again} of them twice")
     sizes = " ".join(f"{size / MIB:.1f}" for size in found["resident_bytes"])
     print(f"memory       {found['growth']:+.2%}, less than {MOST_GROWTH:.0%}   ({sizes} MiB)")
 
