@@ -408,6 +408,7 @@ class Peers:
             link.send(end=refusal)
         if gathering:
             self._lose(refusal)
+        link.socket.close()
 
     def _refusal(self, index: int, count: int) -> str | None:
         if count != self.place.processes:
