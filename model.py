@@ -1193,11 +1193,15 @@ class LanguageModel(hk.Module):
         the last real position of each sequence.
         capture: names from CAPTURE_SITES; `captured` then holds router_probs [L, B, T, E].
 
-        Raises ValueError if the mesh's data axis does not divide B, or for an unknown capture.
+        Raises ValueError if the mesh's data axis does not divide B, for an unknown capture, or for
+        a `sequence` of another shape, or without a memory.
         """
         config = self.config
         batch, steps = tokens.shape
         self._check(batch, capture)
+        if sequence is not None:
+            _require(memory is not None, "sequence", "to be given with a memory", sequence.shape)
+            _require(sequence.shape == (batch,), "sequence", f"shape {(batch,)}", sequence.shape)
         written = jnp.full([batch], steps, jnp.int32) if length is None else length
         real = (tokens > config.pad_token) & (jnp.arange(steps) < written[:, None])
         start, valid, whole = jnp.zeros([batch], jnp.int32), real, memory

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import multihost
 from commandline import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
+from prompts import MOST_SAMPLES
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -147,7 +148,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--num-samples",
-        type=count,
+        type=number(1, MOST_SAMPLES, int, f"a whole number from 1 to {MOST_SAMPLES}"),
         default=1,
         metavar="N",
         help="so many answers to each prompt, which is read once; the seed counts up (1)",

@@ -210,7 +210,8 @@ class AnswerFile:
                 "another prompt, other settings or another model; give those that the file was "
                 "begun with, or name another file"
             )
-        if (index, sample) not in self.places or (index, sample) in self.done:
+        known = isinstance(sample, int) and (index, sample) in self.places
+        if not known or (index, sample) in self.done:
             raise ValueError(
                 f"{place}: expected each answer once, got number {sample!r} of prompt {index + 1} "
                 "again, or one that was not asked for; remove the line"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 STANDARD_INPUT = "-"
+MOST_SAMPLES = 1024  # as in request.py, which takes seconds to import
 
 
 class Line(NamedTuple):
@@ -151,8 +152,9 @@ def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
     found = []
     for index in range(len(options.prompts)):
         wanted = fields_of(options, index)["num_samples"]
-        # What is none is refused when requests are made.
-        found += [(index, i) for i in range(wanted if type(wanted) is int else 1)]
+        # Any other number is refused when the requests are checked.
+        good = type(wanted) is int and 1 <= wanted <= MOST_SAMPLES
+        found += [(index, i) for i in range(wanted if good else 1)]
     return found
 
 
@@ -179,12 +181,6 @@ def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[A
         fields = fields_of(options, index)
         requests.append(Request(**{name: _keyed(hints[name], fields[name]) for name in fields}))
     return requests
-
-
-def in_place(error: ValueError, places: Sequence[str]) -> ValueError:
-    """Return an error that names the place of a request where the runner counted them."""
-    counted = re.fullmatch(r"request (\d+): (.*)", str(error), re.DOTALL)
-    return ValueError(f"{places[int(counted[1]) - 1]}: {counted[2]}") if counted else error
 
 
 def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:

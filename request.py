@@ -17,10 +17,12 @@ from steps import Slots
 from text import Detokenizer, StopFilter, Vocabulary
 
 DEFAULT_MAX_LEN = 200
+MOST_SAMPLES = 1024
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty"),
 )
+FLAGS = "parse_special", "ignore_eos", "prompt_logprobs"
 FIELD_TYPES = (
     *(np.float32, np.float32, bool, bool, np.int32),
     *(np.float32, np.float32, np.float32, np.float32, bool, bool, np.int32),
@@ -45,8 +47,8 @@ class Request:
     stop: one text or more that end the answer, which then does not show it. stop_tokens: ids that
         do. ignore_eos: the end-of-sequence token ends nothing.
     top_logprobs: how many of the model's own first choices to report beside each token.
-    num_samples: how many answers; the prompt is read once. Answer i, from 0, is that of the same
-        request with rng_seed + i.
+    num_samples: how many answers, up to 1024; the prompt is read once. Answer i, from 0, is that
+        of the same request with rng_seed + i.
     prompt_logprobs: report the log-probability of each token of the prompt.
     parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
         name; else they are text like any other.
@@ -139,6 +141,15 @@ def encode(
     return [int(token) for token in prompt]
 
 
+class RequestError(ValueError):
+    """One of several requests is wrong. index: its place among them. reason: what is wrong."""
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"request {index + 1}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
 class Answering:
     """One answer to a request, in the making, on the host.
 
@@ -155,10 +166,14 @@ class Answering:
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         ids, self.limit = _fit(request, ids, config.sequence_len)
-        if not _is_integer(request.num_samples) or request.num_samples < 1:
+        samples = request.num_samples
+        if not _is_integer(samples) or not 1 <= samples <= MOST_SAMPLES:
             raise ValueError(
-                f"num_samples must be an integer of at least 1, got {request.num_samples!r}"
+                f"num_samples must be an integer from 1 to {MOST_SAMPLES}, got {samples!r}"
             )
+        for field in FLAGS:
+            if not isinstance(getattr(request, field), bool):
+                raise ValueError(f"{field} must be True or False, got {getattr(request, field)!r}")
         self.request = request
         self.sample = 0
         self._ids = ids

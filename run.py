@@ -180,7 +180,7 @@ def make_server(
     import jax  # Takes seconds: after all that can be checked without it.
 
     import compile_cache
-    from runner import load_server
+    from runner import RequestError, load_server
 
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
@@ -200,8 +200,8 @@ def make_server(
             requests=prompts.make_requests(options, left),
             progress=progress,
         )
-    except ValueError as error:
-        raise prompts.in_place(error, [options.places[index] for index in left]) from error
+    except RequestError as error:
+        raise ValueError(f"{options.places[left[error.index]]}: {error.reason}") from error
     progress.close()
     dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(

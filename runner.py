@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import checkpoint
 import storage
 from model import LanguageModelConfig, grok_1
-from request import Answering, Completion, Event, Request, encode
+from request import Answering, Completion, Event, Request, RequestError, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
 from serving import Handle, Serving, Statistics
 from sharding import (
@@ -47,6 +47,7 @@ __all__ = [
     "InferenceRunner",
     "ModelRunner",
     "Request",
+    "RequestError",
     "SampleOutput",
     "SampleSettings",
     "Statistics",
@@ -288,7 +289,8 @@ class InferenceRunner:
         At most one chunk of a prompt, and `tokens` for each request that is being answered, or one
         while a prompt is read: several, up to 8, cost the host less, and come all at once. An empty
         list does not mean that all is done: `busy` says so. `stream` returns its request's tokens
-        as well. If it raises, the requests that were being answered are cancelled.
+        as well. If it fails, the requests that were being answered are cancelled. Raises ValueError
+        if `tokens` is not from 1 to 8.
         """
         return self._serving.step(tokens)
 
@@ -371,11 +373,11 @@ class InferenceRunner:
         if isinstance(requests, str | Request):
             raise ValueError(f"expected a list of requests, got {requests!r}; put it in a list")
         admitted = []
-        for number, request in enumerate(requests, 1):
+        for index, request in enumerate(requests):
             try:
                 admitted.append(Answering(request, self.config, self.vocabulary))
             except ValueError as error:
-                raise ValueError(f"request {number}: {error}") from error
+                raise RequestError(index, str(error)) from error
         return admitted
 
     # ------------------------------------------------------------------------------ research

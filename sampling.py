@@ -109,7 +109,7 @@ def validate_settings(settings: SampleSettings) -> None:
     def check(field: str, value: Any, allowed: str, holds: Callable[[Any], Any]) -> None:
         try:
             numbers = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{field} must be {allowed}, got {value!r}") from None
         wrong = active & ~holds(numbers)
         for index in np.argwhere(wrong)[:1]:

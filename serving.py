@@ -216,8 +216,11 @@ class Serving:
         """Let the devices do the next step; returns the tokens of the one before it.
 
         tokens: how many to draw at a time for all that are decoding, where none reads its prompt.
-        If it raises, the requests in the slots are cancelled; those in line stay there.
+        If it fails, the requests in the slots are cancelled; those in line stay there. Raises
+        ValueError if `tokens` is not from 1 to MOST_TOKENS.
         """
+        if tokens not in range(1, MOST_TOKENS + 1):
+            raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
         began, waited, known = time.perf_counter(), self._waited, len(self._known)
         before, self._dispatched = self._dispatched, []
         try:
@@ -349,7 +352,7 @@ class Serving:
             return
         self.phase("decode")
         ready = all(sequence is None or sequence.begun for sequence in self._slots)
-        count = min(tokens, MOST_TOKENS) if ready else 1
+        count = tokens if ready else 1
         running = np.zeros([self._num_slots], bool)
         running[list(decoding)] = True
         given = self._given(running, np.int32(count), np.bool_(bool(self._waiting)))

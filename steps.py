@@ -58,10 +58,10 @@ class State(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The tokens of one dispatch of `decode`, in the order in which they were drawn.
+    """The tokens of one dispatch, in the order in which they were drawn.
 
-    sample: SampleOutput, each field with an axis before its own, of MOST_TOKENS in `decode`.
-    drawn: bool [MOST_TOKENS, B], for whom a token was drawn each time.
+    sample: SampleOutput, each field with an axis before its own: MOST_TOKENS in `decode`, 1 in
+    `first_token`. drawn: bool [MOST_TOKENS or 1, B], for whom a token was drawn each time.
     """
 
     sample: SampleOutput
@@ -245,6 +245,7 @@ def first_token(
 
     source: int32 [B], the slot that read the prompt, whose cache and logits each takes over: its
     own, or one that answers, or has answered, the same prompt. length: int32 [B], the prompt's.
+    Returns one token for each, and the state.
     """
     memory, slots, logits = state
     logits = jnp.where(drawing[:, None], logits[source], logits)
@@ -317,6 +318,7 @@ def decode(
 
     count: int32 [], up to MOST_TOKENS, how many for each; fewer where an answer ends.
     until_free: bool [], end with the first token that ends an answer, as others wait for its slot.
+    Returns what was drawn, and the state.
     """
     running &= state.slots.settings.active
 

@@ -349,6 +349,9 @@ def main() -> int:
     options = parse_arguments()
     try:
         found = measure(options.requests, options.pool, options.seed, options.points)
+    except ValueError as error:
+        say(f"error: {error}")
+        return 2
     except KeyboardInterrupt:
         say("interrupted")
         return 130

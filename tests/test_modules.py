@@ -505,6 +505,17 @@ def test_an_empty_memory_has_the_published_shapes():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(memory))
 
 
+def test_sequences_of_a_memory_are_chosen_one_a_row_and_only_of_a_memory():
+    memory = TINY.model.init_memory(3, 10)
+    for chosen, given, message in (
+        (jnp.zeros([8], jnp.int32), None, "to be given with a memory"),
+        (jnp.zeros([3], jnp.int32), memory, r"shape \(8,\), got \(3,\)"),
+    ):
+        model = hk.transform(lambda m, s: TINY.make()(TOKENS, m, sequence=s))
+        with pytest.raises(ValueError, match=f"sequence: expected .*{message}"):
+            model.apply(parameters(), None, given, chosen)
+
+
 def test_router_probabilities_can_be_captured_and_change_nothing(logits):
     output = run(parameters(), TOKENS, capture=("router_probs",))
     assert np.array_equal(output.logits, logits)

@@ -96,6 +96,14 @@ def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> No
             '{"index": 1, "sample": 0, "fingerprint": "print 1"}\n' * 2,
             "line 2: expected each answer once, got number 0 of prompt 2 again",
         ),
+        (
+            '{"index": 1, "sample": 1, "fingerprint": "print 1"}\n',
+            "line 1: expected each answer once, got number 1 of prompt 2 again, or one that",
+        ),
+        (
+            '{"index": 1, "sample": [], "fingerprint": "print 1"}\n',
+            "line 1: expected each answer once, got number [] of prompt 2",
+        ),
     ],
 )
 def test_a_file_that_is_not_of_this_run_is_refused_and_left_as_it_is(

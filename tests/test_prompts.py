@@ -11,6 +11,7 @@ import pytest
 
 import checkpoint
 import prompts
+import request
 import test_run
 from request import Request
 from test_run import PROMPT, Command, assert_one_sentence
@@ -68,6 +69,8 @@ SETTING_CASES: dict[str, tuple[str, str]] = {
     "key": ('"temprature": 1', 'settings of a request (temperature, nucleus_p, rng_seed, '),
     "text": ('"temperature": "0.5"', 'temperature: expected a number, got "0.5"'),
     "true": ('"top_k": true', "top_k: expected a whole number, got true"),
+    "no samples": ('"num_samples": 0', "num_samples must be an integer from 1 to 1024, got 0"),
+    "many samples": (f'"num_samples": {10**9}', "num_samples must be an integer from 1 to 1024"),
     "half": ('"max_len": 1.5', "max_len: expected a whole number or null, got 1.5"),
     "null": ('"min_p": null', "min_p: expected a number, got null"),
     "one": ('"ignore_eos": 1', "ignore_eos: expected true or false, got 1"),
@@ -137,6 +140,19 @@ def test_a_file_without_prompts_is_refused(
         file.write_text(content)
         result = command("--prompts-file", file)
         assert_one_sentence(result, 1, f"{file}: expected a prompt on each line, found only empty")
+
+
+def test_a_wrong_number_of_answers_is_told_even_of_the_only_prompt(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "A", "num_samples": 0}\n')
+    result = command("--checkpoint", tiny, "--prompts-file", file, "--output", tmp_path / "out")
+    assert_one_sentence(result, 1, f"error: {file}, line 1: num_samples must be", "got 0")
+
+
+def test_the_command_line_and_requests_agree_on_the_most_answers() -> None:
+    assert prompts.MOST_SAMPLES == request.MOST_SAMPLES
 
 
 def test_every_field_of_a_request_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:

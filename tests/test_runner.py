@@ -379,9 +379,28 @@ WRONG = {
     "a fractional id": (Request([1.7]), "expected token ids from 0 to 4095, got 1.7"),
     "a fractional max_len": (Request([5], max_len=2.5), "max_len must be an integer"),
     "a seed in words": (Request([5], rng_seed="x"), "rng_seed must be an integer, got 'x'"),
+    "no samples": (Request([5], num_samples=0), "num_samples must be .* 1 to 1024, got 0"),
+    "too many samples": (Request([5], num_samples=1025), "num_samples must be .* got 1025"),
+    "half a sample": (Request([5], num_samples=1.5), "num_samples must be .* got 1.5"),
+    "a flag in words": (
+        Request([5], prompt_logprobs="no"),
+        "prompt_logprobs must be True or False, got 'no'",
+    ),
+    "a flag that is a number": (Request([5], ignore_eos=1), "ignore_eos must be True or False"),
+    "a number beyond all": (Request([5], temperature=10**400), "temperature must be a finite"),
     "bare words": ("The little", "expected a Request, got 'The little'"),
     "no allowed token": (Request([5], allowed_tokens=[]), "allowed_tokens must hold"),
 }
+
+
+@pytest.mark.parametrize("tokens", [0, -1, MOST_TOKENS + 1, 1.5, None])
+def test_a_step_of_a_wrong_number_of_tokens_is_refused_and_ends_nothing(tokens, tiny):
+    handle = tiny.submit(Request([5], max_len=2, ignore_eos=True))
+    with pytest.raises(ValueError, match=f"tokens must be an integer from 1 to 8, got {tokens}"):
+        tiny.step(tokens)
+    with pytest.raises(ValueError, match="tokens must be"):
+        next(tiny.generate_events([Request([6])], tokens=tokens))
+    assert len(list(tiny.stream(handle, tokens=MOST_TOKENS))) == 2 and not tiny.busy
 
 
 @pytest.mark.parametrize("case", WRONG)
