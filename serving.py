@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from model import LanguageModelConfig
 from request import Answering, Completion, Event
-from sharding import axis_size, from_host
+from sharding import axis_size
 from steps import MOST_TOKENS, Decoded, State, decode, first_token, new_state, prefill, start
 
 
@@ -268,8 +268,7 @@ class Serving:
                 if self._prompts.get(slot) is not sequence.handle:
                     self._prompts.pop(slot, None)
                 row = sequence.answering.slot()
-                given = self._given(np.int32(slot), row)
-                self._state = self._run(start, self._current(), *given)
+                self._state = self._run(start, self._current(), np.int32(slot), row)
         self._begin()
 
     def _find_prompt(self, handle: Handle, slot: int) -> int | None:
@@ -311,8 +310,7 @@ class Serving:
             length[part] = len(chunk)
             tokens[part, : len(chunk)], following[part, : len(after)] = chunk, after
             counts[part] = reading[slot], len(after)
-        given = tokens, length, places, following
-        inputs = self._given(*given[: 4 if scored else 3])
+        inputs = [tokens, length, places, *([following] if scored else [])]
         state = self._current()
         scores, self._state = self._run(prefill, self._params, state, *inputs, kind=(size, scored))
         if scores is not None:
@@ -338,8 +336,8 @@ class Serving:
                 length[slot] = len(sequence.completion.prompt_ids)
         if not beginning:
             return
-        given = self._given(drawing, source, length)
-        found, self._state = self._run(first_token, self._current(), *given)
+        state = self._current()
+        found, self._state = self._run(first_token, state, drawing, source, length)
         for slot, sequence in beginning.items():
             sequence.begun = True
             self._prompts[slot] = sequence.handle
@@ -355,17 +353,18 @@ class Serving:
         count = tokens if ready else 1
         running = np.zeros([self._num_slots], bool)
         running[list(decoding)] = True
-        given = self._given(running, np.int32(count), np.bool_(bool(self._waiting)))
+        given = running, np.int32(count), np.bool_(bool(self._waiting))
         found, self._state = self._run(decode, self._params, self._current(), *given)
         self._note(found, count, decoding, first=False)
 
     def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None) -> Any:
-        """Dispatch a step; of one kind there is one program, compiled when it is first run."""
+        """Dispatch a step; of one kind there is one program, compiled when it is first run.
+
+        What the host gives are numpy arrays: legal on the mesh of many processes, which arrays on
+        the device of one are not, and sent by jax's own call in less time than by hand.
+        """
         self._known.add((step, kind))
         return step(*inputs, **self._where)
-
-    def _given(self, *arrays: Any) -> tuple[Any, ...]:
-        return from_host(arrays, self._mesh)
 
     def _note(
         self, found: Decoded, count: int, drawing: dict[int, _Sequence], *, first: bool

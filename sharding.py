@@ -133,15 +133,6 @@ def constrain(x: jax.Array, mesh: Mesh | None, *spec: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
 
-def from_host(tree: Any, mesh: Mesh | None) -> Any:
-    """Return numpy arrays as what a jitted step can take.
-
-    They go to the device, unless there are several processes: an array on the device of one is not
-    legal on the mesh of all, but a numpy array is, as long as each process has the same.
-    """
-    return tree if mesh is not None and mesh.is_multi_process else jax.device_put(tree)
-
-
 def readable(tree: Any, mesh: Mesh | None) -> Any:
     """Lay results out so that every process can read them: whole on each, if there are several."""
     if mesh is None or not mesh.is_multi_process:

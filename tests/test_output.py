@@ -1,5 +1,6 @@
 """Answers in a file: each once, whatever interrupts the run, and never those of two runs mixed."""
 
+import functools
 import io
 import json
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import output
+import run
 import test_multihost
 import test_run
 from output import AnswerFile
@@ -212,6 +214,16 @@ def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
     file.write_text("\n".join(map(json.dumps, prompts[1:])))
     assert_one_sentence(command(*arguments, "--resume"), 1, "got one of another prompt")
     assert path.read_bytes() == content
+
+
+def test_it_is_told_how_many_answers_are_there(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Progress", functools.partial(run.Progress, seconds=0))
+    arguments = ["--checkpoint", tiny, "--prompt", "A", "--prompt", "B", *SETTINGS]
+    result = command(*arguments, "--max-len", 2, "--output", tmp_path / "out")
+    told = re.findall(r"answering: (\d) of 2 answers, [\d.]+ a second", result.err)
+    assert told == ["0", "1", "2"]
 
 
 def test_another_model_is_not_resumed_with(
