@@ -231,7 +231,7 @@ def generate(
             answers.progress = progress
             progress(len(answers.done), len(answers.places))
         printer = answers or make_printer(options)
-        timing = Timing()
+        timing = Timing(tokens)
         try:
             while event := worker.submit(next, events, None).result():
                 timing.take((event.request, event.sample))

@@ -7,9 +7,13 @@ from collections.abc import Hashable, Sequence
 
 
 class Timing:
-    """The times at which the tokens of a run arrived; it begins when this is made."""
+    """The times at which the tokens of a run arrived; it begins when this is made.
 
-    def __init__(self) -> None:
+    at_a_time: how many tokens of an answer may arrive together.
+    """
+
+    def __init__(self, at_a_time: int = 1) -> None:
+        self.at_a_time = at_a_time
         self.began = time.perf_counter()
         self.tokens = 0
         self.first: dict[Hashable, float] = {}  # of each answer, seconds from the beginning
@@ -48,7 +52,10 @@ class Timing:
             rows.append(("time to first token", f"{value}, of {len(first)} answers"))
         if between := [1e3 * seconds for seconds in self.between]:
             value = f"median {statistics.median(between):.1f} ms"
-            rows.append(("between tokens", f"{value}, 99 % {percentile(between, 99):.1f} ms"))
+            value += f", 99 % {percentile(between, 99):.1f} ms"
+            if self.at_a_time > 1:
+                value += f"; they come up to {self.at_a_time} at a time"
+            rows.append(("between tokens", value))
         if total := max(self._latest.values(), default=0.0):
             rows.append(("tokens per second", f"{self.tokens / total:.1f}"))
         return rows

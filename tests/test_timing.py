@@ -34,6 +34,15 @@ def test_first_tokens_and_those_after_them_are_told_apart(clock: list[float]) ->
     assert re.fullmatch(COUNTED, times.line() + "\n")
 
 
+def test_it_is_said_when_tokens_come_several_at_a_time(clock: list[float]) -> None:
+    for at_a_time in (1, 8):
+        times = timing.Timing(at_a_time)
+        for _ in range(2):
+            clock[0] += 1
+            times.take(0)
+        assert ("; they come up to 8 at a time\n" in times.block()) == (at_a_time == 8)
+
+
 def test_what_did_not_happen_is_left_out(clock: list[float]) -> None:
     times = timing.Timing()
     assert times.block() == ""
