@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attention import attend, attend_cached, cache_dtype, write_rows
-from mixture import Params, all_experts, chosen_experts, combine_all, expert
+from mixture import Params, all_experts, chosen_experts, combine_all, expert, kernel_experts
 from quantization import QuantizedWeight8bit, matmul, product, quantize, split_groups
 from sharding import (
     DATA_AXIS,
@@ -114,7 +114,8 @@ class TransformerConfig:
 
     expert_dispatch: how the mixture computes the chosen experts. "dynamic" loops over as many
     blocks of tokens as exist (inference; no reverse-mode gradient); "static" over the largest
-    possible number and skips the empty ones (training); "all" computes every expert for every
+    possible number and skips the empty ones (training); "kernel" calls a CPU's own product of int8
+    weights, see kernels/cpu.py (inference); "all" computes every expert for every
     token, as a reference.
     scan_unroll: layers per iteration of the compiled loop.
     """
@@ -131,7 +132,7 @@ class TransformerConfig:
     num_selected_experts: int = 1
     data_axis: str = DATA_AXIS
     model_axis: str = MODEL_AXIS
-    expert_dispatch: Literal["dynamic", "static", "all"] = "dynamic"
+    expert_dispatch: Literal["dynamic", "static", "kernel", "all"] = "dynamic"
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -160,7 +161,7 @@ class TransformerConfig:
             f"at most num_experts = {most}",
             self.num_selected_experts,
         )
-        choices = ("dynamic", "static", "all")
+        choices = ("dynamic", "static", "kernel", "all")
         _require(
             self.expert_dispatch in choices,
             "expert_dispatch",
@@ -180,7 +181,7 @@ class TransformerConfig:
         Slicing a layer first would copy its eight experts to use two. Training wants the slices:
         its gradients are theirs.
         """
-        return self.expert_dispatch == "dynamic"
+        return self.expert_dispatch in ("dynamic", "kernel")
 
     def partition_rules(self, mesh: AnyMesh | None = None) -> Rules:
         """Return (pattern, spec) for the parameters of one layer, the first match holding.
@@ -941,6 +942,7 @@ class MoELayer(hk.Module):
         forms: dict[str, Callable[..., jax.Array]] = {
             "dynamic": chosen_experts,
             "static": functools.partial(chosen_experts, differentiable=True),
+            "kernel": kernel_experts,
             "all": all_experts,
         }
         compute = forms[self.expert_dispatch]

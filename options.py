@@ -165,6 +165,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_false",
         help="neither keep compiled programs for the next start nor use those of the last one",
     )
+    add(
+        "--no-kernels",
+        dest="kernels",
+        action="store_false",
+        help="on a CPU, use nothing but what JAX offers: slower, and without a C++ compiler",
+    )
     add_prompts(parser)
     add_plan(parser)
     add_distributed(parser)

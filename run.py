@@ -146,7 +146,8 @@ def open_answers(
     """Open the file for the answers, if there is to be one. Raises ValueError."""
     if options.output is None:
         return None
-    model = contents(directory, tokenizer) | {"dtype": options.dtype, "context": options.context}
+    how = {"dtype": options.dtype, "context": options.context, "kernels": options.kernels}
+    model = contents(directory, tokenizer) | how
     fingerprints = [
         fingerprint(request=prompts.fields_of(options, index), id=options.ids[index], model=model)
         for index in range(len(options.prompts))
@@ -199,6 +200,7 @@ def make_server(
             context=options.context,
             requests=prompts.make_requests(options, left),
             progress=progress,
+            kernels=options.kernels,
         )
     except RequestError as error:
         raise ValueError(f"{options.places[left[error.index]]}: {error.reason}") from error

@@ -7,6 +7,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from jax.sharding import Mesh
 
 import checkpoint
 import storage
+from commandline import say
+from kernels import cpu
 from model import LanguageModelConfig, grok_1
 from request import Answering, Completion, Event, Request, RequestError, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
@@ -479,6 +482,17 @@ def with_settings(
     )
 
 
+@functools.cache
+def has_kernel() -> bool:
+    """Whether this CPU has its own product of int8 weights; says so, once, if it has not."""
+    try:
+        cpu.load()
+    except cpu.KernelError as error:
+        say(f"note: running without the CPU kernel, which is slower: {error}")
+        return False
+    return True
+
+
 def load_server(
     directory: str | os.PathLike,
     tokenizer_path: str | os.PathLike | None = None,
@@ -490,6 +504,7 @@ def load_server(
     pad_sizes: Sequence[int] = (16, 128, 1024),
     requests: Sequence[Request] = (),
     progress: Callable[[int, int], object] | None = None,
+    kernels: bool = True,
 ) -> InferenceRunner:
     """Load the checkpoint in `directory` and return an initialised runner: the short way in.
 
@@ -498,7 +513,9 @@ def load_server(
     slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
     context: how many tokens a sequence has room for, at most the model's own context, the default.
-    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`.
+    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: on a CPU
+    use a product of int8 weights that is compiled when it is first wanted; where that cannot be,
+    one sentence on standard error says so, and the plain form does the same, only slower.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
@@ -508,6 +525,9 @@ def load_server(
         raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = with_settings(read_model_config(directory), dtype, context)
+    if kernels and jax.default_backend() == "cpu" and has_kernel():
+        inner = dataclasses.replace(config.model, expert_dispatch="kernel")
+        config = dataclasses.replace(config, model=inner)
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())
     server = InferenceRunner(
         name=str(directory),

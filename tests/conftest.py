@@ -9,8 +9,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 ).strip()
-# Nothing of a test is kept: programs are compiled, and no home directory is written to.
+ROOT = pathlib.Path(__file__).parent.parent
+# Programs are compiled, not kept, and no home directory is written to. Only the CPU's kernel, which
+# the first process compiles for all, is kept where pytest keeps things.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache/home")
+sys.path.insert(0, str(ROOT))
 # In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -79,13 +79,20 @@ def config(name: str, dtype: str) -> LanguageModelConfig:
 
 @functools.cache
 def runner(
-    name: str, dtype: str = "float32", mesh: tuple[int, int] | None = None, slots: int = 6
+    name: str,
+    dtype: str = "float32",
+    mesh: tuple[int, int] | None = None,
+    slots: int = 6,
+    kernel: bool = False,
 ) -> InferenceRunner:
     """Return a runner of a golden model, shared by all tests that ask for the same one."""
-    sizes = mesh or (1, 1)
+    sizes, settings = mesh or (1, 1), config(name, dtype)
+    if kernel:
+        inner = dataclasses.replace(settings.model, expert_dispatch="kernel")
+        settings = dataclasses.replace(settings, model=inner)
     server = InferenceRunner(
         name=name,
-        runner=ModelRunner(config(name, dtype), slots / (sizes[0] * sizes[1]), DIRECTORY / name),
+        runner=ModelRunner(settings, slots / (sizes[0] * sizes[1]), DIRECTORY / name),
         load=None,
         tokenizer_path=None,
         local_mesh_config=sizes,

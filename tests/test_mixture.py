@@ -16,7 +16,14 @@ import pytest
 from jax import lax
 
 import reference
-from mixture import all_experts, block_rows, chosen_experts, expert, sort_by_expert
+from mixture import (
+    all_experts,
+    block_rows,
+    chosen_experts,
+    expert,
+    kernel_experts,
+    sort_by_expert,
+)
 from model import DenseBlock, MoELayer, Router, RouterOutput
 from quantization import QuantizedWeight8bit
 from sharding import make_mesh
@@ -106,12 +113,15 @@ def routings(tokens, experts, chosen):
     yield "all masked", masked(plain, slice(None), experts)
 
 
-FORMS = ("all", "dynamic", "static", "dynamic, whole", "static, whole")
+FORMS = (
+    *("all", "dynamic", "static", "dynamic, whole", "static, whole"),
+    *("kernel", "kernel, whole"),
+)
 
 
 @functools.partial(jax.jit, static_argnames="experts")
 def every_form(params, layer, tokens, *, experts):
-    """Run each of FORMS on one layer of params [L, E, ...] -> float32 [5, M, D]."""
+    """Run each of FORMS on one layer of params [L, E, ...] -> float32 [7, M, D]."""
     own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
     return jnp.stack(
         [
@@ -120,6 +130,8 @@ def every_form(params, layer, tokens, *, experts):
             chosen_experts(own, *tokens, experts, differentiable=True),
             chosen_experts(params, *tokens, experts, layer=layer),
             chosen_experts(params, *tokens, experts, layer=layer, differentiable=True),
+            kernel_experts(own, *tokens, experts),
+            kernel_experts(params, *tokens, experts, layer=layer),
         ]
     )
 
@@ -291,14 +303,17 @@ def test_the_dynamic_loop_has_no_reverse_mode():
 # ----------------------------------------------------------------- one row and the other rows
 
 
-@functools.partial(jax.jit, static_argnames="experts")
-def serve(params, tokens, *, experts):
-    return chosen_experts(params, *tokens, experts)
+@functools.partial(jax.jit, static_argnames=("form", "experts"))
+def serve(params, tokens, *, form, experts):
+    return form(params, *tokens, experts)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [(chosen_experts, "float32"), (chosen_experts, "int8"), (kernel_experts, "int8")],
+)
 @pytest.mark.parametrize(("tokens", "experts", "chosen"), [(8, 8, 2), (37, 4, 1), (128, 8, 2)])
-def test_a_row_is_the_same_bit_for_bit_in_any_company(tokens, experts, chosen, kind):
+def test_a_row_is_the_same_bit_for_bit_in_any_company(tokens, experts, chosen, form, kind):
     """A request's answer must not depend on which others are served beside it.
 
     The other rows decide which block a row falls in, at which place of it, and how many there are.
@@ -317,7 +332,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_company(tokens, experts, chosen, k
         row = int(rng.integers(tokens))
         for theirs, own in zip(others, mine, strict=True):
             theirs[row] = own[0]
-        seen.add(np.asarray(serve(params, others, experts=experts))[row].tobytes())
+        seen.add(np.asarray(serve(params, others, form=form, experts=experts))[row].tobytes())
         blocks.add(int(np.sum(np.asarray(others.index)[:row] == mine.index[0, 0])))
     assert len(blocks) > 3  # it did stand at different places
     assert len(seen) == 1
@@ -382,7 +397,7 @@ def exact_layer(params, x, padding_mask):
     return reference.mixture(x.astype(np.float64), weights, sizes, padding_mask)[0]
 
 
-@pytest.mark.parametrize("dispatch", ["dynamic", "static", "all"])
+@pytest.mark.parametrize("dispatch", ["dynamic", "static", "kernel", "all"])
 def test_the_layer_is_the_sum_over_the_chosen_experts(inputs, dispatch):
     params = layer_params("int8")
     y, _ = jax.jit(make_layer(GELU_BLOCK, expert_dispatch=dispatch).apply)(params, *inputs)

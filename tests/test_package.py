@@ -10,11 +10,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_installed_modules_import_only_installed_ones() -> None:
     """`pip install -e .` would end in an import error elsewhere than in this directory."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    installed = set(project["tool"]["setuptools"]["py-modules"])
-    ours = {path.stem for path in ROOT.glob("*.py")}
+    tools = project["tool"]["setuptools"]
+    packages = set(tools["packages"])
+    installed = set(tools["py-modules"]) | packages
+    ours = {path.stem for path in ROOT.glob("*.py")} | packages
     assert installed <= ours
-    for name in installed:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
+    files = [ROOT / f"{name}.py" for name in installed - packages]
+    for path in (*files, *(path for name in packages for path in (ROOT / name).glob("*.py"))):
+        tree = ast.parse(path.read_text())
         imported = {
             alias.name
             for node in ast.walk(tree)
@@ -22,4 +25,4 @@ def test_installed_modules_import_only_installed_ones() -> None:
             for alias in node.names
         } | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         # `python checkpoint.py` is a command, which starts where the repository is.
-        assert imported & ours <= installed | {"conversion"}, name
+        assert imported & ours <= installed | {"conversion"}, path.name

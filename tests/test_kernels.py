@@ -1,0 +1,182 @@
+"""The CPU's own product of int8 weights: what it computes, and what is there without it.
+
+Dimension letters: `M` rows, `E` groups of them, `I` inputs, `O` outputs, `J` scale groups.
+"""
+
+import stat
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import compile_cache
+import reference
+import runner
+from kernels import cpu
+from quantization import QuantizedWeight8bit, matmul
+
+LAYERS = 2
+# E, I, O, J: whole vectors of 16, less than one, several panels of 512, rows that no four divide.
+SIZES = [(1, 16, 16, 1), (3, 10, 7, 2), (4, 64, 1100, 8), (2, 515, 520, 5), (8, 256, 512, 1)]
+
+
+def random_weight(groups, inputs, outputs, scale_groups):
+    """Return an int8 weight [L, E, I, O]."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(-128, 128, (LAYERS, groups, inputs, outputs)).astype(np.int8)
+    scales = rng.uniform(0.5, 2, (LAYERS, groups, scale_groups, outputs)) / 128
+    return QuantizedWeight8bit(steps, scales.astype(ml_dtypes.bfloat16))
+
+
+def random_rows(counts, inputs, spare=0):
+    """Return x [M, I] and starts [E + 1]; `spare` rows come after the last group."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((sum(counts) + spare, inputs)).astype(np.float32)
+    return x, np.cumsum([0, *counts]).astype(np.int32)
+
+
+multiply = jax.jit(cpu.grouped_product)
+
+
+def exact_product(x, weight, starts, layer):
+    """Return the product in float64, zero where there is no group."""
+    values = reference.dequantize(weight.weight[layer], weight.scales[layer])
+    y = np.zeros((len(x), values.shape[-1]))
+    for e, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        y[begin:end] = x[begin:end].astype(np.float64) @ values[e]
+    return y
+
+
+def plain_product(x, weight, starts, layer):
+    """Return the product as `matmul` has it, group by group."""
+    y = np.zeros((len(x), weight.shape[-1]), np.float32)
+    for e, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        own = jax.tree.map(lambda w, e=e: jnp.asarray(w[layer, e]), weight)
+        y[begin:end] = matmul(jnp.asarray(x[begin:end]), own)
+    return y
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_each_row_is_multiplied_with_the_matrix_of_its_group(sizes):
+    groups, inputs, outputs, _ = sizes
+    weight = random_weight(*sizes)
+    # One to eight rows at a time, more than eight, and none.
+    for counts in ([(3 * e + 1) % 14 for e in range(groups)], [0] * (groups - 1) + [9]):
+        for layer in range(LAYERS):
+            x, starts = random_rows(counts, inputs, spare=2)
+            y = np.asarray(multiply(x, weight, starts, jnp.int32(layer)))
+            exact = exact_product(x, weight, starts, layer)
+            assert y.dtype == np.float32 and y.shape == (len(x), outputs)
+            assert np.all(y[starts[-1] :] == 0)
+            error = np.linalg.norm(y - exact)
+            assert error <= 4e-7 * np.linalg.norm(exact)
+            assert error <= 2 * np.linalg.norm(plain_product(x, weight, starts, layer) - exact)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_row_has_the_same_bits_alone_and_in_company(sizes):
+    groups, inputs, _, _ = sizes
+    weight = random_weight(*sizes)
+    x, starts = random_rows([15] * groups, inputs)
+    together = np.asarray(multiply(x, weight, starts, jnp.int32(1)))
+    e = groups - 1
+    for rows in (1, 2, 3, 4, 7, 8):
+        for first in (15 * e, 15 * (e + 1) - rows):
+            alone = np.array([0] * groups + [rows], np.int32)
+            y = np.asarray(multiply(x[first : first + rows], weight, alone, jnp.int32(1)))
+            assert np.array_equal(y, together[first : first + rows])
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    weight = random_weight(3, 16, 16, 1)
+    x, starts = random_rows([1, 1, 1], 16)
+    for wrong in (
+        (x[:, :8], weight, starts, jnp.int32(0)),
+        (x, weight, starts[:-1], jnp.int32(0)),
+        (x, weight, starts + 1, jnp.int32(0)),
+        (x, weight, starts[::-1].copy(), jnp.int32(0)),
+        (x, weight, starts, jnp.int32(LAYERS)),
+        (x, weight, starts, jnp.int32(-1)),
+        (x, QuantizedWeight8bit(weight.weight, weight.scales[:, :1]), starts, jnp.int32(0)),
+    ):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="INVALID_ARGUMENT"):
+            jax.block_until_ready(multiply(*wrong))
+
+
+# ------------------------------------------------------------------------ what compiles, and where
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, and nothing loaded in this process; what is loaded stays registered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (cpu.load, runner.has_kernel):
+        cached.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    for cached in (cpu.load, runner.has_kernel):
+        cached.cache_clear()
+
+
+def script(path, text):
+    """Write an executable shell script."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def libraries():
+    """Return what is in the kernels' directory."""
+    return sorted(p.name for p in (compile_cache.default_directory() / "kernels").iterdir())
+
+
+def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
+    log = fresh / "log"
+    real = cpu._compiler()
+    # Stands for a compiler that takes long: what it makes is any file.
+    compiler = script(
+        fresh / "compiler",
+        f'[ "$1" = --version ] && exec {real} --version\n'
+        f'echo compiled >> {log}\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"',
+    )
+    monkeypatch.setenv("CXX", str(compiler))
+    assert cpu._build() == cpu._build()
+    assert log.read_text() == "compiled\n"
+    assert len(libraries()) == 1 and libraries()[0].endswith(".so")
+    assert stat.S_IMODE((compile_cache.default_directory() / "kernels").stat().st_mode) == 0o700
+    # Other flags are another library.
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-g"))
+    cpu._build()
+    assert log.read_text() == "compiled\n" * 2 and len(libraries()) == 2
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "no C++ compiler was found: {path}"),
+        ("exit 3", "{path} failed: it ended with status 3"),
+        ('[ "$1" = --version ] && exit\necho "cpu.cc:1: error: no." >&2; exit 1', "cpu.cc:1: erro"),
+        ('[ "$1" = --version ] && exit\nkill -9 $$', "it ended with status -9"),
+        # Compiles what cannot be loaded.
+        ('[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\n:>"$2"', "too short"),
+    ],
+)
+def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, capsys, compiler, said):
+    path = fresh / "compiler"
+    if compiler is not None:
+        script(path, compiler)
+    monkeypatch.setenv("CXX", str(path))
+    assert not runner.has_kernel() and not runner.has_kernel()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernel")
+    assert said.format(path=path) in lines[0]
+    assert not list(fresh.rglob("*.so"))  # nor half of one
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_end(fresh, monkeypatch, capsys):
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
+    assert not runner.has_kernel()
+    assert "Not a directory" in capsys.readouterr().err
