@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,7 +27,9 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kPanel = 512;  // columns of a task: their sums stay in the first-level cache
+constexpr int64_t kSums = 4096;  // of a pass over a matrix: they stay in the first-level cache
+constexpr int64_t kTask = 4096;  // columns of a task: memory is fastest where it is read in order
+constexpr int64_t kLeast = 512;
 constexpr int64_t kUnroll = 4;   // rows of a matrix that one pass over the sums adds
 constexpr int64_t kAhead = 16;   // rows from now, what is asked of memory
 
@@ -98,7 +101,7 @@ struct Matrix {
 // For any kRows a sum is added up in the same order: a row's bits do not depend on its company.
 template <int kRows>
 void AddProducts(const float* x, int64_t x_stride, const int8_t* weight, int64_t stride,
-                 int64_t count, int64_t width, float (*sums)[kPanel]) {
+                 int64_t count, int64_t width, float (*sums)[kSums / kRows]) {
   int64_t whole = width - width % kLanes;
   int64_t i = 0;
   for (; i + kUnroll <= count; i += kUnroll) {
@@ -128,11 +131,11 @@ void AddProducts(const float* x, int64_t x_stride, const int8_t* weight, int64_t
   for (int64_t row = i; row < count; ++row) add(row, 0);
 }
 
-// y[r][first ... first + width] = x[r] @ matrix, for kRows rows.
+// y[r][first ... first + width] = x[r] @ matrix, for kRows rows and at most kSums / kRows columns.
 template <int kRows>
 void Multiply(const float* x, const Matrix& matrix, int64_t first, int64_t width, float* y) {
-  float sums[kRows][kPanel];
-  float total[kRows][kPanel];
+  float sums[kRows][kSums / kRows];
+  float total[kRows][kSums / kRows];
   int64_t count = matrix.inputs / matrix.groups;
   for (int64_t group = 0; group < matrix.groups; ++group) {
     for (int r = 0; r < kRows; ++r) std::fill_n(sums[r], width, 0.0f);
@@ -150,19 +153,25 @@ void Multiply(const float* x, const Matrix& matrix, int64_t first, int64_t width
   for (int r = 0; r < kRows; ++r) std::copy_n(total[r], width, y + r * matrix.outputs + first);
 }
 
-// Multiplies `rows` rows, as many at a time as there is a loop for.
+// Multiplies `rows` rows, as many at a time as there is a loop for. The columns are taken in parts
+// narrow enough for their sums; a part of the matrix is then still in the second-level cache when
+// the next rows want it.
 void MultiplyRows(const float* x, const Matrix& matrix, int64_t rows, int64_t first, int64_t width,
                   float* y) {
-  auto next = [&](int64_t done) {
-    x += done * matrix.inputs;
-    y += done * matrix.outputs;
-    rows -= done;
-  };
-  for (; rows >= 8; next(8)) Multiply<8>(x, matrix, first, width, y);
-  for (; rows >= 4; next(4)) Multiply<4>(x, matrix, first, width, y);
-  if (rows == 3) Multiply<3>(x, matrix, first, width, y);
-  if (rows == 2) Multiply<2>(x, matrix, first, width, y);
-  if (rows == 1) Multiply<1>(x, matrix, first, width, y);
+  int64_t most = kSums / (rows > 4 ? 8 : rows) / kLanes * kLanes;
+  for (int64_t part = first; part < first + width; part += most) {
+    int64_t columns = std::min(most, first + width - part);
+    int64_t row = 0;
+    auto multiply = [&](auto count) {
+      Multiply<count>(x + row * matrix.inputs, matrix, part, columns, y + row * matrix.outputs);
+      row += count;
+    };
+    while (rows - row >= 8) multiply(std::integral_constant<int, 8>());
+    if (rows - row >= 4) multiply(std::integral_constant<int, 4>());
+    if (rows - row == 3) multiply(std::integral_constant<int, 3>());
+    if (rows - row == 2) multiply(std::integral_constant<int, 2>());
+    if (rows - row == 1) multiply(std::integral_constant<int, 1>());
+  }
 }
 
 // x float32 [M, I], its rows sorted by group; weight int8 [L, E, I, O]; scales bfloat16
@@ -202,13 +211,16 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                                l * groups * scale_groups * outputs;
   std::fill_n(to, start[0] * outputs, 0.0f);
   std::fill(to + start[groups] * outputs, to + rows * outputs, 0.0f);
-  int64_t panels = (outputs + kPanel - 1) / kPanel;
-  ForEach(pool, static_cast<int64_t>(used.size()) * panels, [&](int64_t task) {
-    int64_t e = used[task / panels], first = task % panels * kPanel;
+  // Wide parts, unless there would be too few for all threads.
+  int64_t share = static_cast<int64_t>(used.size()) * outputs / (pool.num_threads());
+  int64_t width = std::clamp((share + 63) / 64 * 64, kLeast, kTask);
+  int64_t parts = (outputs + width - 1) / width;
+  ForEach(pool, static_cast<int64_t>(used.size()) * parts, [&](int64_t task) {
+    int64_t e = used[task / parts], first = task % parts * width;
     Matrix matrix{weights + e * inputs * outputs, all_scales + e * scale_groups * outputs, inputs,
                   outputs, scale_groups};
     MultiplyRows(from + start[e] * inputs, matrix, start[e + 1] - start[e], first,
-                 std::min(kPanel, outputs - first), to + start[e] * outputs);
+                 std::min(width, outputs - first), to + start[e] * outputs);
   });
   return ffi::Error::Success();
 }
