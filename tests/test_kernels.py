@@ -3,7 +3,10 @@
 Dimension letters: `M` rows, `E` groups of them, `I` inputs, `O` outputs, `J` scale groups.
 """
 
+import os
 import stat
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 import compile_cache
+import golden
 import reference
 import runner
 from kernels import cpu
@@ -180,3 +184,21 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_end(fresh, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
     assert not runner.has_kernel()
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_server_on_a_cpu_uses_it_unless_told_otherwise():
+    for kernels, dispatch in ((True, "kernel"), (False, "dynamic")):
+        server = runner.load_server(golden.DIRECTORY / "three-layers", kernels=kernels)
+        assert server.config.model.expert_dispatch == dispatch
+
+
+@pytest.mark.parametrize("options", [(), ("--no-kernels",)], ids=str)
+def test_the_command_goes_on_without_a_compiler(options):
+    done = subprocess.run(
+        [sys.executable, "run.py", "--prompt-ids", "5 6", "--max-len", "2", *options],
+        cwd=golden.DIRECTORY.parents[2], env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and len(done.stdout.split()) == 2
+    note = "note: running without the CPU kernel, which is slower: no C++ compiler was found"
+    assert done.stderr.count(note) == (0 if options else 1)
