@@ -211,8 +211,9 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                                l * groups * scale_groups * outputs;
   std::fill_n(to, start[0] * outputs, 0.0f);
   std::fill(to + start[groups] * outputs, to + rows * outputs, 0.0f);
-  // Wide parts, unless there would be too few for all threads.
-  int64_t share = static_cast<int64_t>(used.size()) * outputs / (pool.num_threads());
+  // Wide parts, unless there would be too few for all threads. A pool may not be there at all.
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  int64_t share = static_cast<int64_t>(used.size()) * outputs / threads;
   int64_t width = std::clamp((share + 63) / 64 * 64, kLeast, kTask);
   int64_t parts = (outputs + width - 1) / width;
   ForEach(pool, static_cast<int64_t>(used.size()) * parts, [&](int64_t task) {
