@@ -98,9 +98,13 @@ class Progress:
         self.what = what
         self.seconds = seconds
         self.already = already
-        self.began = time.perf_counter()
-        self.next = self.began + seconds
         self.bar: Any = None
+        self.start()
+
+    def start(self) -> None:
+        """Count the time from now: only now does the work begin."""
+        self.began = time.perf_counter()
+        self.next = self.began + self.seconds
 
     def __call__(self, done: int, total: int) -> None:
         """Take how much is done, and all there is."""

@@ -45,6 +45,14 @@ def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
     assert line.count("\n") == 1
 
 
+def test_progress_counts_from_the_start_of_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with ByteProgress("loading", seconds=0.05) as progress:
+        time.sleep(0.06)  # not yet at work
+        progress.start()
+        progress(10**9, 2 * 10**9)
+    assert capsys.readouterr().err == ""
+
+
 def test_progress_is_a_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ MESHES = [
     for model in (1, 2, 4, 8, 16)
     if 1 < data * model <= 16
 ]
-GATE = [(1, 8), (2, 4), (1, 16), (4, 4), (16, 1)]
+GATE = [(1, 8), (2, 4), (1, 16), (16, 1)]
 WHOLE = [("three-layers", mesh) for mesh in ((1, 8), (2, 4), (2, 8), (1, 16))]
 QUICK = [("three-layers", (1, 16), True), ("three-layers", (2, 8), False)]
 
