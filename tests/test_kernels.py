@@ -3,7 +3,9 @@
 Dimension letters: `M` rows, `E` groups of them, `I` inputs, `O` outputs, `J` scale groups.
 """
 
+import ctypes
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -107,6 +109,28 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="INVALID_ARGUMENT"):
             jax.block_until_ready(multiply(*wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of this kind")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])  # without AVX, and with AVX2
+def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
+    cpu.load()  # under its own name
+    flags = [flag for flag in cpu.FLAGS if not flag.startswith("-march")]
+    monkeypatch.setattr(cpu, "FLAGS", [*flags, f"-march={processor}"])
+    cpu._compile(cpu._compiler(), tmp_path / "cpu.so")
+    library = ctypes.CDLL(str(tmp_path / "cpu.so"))
+    monkeypatch.setattr(cpu, "TARGET", f"test-{processor}")
+    jax.ffi.register_ffi_target(
+        cpu.TARGET, jax.ffi.pycapsule(library.GroupedProduct), platform="cpu"
+    )
+    for sizes in SIZES:
+        weight = random_weight(*sizes)
+        x, starts = random_rows([5, *[11] * (sizes[0] - 1)], sizes[1])
+        call = jax.jit(lambda *inputs: cpu.grouped_product(*inputs))
+        y = np.asarray(call(x, weight, starts, jnp.int32(1)))
+        exact = exact_product(x, weight, starts, 1)
+        assert np.linalg.norm(y - exact) <= 4e-7 * np.linalg.norm(exact)
 
 
 # ------------------------------------------------------------------------ what compiles, and where
