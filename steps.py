@@ -23,7 +23,7 @@ from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 from sampling import SampleOutput, SampleSettings, sample_token
 from sharding import AnyMesh, axis_size, constrain, named_shardings, parameter_specs, readable
 
-MOST_TOKENS = 8  # that one dispatch of `decode` can draw for each slot
+MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
 
 
 class Slots(NamedTuple):

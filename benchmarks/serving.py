@@ -7,7 +7,7 @@ No token of the first may come later after the one before it than 1.5 times the 
 that prompt takes alone (medians of several turns; random weights, a context of 8,192).
 batch: the demo with 8 slots, all busy, must draw at least 3 times as many tokens in a second as
 with one (median of the ratios of pairs, in turns).
-host: of a step of 8 tokens, as `generate` takes them, the host's own work must take less than 15 %
+host: of a step of 16 tokens, as `generate` takes them, the host's own work must take less than 15 %
 of the time, with 1 slot and with 8 (medians).
 
 All three, unless options name some of them. Ends with status 1 if a limit was not held.

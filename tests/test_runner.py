@@ -138,7 +138,9 @@ def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
     assert not found.sample.token_id[:, 1:].any()
 
 
-@pytest.mark.parametrize(("until_free", "drawn"), [(False, [2, 8, 0, 0]), (True, [2, 2, 0, 0])])
+@pytest.mark.parametrize(
+    ("until_free", "drawn"), [(False, [2, MOST_TOKENS, 0, 0]), (True, [2, 2, 0, 0])]
+)
 def test_several_tokens_of_a_dispatch_end_with_the_first_answer_if_others_wait_for_its_slot(
     until_free, drawn, tiny
 ):
@@ -396,7 +398,8 @@ WRONG = {
 @pytest.mark.parametrize("tokens", [0, -1, MOST_TOKENS + 1, 1.5, None])
 def test_a_step_of_a_wrong_number_of_tokens_is_refused_and_ends_nothing(tokens, tiny):
     handle = tiny.submit(Request([5], max_len=2, ignore_eos=True))
-    with pytest.raises(ValueError, match=f"tokens must be an integer from 1 to 8, got {tokens}"):
+    expected = f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens}"
+    with pytest.raises(ValueError, match=expected):
         tiny.step(tokens)
     with pytest.raises(ValueError, match="tokens must be"):
         next(tiny.generate_events([Request([6])], tokens=tokens))
