@@ -290,8 +290,8 @@ class InferenceRunner:
         """Do the next piece of work for all requests; returns the tokens that are new.
 
         At most one chunk of a prompt, and `tokens` for each request that is being answered, or one
-        while a prompt is read: several, up to 16, cost the host less, and come all at once. An empty
-        list does not mean that all is done: `busy` says so. `stream` returns its request's tokens
+        while a prompt is read: several, up to 16, cost the host less, and come all at once. No
+        events do not mean that all is done: `busy` says so. `stream` returns its request's tokens
         as well. If it fails, the requests that were being answered are cancelled. Raises ValueError
         if `tokens` is not from 1 to 8.
         """
