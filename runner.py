@@ -293,7 +293,7 @@ class InferenceRunner:
         while a prompt is read: several, up to 16, cost the host less, and come all at once. No
         events do not mean that all is done: `busy` says so. `stream` returns its request's tokens
         as well. If it fails, the requests that were being answered are cancelled. Raises ValueError
-        if `tokens` is not from 1 to 8.
+        if `tokens` is not from 1 to 16.
         """
         return self._serving.step(tokens)
 

@@ -10,10 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <string>
 #include <thread>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #ifdef __x86_64__
@@ -29,7 +27,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kSums = 4096;  // of a pass over a matrix: they stay in the first-level cache
 constexpr int64_t kTask = 4096;  // columns of a task: memory is fastest where it is read in order
-constexpr int64_t kLeast = 512;
+constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
 constexpr int64_t kUnroll = 4;   // rows of a matrix that one pass over the sums adds
 constexpr int64_t kAhead = 16;   // rows from now, what is asked of memory
 

@@ -64,7 +64,7 @@ def _build() -> Path:
     compiler = _compiler()
     try:
         version = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, check=True
+            [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
         ).stdout
         parts = SOURCE.read_text(), compiler, version, jaxlib.__version__, *FLAGS
         name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -97,6 +97,6 @@ def _compile(compiler: str, library: Path) -> None:
         made = Path(scratch) / library.name
         subprocess.run(
             [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)],
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, errors="replace", check=True,
         )  # fmt: skip
         os.replace(made, library)
