@@ -3,15 +3,17 @@
 // Decoding on a CPU is bound by memory: a weight should be read once, as int8, in order. XLA writes
 // it out as float32 first and reads that. Here it is converted in registers.
 //
-// The loops are over vectors of 16 numbers, which the compiler maps to what the processor has.
+// The loops are over vectors of 16 numbers, which the compiler maps to what the processor has. A
+// sum is always added up in the same order: a row's bits do not depend on its company.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <thread>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __x86_64__
@@ -25,21 +27,30 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kSums = 4096;  // of a pass over a matrix: they stay in the first-level cache
-constexpr int64_t kTask = 4096;  // columns of a task: memory is fastest where it is read in order
+constexpr int64_t kLine = 64;  // bytes that memory gives at a time
+
+// A tile: so many rows times so many vectors of columns, whose sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int64_t kTile = 6, kVectors = 4;
+#else
+constexpr int64_t kTile = 2, kVectors = 2;
+#endif
+constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kRows = 64;          // that are multiplied at a time, each weight read once
+constexpr int64_t kSums = 128 * 1024;  // of one part: they stay in the second-level cache
+constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
 constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
-constexpr int64_t kUnroll = 4;   // rows of a matrix that one pass over the sums adds
-constexpr int64_t kAhead = 16;   // rows from now, what is asked of memory
+// Rows of a matrix that are taken at a time: few, so that little is asked of memory at once, unless
+// there are so many sums that to load and store them costs more.
+constexpr int64_t kLeastDepth = 16, kMostDepth = 64;
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Anywhere
+    __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
 
-inline Lanes Load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
+inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
 
-inline void Store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
+inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
 
 inline Lanes Widen(const int8_t* from) {
 #if defined(__AVX512F__)
@@ -95,80 +106,124 @@ struct Matrix {
   int64_t inputs, outputs, groups;
 };
 
-// sums[r][c] += sum_i x[r][i] * weight[i][c], for `count` rows i of the matrix and `width` columns.
-// For any kRows a sum is added up in the same order: a row's bits do not depend on its company.
-template <int kRows>
-void AddProducts(const float* x, int64_t x_stride, const int8_t* weight, int64_t stride,
-                 int64_t count, int64_t width, float (*sums)[kSums / kRows]) {
-  int64_t whole = width - width % kLanes;
-  int64_t i = 0;
-  for (; i + kUnroll <= count; i += kUnroll) {
+// A block of a matrix that is wanted next: asks memory for it line by line, in the order in which
+// it lies there, while something else is multiplied.
+class Ahead {
+ public:
+  Ahead(const int8_t* block, int64_t stride, int64_t rows, int64_t width)
+      : row_(block), stride_(stride), rows_(rows), width_(width) {}
+
+  void Ask() {
+    if (rows_ <= 0) return;
+    __builtin_prefetch(row_ + column_, 0, 2);
+    column_ += kLine;
+    if (column_ < width_) return;
+    column_ = 0;
+    row_ += stride_;
+    --rows_;
+  }
+
+ private:
+  const int8_t* row_;
+  int64_t stride_, rows_, width_, column_ = 0;
+};
+
+// sums[r][c] += sum_i x[r][i] * weight[i][c], for kCount rows of x, `depth` rows i of the matrix
+// and the columns of a panel. Unrolled early: otherwise GCC keeps the sums in memory.
+template <int kCount>
+void AddTile(const float* x, int64_t x_stride, const int8_t* weight, int64_t stride, int64_t depth,
+             float* sums, int64_t sums_stride, Ahead* ahead) {
+  Lanes sum[kCount][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * sums_stride + v * kLanes);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    if (ahead) ahead->Ask();
+    Lanes wide[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) wide[v] = Widen(weight + i * stride + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += x[r * x_stride + i] * wide[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) Store(sums + r * sums_stride + v * kLanes, sum[r][v]);
+  }
+}
+
+template <size_t... kIndex>
+constexpr auto TilesOf(std::index_sequence<kIndex...>) {
+  return std::array{&AddTile<static_cast<int>(kIndex) + 1>...};
+}
+constexpr auto kTiles = TilesOf(std::make_index_sequence<kTile>());  // for 1 ... kTile rows
+
+// The same for `rows` rows and the `width` columns after the last whole panel.
+void AddNarrow(const float* x, int64_t x_stride, int64_t rows, const int8_t* weight, int64_t stride,
+               int64_t depth, int64_t width, float* sums, int64_t sums_stride) {
+  for (int64_t i = 0; i < depth; ++i) {
     const int8_t* w = weight + i * stride;
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      if (c % 64 == 0) {
-        for (int64_t k = 0; k < kUnroll; ++k) __builtin_prefetch(w + (kAhead + k) * stride + c);
-      }
-      Lanes wide[kUnroll];
-      for (int64_t k = 0; k < kUnroll; ++k) wide[k] = Widen(w + k * stride + c);
-      for (int r = 0; r < kRows; ++r) {
-        Lanes sum = Load(&sums[r][c]);
-        for (int64_t k = 0; k < kUnroll; ++k) sum += x[r * x_stride + i + k] * wide[k];
-        Store(&sums[r][c], sum);
-      }
-    }
-  }
-  // What is left: the columns after the last whole vector, and the rows after the last four.
-  auto add = [&](int64_t row, int64_t first) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int64_t c = first; c < width; ++c) {
-        sums[r][c] += x[r * x_stride + row] * static_cast<float>(weight[row * stride + c]);
-      }
-    }
-  };
-  for (int64_t row = 0; row < i; ++row) add(row, whole);
-  for (int64_t row = i; row < count; ++row) add(row, 0);
-}
-
-// y[r][first ... first + width] = x[r] @ matrix, for kRows rows and at most kSums / kRows columns.
-template <int kRows>
-void Multiply(const float* x, const Matrix& matrix, int64_t first, int64_t width, float* y) {
-  float sums[kRows][kSums / kRows];
-  float total[kRows][kSums / kRows];
-  int64_t count = matrix.inputs / matrix.groups;
-  for (int64_t group = 0; group < matrix.groups; ++group) {
-    for (int r = 0; r < kRows; ++r) std::fill_n(sums[r], width, 0.0f);
-    const int8_t* weight = matrix.weight + group * count * matrix.outputs + first;
-    AddProducts<kRows>(x + group * count, matrix.inputs, weight, matrix.outputs, count, width,
-                       sums);
-    const uint16_t* scales = matrix.scales + group * matrix.outputs + first;
-    for (int r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < width; ++c) {
-        float scaled = sums[r][c] * FromBfloat16(scales[c]);
-        total[r][c] = group == 0 ? scaled : total[r][c] + scaled;
+        sums[r * sums_stride + c] += x[r * x_stride + i] * static_cast<float>(w[c]);
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) std::copy_n(total[r], width, y + r * matrix.outputs + first);
 }
 
-// Multiplies `rows` rows, as many at a time as there is a loop for. The columns are taken in parts
-// narrow enough for their sums; a part of the matrix is then still in the second-level cache when
-// the next rows want it.
+// y[r][first ... first + width] = x[r] @ matrix, for `rows` rows, at most kRows.
+void MultiplyPart(const float* x, const Matrix& matrix, int64_t rows, int64_t first, int64_t width,
+                  float* y) {
+  static thread_local std::vector<float> scratch(kSums);
+  float* sums = scratch.data();  // [rows, width]
+  int64_t stride = matrix.outputs, whole = width - width % kPanel;
+  int64_t tiles = (rows + kTile - 1) / kTile;
+  int64_t most = std::clamp(4 * rows, kLeastDepth, kMostDepth);
+  for (int64_t group = 0, i = 0; group < matrix.groups; ++group) {
+    std::fill_n(sums, rows * width, 0.0f);
+    int64_t end = (group + 1) * (matrix.inputs / matrix.groups);
+    for (int64_t depth; i < end; i += depth) {
+      depth = std::min(most, end - i);
+      const int8_t* weight = matrix.weight + i * stride + first;
+      int64_t next = std::min(most, matrix.inputs - i - depth);
+      Ahead ahead(weight + depth * stride, stride, next, width);
+      for (int64_t c = 0; c < whole; c += kPanel) {
+        for (int64_t t = 0; t < tiles; ++t) {
+          int64_t r = t * rows / tiles, count = (t + 1) * rows / tiles - r;
+          kTiles[count - 1](x + r * matrix.inputs + i, matrix.inputs, weight + c, stride, depth,
+                            sums + r * width + c, width, t == 0 ? &ahead : nullptr);
+        }
+      }
+      AddNarrow(x + i, matrix.inputs, rows, weight + whole, stride, depth, width - whole,
+                sums + whole, width);
+    }
+    const uint16_t* scales = matrix.scales + group * stride + first;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = y + r * stride + first;
+      for (int64_t c = 0; c < width; ++c) {
+        float scaled = sums[r * width + c] * FromBfloat16(scales[c]);
+        to[c] = group == 0 ? scaled : to[c] + scaled;
+      }
+    }
+  }
+}
+
+// Multiplies `rows` rows with `width` columns of a matrix.
 void MultiplyRows(const float* x, const Matrix& matrix, int64_t rows, int64_t first, int64_t width,
                   float* y) {
-  int64_t most = kSums / (rows > 4 ? 8 : rows) / kLanes * kLanes;
+  int64_t chunks = (rows + kRows - 1) / kRows;
+  int64_t most = kSums / std::min(rows, kRows) / kPanel * kPanel;
   for (int64_t part = first; part < first + width; part += most) {
     int64_t columns = std::min(most, first + width - part);
-    int64_t row = 0;
-    auto multiply = [&](auto count) {
-      Multiply<count>(x + row * matrix.inputs, matrix, part, columns, y + row * matrix.outputs);
-      row += count;
-    };
-    while (rows - row >= 8) multiply(std::integral_constant<int, 8>());
-    if (rows - row >= 4) multiply(std::integral_constant<int, 4>());
-    if (rows - row == 3) multiply(std::integral_constant<int, 3>());
-    if (rows - row == 2) multiply(std::integral_constant<int, 2>());
-    if (rows - row == 1) multiply(std::integral_constant<int, 1>());
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int64_t r = chunk * rows / chunks, count = (chunk + 1) * rows / chunks - r;
+      MultiplyPart(x + r * matrix.inputs, matrix, count, part, columns, y + r * matrix.outputs);
+    }
   }
 }
 

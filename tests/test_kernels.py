@@ -24,9 +24,9 @@ from kernels import cpu
 from quantization import QuantizedWeight8bit, matmul
 
 LAYERS = 2
-# E, I, O, J: whole vectors of 16, less than one, more columns than one pass takes even if sixteen
-# threads share them, rows that no four divide.
-SIZES = [(1, 16, 16, 1), (3, 10, 7, 2), (9, 24, 1100, 8), (2, 515, 520, 5), (8, 256, 512, 1)]
+# E, I, O, J: a part of a panel of columns, less than a vector, more than one part holds even if
+# sixteen threads share them, scale groups that no depth of a tile divides, panels only.
+SIZES = [(1, 16, 16, 1), (3, 10, 7, 2), (9, 24, 4200, 8), (2, 515, 520, 5), (8, 256, 512, 1)]
 
 
 def random_weight(groups, inputs, outputs, scale_groups):
@@ -69,8 +69,9 @@ def plain_product(x, weight, starts, layer):
 def test_each_row_is_multiplied_with_the_matrix_of_its_group(sizes):
     groups, inputs, outputs, _ = sizes
     weight = random_weight(*sizes)
-    # One to eight rows at a time, more than eight, and none.
-    for counts in ([(3 * e + 1) % 14 for e in range(groups)], [0] * (groups - 1) + [9]):
+    # As many rows as a tile has, fewer, more, none; and more than are multiplied at a time.
+    few, many = [(3 * e + 1) % 14 for e in range(groups)], [70 + e for e in range(groups)]
+    for counts in (few, many, [0] * (groups - 1) + [9]):
         for layer in range(LAYERS):
             x, starts = random_rows(counts, inputs, spare=2)
             y = np.asarray(multiply(x, weight, starts, jnp.int32(layer)))
@@ -89,7 +90,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(sizes):
     x, starts = random_rows([15] * groups, inputs)
     together = np.asarray(multiply(x, weight, starts, jnp.int32(1)))
     e = groups - 1
-    for rows in (1, 2, 3, 4, 7, 8):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 13):
         for first in (15 * e, 15 * (e + 1) - rows):
             alone = np.array([0] * groups + [rows], np.int32)
             y = np.asarray(multiply(x[first : first + rows], weight, alone, jnp.int32(1)))
