@@ -32,7 +32,15 @@ from jax.sharding import PartitionSpec as P
 
 from attention import attend, attend_cached, cache_dtype, write_rows
 from mixture import Params, all_experts, chosen_experts, combine_all, expert, kernel_experts
-from quantization import QuantizedWeight8bit, matmul, product, quantize, split_groups
+from projection import local_groups, project
+from quantization import (
+    QuantizedWeight8bit,
+    StackedWeight,
+    matmul,
+    product,
+    quantize,
+    split_groups,
+)
 from sharding import (
     DATA_AXIS,
     MODEL_AXIS,
@@ -114,10 +122,10 @@ class TransformerConfig:
 
     expert_dispatch: how the mixture computes the chosen experts. "dynamic" loops over as many
     blocks of tokens as exist (inference; no reverse-mode gradient); "static" over the largest
-    possible number and skips the empty ones (training); "kernel" calls a CPU's own product of int8
-    weights, see kernels/cpu.py (inference); "all" computes every expert for every
+    possible number and skips the empty ones (training); "all" computes every expert for every
     token, as a reference.
     scan_unroll: layers per iteration of the compiled loop.
+    kernels: multiply with int8 weights by the device's own kernels, see kernels/ (inference).
     """
 
     emb_size: int
@@ -132,16 +140,18 @@ class TransformerConfig:
     num_selected_experts: int = 1
     data_axis: str = DATA_AXIS
     model_axis: str = MODEL_AXIS
-    expert_dispatch: Literal["dynamic", "static", "kernel", "all"] = "dynamic"
+    expert_dispatch: Literal["dynamic", "static", "all"] = "dynamic"
     scan_unroll: int = 1
+    kernels: bool = False
 
     def __post_init__(self):
         sizes = ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers")
         _require_integers(self, 1, *sizes, "num_selected_experts", "scan_unroll")
         _require_integers(self, 0, "num_experts")
         _require_positive(self, "widening_factor", "attn_output_multiplier")
-        sharded = self.shard_activations
-        _require(isinstance(sharded, bool), "shard_activations", "true or false", sharded)
+        for field in ("shard_activations", "kernels"):
+            flag = getattr(self, field)
+            _require(isinstance(flag, bool), field, "true or false", flag)
         for field in ("data_axis", "model_axis"):
             axis = getattr(self, field)
             _require(isinstance(axis, str), field, "the name of a mesh axis", axis)
@@ -161,12 +171,18 @@ class TransformerConfig:
             f"at most num_experts = {most}",
             self.num_selected_experts,
         )
-        choices = ("dynamic", "static", "kernel", "all")
+        choices = ("dynamic", "static", "all")
         _require(
             self.expert_dispatch in choices,
             "expert_dispatch",
             f"one of {choices}",
             self.expert_dispatch,
+        )
+        _require(
+            self.expert_dispatch == "dynamic" or not self.kernels,
+            "kernels",
+            'false unless expert_dispatch is "dynamic"',
+            self.kernels,
         )
 
     @property
@@ -181,7 +197,7 @@ class TransformerConfig:
         Slicing a layer first would copy its eight experts to use two. Training wants the slices:
         its gradients are theirs.
         """
-        return self.expert_dispatch in ("dynamic", "kernel")
+        return self.expert_dispatch == "dynamic"
 
     def partition_rules(self, mesh: AnyMesh | None = None) -> Rules:
         """Return (pattern, spec) for the parameters of one layer, the first match holding.
@@ -317,7 +333,7 @@ class LanguageModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the nested plain fields that describe the model, for config.json."""
         inner = dataclasses.asdict(self.model)
-        for how in ("expert_dispatch", "scan_unroll"):  # how to run it, not what it is
+        for how in ("expert_dispatch", "scan_unroll", "kernels"):  # how to run it, not what it is
             del inner[how]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["fprop_dtype"]
@@ -480,7 +496,7 @@ def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
 class Linear(hk.Module):
     """`x @ w + b`, w [I, O] float or int8, accumulated in float32.
 
-    row_shards: in how many slices the mesh cuts I; each then holds whole scale groups.
+    mesh, and where: x lies on it as `project` takes them.
     """
 
     def __init__(
@@ -488,13 +504,15 @@ class Linear(hk.Module):
         output_size: int,
         with_bias: bool = True,
         *,
-        row_shards: int = 1,
+        mesh: Mesh | None = None,
         name: str | None = None,
+        **where: Axes,
     ):
         super().__init__(name=name)
         self.output_size = output_size
         self.with_bias = with_bias
-        self.row_shards = row_shards
+        self.mesh = mesh
+        self.where = where
 
     def weight(self, input_size: int) -> Any:
         """Return the parameter `w` [input_size, output_size]."""
@@ -503,7 +521,7 @@ class Linear(hk.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., I] in the activation dtype -> float32 [..., O]."""
-        y = matmul(x, split_groups(self.weight(x.shape[-1]), self.row_shards))
+        y = project(x, self.weight(x.shape[-1]), self.mesh, **self.where)
         if self.with_bias:
             y += hk.get_parameter("b", [self.output_size], jnp.float32, init=jnp.zeros)
         return y
@@ -685,8 +703,8 @@ class MultiHeadAttention(hk.Module):
             out, kv_memory = self._attend_memory(q, k, v, mask, kv_memory, mesh, layer, length)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)  # [B, T, N * H']
         out = constrain(out, mesh, self.data_axis, None, every)
-        shards = axis_size(mesh, every)
-        out = Linear(self.model_size, self.with_bias, row_shards=shards, name="linear")(out)
+        where = {"data": self.data_axis, "contracted": every}
+        out = Linear(self.model_size, self.with_bias, mesh=mesh, name="linear", **where)(out)
         return MHAOutput(out, kv_memory)
 
     @hk.transparent
@@ -694,7 +712,8 @@ class MultiHeadAttention(hk.Module):
         self, x: jax.Array, heads: int, width: int, name: str, mesh: Mesh | None, axes: Axes
     ) -> jax.Array:
         """x [B, T, D] -> float32 [B, T, heads, width], the heads over the mesh axes `axes`."""
-        x = Linear(heads * width, self.with_bias, name=name)(x)
+        where = {"data": self.data_axis, "produced": axes}
+        x = Linear(heads * width, self.with_bias, mesh=mesh, name=name, **where)(x)
         x = x.reshape(*x.shape[:-1], heads, width)
         return constrain(x, mesh, self.data_axis, None, axes, None)
 
@@ -878,6 +897,7 @@ class MoELayer(hk.Module):
         name: str = "moe",
         *,
         expert_dispatch: str = "dynamic",
+        kernels: bool = False,
     ):
         super().__init__(name=name)
         self.num_experts = num_experts
@@ -888,6 +908,7 @@ class MoELayer(hk.Module):
         self.data_axis = data_axis
         self.model_axis = model_axis
         self.expert_dispatch = expert_dispatch
+        self.kernels = kernels
 
     def __call__(
         self,
@@ -942,10 +963,9 @@ class MoELayer(hk.Module):
         forms: dict[str, Callable[..., jax.Array]] = {
             "dynamic": chosen_experts,
             "static": functools.partial(chosen_experts, differentiable=True),
-            "kernel": kernel_experts,
             "all": all_experts,
         }
-        compute = forms[self.expert_dispatch]
+        compute = kernel_experts if self.kernels else forms[self.expert_dispatch]
 
         def local(
             params: Params, x: jax.Array, gates: jax.Array, index: jax.Array, layer: jax.Array
@@ -961,7 +981,11 @@ class MoELayer(hk.Module):
         if layer is None:
             params, layer = jax.tree.map(lambda w: w[None], params), jnp.int32(0)
         if mesh is not None:
-            params, specs = self._local_experts(params, mesh)
+            by_column, by_row = P(None, None, None, model), P(None, None, model, None)
+            lies = {"linear": by_column, "linear_v": by_column, "linear_1": by_row}
+            own = {name: local_groups(params[name]["w"], spec, mesh) for name, spec in lies.items()}
+            params = {name: {"w": weight} for name, (weight, _) in own.items()}
+            specs = {name: {"w": spec} for name, (_, spec) in own.items()}
             tokens = P(data, None, None)
             local = jax.shard_map(
                 local,
@@ -971,28 +995,6 @@ class MoELayer(hk.Module):
                 check_vma=False,
             )
         return local(params, x, routing.gates, routing.expert_index, layer)
-
-    def _local_experts(self, params: Params, mesh: Mesh) -> tuple[Params, Any]:
-        """Return the experts' parameters and their specs, so that a shard has its own scales."""
-        model = all_model_axes(mesh, self.model_axis)
-        by_column, by_row = P(None, None, None, model), P(None, None, model, None)
-        row_parallel = params["linear_1"]["w"]
-        if isinstance(row_parallel, QuantizedWeight8bit):
-            # As released, on eight key/value heads and several devices for each: one group for
-            # these, whole on each. To repeat it in all layers would cost more than it is.
-            one_each = row_parallel.scales.shape[-2] == mesh.shape[self.model_axis]
-            if not one_each:
-                row_parallel = split_groups(row_parallel, axis_size(mesh, model))
-        specs = parameter_specs(
-            {
-                "linear": params["linear"],
-                "linear_v": params["linear_v"],
-                "linear_1": {"w": row_parallel},
-            },
-            ((r"linear(_v)?/w$", by_column), (r"linear_1/w$", by_row)),
-            mesh,
-        )
-        return {**params, "linear_1": {"w": row_parallel}}, specs
 
 
 # --------------------------------------------------------------------------------- the decoder
@@ -1055,6 +1057,7 @@ class DecoderLayer(hk.Module):
             config.data_axis,
             config.model_axis,
             expert_dispatch=config.expert_dispatch,
+            kernels=config.kernels,
         )
         if not config.whole_mixture:
             layer = None
@@ -1122,12 +1125,16 @@ class Transformer(hk.Module):
         whole = {}
         if config.whole_mixture:
             whole = {name: p for name, p in params.items() if "/moe/" in name}
-        sliced = {name: p for name, p in params.items() if name not in whole}
+        stacked = {}
+        if config.kernels:
+            stacked = {name: p for name, p in params.items() if _for_kernels(name, p)}
+        sliced = {name: p for name, p in params.items() if name not in {*whole, *stacked}}
 
         def body(carry: tuple[jax.Array, KVMemory | None], xs: tuple[jax.Array, Any]) -> Any:
             h, memory = carry
             layer, own = xs
-            h, new, sites = apply({**own, **whole}, None, h, memory, layer)
+            named = {name: {"w": StackedWeight(p["w"], layer)} for name, p in stacked.items()}
+            h, new, sites = apply({**own, **whole, **named}, None, h, memory, layer)
             if memory is not None:
                 # All layers write at the same positions: the step moves on after the last one.
                 new = new._replace(step=memory.step)
@@ -1147,6 +1154,11 @@ class Transformer(hk.Module):
             memory = _recast(memory, stored)
             memory = memory._replace(step=memory.step + (h.shape[1] if length is None else length))
         return h, memory, captured
+
+
+def _for_kernels(name: str, params: Mapping[str, Any]) -> bool:
+    """Whether a module is a projection that a kernel can take from among those of all layers."""
+    return "/multi_head_attention/" in name and isinstance(params.get("w"), QuantizedWeight8bit)
 
 
 # --------------------------------------------------------------------------- the language model

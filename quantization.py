@@ -38,6 +38,24 @@ class QuantizedWeight8bit:
 Weight = jax.Array | QuantizedWeight8bit
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedWeight:
+    """One layer's int8 matrix [I, O] where it lies, among those of all layers.
+
+    weight: QuantizedWeight8bit [L, I, O]. layer: int32 [], which one. For kernels: to slice a layer
+    out first would copy it.
+    """
+
+    weight: Any
+    layer: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the layer's matrix, [I, O]."""
+        return self.weight.shape[1:]
+
+
 def quantize(weight: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
     """Round a float matrix [..., I, O] to int8 with `groups` bfloat16 scales per column.
 

@@ -526,7 +526,7 @@ def load_server(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = with_settings(read_model_config(directory), dtype, context)
     if kernels and jax.default_backend() == "cpu" and has_kernel():
-        inner = dataclasses.replace(config.model, expert_dispatch="kernel")
+        inner = dataclasses.replace(config.model, kernels=True)
         config = dataclasses.replace(config, model=inner)
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())
     server = InferenceRunner(

@@ -31,17 +31,18 @@ def grouped_product(
 ) -> jax.Array:
     """Multiply each row with the matrix of its group.
 
-    x: float32 [M, I], sorted by group. weight: [L, E, I, O], of which `layer` int32 [] is used.
+    x: float [M, I], sorted by group. weight: [L, E, I, O], of which `layer` int32 [] is used.
     starts: int32 [E + 1], where in x each group begins, and at last where all end.
-    Returns float32 [M, O], zero in the rows after the last group. A row's result depends on no
-    other row. Only what is used of the weight is read, as int8, once.
+    Returns float32 [M, O], zero in the rows after the last group, accumulated in float32. A row's
+    result depends on no other row. Only what is used of the weight is read, as int8, once for up to
+    64 rows.
 
     Raises KernelError as `load` does.
     """
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(TARGET, shape)
-    return call(x, weight.weight, weight.scales, starts, layer)
+    return call(x.astype(jnp.float32), weight.weight, weight.scales, starts, layer)
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def runner(
     """Return a runner of a golden model, shared by all tests that ask for the same one."""
     sizes, settings = mesh or (1, 1), config(name, dtype)
     if kernel:
-        inner = dataclasses.replace(settings.model, expert_dispatch="kernel")
+        inner = dataclasses.replace(settings.model, kernels=True)
         settings = dataclasses.replace(settings, model=inner)
     server = InferenceRunner(
         name=name,

@@ -115,8 +115,9 @@ REFUSED = [
     ("data_axis", 5, "the name of a mesh axis"),
     ("model_axis", None, "the name of a mesh axis"),
     ("model_axis", "data", "another name than data_axis"),
-    ("expert_dispatch", "fast", "one of ('dynamic', 'static', 'kernel', 'all')"),
-    ("expert_dispatch", None, "one of ('dynamic', 'static', 'kernel', 'all')"),
+    ("expert_dispatch", "fast", "one of ('dynamic', 'static', 'all')"),
+    ("expert_dispatch", None, "one of ('dynamic', 'static', 'all')"),
+    ("kernels", 1, "true or false"),
     ("fprop_dtype", jnp.float16, "bfloat16 or float32"),
     ("fprop_dtype", jnp.int8, "bfloat16 or float32"),
     ("fprop_dtype", "nonsense", "bfloat16 or float32"),
@@ -326,7 +327,7 @@ assert not xla_bridge.backends_are_initialized(), "a device was started"
 assert dict(jax.config.values) == options, "an option was set"
 assert {name: sys.modules[name] for name in modules} == modules, "a module was replaced"
 new = set(sys.modules) - set(modules)
-mine = {"model", "attention", "mixture", "quantization", "sharding"}
+mine = {"model", "attention", "mixture", "projection", "quantization", "sharding"}
 assert new == mine | {"kernels", "kernels.cpu", "compile_cache"}, new
 assert all(sys.modules[name].__name__ == name for name in new), new
 assert "QuantizedWeight8bit" not in globals(), "a class was put in __main__"

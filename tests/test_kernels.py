@@ -213,9 +213,9 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_end(fresh, monkeypatch, 
 
 
 def test_a_server_on_a_cpu_uses_it_unless_told_otherwise():
-    for kernels, dispatch in ((True, "kernel"), (False, "dynamic")):
+    for kernels in (True, False):
         server = runner.load_server(golden.DIRECTORY / "three-layers", kernels=kernels)
-        assert server.config.model.expert_dispatch == dispatch
+        assert server.config.model.kernels == kernels
 
 
 @pytest.mark.parametrize("options", [(), ("--no-kernels",)], ids=str)

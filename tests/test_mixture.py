@@ -397,10 +397,16 @@ def exact_layer(params, x, padding_mask):
     return reference.mixture(x.astype(np.float64), weights, sizes, padding_mask)[0]
 
 
-@pytest.mark.parametrize("dispatch", ["dynamic", "static", "kernel", "all"])
-def test_the_layer_is_the_sum_over_the_chosen_experts(inputs, dispatch):
+LAYER_FORMS = [
+    {"kernels": True},
+    *({"expert_dispatch": name} for name in ("dynamic", "static", "all")),
+]
+
+
+@pytest.mark.parametrize("form", LAYER_FORMS, ids=str)
+def test_the_layer_is_the_sum_over_the_chosen_experts(inputs, form):
     params = layer_params("int8")
-    y, _ = jax.jit(make_layer(GELU_BLOCK, expert_dispatch=dispatch).apply)(params, *inputs)
+    y, _ = jax.jit(make_layer(GELU_BLOCK, **form).apply)(params, *inputs)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, exact_layer(params, *inputs), rtol=0, atol=3e-6)
     assert np.all(np.asarray(y)[~inputs[1]] == 0)
