@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels import cpu
+import kernels
 from quantization import QuantizedWeight8bit, matmul
 
 Params = Mapping[str, Mapping[str, Any]]
@@ -201,7 +201,7 @@ def kernel_experts(
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
 
     def multiply(rows: jax.Array, weight: QuantizedWeight8bit) -> jax.Array:
-        return cpu.grouped_product(rows, weight, starts, layer)
+        return kernels.grouped_product(rows, weight, starts, layer)
 
     rows, (gate_weight, value_weight, out_weight) = x[order // chosen], weights
     gate = jax.nn.gelu(multiply(rows, gate_weight), approximate=True)

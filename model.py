@@ -30,9 +30,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+import kernels
 from attention import attend, attend_cached, cache_dtype, write_rows
 from mixture import Params, all_experts, chosen_experts, combine_all, expert, kernel_experts
-from projection import local_groups, project
+from projection import local_groups, output_logits, project
 from quantization import (
     QuantizedWeight8bit,
     StackedWeight,
@@ -125,7 +126,7 @@ class TransformerConfig:
     possible number and skips the empty ones (training); "all" computes every expert for every
     token, as a reference.
     scan_unroll: layers per iteration of the compiled loop.
-    kernels: multiply with int8 weights by the device's own kernels, see kernels/ (inference).
+    kernels: compute by the device's own kernels, see kernels/, where they are faster (inference).
     """
 
     emb_size: int
@@ -638,8 +639,10 @@ class MultiHeadAttention(hk.Module):
         data_axis: str = DATA_AXIS,
         model_axis: str = MODEL_AXIS,
         name: str | None = None,
+        kernels: bool = False,
     ):
         super().__init__(name=name)
+        self.kernels = kernels
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
         self.key_size = key_size
@@ -749,7 +752,8 @@ class MultiHeadAttention(hk.Module):
             keys = write_rows(keys, k, layer, start, length, sequence)
             values = write_rows(values, v, layer, start, length, sequence)
             multiplier, filled = self.attn_output_multiplier, start + length
-            out = attend_cached(q, keys, values, mask, multiplier, layer, filled, sequence)
+            attend_all = kernels.attend_cached if self.kernels else attend_cached
+            out = attend_all(q, keys, values, mask, multiplier, layer, filled, sequence)
             return out, keys, values
 
         if mesh is not None:
@@ -794,6 +798,7 @@ class MHABlock:
             data_axis=config.data_axis,
             model_axis=config.model_axis,
             name="multi_head_attention",
+            kernels=config.kernels,
         )(x, x, x, mask, kv_memory, self.mesh, **where)
 
 
@@ -1246,8 +1251,15 @@ class LanguageModel(hk.Module):
         if last_hid_only:
             return h[:, 0]
         h = constrain(h, self.mesh, config.model.data_axis, None, None)
-        logits = embed.decode(h.astype(config.fprop_dtype)) * config.output_multiplier_scale
+        h = h.astype(config.fprop_dtype)
         model = all_model_axes(self.mesh, config.model.model_axis)
+        if config.model.kernels:
+            where = {"data": config.model.data_axis, "vocabulary": model}
+            table = embed.embeddings.astype(h.dtype)
+            logits = output_logits(h, table, self.mesh, **where)
+        else:
+            logits = embed.decode(h)
+        logits *= config.output_multiplier_scale
         logits = constrain(logits, self.mesh, config.model.data_axis, None, model)
         return LanguageModelOutput(logits, memory, captured)
 

@@ -1,7 +1,7 @@
-"""A product of activations with one layer's weight matrix, on one device or over a mesh.
+"""Products of activations with a layer's weights or the output table, on one device or a mesh.
 
 Dimension letters: `B` batch, `T` positions, `I` in (contracted) width, `O` out width, `J` scale
-groups, `L` layers.
+groups, `L` layers, `D` model width, `V` vocabulary.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels import cpu
+import kernels
 from quantization import QuantizedWeight8bit, StackedWeight, Weight, matmul, split_groups
 from sharding import Axes, axis_size, scales_spec
 
@@ -39,7 +39,7 @@ def project(
         rows = x.reshape(-1, x.shape[-1])
         starts = jnp.array([0, rows.shape[0]], jnp.int32)  # one group
         one_group = jax.tree.map(lambda w: w[:, None], weight)
-        y = cpu.grouped_product(rows, one_group, starts, layer)
+        y = kernels.grouped_product(rows, one_group, starts, layer)
         y = y.reshape(*x.shape[:-1], -1)
         return y if contracted is None else lax.psum(y, contracted)
 
@@ -55,6 +55,35 @@ def project(
         check_vma=False,
     )
     return multiply(x, stacked, weight.layer)
+
+
+def output_logits(
+    x: jax.Array,
+    table: jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    data: Axes = None,
+    vocabulary: Axes = None,
+) -> jax.Array:
+    """`x [B, T, D] @ table.T`, table [V, D] of x's dtype -> float32 [B, T, V], by a kernel.
+
+    data, vocabulary: the mesh axes over which B and V lie.
+    """
+
+    def local(x: jax.Array, table: jax.Array) -> jax.Array:
+        # Local shapes: x [B/data, T, D], table [V/vocabulary, D].
+        logits = kernels.table_product(x.reshape(-1, x.shape[-1]), table)
+        return logits.reshape(*x.shape[:-1], -1)
+
+    if mesh is None:
+        return local(x, table)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(data, None, None), P(vocabulary, None)),
+        out_specs=P(data, None, vocabulary),
+        check_vma=False,
+    )(x, table)
 
 
 def local_groups(weight: Any, spec: P, mesh: Mesh) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
-// A product of float32 rows with int8 matrices, each row with the matrix of its group.
+// What decoding on a CPU spends its time on: products of float32 rows with int8 matrices, each row
+// with the matrix of its group, and with the output table; attention to a cache.
 //
-// Decoding on a CPU is bound by memory: a weight should be read once, as int8, in order. XLA writes
-// it out as float32 first and reads that. Here it is converted in registers.
+// It is bound by memory: a weight should be read once, as it is stored, in order. XLA writes int8
+// out as float32 first and reads that. Here it is converted in registers.
 //
 // The loops are over vectors of 16 numbers, which the compiler maps to what the processor has. A
 // sum is always added up in the same order: a row's bits do not depend on its company.
@@ -9,10 +10,12 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -40,6 +43,7 @@ constexpr int64_t kRows = 64;          // that are multiplied at a time, each we
 constexpr int64_t kSums = 128 * 1024;  // of one part: they stay in the second-level cache
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
 constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
+constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
 // Rows of a matrix that are taken at a time: few, so that little is asked of memory at once, unless
 // there are so many sums that to load and store them costs more.
 constexpr int64_t kLeastDepth = 16, kMostDepth = 64;
@@ -51,6 +55,16 @@ typedef float Anywhere
 inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
 
 inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
+
+inline float Sum(Lanes lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes));
+#else
+  float total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+#endif
+}
 
 inline Lanes Widen(const int8_t* from) {
 #if defined(__AVX512F__)
@@ -76,6 +90,22 @@ inline float FromBfloat16(uint16_t bits) {
   float value;
   std::memcpy(&value, &wide, sizeof(value));
   return value;
+}
+
+inline float ToFloat(float value) { return value; }
+inline float ToFloat(uint16_t bits) { return FromBfloat16(bits); }
+
+inline Lanes Widen(const float* from) { return Load(from); }
+
+inline Lanes Widen(const uint16_t* from) {  // bfloat16
+#if defined(__AVX512F__)
+  __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
+  float wide[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = FromBfloat16(from[lane]);
+  return Load(wide);
+#endif
 }
 
 // Calls work(0) ... work(count - 1) on the threads of the pool and on this one; returns when all
@@ -141,6 +171,7 @@ void AddTile(const float* x, int64_t x_stride, const int8_t* weight, int64_t str
   }
   for (int64_t i = 0; i < depth; ++i) {
     if (ahead) ahead->Ask();
+    __builtin_prefetch(weight + i * stride + kLine);
     Lanes wide[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) wide[v] = Widen(weight + i * stride + v * kLanes);
@@ -190,7 +221,7 @@ void MultiplyPart(const float* x, const Matrix& matrix, int64_t rows, int64_t fi
     for (int64_t depth; i < end; i += depth) {
       depth = std::min(most, end - i);
       const int8_t* weight = matrix.weight + i * stride + first;
-      int64_t next = std::min(most, matrix.inputs - i - depth);
+      int64_t next = width < kWide ? std::min(most, matrix.inputs - i - depth) : 0;
       Ahead ahead(weight + depth * stride, stride, next, width);
       for (int64_t c = 0; c < whole; c += kPanel) {
         for (int64_t t = 0; t < tiles; ++t) {
@@ -279,6 +310,243 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
+// ------------------------------------------------------------------------- rows by an output table
+
+constexpr int64_t kEntryTask = 32 * kTile;  // entries of the table
+constexpr int64_t kTableRows = 16;           // of x, that are multiplied at a time
+constexpr int64_t kPart = 512;  // of the contracted width: entries stay in the first-level cache
+
+// sums[r][v] += x[r][d] * entry[v][d], lane by lane, for kCount rows of x, a tile of entries and
+// first <= d < end. `ahead`: whether as many entries follow in memory, which are wanted next.
+template <int kCount, typename Element>
+void AddDots(const float* x, const Element* const* entry, int64_t width, int64_t first, int64_t end,
+             bool ahead, Lanes (*sums)[kTile]) {
+  Lanes sum[kCount][kTile];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTile; ++v) sum[r][v] = sums[r][v];
+  }
+  for (int64_t d = first; d < end; d += kLanes) {
+    Lanes wide[kTile];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTile; ++v) {
+      wide[v] = Widen(entry[v] + d);
+      if (ahead) __builtin_prefetch(entry[v] + d + kTile * width, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      Lanes own = Load(x + r * width + d);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTile; ++v) sum[r][v] += own * wide[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTile; ++v) sums[r][v] = sum[r][v];
+  }
+}
+
+// y[r][v] = sum_d x[r][d] * table[v][d], for at most kTableRows rows of x and kTile entries.
+template <typename Element>
+void MultiplyEntries(const float* x, int64_t rows, const Element* table, int64_t entries,
+                     int64_t width, bool ahead, float* y, int64_t y_stride) {
+  constexpr std::array add{&AddDots<1, Element>, &AddDots<2, Element>, &AddDots<3, Element>,
+                           &AddDots<4, Element>};
+  constexpr int64_t most = std::min<int64_t>(kVectors, add.size());
+  const Element* entry[kTile];
+  for (int64_t v = 0; v < kTile; ++v) entry[v] = table + std::min(v, entries - 1) * width;
+  Lanes sums[kTableRows][kTile] = {};
+  int64_t whole = width - width % kLanes;
+  for (int64_t d = 0; d < whole; d += kPart) {
+    for (int64_t r = 0; r < rows; r += most) {
+      add[std::min(most, rows - r) - 1](x + r * width, entry, width, d, std::min(d + kPart, whole),
+                                        ahead && r == 0, sums + r);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t v = 0; v < entries; ++v) {
+      float total = Sum(sums[r][v]);
+      for (int64_t d = whole; d < width; ++d) total += x[r * width + d] * ToFloat(entry[v][d]);
+      y[r * y_stride + v] = total;
+    }
+  }
+}
+
+template <typename Element>
+void MultiplyTable(ffi::ThreadPool& pool, const float* x, int64_t rows, const Element* table,
+                   int64_t entries, int64_t width, float* y) {
+  ForEach(pool, (entries + kEntryTask - 1) / kEntryTask, [&](int64_t task) {
+    int64_t end = std::min(entries, (task + 1) * kEntryTask);
+    for (int64_t v = task * kEntryTask; v < end; v += kTile) {
+      for (int64_t r = 0; r < rows; r += kTableRows) {
+        MultiplyEntries(x + r * width, std::min(kTableRows, rows - r), table + v * width,
+                        std::min(kTile, end - v), width, r == 0 && end - v >= 2 * kTile,
+                        y + r * entries + v, entries);
+      }
+    }
+  });
+}
+
+// x float32 [M, D], table float32 or bfloat16 [V, D] -> y float32 [M, V].
+ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table,
+                            ffi::ResultBuffer<ffi::F32> y) {
+  if (x.dimensions().size() != 2 || table.dimensions().size() != 2) {
+    return ffi::Error::InvalidArgument("expected x [M, D] and a table [V, D]");
+  }
+  int64_t rows = x.dimensions()[0], entries = table.dimensions()[0], width = table.dimensions()[1];
+  if (x.dimensions()[1] != width || y->element_count() != static_cast<size_t>(rows * entries)) {
+    return ffi::Error::InvalidArgument("the shapes of a product with a table do not fit");
+  }
+  auto multiply = [&](auto* elements) {
+    MultiplyTable(pool, x.typed_data(), rows, elements, entries, width, y->typed_data());
+    return ffi::Error::Success();
+  };
+  void* data = table.untyped_data();
+  if (table.element_type() == ffi::F32) return multiply(static_cast<const float*>(data));
+  if (table.element_type() == ffi::BF16) return multiply(static_cast<const uint16_t*>(data));
+  return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
+}
+
+// ------------------------------------------------------------------------------ decoding's attention
+
+constexpr float kSoftCap = 30;  // of Grok-1's scores: a softmax needs no maximum to be subtracted
+
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// exp(x) - 1, to a few units in the last place also near zero, for |x| <= 80. With x = n ln 2 + r,
+// it is 2^n (exp(r) - 1) + (2^n - 1); |r| <= 0.35, for which eight terms of exp's series do.
+inline Lanes Expm1(Lanes x) {
+  constexpr float kRound = 3 << 22;  // added and taken away: the nearest whole number
+  Lanes n = (x * 1.44269504f + kRound) - kRound;
+  Lanes r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+  Lanes series = r * (1.0f / 40320) + 1.0f / 5040;
+  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f}) {
+    series = series * r + factor;
+  }
+  Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Lanes power = reinterpret_cast<Lanes>(bits);
+  return power * (series * r) + (power - 1.0f);
+}
+
+// exp(cap tanh(score / cap)), with tanh(u) = expm1(2 u) / (expm1(2 u) + 2).
+inline Lanes SoftCapped(Lanes score) {
+  Lanes twice = score * (2 / kSoftCap);
+  twice = twice > 40.0f ? Lanes{} + 40.0f : twice;  // there tanh is one
+  twice = twice < -40.0f ? Lanes{} - 40.0f : twice;
+  Lanes grown = Expm1(twice);
+  return Expm1(kSoftCap * (grown / (grown + 2.0f))) + 1.0f;
+}
+
+// What a weight becomes before it multiplies values of this type.
+inline float Round(float weight, const float*) { return weight; }
+inline float Round(float weight, const uint16_t*) {  // to bfloat16, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &weight, sizeof(bits));
+  bits += 0x7fff + ((bits >> 16) & 1);
+  return FromBfloat16(static_cast<uint16_t>(bits >> 16));
+}
+
+template <typename Element>
+float Dot(const float* x, const Element* y, int64_t width) {
+  int64_t whole = width - width % kLanes;
+  Lanes sum = {};
+  for (int64_t i = 0; i < whole; i += kLanes) sum += Load(x + i) * Widen(y + i);
+  float total = Sum(sum);
+  for (int64_t i = whole; i < width; ++i) total += x[i] * ToFloat(y[i]);
+  return total;
+}
+
+template <typename Element>
+void AddScaled(float scale, const Element* x, int64_t width, float* to) {
+  int64_t whole = width - width % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) Store(to + i, Load(to + i) + scale * Widen(x + i));
+  for (int64_t i = whole; i < width; ++i) to[i] += scale * ToFloat(x[i]);
+}
+
+// The cache of one sequence and key/value head: rows of `width`, `stride` apart.
+template <typename Element>
+struct Head {
+  const Element *keys, *values;
+  int64_t stride, width;
+};
+
+// out[g] = sum_s w[g][s] values[s] / sum_s w[g][s], w = exp(cap tanh(query[g] . keys[s] m / cap)),
+// over the first `filled` positions that are `seen`; zero if there is none.
+template <typename Element>
+void AttendHead(const float* query, int64_t queries, const Head<Element>& head, const bool* seen,
+                int64_t filled, float multiplier, float* out) {
+  int64_t width = head.width;
+  std::fill_n(out, queries * width, 0.0f);
+  std::vector<float> total(queries);
+  for (int64_t first = 0; first < filled; first += kLanes) {
+    int64_t count = std::min(kLanes, filled - first);
+    for (int64_t g = 0; g < queries; ++g) {
+      float weights[kLanes] = {};
+      for (int64_t s = 0; s < count; ++s) {
+        const Element* key = head.keys + (first + s) * head.stride;
+        weights[s] = Dot(query + g * width, key, width) * multiplier;
+      }
+      Store(weights, SoftCapped(Load(weights)));
+      for (int64_t s = 0; s < count; ++s) {
+        if (!seen[first + s]) continue;  // what lies there may be no number
+        total[g] += weights[s];
+        const Element* value = head.values + (first + s) * head.stride;
+        AddScaled(Round(weights[s], value), value, width, out + g * width);
+      }
+    }
+  }
+  for (int64_t g = 0; g < queries; ++g) {
+    if (total[g] == 0) continue;
+    for (int64_t i = 0; i < width; ++i) out[g * width + i] /= total[g];
+  }
+}
+
+// query float32 [B, K, G, H]; keys, values float32 or the bits of bfloat16 [L, B, S, K, H]; mask
+// bool [B, S]; layer int32 []; filled int32 [B] -> out float32 [B, K, G, H].
+ffi::Error AttendImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys,
+                      ffi::AnyBuffer values, ffi::Buffer<ffi::PRED> mask,
+                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> filled, float multiplier,
+                      ffi::ResultBuffer<ffi::F32> out) {
+  auto shape = query.dimensions(), cache = keys.dimensions();
+  if (shape.size() != 4 || cache.size() != 5 ||
+      keys.element_type() != values.element_type() || mask.dimensions().size() != 2) {
+    return ffi::Error::InvalidArgument("expected a query [B, K, G, H], caches and a mask [B, S]");
+  }
+  int64_t batch = shape[0], heads = shape[1], queries = shape[2], width = shape[3];
+  int64_t positions = cache[2], l = layer.typed_data()[0];
+  auto value_shape = values.dimensions();
+  bool fits = std::equal(cache.begin(), cache.end(), value_shape.begin(), value_shape.end()) &&
+              cache[1] == batch && cache[3] == heads && cache[4] == width &&
+              mask.dimensions()[0] == batch && mask.dimensions()[1] == positions &&
+              filled.element_count() == static_cast<size_t>(batch) && l >= 0 && l < cache[0] &&
+              out->element_count() == query.element_count();
+  if (!fits) return ffi::Error::InvalidArgument("the shapes of an attention do not fit");
+  auto attend = [&](auto* key_data, auto* value_data) {
+    ForEach(pool, batch * heads, [&](int64_t task) {
+      int64_t b = task / heads, k = task % heads;
+      int64_t at = ((l * batch + b) * positions * heads + k) * width;
+      Head<std::decay_t<decltype(*key_data)>> head{key_data + at, value_data + at, heads * width,
+                                                   width};
+      int64_t first = task * queries * width;
+      int64_t count = std::clamp<int64_t>(filled.typed_data()[b], 0, positions);
+      AttendHead(query.typed_data() + first, queries, head, mask.typed_data() + b * positions,
+                 count, multiplier, out->typed_data() + first);
+    });
+    return ffi::Error::Success();
+  };
+  if (keys.element_type() == ffi::F32) {
+    return attend(static_cast<const float*>(keys.untyped_data()),
+                  static_cast<const float*>(values.untyped_data()));
+  }
+  if (keys.element_type() == ffi::U16 || keys.element_type() == ffi::BF16) {
+    return attend(static_cast<const uint16_t*>(keys.untyped_data()),
+                  static_cast<const uint16_t*>(values.untyped_data()));
+  }
+  return ffi::Error::InvalidArgument("expected a cache of float32 or bfloat16");
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, GroupedProductImpl,
@@ -289,4 +557,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, GroupedProductImpl,
                                   .Arg<ffi::Buffer<ffi::BF16>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TableProduct, TableProductImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Attend, AttendImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<float>("multiplier")
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,4 +1,4 @@
-"""The grouped product for a CPU: compiled from cpu.cc when it is first wanted, and kept."""
+"""Kernels for a CPU: compiled from cpu.cc when they are first wanted, and kept."""
 
 import ctypes
 import functools
@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 
 import compile_cache
 from quantization import QuantizedWeight8bit
@@ -19,7 +20,10 @@ from quantization import QuantizedWeight8bit
 SOURCE = Path(__file__).with_name("cpu.cc")
 COMPILERS = "c++", "g++", "clang++"
 FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"
-TARGET = "grok_1_grouped_product"
+PRODUCT = "grok_1_grouped_product"
+TABLE_PRODUCT = "grok_1_table_product"
+ATTEND = "grok_1_attend"
+HANDLERS = {PRODUCT: "GroupedProduct", TABLE_PRODUCT: "TableProduct", ATTEND: "Attend"}
 
 
 class KernelError(Exception):
@@ -41,13 +45,48 @@ def grouped_product(
     """
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32)
-    call = jax.ffi.ffi_call(TARGET, shape)
+    call = jax.ffi.ffi_call(PRODUCT, shape)
     return call(x.astype(jnp.float32), weight.weight, weight.scales, starts, layer)
+
+
+def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x [M, D] @ table.T`, table float32 or bfloat16 [V, D] -> float32 [M, V], accumulated so.
+
+    The table is read once, as it is stored. Faster than XLA's product for a few rows.
+
+    Raises KernelError as `load` does.
+    """
+    load()
+    shape = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(TABLE_PRODUCT, shape)(x.astype(jnp.float32), table)
+
+
+def attend_one(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    multiplier: float,
+    layer: jax.Array,
+    filled: jax.Array,
+) -> jax.Array:
+    """`attention.attend_cached` for one position of each sequence, T = 1 and B = C.
+
+    keys, values: float32, bfloat16 or its bits. What is not filled is not read.
+
+    Raises KernelError as `load` does.
+    """
+    load()
+    positions = jnp.broadcast_to(mask[:, 0], (query.shape[0], keys.shape[2]))
+    rows = query[:, 0].astype(jnp.float32)
+    call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(rows.shape, jnp.float32))
+    arrays = rows, keys, values, positions, layer, filled
+    return call(*arrays, multiplier=np.float32(multiplier))[:, None]
 
 
 @functools.cache
 def load() -> None:
-    """Compile the kernel, unless that has been done before, and let jax call it.
+    """Compile the kernels, unless that has been done before, and let jax call them.
 
     Raises KernelError where that cannot be.
     """
@@ -57,11 +96,13 @@ def load() -> None:
     except OSError as error:
         path.unlink(missing_ok=True)  # the next start compiles it anew
         raise KernelError(str(error)) from None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.GroupedProduct), platform="cpu")
+    for target, name in HANDLERS.items():
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
 
 
 def _build() -> Path:
-    """Return the compiled kernel."""
+    """Return the compiled library."""
     compiler = _compiler()
     try:
         version = subprocess.run(

@@ -122,9 +122,9 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "FLAGS", [*flags, f"-march={processor}"])
     cpu._compile(cpu._compiler(), tmp_path / "cpu.so")
     library = ctypes.CDLL(str(tmp_path / "cpu.so"))
-    monkeypatch.setattr(cpu, "TARGET", f"test-{processor}")
+    monkeypatch.setattr(cpu, "PRODUCT", f"test-{processor}")
     jax.ffi.register_ffi_target(
-        cpu.TARGET, jax.ffi.pycapsule(library.GroupedProduct), platform="cpu"
+        cpu.PRODUCT, jax.ffi.pycapsule(library.GroupedProduct), platform="cpu"
     )
     for sizes in SIZES:
         weight = random_weight(*sizes)
