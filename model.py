@@ -53,7 +53,6 @@ from sharding import (
     axis_size,
     constrain,
     match_rule,
-    parameter_specs,
 )
 
 __all__ = [

@@ -169,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--no-kernels",
         dest="kernels",
         action="store_false",
-        help="on a CPU, use nothing but what JAX offers: slower, and without a C++ compiler",
+        help="use nothing but what JAX offers: slower, and on a CPU without a C++ compiler",
     )
     add_prompts(parser)
     add_plan(parser)

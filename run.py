@@ -181,7 +181,7 @@ def make_server(
     import jax  # Takes seconds: after all that can be checked without it.
 
     import compile_cache
-    from runner import RequestError, has_kernel, load_server
+    from runner import RequestError, has_kernels, load_server
 
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
@@ -189,7 +189,7 @@ def make_server(
     elif processes == 1 and (reason := compile_cache.enable()):
         say(reason)
     if options.kernels and jax.default_backend() == "cpu":
-        has_kernel()  # The first time it is compiled: not a part of loading.
+        has_kernels()  # The first time they are compiled: not a part of loading.
     began = time.perf_counter()
     progress.start()
     try:

@@ -19,9 +19,10 @@ import sentencepiece
 from jax.sharding import Mesh
 
 import checkpoint
+import kernels as own_kernels
 import storage
 from commandline import say
-from kernels import cpu
+from kernels.cpu import KernelError
 from model import LanguageModelConfig, grok_1
 from request import Answering, Completion, Event, Request, RequestError, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
@@ -483,12 +484,13 @@ def with_settings(
 
 
 @functools.cache
-def has_kernel() -> bool:
-    """Whether this CPU has its own product of int8 weights; says so, once, if it has not."""
+def has_kernels() -> bool:
+    """Whether there are kernels for the platform that jax runs on; says so, once, if not."""
     try:
-        cpu.load()
-    except cpu.KernelError as error:
-        say(f"note: running without the CPU kernel, which is slower: {error}")
+        own_kernels.load()
+    except KernelError as error:
+        platform = jax.default_backend().upper()
+        say(f"note: running without the {platform} kernels, which is slower: {error}")
         return False
     return True
 
@@ -513,9 +515,10 @@ def load_server(
     slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
     context: how many tokens a sequence has room for, at most the model's own context, the default.
-    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: on a CPU
-    use a product of int8 weights that is compiled when it is first wanted; where that cannot be,
-    one sentence on standard error says so, and the plain form does the same, only slower.
+    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use
+    those in kernels/, which are compiled when they are first wanted; where that cannot be, one
+    sentence on standard error says so, and the plain form does the same, only slower. On a GPU they
+    are for bfloat16.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
@@ -525,7 +528,8 @@ def load_server(
         raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = with_settings(read_model_config(directory), dtype, context)
-    if kernels and jax.default_backend() == "cpu" and has_kernel():
+    wanted = kernels and (dtype == "bfloat16" or jax.default_backend() == "cpu")
+    if wanted and has_kernels():
         inner = dataclasses.replace(config.model, kernels=True)
         config = dataclasses.replace(config, model=inner)
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())

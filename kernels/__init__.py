@@ -1,28 +1,44 @@
 """What a device computes faster by its own means than as XLA compiles it.
 
-Each function equals a plain one, beside which it is tested, and takes what that takes: `matmul` by
-groups, `product` with a table, `attention.attend_cached`. The platform that jax runs on decides.
+Each function equals a plain one, beside which it is tested: `matmul` group by group, `product` with
+a table, `attention.attend_cached`. The platform that jax runs on decides whose kernels these are.
 """
+
+from typing import Any
 
 import jax
 
-from attention import attend_cached as plain_attend_cached
+import attention
 from kernels import cpu
 from quantization import QuantizedWeight8bit, product
 
 MOST_TABLE_ROWS = 16  # up to which a CPU multiplies faster by `cpu.table_product` than XLA does
 
 
+def _own() -> Any:
+    """Return the module of this platform's kernels."""
+    if jax.default_backend() == "cpu":
+        return cpu
+    from kernels import gpu  # where it is wanted: Pallas takes long to import
+
+    return gpu
+
+
+def load() -> None:
+    """Make sure that this platform's kernels are there. Raises cpu.KernelError if they are not."""
+    _own().load()
+
+
 def grouped_product(
     x: jax.Array, weight: QuantizedWeight8bit, starts: jax.Array, layer: jax.Array
 ) -> jax.Array:
     """Multiply each row with the matrix of its group; see `cpu.grouped_product`."""
-    return cpu.grouped_product(x, weight, starts, layer)
+    return _own().grouped_product(x, weight, starts, layer)
 
 
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
     """`x [M, D] @ table.T`, table [V, D] of x's dtype -> float32 [M, V]."""
-    if x.shape[0] <= MOST_TABLE_ROWS:
+    if _own() is cpu and x.shape[0] <= MOST_TABLE_ROWS:
         return cpu.table_product(x, table)
     return product("md,vd->mv", x, table)
 
@@ -37,7 +53,12 @@ def attend_cached(
     filled: jax.Array,
     sequence: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention.attend_cached`."""
-    if query.shape[1] == 1 and sequence is None:
+    """`attention.attend_cached`. A CPU has a kernel of its own for one query a sequence."""
+    own = _own()
+    if own is not cpu:
+        attend = own.attend_cached
+    elif query.shape[1] == 1 and sequence is None:
         return cpu.attend_one(query, keys, values, mask, multiplier, layer, filled)
-    return plain_attend_cached(query, keys, values, mask, multiplier, layer, filled, sequence)
+    else:
+        attend = attention.attend_cached
+    return attend(query, keys, values, mask, multiplier, layer, filled, sequence)

@@ -409,15 +409,16 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
   return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
 }
 
-// ------------------------------------------------------------------------------ decoding's attention
+// ----------------------------------------------------------------------------- decoding's attention
 
 constexpr float kSoftCap = 30;  // of Grok-1's scores: a softmax needs no maximum to be subtracted
 
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-// exp(x) - 1, to a few units in the last place also near zero, for |x| <= 80. With x = n ln 2 + r,
-// it is 2^n (exp(r) - 1) + (2^n - 1); |r| <= 0.35, for which eight terms of exp's series do.
-inline Lanes Expm1(Lanes x) {
+// exp(x) - less, for |x| <= 80. With x = n ln 2 + r it is 2^n (exp(r) - 1) + (2^n - less), exact to a
+// few units in the last place, also near zero if less is one; |r| <= 0.35, for which eight terms of
+// exp's series do.
+inline Lanes Exp(Lanes x, float less) {
   constexpr float kRound = 3 << 22;  // added and taken away: the nearest whole number
   Lanes n = (x * 1.44269504f + kRound) - kRound;
   Lanes r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
@@ -427,7 +428,7 @@ inline Lanes Expm1(Lanes x) {
   }
   Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
   Lanes power = reinterpret_cast<Lanes>(bits);
-  return power * (series * r) + (power - 1.0f);
+  return power * (series * r) + (power - less);
 }
 
 // exp(cap tanh(score / cap)), with tanh(u) = expm1(2 u) / (expm1(2 u) + 2).
@@ -435,8 +436,8 @@ inline Lanes SoftCapped(Lanes score) {
   Lanes twice = score * (2 / kSoftCap);
   twice = twice > 40.0f ? Lanes{} + 40.0f : twice;  // there tanh is one
   twice = twice < -40.0f ? Lanes{} - 40.0f : twice;
-  Lanes grown = Expm1(twice);
-  return Expm1(kSoftCap * (grown / (grown + 2.0f))) + 1.0f;
+  Lanes grown = Exp(twice, 1.0f);
+  return Exp(kSoftCap * (grown / (grown + 2.0f)), 0.0f);
 }
 
 // What a weight becomes before it multiplies values of this type.

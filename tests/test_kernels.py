@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import lax
 
+import attention
 import compile_cache
 import golden
 import reference
 import runner
 from kernels import cpu
-from quantization import QuantizedWeight8bit, matmul
+from quantization import QuantizedWeight8bit, matmul, product
 
 LAYERS = 2
 # E, I, O, J: a part of a panel of columns, less than a vector, more than one part holds even if
@@ -97,6 +99,102 @@ def test_a_row_has_the_same_bits_alone_and_in_company(sizes):
             assert np.array_equal(y, together[first : first + rows])
 
 
+TABLES = [(1, 5, 16), (3, 6, 40), (16, 203, 515), (17, 1, 9), (33, 600, 528)]  # M, V, D
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("sizes", TABLES, ids=str)
+def test_rows_are_multiplied_with_a_table(sizes, dtype):
+    rows, entries, width = sizes
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((rows, width)), dtype)
+    table = jnp.asarray(rng.standard_normal((entries, width)), dtype)
+    y = np.asarray(jax.jit(cpu.table_product)(x, table))
+    exact = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+    plain = jax.jit(lambda x, table: product("md,vd->mv", x, table))(x, table)
+    error = np.linalg.norm(y - exact)
+    assert y.dtype == np.float32 and y.shape == (rows, entries)
+    assert error <= 2 * np.linalg.norm(plain - exact) + 1e-7 * np.linalg.norm(exact)
+    # A row has the same bits in any company.
+    alone = jax.jit(cpu.table_product)(x[-1:], table)
+    assert np.array_equal(alone[0], y[-1])
+
+
+# B, S, K, G, H, and how much of each sequence is filled.
+CACHES = {
+    "heads of whole vectors": (2, 40, 2, 3, 32, (40, 17)),
+    "heads of parts of vectors": (3, 33, 1, 2, 20, (1, 33, 16)),
+    "nothing filled": (2, 5, 2, 1, 6, (0, 5)),
+    "full": (1, 70, 8, 6, 16, (70,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("case", CACHES.values(), ids=CACHES)
+def test_a_query_attends_to_what_is_filled_and_seen(case, dtype):
+    batch, positions, heads, queries, width, filled = case
+    rng = np.random.default_rng(3)
+    query = jnp.asarray(3 * rng.standard_normal((batch, 1, heads, queries, width)), dtype)
+    caches = rng.standard_normal((2, LAYERS, batch, positions, heads, width))
+    seen = rng.random((batch, 1, positions)) < 0.8
+    for b, count in enumerate(filled):
+        caches[:, :, b, count:] = np.nan  # never read
+    keys, values = jnp.asarray(caches, dtype)
+    if dtype == jnp.bfloat16:  # as a CPU keeps it
+        keys, values = (lax.bitcast_convert_type(c, jnp.uint16) for c in (keys, values))
+    arrays = query, keys, values, jnp.asarray(seen), 0.4, jnp.int32(1), jnp.array(filled)
+    out = np.asarray(jax.jit(cpu.attend_one, static_argnums=4)(*arrays))
+    clean = (jnp.nan_to_num(c) for c in jnp.asarray(caches, dtype))
+    plain = attention.attend_cached(query, *clean, *arrays[3:])
+    exact = exact_attention(query, caches[:, 1], seen, 0.4, filled, dtype)
+    error, scale = np.linalg.norm(out - exact), np.linalg.norm(exact)
+    assert out.dtype == np.float32 and out.shape == query.shape
+    assert error <= 2 * np.linalg.norm(plain - exact) + 1e-7 * scale
+    assert error <= (1e-2 if dtype == jnp.bfloat16 else 2e-6) * scale
+
+
+def exact_attention(query, caches, seen, multiplier, filled, dtype):
+    """Return attention [B, 1, K, G, H] in float64 to caches [2, B, S, K, H], rounded to dtype."""
+    query = np.asarray(query, np.float64)
+    keys, values = np.nan_to_num(np.asarray(jnp.asarray(caches, dtype), np.float64))
+    scores = np.einsum("btkgh,bskh->bkgts", query, keys) * multiplier
+    weights = np.exp(30 * np.tanh(scores / 30))
+    there = np.arange(seen.shape[-1]) < np.array(filled)[:, None]
+    weights *= (seen & there[:, None])[:, None, None]
+    total = np.moveaxis(weights.sum(-1), -1, 1)[..., None]
+    return np.einsum("bkgts,bskh->btkgh", weights, values) / np.where(total > 0, total, 1)
+
+
+def test_large_scores_stay_within_the_soft_cap():
+    """Its exponentials are computed by a series of our own."""
+    scores = np.array([-1e30, -500, -30, -1, -1e-6, 0, 1e-30, 0.3, 5, 29, 100, 1e30], np.float32)
+    for score in scores:
+        # Two positions, one of score 0, whose values are 1 and 0.
+        keys = jnp.array([score, 0], jnp.float32).reshape(1, 1, 2, 1, 1)
+        values = jnp.array([1, 0], jnp.float32).reshape(1, 1, 2, 1, 1)
+        query, mask = jnp.ones([1, 1, 1, 1, 1]), jnp.ones([1, 1, 1], bool)
+        out = cpu.attend_one(query, keys, values, mask, 1.0, jnp.int32(0), jnp.array([2]))
+        weight = np.exp(30 * np.tanh(np.float64(score) / 30))
+        np.testing.assert_allclose(out.item(), weight / (1 + weight), rtol=4e-6)
+
+
+def test_shapes_of_other_kernels_that_do_not_fit_are_refused():
+    table, cache = jnp.ones([4, 8]), jnp.ones([1, 2, 6, 2, 4])
+    query, mask = jnp.ones([2, 1, 2, 3, 4]), jnp.ones([2, 1, 6], bool)
+    layer, filled = jnp.int32(0), jnp.array([1, 1])
+    calls = [
+        lambda: cpu.table_product(jnp.ones([2, 7]), table),
+        lambda: cpu.table_product(jnp.ones([2, 8]), table.astype(jnp.float16)),
+        lambda: cpu.attend_one(query[..., :3], cache, cache, mask, 1.0, layer, filled),
+        lambda: cpu.attend_one(query, cache, cache[:, :, :5], mask, 1.0, layer, filled),
+        lambda: cpu.attend_one(query, cache, cache, mask, 1.0, jnp.int32(1), filled),
+        lambda: cpu.attend_one(query, cache, cache.astype(jnp.bfloat16), mask, 1.0, layer, filled),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="INVALID_ARGUMENT"):
+            jax.block_until_ready(call())
+
+
 def test_shapes_that_do_not_fit_are_refused():
     weight = random_weight(3, 16, 16, 1)
     x, starts = random_rows([1, 1, 1], 16)
@@ -142,11 +240,11 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
 def fresh(monkeypatch, tmp_path):
     """An empty cache, and nothing loaded in this process; what is loaded stays registered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (cpu.load, runner.has_kernel):
+    for cached in (cpu.load, runner.has_kernels):
         cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    for cached in (cpu.load, runner.has_kernel):
+    for cached in (cpu.load, runner.has_kernels):
         cached.cache_clear()
 
 
@@ -198,9 +296,9 @@ def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, capsys, com
     if compiler is not None:
         script(path, compiler)
     monkeypatch.setenv("CXX", str(path))
-    assert not runner.has_kernel() and not runner.has_kernel()
+    assert not runner.has_kernels() and not runner.has_kernels()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernel")
+    assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernels")
     assert said.format(path=path) in lines[0]
     assert not list(fresh.rglob("*.so"))  # nor half of one
 
@@ -208,7 +306,7 @@ def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, capsys, com
 def test_a_cache_that_cannot_be_written_is_no_reason_to_end(fresh, monkeypatch, capsys):
     (fresh / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
-    assert not runner.has_kernel()
+    assert not runner.has_kernels()
     assert "Not a directory" in capsys.readouterr().err
 
 
@@ -226,5 +324,5 @@ def test_the_command_goes_on_without_a_compiler(options):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and len(done.stdout.split()) == 2
-    note = "note: running without the CPU kernel, which is slower: no C++ compiler was found"
+    note = "note: running without the CPU kernels, which is slower: no C++ compiler was found"
     assert done.stderr.count(note) == (0 if options else 1)
