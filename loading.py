@@ -128,7 +128,7 @@ class _HostPart(_Part):
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
         super().__init__(index, devices)
-        self.values = _aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        self.values = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def write(self, stored: np.ndarray, start: tuple[int, ...]) -> None:
         where = tuple(slice(a, a + n) for a, n in zip(start, stored.shape, strict=True))
@@ -177,11 +177,11 @@ _local = threading.local()
 def _buffer() -> np.ndarray:
     """Return this thread's own buffer of PIECE_BYTES."""
     if not hasattr(_local, "buffer"):
-        _local.buffer = _aligned(PIECE_BYTES)
+        _local.buffer = aligned_empty(PIECE_BYTES)
     return _local.buffer
 
 
-def _aligned(nbytes: int) -> np.ndarray:
+def aligned_empty(nbytes: int) -> np.ndarray:
     """Return so many bytes, aligned as XLA wants them, uint8."""
     memory = np.empty(nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -127,13 +127,13 @@ def test_numbers_are_rounded_to_the_dtype_asked_for(dtype: str, tmp_path: pathli
 def test_a_cpu_takes_the_filled_memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy would double the memory; jax makes one when memory is not aligned."""
     made = []
-    plain = loading._aligned
+    plain = loading.aligned_empty
 
     def aligned(nbytes: int) -> np.ndarray:
         made.append(plain(nbytes))
         return made[-1]
 
-    monkeypatch.setattr(loading, "_aligned", aligned)
+    monkeypatch.setattr(loading, "aligned_empty", aligned)
     params = checkpoint.load(THREE_LAYERS, shapes(), shardings_of((2, 4)))
     ours = {memory.ctypes.data for memory in made}
     for array in jax.tree.leaves(params):

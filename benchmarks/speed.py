@@ -1,0 +1,710 @@
+"""How fast prefill and decoding are, beside the obvious form and beside what the machine allows.
+
+python benchmarks/speed.py [--config quarter|demo|grok-1-rank] [--json]
+
+Three forms of one model run in turns, in one process: `baseline` (benchmarks/baseline.py), `plain`
+(what JAX offers, but only the chosen experts) and `kernels` (kernels/). Ratios are medians over the
+turns.
+
+quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model that comes along.
+grok-1-rank: exactly what one of eight devices holds and computes of the full model, 39.8 GB made on
+the device, to which the two all-reduces a layer are added as `exchange_seconds` models them; with
+`--layers` a part of it, to try the command elsewhere.
+
+The floor of a step is the larger of the bytes that it must read (the chosen experts, the
+attention's weights, the filled cache, the output table, all as stored) over the bandwidth, and its
+operations over the rate of a product; both are measured in the same run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+import baseline  # noqa: E402
+import jax  # noqa: E402  (what follows is found by the line above)
+import jax.numpy as jnp  # noqa: E402
+import jaxlib  # noqa: E402
+import numpy as np  # noqa: E402
+
+import compile_cache  # noqa: E402
+from commandline import Parser, number, say  # noqa: E402
+from loading import aligned_empty  # noqa: E402
+from model import LanguageModelConfig, TransformerConfig  # noqa: E402
+from quantization import QuantizedWeight8bit  # noqa: E402
+from request import Answering, Request  # noqa: E402
+from runner import has_kernels, load_server, read_model_config, with_settings  # noqa: E402
+from serving import Serving  # noqa: E402
+from steps import (  # noqa: E402
+    MOST_TOKENS,
+    State,
+    abstract_inputs,
+    apply_model,
+    decode,
+    first_token,
+    new_state,
+    prefill,
+    start,
+    stored_shapes,
+)
+
+CONFIGS = "quarter", "demo", "grok-1-rank"
+FORMS = "baseline", "plain", "kernels"
+BATCHES = 1, 4, 16
+PROMPTS = 16, 128, 1024
+PROMPT = 128  # tokens that are in the cache when decoding begins
+RANKS = 8
+ALL_REDUCE_S = 10e-6  # what a small all-reduce among eight GPUs takes, and
+LINK_BYTES_S = 450e9  # how much a GPU sends in a second: NVLink of an H100
+# What the figures of `quarter` must be, with --check.
+LIMITS = {
+    "decode 1: plain / baseline": 6.0,
+    "prefill 128: plain / baseline": 4.0,
+    "decode 1: kernels / baseline": 40.0,
+    "decode 1: kernels / floor": 0.7,
+    "decode 16: kernels / floor": 0.6,
+    "prefill 128: kernels / product rate": 0.8,
+}
+
+
+# ------------------------------------------------------------------------------------- the models
+
+
+def quarter() -> LanguageModelConfig:
+    """Return a Grok-1 of a quarter of its width and 4 layers."""
+    return LanguageModelConfig(
+        vocab_size=32768,
+        sequence_len=2048,
+        output_multiplier_scale=0.5773502691896257,
+        embedding_multiplier_scale=39.19183588453085,
+        model=TransformerConfig(
+            emb_size=1536,
+            widening_factor=8,
+            key_size=64,
+            num_q_heads=24,
+            num_kv_heads=8,
+            num_layers=4,
+            attn_output_multiplier=0.125,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def grok_1_rank(layers: int) -> LanguageModelConfig:
+    """Return what one of eight devices computes of Grok-1: its heads, columns and vocabulary."""
+    return LanguageModelConfig(
+        vocab_size=128 * 1024 // RANKS,
+        sequence_len=8192,
+        output_multiplier_scale=0.5773502691896257,
+        embedding_multiplier_scale=78.38367176906169,
+        model=TransformerConfig(
+            emb_size=48 * 128,
+            widening_factor=8 / RANKS,
+            key_size=128,
+            num_q_heads=48 // RANKS,
+            num_kv_heads=8 // RANKS,
+            num_layers=layers,
+            attn_output_multiplier=0.08838834764831845,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def make_config(options: argparse.Namespace) -> LanguageModelConfig:
+    """Return the configuration that is asked for, in the dtype that this platform runs it in."""
+    if options.config == "demo":
+        config = read_model_config(ROOT / "checkpoints/demo")
+    else:
+        config = quarter() if options.config == "quarter" else grok_1_rank(options.layers)
+    on_cpu = jax.default_backend() == "cpu" and options.config != "grok-1-rank"
+    return with_settings(config, "float32" if on_cpu else "bfloat16", None)
+
+
+def make_params(options: argparse.Namespace, config: LanguageModelConfig) -> Any:
+    """Return the demo's parameters, or random ones as they would lie on the device."""
+    if options.config == "demo":
+        dtype = jnp.dtype(config.fprop_dtype).name
+        server = load_server(ROOT / "checkpoints/demo", dtype=dtype, kernels=False)
+        return server.params
+    on_cpu = jax.default_backend() == "cpu"
+    draw = _draw_on_host if on_cpu else _draw_on_device
+
+    def leaf(path: Any, shape: Any) -> Any:
+        if isinstance(shape, QuantizedWeight8bit):
+            # Of uniform steps: their deviation is 74.
+            scale = 1 / (74 * math.sqrt(shape.shape[-2]))
+            groups = 1 if options.config == "grok-1-rank" else shape.scales.shape[-2]
+            scales = (*shape.scales.shape[:-2], groups, shape.scales.shape[-1])
+            return QuantizedWeight8bit(
+                draw(shape.weight.shape, shape.weight.dtype, path),
+                jnp.full(scales, scale, jnp.bfloat16),
+            )
+        if len(shape.shape) < 2 or "scale" in str(path):
+            return jnp.ones(shape.shape, shape.dtype)
+        # The router's rows are contracted, the table's columns.
+        width = shape.shape[-1] if "embeddings" in str(path) else shape.shape[-2]
+        steps = draw(shape.shape, jnp.dtype(jnp.int8), path)
+        scaled = jax.jit(lambda x: (x / (74 * math.sqrt(width))).astype(shape.dtype))(steps)
+        return _as_loaded(scaled) if on_cpu else scaled
+
+    return jax.tree_util.tree_map_with_path(
+        leaf, stored_shapes(config), is_leaf=lambda x: isinstance(x, QuantizedWeight8bit)
+    )
+
+
+def _as_loaded(array: Any) -> jax.Array:
+    """Return an array in memory as that of a loaded checkpoint lies in."""
+    memory = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return jax.device_put(memory)
+
+
+def _draw_on_host(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
+    rng = np.random.default_rng(sum(str(path).encode()))
+    memory = aligned_empty(math.prod(shape) * dtype.itemsize)
+    piece = 1 << 24
+    for begin in range(0, len(memory), piece):
+        part = memory[begin : begin + piece]
+        part[...] = np.frombuffer(rng.bytes(len(part)), np.uint8)
+    return jax.device_put(memory.view(dtype).reshape(shape))
+
+
+def _draw_on_device(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
+    """Draw int8 on the device, a part of the first axis at a time: in place, without a copy."""
+
+    def fill(i: jax.Array, array: jax.Array) -> jax.Array:
+        bits = jax.random.bits(jax.random.fold_in(key, i), shape[1:], jnp.uint8)
+        part = jax.lax.bitcast_convert_type(bits, jnp.int8)
+        return jax.lax.dynamic_update_index_in_dim(array, part, i, 0)
+
+    key = jax.random.key(sum(str(path).encode()), impl="rbg")
+    return jax.jit(lambda: jax.lax.fori_loop(0, shape[0], fill, jnp.zeros(shape, dtype)))()
+
+
+# --------------------------------------------------------------------------- what a machine allows
+
+
+def measure_bandwidth() -> float:
+    """Return the bytes that this device reads in a second: the best of several ways and tries."""
+    if jax.default_backend() != "cpu":
+        array = jnp.zeros([1 << 30], jnp.int32)  # 4 GiB
+        read = jax.jit(lambda x: jnp.max(x))
+        return array.nbytes / _best(lambda: read(array).block_until_ready())
+    threads = len(os.sched_getaffinity(0))
+    numbers = np.ones(1 << 26, np.int64)  # 512 MiB
+    parts = np.array_split(numbers, threads)
+
+    def add_up() -> None:
+        workers = [threading.Thread(target=part.sum) for part in parts]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    row, matrix = jnp.ones([1, 8192]), _as_loaded(np.ones([8192, 16384], np.float32))
+    multiply = jax.jit(functools.partial(jnp.dot, precision="highest"))
+    by_product = _best(lambda: multiply(row, matrix).block_until_ready())
+    return max(numbers.nbytes / _best(add_up), matrix.nbytes / by_product)
+
+
+def measure_product_rate(config: LanguageModelConfig) -> float:
+    """Return the operations that a product makes in a second: XLA's, in the activation dtype."""
+    dtype = config.fprop_dtype
+    small = jax.default_backend() == "cpu"
+    rows, inputs, outputs = (128, 1536, 8192) if small else (4096, 6144, 8192)
+    a, b = jnp.ones([rows, inputs], dtype), jnp.ones([inputs, outputs], dtype)
+    precision = "highest" if dtype == jnp.float32 else None
+    multiply = jax.jit(functools.partial(jnp.dot, precision=precision))
+    return 2 * rows * inputs * outputs / _median(lambda: multiply(a, b).block_until_ready())
+
+
+def _times(function: Callable[[], Any], tries: int = 7) -> list[float]:
+    function()
+    seconds = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _best(function: Callable[[], Any]) -> float:
+    return min(_times(function))
+
+
+def _median(function: Callable[[], Any]) -> float:
+    return median(_times(function))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step must do: bytes that it reads at least, and operations."""
+
+    bytes: float
+    operations: float
+
+    def floor(self, bandwidth: float, rate: float) -> float:
+        """Return the least seconds that it can take."""
+        return max(self.bytes / bandwidth, self.operations / rate)
+
+
+def decode_work(
+    config: LanguageModelConfig, params: Any, batch: int, filled: float, experts: float
+) -> Work:
+    """Return the work of a decode step; experts: how many of all layers' the batch chooses."""
+    model = config.model
+    each = model.num_layers * model.num_experts
+    mixture = sum(_bytes(p) for name, p in params.items() if "/moe/" in name)
+    attention = sum(_bytes(p) for name, p in params.items() if "multi_head" in name)
+    table = params["language_model/in_out_embed"]["embeddings"]
+    position = model.num_layers * 2 * model.num_kv_heads * model.key_size
+    cache = batch * filled * position * jnp.dtype(config.fprop_dtype).itemsize
+    scores = 4 * filled * model.num_layers * model.num_q_heads * model.key_size
+    operations = batch * (2 * _matrices(config) + 2 * table.size + scores)
+    return Work(mixture * experts / each + attention + table.nbytes + cache, operations)
+
+
+def prefill_operations(config: LanguageModelConfig, tokens: int) -> float:
+    """Return the useful operations of reading a prompt: logits only after the last token."""
+    model = config.model
+    scores = 2 * tokens * tokens * model.num_layers * model.num_q_heads * model.key_size
+    return 2 * tokens * _matrices(config) + scores + 2 * config.vocab_size * model.emb_size
+
+
+def _matrices(config: LanguageModelConfig) -> float:
+    """Return the weights that one token is multiplied with, without the output table."""
+    model = config.model
+    heads = 2 * model.num_q_heads + 2 * model.num_kv_heads
+    chosen = 3 * model.num_selected_experts * model.ffn_size
+    return model.num_layers * model.emb_size * (heads * model.key_size + chosen)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def exchange_seconds(config: LanguageModelConfig, tokens: int) -> float:
+    """Return what two all-reduces a layer among eight devices would take: a model, not measured.
+
+    Each is ALL_REDUCE_S, and float32 [tokens, D] sent 2 (n - 1) / n times at LINK_BYTES_S (a ring's
+    traffic).
+    """
+    sent = 2 * (RANKS - 1) / RANKS * tokens * config.model.emb_size * 4
+    return 2 * config.model.num_layers * (ALL_REDUCE_S + sent / LINK_BYTES_S)
+
+
+# --------------------------------------------------------------------------------- what is measured
+
+
+class Form:
+    """A form of the model, compiled ahead of time, and what compiling it took."""
+
+    def __init__(self, name: str, config: LanguageModelConfig, params: Any):
+        how = {"expert_dispatch": "all"} if name == "baseline" else {"kernels": name == "kernels"}
+        model = dataclasses.replace(config.model, **how)
+        self.name, self.params = name, params
+        self.config = dataclasses.replace(config, model=model)
+        self.compile_s: dict[str, float] = {}
+        self._compiled: dict[tuple[int, int | None], Any] = {}
+
+    def compiled(self, batch: int, chunk: int | None = None) -> Any:
+        """Return prefill of a chunk's length, or decode, for so many slots."""
+        key = batch, chunk
+        if key not in self._compiled:
+            step = decode if chunk is None else prefill
+            inputs = abstract_inputs(self.config, None, batch, chunk)
+            inputs = jax.tree.map(_shape, self.params), *inputs[1:]
+            traced = baseline.traced() if self.name == "baseline" else contextlib.nullcontext()
+            began = time.perf_counter()
+            with traced:
+                lowered = step.lower(*inputs, config=self.config, mesh=None)
+            self._compiled[key] = lowered.compile()
+            name = f"decode {batch}" if chunk is None else f"prefill {chunk}"
+            self.compile_s.setdefault(name, time.perf_counter() - began)
+        return self._compiled[key]
+
+    def read(self, state: State, tokens: np.ndarray, slot: int) -> State:
+        """Read a prompt int32 [T] into a slot."""
+        batch = state.slots.drawn.shape[0]
+        length, place = np.array([len(tokens)], np.int32), np.array([slot], np.int32)
+        inputs = jax.device_put((tokens[None], length, place))
+        _, state = self.compiled(batch, len(tokens))(self.params, state, *inputs)
+        return state
+
+    def draw(self, state: State, count: int) -> State:
+        """Draw `count` tokens for each slot."""
+        batch = state.slots.drawn.shape[0]
+        inputs = jax.device_put((np.ones(batch, bool), np.int32(count), np.array(False)))
+        _, state = self.compiled(batch)(self.params, state, *inputs)
+        return state
+
+
+def _shape(array: Any) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def random_prompt(config: LanguageModelConfig, tokens: int, seed: int) -> np.ndarray:
+    """Return token ids int32 [tokens]."""
+    return np.random.default_rng(seed).integers(3, config.vocab_size, tokens, dtype=np.int32)
+
+
+def ready_state(form: Form, batch: int, tokens: int) -> State:
+    """Return a state whose slots have all read a prompt and drawn one token."""
+    where: dict[str, Any] = {"config": form.config, "mesh": None}
+    state = new_state(batch=batch, **where)
+    for slot in range(batch):
+        prompt = random_prompt(form.config, tokens, slot)
+        request = Request(prompt.tolist(), temperature=0.7, rng_seed=slot, ignore_eos=True)
+        row = Answering(request, form.config, None).slot()
+        row = row._replace(limit=jnp.int32(form.config.sequence_len))
+        state = form.read(start(state, np.int32(slot), row, **where), prompt, slot)
+    slots = np.arange(batch, dtype=np.int32)
+    lengths = np.full(batch, tokens, np.int32)
+    _, state = first_token(state, np.ones(batch, bool), slots, lengths, **where)
+    return jax.block_until_ready(state)
+
+
+def chosen_experts(form: Form, state: State) -> int:
+    """Return how many experts of all layers the next step's tokens choose together."""
+    length = jnp.ones(state.slots.drawn.shape, jnp.int32)
+    route = jax.jit(
+        lambda params, state: apply_model(
+            form.config, None, params, state.slots.token, state.memory, length,
+            capture=("router_probs",),
+        ).captured["router_probs"]
+    )  # fmt: skip
+    probs = np.asarray(route(form.params, state))[:, :, 0]  # [L, B, E]
+    best = np.argsort(probs, axis=-1)[..., -form.config.model.num_selected_experts :]
+    return sum(len(np.unique(layer)) for layer in best)
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+    """Return the seconds of each call, which are made in turns, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def measure_prefill(forms: Sequence[Form], tokens: int, turns: int) -> dict[str, list[float]]:
+    """Return the seconds that each form takes to read a prompt."""
+    state = new_state(config=forms[0].config, batch=1, mesh=None)
+    states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
+    prompt = random_prompt(forms[0].config, tokens, 0)
+
+    def read(form: Form) -> None:
+        state = states[form.name]
+        layers = state.memory.layers._replace(step=jnp.zeros([1], jnp.int32))
+        state = state._replace(memory=state.memory._replace(layers=layers))
+        states[form.name] = jax.block_until_ready(form.read(state, prompt, 0))
+
+    return in_turns({form.name: functools.partial(read, form) for form in forms}, turns)
+
+
+def measure_decode(
+    forms: Sequence[Form], batch: int, turns: int, counts: dict[str, int]
+) -> tuple[dict[str, list[float]], float, int]:
+    """Return the seconds of a step of each form, the cache's mean filling, the experts chosen."""
+    fastest = forms[-1]
+    state = ready_state(fastest, batch, PROMPT)
+    experts = chosen_experts(next(f for f in forms if f.name != "baseline"), state)
+    states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
+    del state
+
+    def draw(form: Form) -> None:
+        own = form.draw(states[form.name], counts[form.name])
+        states[form.name] = jax.block_until_ready(own)
+
+    seconds = in_turns({form.name: functools.partial(draw, form) for form in forms}, turns)
+    each = {name: [s / counts[name] for s in all_] for name, all_ in seconds.items()}
+    end = float(jnp.mean(states[fastest.name].memory.layers.step))
+    return each, (PROMPT + counts[fastest.name] + end) / 2, experts
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Return how many times as fast a form is, the median over the turns."""
+    return median(s / f for s, f in zip(seconds[slow], seconds[fast], strict=True))
+
+
+# ------------------------------------------------------------------------------------------- starts
+
+
+def measure_starts(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds from a process's start to its first token, first and second time."""
+    with tempfile.TemporaryDirectory() as home:
+        command = [sys.executable, __file__, "--config", options.config, "--first-token"]
+        command += ["--layers", str(options.layers)]
+        found = []
+        for _ in range(2):
+            began = time.time()
+            done = subprocess.run(
+                command, env={**os.environ, "XDG_CACHE_HOME": home},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise ValueError(f"a start failed: {done.stderr.strip().splitlines()[-1]}")
+            row = json.loads(done.stdout)
+            found.append({"seconds": row["at"] - began, "peak_bytes": row["peak_bytes"]})
+    cold, again = found
+    return {
+        "cold_s": cold["seconds"],
+        "again_s": again["seconds"],
+        "peak_bytes": cold["peak_bytes"],
+    }
+
+
+def draw_first_token(options: argparse.Namespace) -> None:
+    """Start as a server does, read a prompt of 128 tokens, and print when the first token came."""
+    compile_cache.enable()
+    config = make_config(options)
+    if has_kernels():
+        model = dataclasses.replace(config.model, kernels=True)
+        config = dataclasses.replace(config, model=model)
+    engine = Serving(make_params(options, config), config, None, 1, [PROMPT])
+    prompt = random_prompt(config, PROMPT, 0).tolist()
+    request = Request(prompt, temperature=0.7, ignore_eos=True, max_len=2)
+    engine.submit(Answering(request, config, None))
+    while not engine.step():
+        pass
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"at": time.time(), "peak_bytes": peak}))
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return all figures of a run."""
+    found: dict[str, Any] = {"config": options.config, **describe_machine()}
+    if options.config == "grok-1-rank":
+        found["layers"] = options.layers
+    if options.starts:
+        found["start"] = measure_starts(options)
+    config = make_config(options)
+    params = make_params(options, config)
+    names = [name for name in options.forms if name != "kernels" or has_kernels()]
+    forms = [Form(name, config, params) for name in names]
+    found["bandwidth"] = measure_bandwidth()
+    found["product_rate"] = measure_product_rate(config)
+    found["prefill"], found["decode"] = {}, {}
+    rank = options.config == "grok-1-rank"
+    for tokens in (n for n in options.prompts if n <= config.sequence_len):
+        seconds = measure_prefill(forms, tokens, options.turns)
+        row = {"seconds": seconds, "operations": prefill_operations(config, tokens)}
+        if rank:
+            row["exchange_s"] = exchange_seconds(config, tokens)
+        found["prefill"][str(tokens)] = row
+    for batch in options.batches:
+        counts = {name: 1 if name == "baseline" else MOST_TOKENS for name in names}
+        seconds, filled, experts = measure_decode(forms, batch, options.turns, counts)
+        work = decode_work(config, params, batch, filled, experts)
+        row = {"seconds": seconds, "filled": filled, "experts": experts}
+        row |= dataclasses.asdict(work)
+        row["floor_s"] = work.floor(found["bandwidth"], found["product_rate"])
+        if rank:
+            row["exchange_s"] = exchange_seconds(config, batch)
+        found["decode"][str(batch)] = row
+    found["compile_s"] = {form.name: form.compile_s for form in forms}
+    found["figures"] = summarise(found)
+    return found
+
+
+def summarise(found: dict[str, Any]) -> dict[str, float]:
+    """Return the figures that runs are compared by."""
+    figures: dict[str, float] = {}
+    for kind, count in (("prefill", "tokens"), ("decode", "tokens")):
+        for size, row in found[kind].items():
+            seconds = row["seconds"]
+            for name, times in seconds.items():
+                figures[f"{kind} {size}: {name} {count}/s"] = int(size) / median(times)
+            if "baseline" in seconds:
+                for name in seconds.keys() - {"baseline"}:
+                    figures[f"{kind} {size}: {name} / baseline"] = ratio(seconds, "baseline", name)
+            for name, times in seconds.items():
+                if kind == "decode":
+                    figures[f"decode {size}: {name} / floor"] = row["floor_s"] / median(times)
+                else:
+                    rate = row["operations"] / median(times) / found["product_rate"]
+                    figures[f"prefill {size}: {name} / product rate"] = rate
+            if "exchange_s" in row:
+                for name, times in seconds.items():
+                    whole = median(times) + row["exchange_s"]
+                    figures[f"{kind} {size}: {name}, of eight, tokens/s"] = int(size) / whole
+    for name, kinds in found["compile_s"].items():
+        for kind, seconds in kinds.items():
+            figures[f"compile {kind}: {name} s"] = seconds
+    for name, value in found.get("start", {}).items():
+        figures[f"start: {name}"] = value
+    return figures
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        with contextlib.suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+            name = names[0] if names else platform.processor()
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "commit": commit or None,
+    }
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print a table for a person."""
+    names = list(next(iter({**found["prefill"], **found["decode"]}.values()))["seconds"])
+    machine = f"{found['device']}, {found['cores']} cores, jax {found['jax']}"
+    print(f"{found['config']} on {machine}, commit {found['commit']}")
+    print(f"{found['bandwidth'] / 1e9:.1f} GB/s, {found['product_rate'] / 1e9:.0f} GFLOP/s")
+    if start_ := found.get("start"):
+        peak = start_["peak_bytes"] / 2**30
+        print(f"first token after {start_['cold_s']:.1f} s, with the compilation cache", end=" ")
+        print(f"{start_['again_s']:.1f} s; {peak:.2f} GiB at most")
+    width = max(map(len, names)) + 2
+    print(f"\n{'':24}" + "".join(f"{name:>{width + 16}}" for name in names))
+    figures = found["figures"]
+    for kind, share in (("prefill", "product rate"), ("decode", "floor")):
+        for size in found[kind]:
+            cells = []
+            for name in names:
+                rate = figures[f"{kind} {size}: {name} tokens/s"]
+                part = figures[f"{kind} {size}: {name} / {share}"]
+                times = figures.get(f"{kind} {size}: {name} / baseline")
+                factor = "" if times is None else f"{times:.1f} x"
+                cells.append(f"{rate:>{width}.1f} {part:>7.0%} {factor:>7}")
+            print(f"{kind + ' ' + size + ', tokens/s':24}" + "".join(cells))
+    for kind in next(iter(found["compile_s"].values())):
+        cells = [f"{found['compile_s'][name].get(kind, math.nan):>{width}.2f}" for name in names]
+        print(f"{'compile ' + kind + ', s':24}" + "".join(f"{cell}{'':16}" for cell in cells))
+    print(
+        "\nThe share is of XLA's product rate (prefill) or of the floor's speed (decode); x: times"
+    )
+    print("the baseline's speed.")
+    for name, value in figures.items():
+        if "of eight" in name:
+            print(f"{name}: {value:.1f} (all-reduces as modelled)")
+
+
+def compare(found: dict[str, Any], path: str) -> None:
+    """Print each figure beside that of the last run of this configuration in a file."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = [row for row in rows if row["config"] == found["config"]]
+    if not rows:
+        raise ValueError(f"{path} holds no run of {found['config']}")
+    old = rows[-1]
+    print(f"\nbeside {old['commit']}, {old['time']}, {old['device']}:")
+    for name, value in found["figures"].items():
+        if name in old["figures"]:
+            before = old["figures"][name]
+            print(f"{name:44} {value:12.2f} {before:12.2f} {value / before:7.2f} x")
+
+
+def check(found: dict[str, Any]) -> list[str]:
+    """Return a sentence for each limit that was not held."""
+    figures = found["figures"]
+    return [
+        f"{name} is {figures[name]:.2f}, at least {least:g} is asked"
+        for name, least in LIMITS.items()
+        if name in figures and figures[name] < least
+    ]
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    count = number(1, 10**6, int, "a whole number of at least 1")
+    add("--config", choices=CONFIGS, default="quarter", help="the model (quarter)")
+    add("--layers", type=count, default=64, metavar="N", help="of grok-1-rank (64)")
+    add("--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"of {', '.join(FORMS)} (all)")
+    add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
+    add("--batches", type=count, nargs="*", default=BATCHES, metavar="N", help="(1 4 16)")
+    add("--prompts", type=count, nargs="*", default=PROMPTS, metavar="N", help="(16 128 1024)")
+    add("--no-starts", dest="starts", action="store_false", help="do not measure starts")
+    add("--json", action="store_true", help="print all figures as one JSON object")
+    add("--save", metavar="FILE", help="append them to a file, a line a run")
+    add("--compare", metavar="FILE", help="print ratios to the last such run in a file")
+    add("--check", action="store_true", help="end with status 1 if quarter's limits do not hold")
+    add("--first-token", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.forms is None:
+        # All experts of a rank would take its time and its memory.
+        options.forms = FORMS[1:] if options.config == "grok-1-rank" else FORMS
+    options.forms = [name for name in FORMS if name in options.forms]
+    if not options.batches and not options.prompts:
+        parser.error("nothing is left to measure: give --batches or --prompts")
+    if options.compare and not Path(options.compare).is_file():
+        parser.error(f"--compare: there is no file {options.compare}")
+    if options.config == "demo":
+        longest = read_model_config(ROOT / "checkpoints/demo").sequence_len
+        options.prompts = [tokens for tokens in options.prompts if tokens <= longest]
+    return options
+
+
+def main() -> int:
+    """Run the benchmark; returns 1 if a limit was not held."""
+    options = parse_arguments()
+    try:
+        if options.first_token:
+            draw_first_token(options)
+            return 0
+        found = measure(options)
+        if options.save:
+            with open(options.save, "a") as file:
+                file.write(json.dumps(found) + "\n")
+        if options.json:
+            print(json.dumps(found))
+        else:
+            report(found)
+        if options.compare:
+            compare(found, options.compare)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    failures = check(found) if options.check else []
+    for failure in failures:
+        say(f"error: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
