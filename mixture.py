@@ -8,7 +8,7 @@ An expert's parameters are `{"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]},
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,21 +16,26 @@ import jax.numpy as jnp
 from jax import lax
 
 import kernels
-from quantization import QuantizedWeight8bit, matmul
+from quantization import QuantizedWeight8bit, Weight, local_matmul, matmul
 
 Params = Mapping[str, Mapping[str, Any]]
 SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
 
 
-def expert(params: Params, x: jax.Array) -> jax.Array:
+def expert(
+    params: Params,
+    x: jax.Array,
+    multiply: Callable[[jax.Array, Weight], jax.Array] = matmul,
+) -> jax.Array:
     """One expert: `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation.
 
     params: {"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w": [F, D]}};
     x [..., D] in the activation dtype -> float32 [..., D]. (Shazeer 2020, eq. 6, GEGLU.)
+    multiply: `matmul` or one that equals it.
     """
-    gate = jax.nn.gelu(matmul(x, params["linear"]["w"]), approximate=True)
-    hidden = gate * matmul(x, params["linear_v"]["w"])
-    return matmul(hidden.astype(x.dtype), params["linear_1"]["w"])
+    gate = jax.nn.gelu(multiply(x, params["linear"]["w"]), approximate=True)
+    hidden = gate * multiply(x, params["linear_v"]["w"])
+    return multiply(hidden.astype(x.dtype), params["linear_1"]["w"])
 
 
 def all_experts(
@@ -77,9 +82,10 @@ class Blocks(NamedTuple):
 
 
 def block_rows(copies: int, num_experts: int) -> int:
-    """Return R: about an expert's even share, a power of two from 4 to 256."""
-    # At least 4 rows: XLA's CPU backend multiplies fewer bfloat16 rows an order slower.
-    return min(256, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
+    """Return R: about an expert's even share, a power of two from 4 to 128."""
+    # At least 4 rows: XLA's CPU backend multiplies fewer bfloat16 rows an order slower. At most
+    # 128: what lies between an expert's products then stays in a CPU's cache.
+    return min(128, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
 
 
 def sort_by_expert(index: jax.Array, num_experts: int, multiple: int = 1) -> Blocks:
@@ -163,7 +169,7 @@ def chosen_experts(
         def body(i: jax.Array, out: jax.Array) -> jax.Array:
             first = i * together
             y = [
-                expert(weights_of(blocks.block_expert[b]), x_blocks[b])
+                expert(weights_of(blocks.block_expert[b]), x_blocks[b], local_matmul)
                 for b in (first + j for j in range(together))
             ]
             return lax.dynamic_update_slice_in_dim(out, jnp.stack(y), first, 0)

@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import kernels
-from quantization import QuantizedWeight8bit, StackedWeight, Weight, matmul, split_groups
+from quantization import (
+    QuantizedWeight8bit,
+    StackedWeight,
+    Weight,
+    local_matmul,
+    matmul,
+    split_groups,
+)
 from sharding import Axes, axis_size, scales_spec
 
 
@@ -32,6 +39,8 @@ def project(
     of the last two at most one is given. A StackedWeight is multiplied by a kernel.
     """
     if not isinstance(weight, StackedWeight):
+        if mesh is None:
+            return local_matmul(x, weight)
         return matmul(x, split_groups(weight, axis_size(mesh, contracted)))
 
     def local(x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array) -> jax.Array:

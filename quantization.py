@@ -122,6 +122,63 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return jnp.sum(partial * scales, axis=0)
 
 
+def local_matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """`matmul` where both lie on one device: the same to float32's rounding, faster on a CPU.
+
+    XLA's CPU backend multiplies int8 by int8 as they are, an order faster than it converts a matrix
+    of int8 to float32 and multiplies that. So float32 x is written as a whole number of 27 bits
+    times a power of two for each row, and that number in four digits of seven bits, each an int8.
+    Their products with the weights are summed exactly: a row's result depends neither on other rows
+    nor on an order.
+    """
+    integers = x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    if not (isinstance(weight, QuantizedWeight8bit) and integers):
+        return matmul(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _integer_matmul(rows, weight.weight, weight.scales)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+DIGITS, DIGIT_BITS = 4, 7
+LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
+
+
+@jax.custom_jvp
+def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
+    """`matmul` of float32 x [M, I] by int8 [I, O] with scales [J, O], in integers -> [M, O]."""
+    (rows, inputs), groups = x.shape, scales.shape[0]
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    bits = DIGITS * DIGIT_BITS - 2  # the highest digit must not be full: digits have signs
+    _, exponent = jnp.frexp(largest)
+    number = jnp.round(jnp.ldexp(x, -exponent) * 2.0**bits).astype(jnp.int32)
+    digits = []  # of [M, I], the lowest first
+    for _ in range(DIGITS - 1):
+        half = 1 << (DIGIT_BITS - 1)
+        digits.append(((number + half) & (2 * half - 1)) - half)
+        number = (number - digits[-1]) >> DIGIT_BITS
+    stacked = jnp.concatenate([*digits, number]).astype(jnp.int8)  # [DIGITS * M, I]
+    stacked = jnp.pad(stacked, ((0, max(0, LEAST_ROWS - DIGITS * rows)), (0, 0)))
+    total = jnp.zeros([], jnp.float32)
+    for group in range(groups):  # one product for all, with an axis of groups, is slow
+        own = slice(group * inputs // groups, (group + 1) * inputs // groups)
+        sums = jnp.matmul(stacked[:, own], weight[own], preferred_element_type=jnp.int32)
+        sums = sums[: DIGITS * rows].reshape(DIGITS, rows, -1).astype(jnp.float32)
+        y = sums[-1]
+        for digit in range(DIGITS - 2, -1, -1):
+            y = y * 2.0**DIGIT_BITS + sums[digit]
+        total += y * scales[group].astype(jnp.float32)
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent)
+    return total * 2.0**-bits * jnp.where(jnp.isfinite(largest), unit, jnp.nan)
+
+
+@_integer_matmul.defjvp
+def _integer_matmul_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Differentiate the product that is meant, by x: rounding has no slope."""
+    x, weight, scales = primals
+    slope = matmul(tangents[0], QuantizedWeight8bit(weight, scales))
+    return _integer_matmul(x, weight, scales), slope
+
+
 def split_groups(weight: Weight, parts: int) -> Weight:
     """Repeat scales until their groups divide evenly into `parts` slices along the rows.
 

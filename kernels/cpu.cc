@@ -40,7 +40,7 @@ constexpr int64_t kTile = 2, kVectors = 2;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kRows = 64;          // that are multiplied at a time, each weight read once
-constexpr int64_t kSums = 128 * 1024;  // of one part: they stay in the second-level cache
+constexpr int64_t kSums = 64 * 1024;  // of one part: they stay in the second-level cache
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
 constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
 constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
@@ -160,8 +160,8 @@ class Ahead {
 
 // sums[r][c] += sum_i x[r][i] * weight[i][c], for kCount rows of x, `depth` rows i of the matrix
 // and the columns of a panel. Unrolled early: otherwise GCC keeps the sums in memory.
-template <int kCount>
-void AddTile(const float* x, int64_t x_stride, const int8_t* weight, int64_t stride, int64_t depth,
+template <int kCount, typename Element>
+void AddTile(const float* x, int64_t x_stride, const Element* weight, int64_t stride, int64_t depth,
              float* sums, int64_t sums_stride, Ahead* ahead) {
   Lanes sum[kCount][kVectors];
 #pragma GCC unroll 8
@@ -171,7 +171,7 @@ void AddTile(const float* x, int64_t x_stride, const int8_t* weight, int64_t str
   }
   for (int64_t i = 0; i < depth; ++i) {
     if (ahead) ahead->Ask();
-    __builtin_prefetch(weight + i * stride + kLine);
+    if (sizeof(Element) == 1) __builtin_prefetch(weight + i * stride + kLine);
     Lanes wide[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) wide[v] = Widen(weight + i * stride + v * kLanes);
@@ -188,11 +188,34 @@ void AddTile(const float* x, int64_t x_stride, const int8_t* weight, int64_t str
   }
 }
 
-template <size_t... kIndex>
+template <typename Element, size_t... kIndex>
 constexpr auto TilesOf(std::index_sequence<kIndex...>) {
-  return std::array{&AddTile<static_cast<int>(kIndex) + 1>...};
+  return std::array{&AddTile<static_cast<int>(kIndex) + 1, Element>...};
 }
-constexpr auto kTiles = TilesOf(std::make_index_sequence<kTile>());  // for 1 ... kTile rows
+template <typename Element>
+constexpr auto kTiles = TilesOf<Element>(std::make_index_sequence<kTile>());  // by rows, from 1
+
+// The same for `rows` rows. A panel that several tiles want is converted once.
+void AddPanel(const float* x, int64_t x_stride, int64_t rows, const int8_t* weight, int64_t stride,
+              int64_t depth, float* sums, int64_t sums_stride, Ahead* ahead) {
+  if (rows <= kTile) {
+    kTiles<int8_t>[rows - 1](x, x_stride, weight, stride, depth, sums, sums_stride, ahead);
+    return;
+  }
+  alignas(kLine) float panel[kMostDepth * kPanel];
+  for (int64_t i = 0; i < depth; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      Store(panel + i * kPanel + v * kLanes, Widen(weight + i * stride + v * kLanes));
+    }
+    __builtin_prefetch(weight + i * stride + kLine);
+  }
+  int64_t tiles = (rows + kTile - 1) / kTile;
+  for (int64_t t = 0; t < tiles; ++t) {
+    int64_t r = t * rows / tiles, count = (t + 1) * rows / tiles - r;
+    kTiles<float>[count - 1](x + r * x_stride, x_stride, panel, kPanel, depth,
+                             sums + r * sums_stride, sums_stride, t == 0 ? ahead : nullptr);
+  }
+}
 
 // The same for `rows` rows and the `width` columns after the last whole panel.
 void AddNarrow(const float* x, int64_t x_stride, int64_t rows, const int8_t* weight, int64_t stride,
@@ -213,7 +236,6 @@ void MultiplyPart(const float* x, const Matrix& matrix, int64_t rows, int64_t fi
   static thread_local std::vector<float> scratch(kSums);
   float* sums = scratch.data();  // [rows, width]
   int64_t stride = matrix.outputs, whole = width - width % kPanel;
-  int64_t tiles = (rows + kTile - 1) / kTile;
   int64_t most = std::clamp(4 * rows, kLeastDepth, kMostDepth);
   for (int64_t group = 0, i = 0; group < matrix.groups; ++group) {
     std::fill_n(sums, rows * width, 0.0f);
@@ -224,11 +246,7 @@ void MultiplyPart(const float* x, const Matrix& matrix, int64_t rows, int64_t fi
       int64_t next = width < kWide ? std::min(most, matrix.inputs - i - depth) : 0;
       Ahead ahead(weight + depth * stride, stride, next, width);
       for (int64_t c = 0; c < whole; c += kPanel) {
-        for (int64_t t = 0; t < tiles; ++t) {
-          int64_t r = t * rows / tiles, count = (t + 1) * rows / tiles - r;
-          kTiles[count - 1](x + r * matrix.inputs + i, matrix.inputs, weight + c, stride, depth,
-                            sums + r * width + c, width, t == 0 ? &ahead : nullptr);
-        }
+        AddPanel(x + i, matrix.inputs, rows, weight + c, stride, depth, sums + c, width, &ahead);
       }
       AddNarrow(x + i, matrix.inputs, rows, weight + whole, stride, depth, width - whole,
                 sums + whole, width);
@@ -409,15 +427,15 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
   return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
 }
 
-// ----------------------------------------------------------------------------- decoding's attention
+// ---------------------------------------------------------------------------- decoding's attention
 
 constexpr float kSoftCap = 30;  // of Grok-1's scores: a softmax needs no maximum to be subtracted
 
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-// exp(x) - less, for |x| <= 80. With x = n ln 2 + r it is 2^n (exp(r) - 1) + (2^n - less), exact to a
-// few units in the last place, also near zero if less is one; |r| <= 0.35, for which eight terms of
-// exp's series do.
+// exp(x) - less, for |x| <= 80. With x = n ln 2 + r it is 2^n (exp(r) - 1) + (2^n - less), exact to
+// a few units in the last place, also near zero if less is one; |r| <= 0.35, for which eight terms
+// of exp's series do.
 inline Lanes Exp(Lanes x, float less) {
   constexpr float kRound = 3 << 22;  // added and taken away: the nearest whole number
   Lanes n = (x * 1.44269504f + kRound) - kRound;

@@ -188,11 +188,11 @@ def test_a_token_that_chooses_one_expert_twice_gets_it_twice():
 
 @pytest.mark.parametrize(("copies", "experts"), [(1, 8), (16, 8), (66, 8), (4096, 8), (10**6, 4)])
 def test_blocks_have_a_power_of_two_rows_near_an_even_share(copies, experts):
-    """From 4, below which CPU products are slow, to 256, above which padding would outgrow them."""
+    """From 4, below which CPU products are slow, to 128, above which caches are too small."""
     rows = block_rows(copies, experts)
-    assert rows & (rows - 1) == 0 and 4 <= rows <= 256
+    assert rows & (rows - 1) == 0 and 4 <= rows <= 128
     share = copies / experts
-    assert rows in (4, 256) or share <= rows < 2 * share
+    assert rows in (4, 128) or share <= rows < 2 * share
 
 
 @pytest.mark.parametrize(("tokens", "experts", "chosen"), [*SIZES, (64, 8, 2), (7, 1, 1)])

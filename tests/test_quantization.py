@@ -9,7 +9,14 @@ from jax import lax
 
 import model
 import reference
-from quantization import QuantizedWeight8bit, dequantize, matmul, quantize, split_groups
+from quantization import (
+    QuantizedWeight8bit,
+    dequantize,
+    local_matmul,
+    matmul,
+    quantize,
+    split_groups,
+)
 
 BFLOAT16 = ml_dtypes.bfloat16
 # (leading axes, rows, columns, groups)
@@ -236,3 +243,77 @@ def test_the_product_does_not_depend_on_how_the_groups_are_split():
     for parts in (3, 16):
         split = np.asarray(matmul_jit(x, split_groups(weight, parts)))
         np.testing.assert_allclose(split, y, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- in whole numbers
+
+
+local_matmul_jit = jax.jit(local_matmul)
+
+
+def assert_as_near_as_float32(x, weight):
+    """local_matmul's error is within twice that of `matmul`, or of a float32's rounding."""
+    values = exact(weight)
+    true = np.asarray(x, np.float64) @ values
+    got, plain = (np.asarray(f(x, weight)) for f in (local_matmul_jit, matmul_jit))
+    assert got.dtype == np.float32 and got.shape == true.shape
+    for error, other, size in zip(
+        *(np.linalg.norm(a, axis=-1).reshape(-1) for a in (got - true, plain - true, true)),
+        strict=True,
+    ):
+        assert error <= 2 * other + 1.2e-7 * size
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("lead", [(1,), (2, 3), (40,)])
+def test_whole_numbers_give_the_product_of_floats(lead, groups):
+    x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(np.float32)
+    assert_as_near_as_float32(x, random_weight((), 512, 24, groups))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        np.r_[1e4, np.full(511, 1e-3)],
+        np.full(512, 127.0),
+        np.exp2(np.arange(512) % 40 - 20.0),
+        np.r_[np.float32(1) - 2.0**-24, -1.0, np.zeros(510)],
+        np.full(512, 3e-38),
+        np.full(512, -2e35),
+    ],
+    ids=["one outlier", "equal", "of all sizes", "just below a power of two", "tiny", "huge"],
+)
+def test_whole_numbers_hold_any_row(row):
+    assert_as_near_as_float32(row[None].astype(np.float32), random_weight((), 512, 9, 8))
+
+
+def test_whole_numbers_keep_zero_and_what_is_no_number():
+    weight = random_weight((), 16, 3, 1)
+    x = np.zeros((3, 16), np.float32)
+    x[1, 2], x[2, 3] = np.nan, np.inf
+    y = np.asarray(local_matmul_jit(x, weight))
+    assert np.all(y[0] == 0) and np.all(np.isnan(y[1:]))
+
+
+def test_a_row_of_whole_numbers_does_not_depend_on_the_others():
+    x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
+    weight = random_weight((), 64, 10, 8)
+    together = np.asarray(local_matmul_jit(x, weight))
+    for row in (0, 33, 69):
+        assert np.array_equal(local_matmul_jit(x[row : row + 1], weight)[0], together[row])
+
+
+def test_whole_numbers_have_the_slope_of_the_product_that_is_meant():
+    """Rounding alone has none: a gradient would silently be zero."""
+    weight = random_weight((), 16, 5, 8)
+    x = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)
+    got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(local_matmul(x, weight)))))(x)
+    expected = np.cos(x.astype(np.float64) @ exact(weight)) @ exact(weight).T
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_weights_are_multiplied_as_the_int8_that_they_are():
+    """To write a matrix out as float32 first takes an order longer than to multiply with it."""
+    weight = random_weight((), 64, 32, 1)
+    text = local_matmul_jit.lower(np.ones((4, 64), np.float32), weight).as_text()
+    assert "xi8>, tensor<64x32xi8>" in text and "tensor<64x32xf32>" not in text
