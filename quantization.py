@@ -150,7 +150,8 @@ def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.A
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     bits = DIGITS * DIGIT_BITS - 2  # the highest digit must not be full: digits have signs
     _, exponent = jnp.frexp(largest)
-    number = jnp.round(jnp.ldexp(x, -exponent) * 2.0**bits).astype(jnp.int32)
+    exponent = jnp.maximum(exponent, bits - 124)  # a unit below float32's normal ones would be zero
+    number = jnp.round(jnp.ldexp(x, bits - exponent)).astype(jnp.int32)
     digits = []  # of [M, I], the lowest first
     for _ in range(DIGITS - 1):
         half = 1 << (DIGIT_BITS - 1)
@@ -167,8 +168,8 @@ def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.A
         for digit in range(DIGITS - 2, -1, -1):
             y = y * 2.0**DIGIT_BITS + sums[digit]
         total += y * scales[group].astype(jnp.float32)
-    unit = jnp.ldexp(jnp.ones_like(largest), exponent)
-    return total * 2.0**-bits * jnp.where(jnp.isfinite(largest), unit, jnp.nan)
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent - bits)
+    return total * jnp.where(jnp.isfinite(largest), unit, jnp.nan)
 
 
 @_integer_matmul.defjvp
