@@ -131,7 +131,8 @@ def local_matmul(x: jax.Array, weight: Weight) -> jax.Array:
     Their products with the weights are summed exactly: a row's result depends neither on other rows
     nor on an order.
     """
-    integers = x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    large = math.prod(weight.shape) >= LEAST_WEIGHTS
+    integers = large and x.dtype == jnp.float32 and jax.default_backend() == "cpu"
     if not (isinstance(weight, QuantizedWeight8bit) and integers):
         return matmul(x, weight)
     rows = x.reshape(-1, x.shape[-1])
@@ -141,6 +142,7 @@ def local_matmul(x: jax.Array, weight: Weight) -> jax.Array:
 
 DIGITS, DIGIT_BITS = 4, 7
 LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
+LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster as floats
 
 
 @jax.custom_jvp

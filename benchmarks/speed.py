@@ -38,12 +38,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-import baseline  # noqa: E402
 import jax  # noqa: E402  (what follows is found by the line above)
 import jax.numpy as jnp  # noqa: E402
 import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 
+import baseline  # noqa: E402
 import compile_cache  # noqa: E402
 from commandline import Parser, number, say  # noqa: E402
 from loading import aligned_empty  # noqa: E402
@@ -279,8 +279,8 @@ def decode_work(
     position = model.num_layers * 2 * model.num_kv_heads * model.key_size
     cache = batch * filled * position * jnp.dtype(config.fprop_dtype).itemsize
     scores = 4 * filled * model.num_layers * model.num_q_heads * model.key_size
-    operations = batch * (2 * _matrices(config) + 2 * table.size + scores)
-    return Work(mixture * experts / each + attention + table.nbytes + cache, operations)
+    operations = batch * (2 * _matrices(config) + 2 * math.prod(table.shape) + scores)
+    return Work(mixture * experts / each + attention + _bytes(table) + cache, operations)
 
 
 def prefill_operations(config: LanguageModelConfig, tokens: int) -> float:
@@ -299,7 +299,7 @@ def _matrices(config: LanguageModelConfig) -> float:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def exchange_seconds(config: LanguageModelConfig, tokens: int) -> float:

@@ -33,7 +33,9 @@ def each(cases, in_float32):
     """Call a test with each case in bfloat16, and with those named in float32 too."""
     names = [(name, jnp.bfloat16) for name in cases] + [(name, jnp.float32) for name in in_float32]
     ids = [f"{name}, {dtype.__name__}" for name, dtype in names]
-    values = [(cases[name], dtype) for name, dtype in names]
+    # float32 has no tensor cores, and no one is advised to use it: a longer proof.
+    marks = {jnp.float32: pytest.mark.exhaustive, jnp.bfloat16: ()}
+    values = [pytest.param(cases[name], dtype, marks=marks[dtype]) for name, dtype in names]
     return pytest.mark.parametrize(("case", "dtype"), values, ids=ids)
 
 
