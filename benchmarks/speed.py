@@ -684,6 +684,8 @@ def main() -> int:
         if options.first_token:
             draw_first_token(options)
             return 0
+        if options.save:
+            Path(options.save).open("a").close()  # a wrong path is said before minutes are spent
         found = measure(options)
         if options.save:
             with open(options.save, "a") as file:
