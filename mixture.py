@@ -205,13 +205,9 @@ def kernel_experts(
     order = jnp.argsort(flat, stable=True)  # [copies], grouped by expert, masked ones last
     counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-
-    def multiply(rows: jax.Array, weight: QuantizedWeight8bit) -> jax.Array:
-        return kernels.grouped_product(rows, weight, starts, layer)
-
-    rows, (gate_weight, value_weight, out_weight) = x[order // chosen], weights
-    gate = jax.nn.gelu(multiply(rows, gate_weight), approximate=True)
-    hidden = gate * multiply(rows, value_weight)
-    out = multiply(hidden.astype(x.dtype), out_weight)
+    gate_weight, value_weight, out_weight = weights
+    rows = x[order // chosen]
+    hidden = kernels.gated_product(rows, gate_weight, value_weight, starts, layer)
+    out = kernels.grouped_product(hidden.astype(x.dtype), out_weight, starts, layer)
     copies = jnp.zeros_like(out).at[order].set(out)  # a masked one is zero
     return jnp.sum(copies.reshape(tokens, chosen, -1) * gates[..., None], axis=1)

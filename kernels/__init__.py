@@ -36,6 +36,21 @@ def grouped_product(
     return _own().grouped_product(x, weight, starts, layer)
 
 
+def gated_product(
+    x: jax.Array,
+    gate: QuantizedWeight8bit,
+    value: QuantizedWeight8bit,
+    starts: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """`gelu(x @ gate) * (x @ value)`, each row with the matrices of its group -> float32."""
+    own = _own()
+    if own is cpu:
+        return cpu.gated_product(x, gate, value, starts, layer)
+    gates = jax.nn.gelu(own.grouped_product(x, gate, starts, layer), approximate=True)
+    return gates * own.grouped_product(x, value, starts, layer)
+
+
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
     """`x [M, D] @ table.T`, table [V, D] of x's dtype -> float32 [M, V]."""
     if _own() is cpu and x.shape[0] <= MOST_TABLE_ROWS:

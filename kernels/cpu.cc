@@ -2,10 +2,9 @@
 // with the matrix of its group, and with the output table; attention to a cache.
 //
 // It is bound by memory: a weight should be read once, as it is stored, in order. XLA writes int8
-// out as float32 first and reads that. Here it is converted in registers.
+// out as float32 first and reads that.
 //
-// The loops are over vectors of 16 numbers, which the compiler maps to what the processor has. A
-// sum is always added up in the same order: a row's bits do not depend on its company.
+// A sum is always added up in the same order, or exactly: a row's bits do not depend on its company.
 
 #include <algorithm>
 #include <array>
@@ -19,94 +18,14 @@
 #include <utility>
 #include <vector>
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
+#include "floats.h"
+#include "integers.h"
+#include "lanes.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
-
-constexpr int64_t kLanes = 16;
-constexpr int64_t kLine = 64;  // bytes that memory gives at a time
-
-// A tile: so many rows times so many vectors of columns, whose sums stay in registers.
-#if defined(__AVX512F__)
-constexpr int64_t kTile = 6, kVectors = 4;
-#else
-constexpr int64_t kTile = 2, kVectors = 2;
-#endif
-constexpr int64_t kPanel = kVectors * kLanes;
-constexpr int64_t kRows = 64;          // that are multiplied at a time, each weight read once
-constexpr int64_t kSums = 64 * 1024;  // of one part: they stay in the second-level cache
-constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
-constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
-constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
-// Rows of a matrix that are taken at a time: few, so that little is asked of memory at once, unless
-// there are so many sums that to load and store them costs more.
-constexpr int64_t kLeastDepth = 16, kMostDepth = 64;
-
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Anywhere
-    __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
-
-inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
-
-inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
-
-inline float Sum(Lanes lanes) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes));
-#else
-  float total = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-  return total;
-#endif
-}
-
-inline Lanes Widen(const int8_t* from) {
-#if defined(__AVX512F__)
-  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
-#elif defined(__AVX2__)
-  Lanes lanes;
-  for (int half = 0; half < 2; ++half) {
-    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * half));
-    __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    std::memcpy(reinterpret_cast<float*>(&lanes) + 8 * half, &wide, sizeof(wide));
-  }
-  return lanes;
-#else
-  float wide[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
-  return Load(wide);
-#endif
-}
-
-inline float FromBfloat16(uint16_t bits) {
-  uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
-inline float ToFloat(float value) { return value; }
-inline float ToFloat(uint16_t bits) { return FromBfloat16(bits); }
-
-inline Lanes Widen(const float* from) { return Load(from); }
-
-inline Lanes Widen(const uint16_t* from) {  // bfloat16
-#if defined(__AVX512F__)
-  __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-#else
-  float wide[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = FromBfloat16(from[lane]);
-  return Load(wide);
-#endif
-}
 
 // Calls work(0) ... work(count - 1) on the threads of the pool and on this one; returns when all
 // have ended. This one never waits for a task that has not begun: the pool may be busy.
@@ -130,200 +49,237 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   while (progress->ended.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-struct Matrix {
-  const int8_t* weight;    // [inputs, outputs]
-  const uint16_t* scales;  // bfloat16 [groups, outputs]
-  int64_t inputs, outputs, groups;
+// ----------------------------------------------------------------------- rows by int8 matrices
+
+constexpr int64_t kRows = 64;    // that are multiplied at a time, each weight read once
+constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
+constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
+
+// How rows are multiplied with int8 matrices: as whole numbers by what is fastest, or by dot
+// products only, or as floats. A processor that does not know one takes the next.
+enum Form : int32_t { kFastest = 0, kDots = 1, kFloats = 2 };
+
+// int8 [E, I, O] and bfloat16 [E, J, O]: the matrices of one layer.
+struct Stack {
+  const int8_t* weight;
+  const uint16_t* scales;
+  int64_t experts, inputs, outputs, groups;
+
+  Matrix Of(int64_t expert) const {
+    return {weight + expert * inputs * outputs, scales + expert * groups * outputs, inputs, outputs,
+            groups};
+  }
 };
 
-// A block of a matrix that is wanted next: asks memory for it line by line, in the order in which
-// it lies there, while something else is multiplied.
-class Ahead {
- public:
-  Ahead(const int8_t* block, int64_t stride, int64_t rows, int64_t width)
-      : row_(block), stride_(stride), rows_(rows), width_(width) {}
+// Takes a layer's matrices out of those of all, [L, E, I, O] and [L, E, J, O].
+ffi::Error TakeLayer(const ffi::Buffer<ffi::S8>& weight, const ffi::Buffer<ffi::BF16>& scales,
+                     const ffi::Buffer<ffi::S32>& layer, Stack* stack) {
+  auto shape = weight.dimensions(), scale_shape = scales.dimensions();
+  if (shape.size() != 4 || scale_shape.size() != 4 || layer.element_count() != 1) {
+    return ffi::Error::InvalidArgument("expected a weight [L, E, I, O], scales and a layer");
+  }
+  bool fits = scale_shape[0] == shape[0] && scale_shape[1] == shape[1] &&
+              scale_shape[3] == shape[3] && scale_shape[2] > 0 && shape[2] % scale_shape[2] == 0;
+  if (!fits) return ffi::Error::InvalidArgument("the scales do not fit the weight");
+  int64_t l = layer.typed_data()[0];
+  if (l < 0 || l >= shape[0]) return ffi::Error::InvalidArgument("there is no such layer");
+  *stack = {weight.typed_data() + l * shape[1] * shape[2] * shape[3],
+            reinterpret_cast<const uint16_t*>(scales.untyped_data()) +
+                l * shape[1] * scale_shape[2] * shape[3],
+            shape[1], shape[2], shape[3], scale_shape[2]};
+  return ffi::Error::Success();
+}
 
-  void Ask() {
-    if (rows_ <= 0) return;
-    __builtin_prefetch(row_ + column_, 0, 2);
-    column_ += kLine;
-    if (column_ < width_) return;
-    column_ = 0;
-    row_ += stride_;
-    --rows_;
+// Rows of x, sorted by the expert that they go to, as they are multiplied with its matrices.
+class Rows {
+ public:
+  struct Run {
+    int64_t expert, first, count;  // rows first ... first + count of x
+    int64_t tile;                  // the first of its digits
+  };
+
+  // x [M, I]; start [E + 1]: where each expert's rows begin, at last where all end.
+  Rows(ffi::ThreadPool& pool, const float* x, const int32_t* start, const Stack& stack, Form form)
+      : pool_(pool), x_(x), inputs_(stack.inputs), outputs_(stack.outputs) {
+    int64_t tiles = 0;
+    for (int64_t e = 0; e < stack.experts; ++e) {
+      int64_t count = start[e + 1] - start[e];
+      if (count == 0) continue;
+      runs_.push_back({e, start[e], count, tiles});
+      tiles += (count + kTokens - 1) / kTokens;
+    }
+#ifdef KERNELS_INTEGERS
+    if (form != kFloats) WriteDigits(tiles, stack.groups);
+#endif
+#ifdef KERNELS_AMX
+    by_tiles_ = digits_ && form == kFastest && HasTiles();
+#endif
+  }
+
+  // Calls work(run, row, count, first, width) on the pool's threads for every part: `count` of a
+  // run's rows from `row` on, `width` columns from `first` on.
+  template <typename Work>
+  void ForParts(const Work& work) const {
+    // Wide tasks, unless there would be too few for all threads. A pool may not be there at all.
+    int64_t threads = std::max<int64_t>(pool_.num_threads(), 1), runs = runs_.size();
+    int64_t share = std::max((runs * outputs_ / threads + 63) / 64 * 64, kLeast);
+    std::vector<std::pair<const Run*, int64_t>> tasks;  // and the first column
+    for (const Run& run : runs_) {
+      int64_t width = std::min(share, MostColumns(run.count));
+      for (int64_t first = 0; first < outputs_; first += width) tasks.push_back({&run, first});
+    }
+    std::stable_sort(tasks.begin(), tasks.end(), [](auto& a, auto& b) { return a.first->count > b.first->count; });
+    ForEach(pool_, tasks.size(), [&](int64_t task) {
+      auto [run, first] = tasks[task];
+      int64_t width = std::min({share, MostColumns(run->count), outputs_ - first});
+      int64_t chunks = (run->count + kRows - 1) / kRows;
+      int64_t chunk = ((run->count + chunks - 1) / chunks + kTokens - 1) / kTokens * kTokens;
+      for (int64_t row = 0; row < run->count; row += chunk) {
+        work(*run, row, std::min(chunk, run->count - row), first, width);
+      }
+    });
+  }
+
+  // y[r][...] = x[run.first + row + r] @ matrix[..., first ... first + width] for `count` rows.
+  void Multiply(const Run& run, int64_t row, int64_t count, const Matrix& matrix, int64_t first,
+                int64_t width, float* y, int64_t y_stride) const {
+#ifdef KERNELS_INTEGERS
+    if (digits_) {
+      Part part{*digits_, run.tile + row / kTokens, count, matrix, first, width};
+      MultiplyIntegers(part, count <= kFew, by_tiles_, y, y_stride);
+      return;
+    }
+#endif
+    MultiplyFloats(x_ + (run.first + row) * inputs_, count, matrix, first, width, y, y_stride);
   }
 
  private:
-  const int8_t* row_;
-  int64_t stride_, rows_, width_, column_ = 0;
+  static constexpr int64_t kFew = 2;
+
+  // Columns of a part of so many rows: its sums stay in cache.
+  int64_t MostColumns(int64_t count) const {
+    int64_t sums = kFloatSums / std::min(count, kRows);
+#ifdef KERNELS_INTEGERS
+    if (digits_) sums = kAllSums / ((std::min(count, kRows) + kTokens - 1) / kTokens * kSide);
+    if (digits_ && count > kFew) return EvenColumns(std::min(sums, kTask / 2));
+#endif
+    return EvenColumns(std::min(sums, kTask));
+  }
+
+  // The columns of a part if none may have more than `most`.
+  int64_t EvenColumns(int64_t most) const {
+    int64_t parts = (outputs_ + most - 1) / most;
+    return ((outputs_ + parts - 1) / parts + 63) / 64 * 64;
+  }
+
+#ifdef KERNELS_INTEGERS
+  void WriteDigits(int64_t tiles, int64_t groups) {
+    static thread_local Digits digits;
+    digits_ = &digits;  // of this thread, also where others write them
+    digits.Resize(tiles, inputs_, groups);
+    std::vector<std::pair<int64_t, int64_t>> rows;  // of each tile: the first, and how many
+    for (const Run& run : runs_) {
+      for (int64_t row = 0; row < run.count; row += kTokens) {
+        rows.push_back({run.first + row, std::min(kTokens, run.count - row)});
+      }
+    }
+    auto write = [&, own = digits_](int64_t t) {
+      own->Write(t, x_ + rows[t].first * inputs_, rows[t].second);
+    };
+    if (tiles * inputs_ * kTokens > kAlone) return ForEach(pool_, tiles, write);
+    for (int64_t t = 0; t < tiles; ++t) write(t);
+  }
+
+  static constexpr int64_t kAlone = 64 * 1024;  // numbers that this thread writes without others
+  Digits* digits_ = nullptr;
+#endif
+  ffi::ThreadPool& pool_;
+  const float* x_;
+  int64_t inputs_, outputs_;
+  std::vector<Run> runs_;
+  bool by_tiles_ = false;
 };
 
-// sums[r][c] += sum_i x[r][i] * weight[i][c], for kCount rows of x, `depth` rows i of the matrix
-// and the columns of a panel. Unrolled early: otherwise GCC keeps the sums in memory.
-template <int kCount, typename Element>
-void AddTile(const float* x, int64_t x_stride, const Element* weight, int64_t stride, int64_t depth,
-             float* sums, int64_t sums_stride, Ahead* ahead) {
-  Lanes sum[kCount][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kCount; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * sums_stride + v * kLanes);
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    if (ahead) ahead->Ask();
-    if (sizeof(Element) == 1) __builtin_prefetch(weight + i * stride + kLine);
-    Lanes wide[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) wide[v] = Widen(weight + i * stride + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kCount; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x[r * x_stride + i] * wide[v];
+// Whether x [M, I] and y [M, O] fit the matrices, and `starts` [E + 1] the rows.
+ffi::Error CheckRows(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
+                     const ffi::Buffer<ffi::S32>& starts, ffi::ResultBuffer<ffi::F32>& y) {
+  auto shape = x.dimensions();
+  bool fits = shape.size() == 2 && shape[1] == stack.inputs &&
+              y->element_count() == static_cast<size_t>(shape[0] * stack.outputs) &&
+              starts.element_count() == static_cast<size_t>(stack.experts + 1);
+  if (!fits) return ffi::Error::InvalidArgument("the shapes of a grouped product do not fit");
+  const int32_t* start = starts.typed_data();
+  for (int64_t e = 0; e < stack.experts; ++e) {
+    if (start[e] < 0 || start[e] > start[e + 1] || start[e + 1] > shape[0]) {
+      return ffi::Error::InvalidArgument("groups must begin one after the other");
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kCount; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) Store(sums + r * sums_stride + v * kLanes, sum[r][v]);
-  }
+  float* to = y->typed_data();
+  std::fill_n(to, start[0] * stack.outputs, 0.0f);
+  std::fill(to + start[stack.experts] * stack.outputs, to + shape[0] * stack.outputs, 0.0f);
+  return ffi::Error::Success();
 }
 
-template <typename Element, size_t... kIndex>
-constexpr auto TilesOf(std::index_sequence<kIndex...>) {
-  return std::array{&AddTile<static_cast<int>(kIndex) + 1, Element>...};
-}
-template <typename Element>
-constexpr auto kTiles = TilesOf<Element>(std::make_index_sequence<kTile>());  // by rows, from 1
-
-// The same for `rows` rows. A panel that several tiles want is converted once.
-void AddPanel(const float* x, int64_t x_stride, int64_t rows, const int8_t* weight, int64_t stride,
-              int64_t depth, float* sums, int64_t sums_stride, Ahead* ahead) {
-  if (rows <= kTile) {
-    kTiles<int8_t>[rows - 1](x, x_stride, weight, stride, depth, sums, sums_stride, ahead);
-    return;
-  }
-  alignas(kLine) float panel[kMostDepth * kPanel];
-  for (int64_t i = 0; i < depth; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      Store(panel + i * kPanel + v * kLanes, Widen(weight + i * stride + v * kLanes));
-    }
-    __builtin_prefetch(weight + i * stride + kLine);
-  }
-  int64_t tiles = (rows + kTile - 1) / kTile;
-  for (int64_t t = 0; t < tiles; ++t) {
-    int64_t r = t * rows / tiles, count = (t + 1) * rows / tiles - r;
-    kTiles<float>[count - 1](x + r * x_stride, x_stride, panel, kPanel, depth,
-                             sums + r * sums_stride, sums_stride, t == 0 ? ahead : nullptr);
-  }
-}
-
-// The same for `rows` rows and the `width` columns after the last whole panel.
-void AddNarrow(const float* x, int64_t x_stride, int64_t rows, const int8_t* weight, int64_t stride,
-               int64_t depth, int64_t width, float* sums, int64_t sums_stride) {
-  for (int64_t i = 0; i < depth; ++i) {
-    const int8_t* w = weight + i * stride;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width; ++c) {
-        sums[r * sums_stride + c] += x[r * x_stride + i] * static_cast<float>(w[c]);
-      }
-    }
-  }
-}
-
-// y[r][first ... first + width] = x[r] @ matrix, for `rows` rows, at most kRows.
-void MultiplyPart(const float* x, const Matrix& matrix, int64_t rows, int64_t first, int64_t width,
-                  float* y) {
-  static thread_local std::vector<float> scratch(kSums);
-  float* sums = scratch.data();  // [rows, width]
-  int64_t stride = matrix.outputs, whole = width - width % kPanel;
-  int64_t most = std::clamp(4 * rows, kLeastDepth, kMostDepth);
-  for (int64_t group = 0, i = 0; group < matrix.groups; ++group) {
-    std::fill_n(sums, rows * width, 0.0f);
-    int64_t end = (group + 1) * (matrix.inputs / matrix.groups);
-    for (int64_t depth; i < end; i += depth) {
-      depth = std::min(most, end - i);
-      const int8_t* weight = matrix.weight + i * stride + first;
-      int64_t next = width < kWide ? std::min(most, matrix.inputs - i - depth) : 0;
-      Ahead ahead(weight + depth * stride, stride, next, width);
-      for (int64_t c = 0; c < whole; c += kPanel) {
-        AddPanel(x + i, matrix.inputs, rows, weight + c, stride, depth, sums + c, width, &ahead);
-      }
-      AddNarrow(x + i, matrix.inputs, rows, weight + whole, stride, depth, width - whole,
-                sums + whole, width);
-    }
-    const uint16_t* scales = matrix.scales + group * stride + first;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* to = y + r * stride + first;
-      for (int64_t c = 0; c < width; ++c) {
-        float scaled = sums[r * width + c] * FromBfloat16(scales[c]);
-        to[c] = group == 0 ? scaled : to[c] + scaled;
-      }
-    }
-  }
-}
-
-// Multiplies `rows` rows with `width` columns of a matrix.
-void MultiplyRows(const float* x, const Matrix& matrix, int64_t rows, int64_t first, int64_t width,
-                  float* y) {
-  int64_t chunks = (rows + kRows - 1) / kRows;
-  int64_t most = kSums / std::min(rows, kRows) / kPanel * kPanel;
-  for (int64_t part = first; part < first + width; part += most) {
-    int64_t columns = std::min(most, first + width - part);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      int64_t r = chunk * rows / chunks, count = (chunk + 1) * rows / chunks - r;
-      MultiplyPart(x + r * matrix.inputs, matrix, count, part, columns, y + r * matrix.outputs);
-    }
-  }
-}
-
-// x float32 [M, I], its rows sorted by group; weight int8 [L, E, I, O]; scales bfloat16
-// [L, E, J, O]; starts int32 [E + 1], where in x each group begins, the last where all end; layer
-// int32 []. y float32 [M, O]: zero after the last group.
+// x float32 [M, I], its rows sorted by expert; weight int8 [L, E, I, O]; scales bfloat16
+// [L, E, J, O]; starts int32 [E + 1], where in x each expert's rows begin, the last where all end;
+// layer int32 []. y float32 [M, O] = x @ weight, zero where a row has no expert.
 ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                               ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::BF16> scales,
                               ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> layer,
-                              ffi::ResultBuffer<ffi::F32> y) {
-  auto shape = weight.dimensions();
-  auto scale_shape = scales.dimensions();
-  if (shape.size() != 4 || scale_shape.size() != 4 || x.dimensions().size() != 2) {
-    return ffi::Error::InvalidArgument("expected x [M, I], weight [L, E, I, O], scales");
-  }
-  int64_t layers = shape[0], groups = shape[1], inputs = shape[2], outputs = shape[3];
-  int64_t scale_groups = scale_shape[2], rows = x.dimensions()[0];
-  bool fits = x.dimensions()[1] == inputs &&
-              y->element_count() == static_cast<size_t>(rows * outputs) &&
-              scale_shape[0] == layers && scale_shape[1] == groups && scale_shape[3] == outputs &&
-              scale_groups > 0 && inputs % scale_groups == 0 && layer.element_count() == 1 &&
-              starts.element_count() == static_cast<size_t>(groups + 1);
-  if (!fits) return ffi::Error::InvalidArgument("the shapes of a grouped product do not fit");
-  const int32_t* start = starts.typed_data();
-  int64_t l = layer.typed_data()[0];
-  if (l < 0 || l >= layers) return ffi::Error::InvalidArgument("there is no such layer");
-  std::vector<int64_t> used;
-  for (int64_t e = 0; e < groups; ++e) {
-    if (start[e] < 0 || start[e] > start[e + 1] || start[e + 1] > rows) {
-      return ffi::Error::InvalidArgument("groups must begin one after the other");
+                              int32_t form, ffi::ResultBuffer<ffi::F32> y) {
+  Stack stack;
+  if (auto error = TakeLayer(weight, scales, layer, &stack); error.failure()) return error;
+  if (auto error = CheckRows(x, stack, starts, y); error.failure()) return error;
+  Rows rows(pool, x.typed_data(), starts.typed_data(), stack, static_cast<Form>(form));
+  rows.ForParts([&](const Rows::Run& run, int64_t row, int64_t count, int64_t first, int64_t width) {
+    float* to = y->typed_data() + (run.first + row) * stack.outputs + first;
+    rows.Multiply(run, row, count, stack.Of(run.expert), first, width, to, stack.outputs);
+  });
+  return ffi::Error::Success();
+}
+
+// gate[c] = gelu(gate[c]) * value[c], gelu in its tanh approximation: z sigmoid(2 u(z)).
+void Gate(float* gate, const float* value, int64_t width) {
+  auto gated = [](Lanes z, Lanes value) {
+    Lanes u = z * (1.0f + 0.044715f * z * z) * (-2 * 0.7978845608f);
+    u = u > 80.0f ? Lanes{} + 80.0f : u;
+    u = u < -80.0f ? Lanes{} - 80.0f : u;
+    return z / (1.0f + Exp(u, 0.0f)) * value;
+  };
+  for (int64_t c = 0; c < width; c += kLanes) {
+    if (width - c >= kLanes) {
+      Store(gate + c, gated(Load(gate + c), Load(value + c)));
+      continue;
     }
-    if (start[e] < start[e + 1]) used.push_back(e);
+    float few[2][kLanes] = {};
+    std::copy_n(gate + c, width - c, few[0]);
+    std::copy_n(value + c, width - c, few[1]);
+    Store(few[0], gated(Load(few[0]), Load(few[1])));
+    std::copy_n(few[0], width - c, gate + c);
   }
-  const float* from = x.typed_data();
-  float* to = y->typed_data();
-  const int8_t* weights = weight.typed_data() + l * groups * inputs * outputs;
-  const uint16_t* all_scales = reinterpret_cast<const uint16_t*>(scales.untyped_data()) +
-                               l * groups * scale_groups * outputs;
-  std::fill_n(to, start[0] * outputs, 0.0f);
-  std::fill(to + start[groups] * outputs, to + rows * outputs, 0.0f);
-  // Wide parts, unless there would be too few for all threads. A pool may not be there at all.
-  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  int64_t share = static_cast<int64_t>(used.size()) * outputs / threads;
-  int64_t width = std::clamp((share + 63) / 64 * 64, kLeast, kTask);
-  int64_t parts = (outputs + width - 1) / width;
-  ForEach(pool, static_cast<int64_t>(used.size()) * parts, [&](int64_t task) {
-    int64_t e = used[task / parts], first = task % parts * width;
-    Matrix matrix{weights + e * inputs * outputs, all_scales + e * scale_groups * outputs, inputs,
-                  outputs, scale_groups};
-    MultiplyRows(from + start[e] * inputs, matrix, start[e + 1] - start[e], first,
-                 std::min(width, outputs - first), to + start[e] * outputs);
+}
+
+// As GroupedProduct, with two weights of one shape: y = gelu(x @ gate) * (x @ value).
+ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                            ffi::Buffer<ffi::S8> gate, ffi::Buffer<ffi::BF16> gate_scales,
+                            ffi::Buffer<ffi::S8> value, ffi::Buffer<ffi::BF16> value_scales,
+                            ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> layer, int32_t form,
+                            ffi::ResultBuffer<ffi::F32> y) {
+  Stack gates, values;
+  if (auto error = TakeLayer(gate, gate_scales, layer, &gates); error.failure()) return error;
+  if (auto error = TakeLayer(value, value_scales, layer, &values); error.failure()) return error;
+  bool fits = gates.experts == values.experts && gates.inputs == values.inputs &&
+              gates.outputs == values.outputs && gates.groups == values.groups;
+  if (!fits) return ffi::Error::InvalidArgument("two weights of different shapes");
+  if (auto error = CheckRows(x, gates, starts, y); error.failure()) return error;
+  Rows rows(pool, x.typed_data(), starts.typed_data(), gates, static_cast<Form>(form));
+  rows.ForParts([&](const Rows::Run& run, int64_t row, int64_t count, int64_t first, int64_t width) {
+    static thread_local Memory memory;
+    float* other = static_cast<float*>(memory.AtLeast(count * width * sizeof(float)));
+    float* to = y->typed_data() + (run.first + row) * gates.outputs + first;
+    rows.Multiply(run, row, count, gates.Of(run.expert), first, width, to, gates.outputs);
+    rows.Multiply(run, row, count, values.Of(run.expert), first, width, other, width);
+    for (int64_t r = 0; r < count; ++r) Gate(to + r * gates.outputs, other + r * width, width);
   });
   return ffi::Error::Success();
 }
@@ -430,24 +386,6 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
 // ---------------------------------------------------------------------------- decoding's attention
 
 constexpr float kSoftCap = 30;  // of Grok-1's scores: a softmax needs no maximum to be subtracted
-
-typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-// exp(x) - less, for |x| <= 80. With x = n ln 2 + r it is 2^n (exp(r) - 1) + (2^n - less), exact to
-// a few units in the last place, also near zero if less is one; |r| <= 0.35, for which eight terms
-// of exp's series do.
-inline Lanes Exp(Lanes x, float less) {
-  constexpr float kRound = 3 << 22;  // added and taken away: the nearest whole number
-  Lanes n = (x * 1.44269504f + kRound) - kRound;
-  Lanes r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
-  Lanes series = r * (1.0f / 40320) + 1.0f / 5040;
-  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f}) {
-    series = series * r + factor;
-  }
-  Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
-  Lanes power = reinterpret_cast<Lanes>(bits);
-  return power * (series * r) + (power - less);
-}
 
 // exp(cap tanh(score / cap)), with tanh(u) = expm1(2 u) / (expm1(2 u) + 2).
 inline Lanes SoftCapped(Lanes score) {
@@ -576,6 +514,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, GroupedProductImpl,
                                   .Arg<ffi::Buffer<ffi::BF16>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int32_t>("form")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedProduct, GatedProductImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int32_t>("form")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TableProduct, TableProductImpl,

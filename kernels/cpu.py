@@ -18,12 +18,21 @@ import compile_cache
 from quantization import QuantizedWeight8bit
 
 SOURCE = Path(__file__).with_name("cpu.cc")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "lanes.h"))
 COMPILERS = "c++", "g++", "clang++"
 FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"
 PRODUCT = "grok_1_grouped_product"
+GATED_PRODUCT = "grok_1_gated_product"
 TABLE_PRODUCT = "grok_1_table_product"
 ATTEND = "grok_1_attend"
-HANDLERS = {PRODUCT: "GroupedProduct", TABLE_PRODUCT: "TableProduct", ATTEND: "Attend"}
+HANDLERS = {
+    PRODUCT: "GroupedProduct",
+    GATED_PRODUCT: "GatedProduct",
+    TABLE_PRODUCT: "TableProduct",
+    ATTEND: "Attend",
+}
+FASTEST, FLOATS = 0, 2  # how int8 is multiplied, as cpu.cc numbers it; the tests try the others
+form = FASTEST
 
 
 class KernelError(Exception):
@@ -37,16 +46,36 @@ def grouped_product(
 
     x: float [M, I], sorted by group. weight: [L, E, I, O], of which `layer` int32 [] is used.
     starts: int32 [E + 1], where in x each group begins, and at last where all end.
-    Returns float32 [M, O], zero in the rows after the last group, accumulated in float32. A row's
-    result depends on no other row. Only what is used of the weight is read, as int8, once for up to
-    64 rows.
+    Returns float32 [M, O], zero in the rows after the last group. A processor with AMX multiplies
+    whole numbers of 27 bits, as `quantization.local_matmul` does; another one accumulates in
+    float32. A row's result depends on no other row. Only what is used of the weight is read, as
+    int8, once for up to 64 rows.
 
     Raises KernelError as `load` does.
     """
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(PRODUCT, shape)
-    return call(x.astype(jnp.float32), weight.weight, weight.scales, starts, layer)
+    arrays = x.astype(jnp.float32), weight.weight, weight.scales, starts, layer
+    return call(*arrays, form=np.int32(form))
+
+
+def gated_product(
+    x: jax.Array,
+    gate: QuantizedWeight8bit,
+    value: QuantizedWeight8bit,
+    starts: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """`gelu(x @ gate) * (x @ value)`, both as `grouped_product` multiplies -> float32 [M, O].
+
+    gelu in its tanh approximation. Raises KernelError as `load` does.
+    """
+    load()
+    shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[-1]), jnp.float32)
+    weights = gate.weight, gate.scales, value.weight, value.scales
+    call = jax.ffi.ffi_call(GATED_PRODUCT, shape)
+    return call(x.astype(jnp.float32), *weights, starts, layer, form=np.int32(form))
 
 
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -108,7 +137,8 @@ def _build() -> Path:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
         ).stdout
-        parts = SOURCE.read_text(), compiler, version, jaxlib.__version__, *FLAGS
+        sources = (path.read_text() for path in (SOURCE, *HEADERS))
+        parts = *sources, compiler, version, jaxlib.__version__, *FLAGS
         name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
         directory = compile_cache.default_directory() / "kernels"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run

@@ -1,0 +1,163 @@
+// Vectors of 16 numbers, which the compiler maps to what the processor has, and what the products of
+// a CPU share.
+
+#ifndef KERNELS_LANES_H_
+#define KERNELS_LANES_H_
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kLine = 64;  // bytes that memory gives at a time
+
+// A tile: so many rows times so many vectors of columns, whose sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int64_t kTile = 6, kVectors = 4;
+#else
+constexpr int64_t kTile = 2, kVectors = 2;
+#endif
+constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kTokens = 4;   // rows of x that are taken together at least
+constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Anywhere
+    __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+
+inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
+
+inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
+
+inline float Sum(Lanes lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes));
+#else
+  float total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+#endif
+}
+
+inline Lanes Widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+  Lanes lanes;
+  for (int half = 0; half < 2; ++half) {
+    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * half));
+    __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    std::memcpy(reinterpret_cast<float*>(&lanes) + 8 * half, &wide, sizeof(wide));
+  }
+  return lanes;
+#else
+  float wide[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
+  return Load(wide);
+#endif
+}
+
+inline float FromBfloat16(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+inline float ToFloat(float value) { return value; }
+inline float ToFloat(uint16_t bits) { return FromBfloat16(bits); }
+
+inline Lanes Widen(const float* from) { return Load(from); }
+
+inline Lanes Widen(const uint16_t* from) {  // bfloat16
+#if defined(__AVX512F__)
+  __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
+  float wide[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = FromBfloat16(from[lane]);
+  return Load(wide);
+#endif
+}
+
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// exp(x) - less, for |x| <= 80. With x = n ln 2 + r it is 2^n (exp(r) - 1) + (2^n - less), exact to
+// a few units in the last place, also near zero if less is one; |r| <= 0.35, for which eight terms
+// of exp's series do.
+inline Lanes Exp(Lanes x, float less) {
+  constexpr float kRound = 3 << 22;  // added and taken away: the nearest whole number
+  Lanes n = (x * 1.44269504f + kRound) - kRound;
+  Lanes r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+  Lanes series = r * (1.0f / 40320) + 1.0f / 5040;
+  for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f}) {
+    series = series * r + factor;
+  }
+  Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Lanes power = reinterpret_cast<Lanes>(bits);
+  return power * (series * r) + (power - less);
+}
+
+// Memory that grows and is kept, for what a thread computes with.
+class Memory {
+ public:
+  Memory() = default;
+  ~Memory() { std::free(data_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  // Returns at least so many bytes, from the beginning of a line; what was there is lost.
+  void* AtLeast(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + kLine - 1) / kLine * kLine;
+      data_ = std::aligned_alloc(kLine, size_);
+      if (!data_) size_ = 0, throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+struct Matrix {
+  const int8_t* weight;    // [inputs, outputs]
+  const uint16_t* scales;  // bfloat16 [groups, outputs]
+  int64_t inputs, outputs, groups;
+};
+
+// A block of a matrix that is wanted next: asks memory for it line by line, in the order in which
+// it lies there, while something else is multiplied.
+class Ahead {
+ public:
+  Ahead(const int8_t* block, int64_t stride, int64_t rows, int64_t width)
+      : row_(block), stride_(stride), rows_(rows), width_(width) {}
+
+  void Ask() {
+    if (rows_ <= 0) return;
+    __builtin_prefetch(row_ + column_, 0, 2);
+    column_ += kLine;
+    if (column_ < width_) return;
+    column_ = 0;
+    row_ += stride_;
+    --rows_;
+  }
+
+ private:
+  const int8_t* row_;
+  int64_t stride_, rows_, width_, column_ = 0;
+};
+
+}  // namespace
+
+#endif  // KERNELS_LANES_H_
