@@ -51,7 +51,7 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
 
 // ----------------------------------------------------------------------- rows by int8 matrices
 
-constexpr int64_t kRows = 64;    // that are multiplied at a time, each weight read once
+
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
 constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
 
@@ -286,56 +286,59 @@ ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 
 // ------------------------------------------------------------------------- rows by an output table
 
-constexpr int64_t kEntryTask = 32 * kTile;  // entries of the table
-constexpr int64_t kTableRows = 16;           // of x, that are multiplied at a time
+constexpr int64_t kEntries = kRegisters == 32 ? 6 : 3;  // of the table, and
+constexpr int64_t kTableTile = 4;  // rows of x, that are multiplied at a time: sums in registers
+constexpr int64_t kEntryTask = 64 * kEntries;
+constexpr int64_t kTableRows = 16;  // of x, for which the table is read once
 constexpr int64_t kPart = 512;  // of the contracted width: entries stay in the first-level cache
 
 // sums[r][v] += x[r][d] * entry[v][d], lane by lane, for kCount rows of x, a tile of entries and
 // first <= d < end. `ahead`: whether as many entries follow in memory, which are wanted next.
 template <int kCount, typename Element>
 void AddDots(const float* x, const Element* const* entry, int64_t width, int64_t first, int64_t end,
-             bool ahead, Lanes (*sums)[kTile]) {
-  Lanes sum[kCount][kTile];
+             bool ahead, Lanes (*sums)[kEntries]) {
+  Lanes sum[kCount][kEntries];
 #pragma GCC unroll 8
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kTile; ++v) sum[r][v] = sums[r][v];
+    for (int v = 0; v < kEntries; ++v) sum[r][v] = sums[r][v];
   }
   for (int64_t d = first; d < end; d += kLanes) {
-    Lanes wide[kTile];
+    Lanes wide[kEntries];
 #pragma GCC unroll 8
-    for (int v = 0; v < kTile; ++v) {
+    for (int v = 0; v < kEntries; ++v) {
       wide[v] = Widen(entry[v] + d);
-      if (ahead) __builtin_prefetch(entry[v] + d + kTile * width, 0, 2);
+      if (kCount > 1) Pin(wide[v]);
+      if (ahead) __builtin_prefetch(entry[v] + d + kEntries * width, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       Lanes own = Load(x + r * width + d);
 #pragma GCC unroll 8
-      for (int v = 0; v < kTile; ++v) sum[r][v] += own * wide[v];
+      for (int v = 0; v < kEntries; ++v) sum[r][v] += own * wide[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kTile; ++v) sums[r][v] = sum[r][v];
+    for (int v = 0; v < kEntries; ++v) sums[r][v] = sum[r][v];
   }
 }
 
-// y[r][v] = sum_d x[r][d] * table[v][d], for at most kTableRows rows of x and kTile entries.
+// y[r][v] = sum_d x[r][d] * table[v][d], for at most kTableRows rows of x and kEntries entries.
 template <typename Element>
 void MultiplyEntries(const float* x, int64_t rows, const Element* table, int64_t entries,
                      int64_t width, bool ahead, float* y, int64_t y_stride) {
   constexpr std::array add{&AddDots<1, Element>, &AddDots<2, Element>, &AddDots<3, Element>,
                            &AddDots<4, Element>};
-  constexpr int64_t most = std::min<int64_t>(kVectors, add.size());
-  const Element* entry[kTile];
-  for (int64_t v = 0; v < kTile; ++v) entry[v] = table + std::min(v, entries - 1) * width;
-  Lanes sums[kTableRows][kTile] = {};
+  static_assert(add.size() == kTableTile);
+  const Element* entry[kEntries];
+  for (int64_t v = 0; v < kEntries; ++v) entry[v] = table + std::min(v, entries - 1) * width;
+  Lanes sums[kTableRows][kEntries] = {};
   int64_t whole = width - width % kLanes;
   for (int64_t d = 0; d < whole; d += kPart) {
-    for (int64_t r = 0; r < rows; r += most) {
-      add[std::min(most, rows - r) - 1](x + r * width, entry, width, d, std::min(d + kPart, whole),
+    for (int64_t r = 0; r < rows; r += kTableTile) {
+      add[std::min(kTableTile, rows - r) - 1](x + r * width, entry, width, d, std::min(d + kPart, whole),
                                         ahead && r == 0, sums + r);
     }
   }
@@ -353,10 +356,10 @@ void MultiplyTable(ffi::ThreadPool& pool, const float* x, int64_t rows, const El
                    int64_t entries, int64_t width, float* y) {
   ForEach(pool, (entries + kEntryTask - 1) / kEntryTask, [&](int64_t task) {
     int64_t end = std::min(entries, (task + 1) * kEntryTask);
-    for (int64_t v = task * kEntryTask; v < end; v += kTile) {
+    for (int64_t v = task * kEntryTask; v < end; v += kEntries) {
       for (int64_t r = 0; r < rows; r += kTableRows) {
         MultiplyEntries(x + r * width, std::min(kTableRows, rows - r), table + v * width,
-                        std::min(kTile, end - v), width, r == 0 && end - v >= 2 * kTile,
+                        std::min(kEntries, end - v), width, r == 0 && end - v >= 2 * kEntries,
                         y + r * entries + v, entries);
       }
     }

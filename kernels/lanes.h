@@ -1,5 +1,5 @@
-// Vectors of 16 numbers, which the compiler maps to what the processor has, and what the products of
-// a CPU share.
+// Vectors of numbers, as wide as the processor has them: of wider ones compilers make slow code. And
+// what the products of a CPU share.
 
 #ifndef KERNELS_LANES_H_
 #define KERNELS_LANES_H_
@@ -15,18 +15,33 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kLine = 64;  // bytes that memory gives at a time
-
-// A tile: so many rows times so many vectors of columns, whose sums stay in registers.
 #if defined(__AVX512F__)
-constexpr int64_t kTile = 6, kVectors = 4;
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
 #else
-constexpr int64_t kTile = 2, kVectors = 2;
+constexpr int64_t kLanes = 4;
 #endif
-constexpr int64_t kPanel = kVectors * kLanes;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kRegisters = 32;
+#else
+constexpr int64_t kRegisters = 16;
+#endif
+
+constexpr int64_t kLine = 64;    // bytes that memory gives at a time
+constexpr int64_t kPanel = 64;   // columns that are taken together: a line of int8
+constexpr int64_t kTile = 6;     // rows that are multiplied at a time, their sums in registers
+constexpr int64_t kRows = 64;    // that are multiplied at a time at most, each weight read once
 constexpr int64_t kTokens = 4;   // rows of x that are taken together at least
 constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
+
+// The vectors of a panel that `count` rows are multiplied with at a time: as many as registers hold
+// with their sums and a number of x.
+constexpr int64_t VectorsOf(int64_t count) {
+  int64_t vectors = kPanel / kLanes;
+  while (count > 1 && vectors * (count + 1) >= kRegisters) vectors /= 2;
+  return vectors;
+}
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Anywhere
@@ -36,9 +51,25 @@ inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>
 
 inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
 
+// Keeps lanes that are used several times in a register: GCC would read them again each time.
+inline void Pin(Lanes& lanes) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(lanes));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(lanes));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(lanes));
+#endif
+}
+
 inline float Sum(Lanes lanes) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes));
+#elif defined(__AVX2__)
+  __m256 eight = reinterpret_cast<__m256>(lanes);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
   float total = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
@@ -51,13 +82,8 @@ inline Lanes Widen(const int8_t* from) {
   __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
 #elif defined(__AVX2__)
-  Lanes lanes;
-  for (int half = 0; half < 2; ++half) {
-    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * half));
-    __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    std::memcpy(reinterpret_cast<float*>(&lanes) + 8 * half, &wide, sizeof(wide));
-  }
-  return lanes;
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
 #else
   float wide[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
@@ -81,6 +107,9 @@ inline Lanes Widen(const uint16_t* from) {  // bfloat16
 #if defined(__AVX512F__)
   __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return reinterpret_cast<Lanes>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#elif defined(__AVX2__)
+  __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Lanes>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 #else
   float wide[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = FromBfloat16(from[lane]);
