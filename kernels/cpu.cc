@@ -51,7 +51,6 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
 
 // ----------------------------------------------------------------------- rows by int8 matrices
 
-
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
 constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
 
@@ -96,6 +95,7 @@ class Rows {
   struct Run {
     int64_t expert, first, count;  // rows first ... first + count of x
     int64_t tile;                  // the first of its digits
+    int64_t partial = 0;           // the first row of what its slabs make
   };
 
   // x [M, I]; start [E + 1]: where each expert's rows begin, at last where all end.
@@ -116,44 +116,145 @@ class Rows {
 #endif
   }
 
-  // Calls work(run, row, count, first, width) on the pool's threads for every part: `count` of a
-  // run's rows from `row` on, `width` columns from `first` on.
-  template <typename Work>
-  void ForParts(const Work& work) const {
+  // y [M, O] = x @ the matrices of a stack. With a second one of the same shapes, finish(y, other,
+  // width) is called for each part of a row of y and of what the second makes of it.
+  template <typename Finish>
+  void Multiply(const Stack& stack, const Stack* second, float* y, const Finish& finish) {
+    Slabs slabs(stack.Of(0));
+    std::vector<Task> tasks, sums;
+    ShareOut(slabs, second ? 2 : 1, &tasks, &sums);
+    auto* partial = static_cast<float*>(partials_.AtLeast(partial_rows_ * outputs_ * sizeof(float)));
+    ForEach(pool_, tasks.size(), [&](int64_t t) {
+      const Task& task = tasks[t];
+      if (task.slab >= 0) {
+        MultiplySlabOf(task, slabs, stack, 0, partial);
+        if (second) MultiplySlabOf(task, slabs, *second, 1, partial);
+      } else {
+        MultiplyColumns(task, stack, second, y, finish);
+      }
+    });
+    if (sums.empty()) return;
+    ForEach(pool_, sums.size(), [&](int64_t t) { AddSlabs(sums[t], slabs, second, partial, y, finish); });
+  }
+
+ private:
+  // Some columns of a run: of all its rows with a whole matrix, or of one slab.
+  struct Task {
+    const Run* run;
+    int64_t slab;  // -1: all
+    int64_t first, width;
+  };
+
+  // Shares the work out. Few rows are multiplied slab by slab: memory is fastest where it is read in
+  // order. What slabs make of many rows would be more than their weights. `sums` is what is to be
+  // done when all slabs have been.
+  void ShareOut(const Slabs& slabs, int64_t weights, std::vector<Task>* tasks,
+                std::vector<Task>* sums) {
     // Wide tasks, unless there would be too few for all threads. A pool may not be there at all.
     int64_t threads = std::max<int64_t>(pool_.num_threads(), 1), runs = runs_.size();
-    int64_t share = std::max((runs * outputs_ / threads + 63) / 64 * 64, kLeast);
-    std::vector<std::pair<const Run*, int64_t>> tasks;  // and the first column
-    for (const Run& run : runs_) {
-      int64_t width = std::min(share, MostColumns(run.count));
-      for (int64_t first = 0; first < outputs_; first += width) tasks.push_back({&run, first});
-    }
-    std::stable_sort(tasks.begin(), tasks.end(), [](auto& a, auto& b) { return a.first->count > b.first->count; });
-    ForEach(pool_, tasks.size(), [&](int64_t task) {
-      auto [run, first] = tasks[task];
-      int64_t width = std::min({share, MostColumns(run->count), outputs_ - first});
-      int64_t chunks = (run->count + kRows - 1) / kRows;
-      int64_t chunk = ((run->count + chunks - 1) / chunks + kTokens - 1) / kTokens * kTokens;
-      for (int64_t row = 0; row < run->count; row += chunk) {
-        work(*run, row, std::min(chunk, run->count - row), first, width);
+    auto add = [&](std::vector<Task>* to, const Run& run, int64_t slab, int64_t width) {
+      for (int64_t first = 0; first < outputs_; first += width) {
+        to->push_back({&run, slab, first, std::min(width, outputs_ - first)});
       }
+    };
+    auto share = [&](int64_t parts) {
+      return std::max((parts * outputs_ / threads + 63) / 64 * 64, kLeast);
+    };
+    partial_rows_ = 0;
+    for (Run& run : runs_) {
+      int64_t most = MostColumns(run.count);
+      if (!BySlabs(run, slabs)) {
+        add(tasks, run, -1, std::min(share(runs), most));
+        continue;
+      }
+      run.partial = partial_rows_;
+      partial_rows_ += weights * slabs.count * run.count;
+      for (int64_t slab = 0; slab < slabs.count; ++slab) {
+        add(tasks, run, slab, std::min(share(runs * slabs.count), most));
+      }
+      add(sums, run, -1, kLeast);
+    }
+    std::stable_sort(tasks->begin(), tasks->end(), [](const Task& a, const Task& b) {
+      return a.run->count > b.run->count;  // the longest first
     });
   }
 
-  // y[r][...] = x[run.first + row + r] @ matrix[..., first ... first + width] for `count` rows.
-  void Multiply(const Run& run, int64_t row, int64_t count, const Matrix& matrix, int64_t first,
-                int64_t width, float* y, int64_t y_stride) const {
+  bool BySlabs(const Run& run, const Slabs& slabs) const {
+    constexpr int64_t kInputs = 192;  // of a slab at least, for each row
+#ifdef KERNELS_INTEGERS
+    if (digits_) return false;
+#endif
+    return slabs.count > 1 && run.count * kInputs * slabs.count <= inputs_;
+  }
+
+  // What slab `slab` of the stack `which` makes of a run's rows, [count, O].
+  float* Partial(const Run& run, const Slabs& slabs, int64_t which, int64_t slab,
+                 float* partial) const {
+    return partial + (run.partial + (which * slabs.count + slab) * run.count) * outputs_;
+  }
+
+  void MultiplySlabOf(const Task& task, const Slabs& slabs, const Stack& stack, int64_t which,
+                      float* partial) const {
+    const Run& run = *task.run;
+    float* to = Partial(run, slabs, which, task.slab, partial) + task.first;
+    MultiplySlab(x_ + run.first * inputs_, run.count, stack.Of(run.expert), slabs, task.slab,
+                 task.first, task.width, false, to, outputs_);
+  }
+
+  template <typename Finish>
+  void AddSlabs(const Task& task, const Slabs& slabs, bool second, float* partial, float* y,
+                const Finish& finish) const {
+    float other[kLeast];
+    for (int64_t r = 0; r < task.run->count; ++r) {
+      auto add = [&](int64_t which, float* to) {
+        for (int64_t slab = 0; slab < slabs.count; ++slab) {
+          const float* own =
+              Partial(*task.run, slabs, which, slab, partial) + r * outputs_ + task.first;
+          for (int64_t c = 0; c < task.width; ++c) to[c] = slab > 0 ? to[c] + own[c] : own[c];
+        }
+      };
+      float* to = y + (task.run->first + r) * outputs_ + task.first;
+      add(0, to);
+      if (!second) continue;
+      add(1, other);
+      finish(to, other, task.width);
+    }
+  }
+
+  template <typename Finish>
+  void MultiplyColumns(const Task& task, const Stack& stack, const Stack* second, float* y,
+                       const Finish& finish) const {
+    static thread_local Memory memory;
+    const Run& run = *task.run;
+    int64_t chunks = (run.count + kRows - 1) / kRows;
+    int64_t chunk = ((run.count + chunks - 1) / chunks + kTokens - 1) / kTokens * kTokens;
+    for (int64_t row = 0; row < run.count; row += chunk) {
+      int64_t count = std::min(chunk, run.count - row);
+      float* to = y + (run.first + row) * outputs_ + task.first;
+      MultiplyPart(task, row, count, stack.Of(run.expert), to, outputs_);
+      if (!second) continue;
+      float* other = static_cast<float*>(memory.AtLeast(count * task.width * sizeof(float)));
+      MultiplyPart(task, row, count, second->Of(run.expert), other, task.width);
+      for (int64_t r = 0; r < count; ++r) {
+        finish(to + r * outputs_, other + r * task.width, task.width);
+      }
+    }
+  }
+
+  // y[r][...] = x[run.first + row + r] @ a task's columns of a matrix, for `count` rows.
+  void MultiplyPart(const Task& task, int64_t row, int64_t count, const Matrix& matrix, float* y,
+                    int64_t y_stride) const {
 #ifdef KERNELS_INTEGERS
     if (digits_) {
-      Part part{*digits_, run.tile + row / kTokens, count, matrix, first, width};
+      Part part{*digits_, task.run->tile + row / kTokens, count, matrix, task.first, task.width};
       MultiplyIntegers(part, count <= kFew, by_tiles_, y, y_stride);
       return;
     }
 #endif
-    MultiplyFloats(x_ + (run.first + row) * inputs_, count, matrix, first, width, y, y_stride);
+    MultiplyFloats(x_ + (task.run->first + row) * inputs_, count, matrix, task.first, task.width,
+                   y, y_stride);
   }
 
- private:
   static constexpr int64_t kFew = 2;
 
   // Columns of a part of so many rows: its sums stay in cache.
@@ -198,7 +299,11 @@ class Rows {
   int64_t inputs_, outputs_;
   std::vector<Run> runs_;
   bool by_tiles_ = false;
+  int64_t partial_rows_ = 0;
+  static thread_local Memory partials_;
 };
+
+thread_local Memory Rows::partials_;
 
 // Whether x [M, I] and y [M, O] fit the matrices, and `starts` [E + 1] the rows.
 ffi::Error CheckRows(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
@@ -231,10 +336,7 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (auto error = TakeLayer(weight, scales, layer, &stack); error.failure()) return error;
   if (auto error = CheckRows(x, stack, starts, y); error.failure()) return error;
   Rows rows(pool, x.typed_data(), starts.typed_data(), stack, static_cast<Form>(form));
-  rows.ForParts([&](const Rows::Run& run, int64_t row, int64_t count, int64_t first, int64_t width) {
-    float* to = y->typed_data() + (run.first + row) * stack.outputs + first;
-    rows.Multiply(run, row, count, stack.Of(run.expert), first, width, to, stack.outputs);
-  });
+  rows.Multiply(stack, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
   return ffi::Error::Success();
 }
 
@@ -273,14 +375,7 @@ ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (!fits) return ffi::Error::InvalidArgument("two weights of different shapes");
   if (auto error = CheckRows(x, gates, starts, y); error.failure()) return error;
   Rows rows(pool, x.typed_data(), starts.typed_data(), gates, static_cast<Form>(form));
-  rows.ForParts([&](const Rows::Run& run, int64_t row, int64_t count, int64_t first, int64_t width) {
-    static thread_local Memory memory;
-    float* other = static_cast<float*>(memory.AtLeast(count * width * sizeof(float)));
-    float* to = y->typed_data() + (run.first + row) * gates.outputs + first;
-    rows.Multiply(run, row, count, gates.Of(run.expert), first, width, to, gates.outputs);
-    rows.Multiply(run, row, count, values.Of(run.expert), first, width, other, width);
-    for (int64_t r = 0; r < count; ++r) Gate(to + r * gates.outputs, other + r * width, width);
-  });
+  rows.Multiply(gates, &values, y->typed_data(), Gate);
   return ffi::Error::Success();
 }
 

@@ -13,32 +13,53 @@
 namespace {
 
 constexpr int64_t kFloatSums = 64 * 1024;  // of a part: they stay in the second-level cache
-// Rows of a matrix that are taken at a time: few, so that little is asked of memory at once, unless
-// there are so many sums that to load and store them costs more.
-constexpr int64_t kLeastDepth = 16, kMostDepth = 64;
+constexpr int64_t kSlabs = 4, kSlab = 128;  // of a matrix at least; inputs of one at least
+constexpr int64_t kDepth = 64;  // inputs that are taken at a time of a panel that is converted first
+
+// How the inputs of a matrix are cut into slabs, each within a scale group. A sum of a slab is added
+// to that of the slabs before it, however rows, columns and slabs are shared out.
+struct Slabs {
+  explicit Slabs(const Matrix& matrix)
+      : group_inputs(matrix.inputs / matrix.groups),
+        each(std::clamp<int64_t>(group_inputs / kSlab, 1, (kSlabs - 1) / matrix.groups + 1)),
+        count(matrix.groups * each) {}
+
+  int64_t Group(int64_t slab) const { return slab / each; }
+  int64_t Begin(int64_t slab) const {
+    return slab / each * group_inputs + slab % each * group_inputs / each;
+  }
+
+  int64_t group_inputs, each, count;
+};
 
 // sums[r][c] += sum_i x[i][r] * weight[i][c], for kCount rows r of x, `depth` rows i of the matrix
 // and the columns of a panel. Unrolled early: otherwise GCC keeps the sums in memory.
 template <int kCount, typename Element>
-void AddTile(const float* x, const Element* weight, int64_t stride, int64_t depth, float* sums,
-             int64_t sums_stride, Ahead* ahead) {
+void AddTile(const float* x, const Element* weight, int64_t stride, int64_t depth, float* sums) {
   constexpr int kVectors = VectorsOf(kCount);
   for (int64_t c = 0; c < kPanel; c += kVectors * kLanes) {
     Lanes sum[kCount][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * sums_stride + c + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * kPanel + c + v * kLanes);
     }
     for (int64_t i = 0; i < depth; ++i) {
       const Element* from = weight + i * stride + c;
-      if (ahead && c == 0) ahead->Ask();
-      if (sizeof(Element) == 1) __builtin_prefetch(from + kLine);
+      if constexpr (kCount == 1) {  // one after the other: there are no registers to hold them
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          Lanes wide = Widen(from + v * kLanes);
+          Pin(wide);
+          sum[0][v] += x[i] * wide;
+        }
+        continue;
+      }
       Lanes wide[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
         wide[v] = Widen(from + v * kLanes);
-        if (kCount > 1) Pin(wide[v]);
+        Pin(wide[v]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kCount; ++r) {
@@ -49,7 +70,7 @@ void AddTile(const float* x, const Element* weight, int64_t stride, int64_t dept
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) Store(sums + r * sums_stride + c + v * kLanes, sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) Store(sums + r * kPanel + c + v * kLanes, sum[r][v]);
     }
   }
 }
@@ -80,70 +101,102 @@ inline void Pack(const float* x, int64_t x_stride, int64_t rows, int64_t depth, 
   });
 }
 
-// AddTile for all tiles of `rows` packed rows. A panel that is read more than once is converted once.
+// AddTile for all tiles of `rows` packed rows. A panel that several tiles read is converted once.
 inline void AddPanel(const float* packed, int64_t rows, const int8_t* weight, int64_t stride,
-                     int64_t depth, float* sums, int64_t sums_stride, Ahead* ahead) {
+                     int64_t depth, float* sums) {
   if (rows <= kTile) {
-    kTiles<int8_t>[rows - 1](packed, weight, stride, depth, sums, sums_stride, ahead);
+    kTiles<int8_t>[rows - 1](packed, weight, stride, depth, sums);
     return;
   }
-  alignas(kLine) float panel[kMostDepth * kPanel];
+  alignas(kLine) float panel[kDepth * kPanel];
   for (int64_t i = 0; i < depth; ++i) {
     for (int64_t c = 0; c < kPanel; c += kLanes) {
       Store(panel + i * kPanel + c, Widen(weight + i * stride + c));
     }
-    __builtin_prefetch(weight + i * stride + kLine);
   }
   ForTiles(rows, [&](int64_t r, int64_t count) {
-    kTiles<float>[count - 1](packed + r * depth, panel, kPanel, depth, sums + r * sums_stride,
-                             sums_stride, r == 0 ? ahead : nullptr);
+    kTiles<float>[count - 1](packed + r * depth, panel, kPanel, depth, sums + r * kPanel);
   });
 }
 
-// The same for `rows` rows and the `width` columns after the last whole panel.
-inline void AddNarrow(const float* x, int64_t x_stride, int64_t rows, const int8_t* weight, int64_t stride,
-               int64_t depth, int64_t width, float* sums, int64_t sums_stride) {
-  for (int64_t i = 0; i < depth; ++i) {
-    const int8_t* w = weight + i * stride;
+// The same for `width` columns that are no whole panel.
+inline void AddNarrow(const float* packed, int64_t rows, const int8_t* weight, int64_t stride,
+                      int64_t depth, int64_t width, float* sums) {
+  ForTiles(rows, [&](int64_t first, int64_t count) {
+    const float* x = packed + first * depth;
+    for (int64_t i = 0; i < depth; ++i) {
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = 0; c < width; ++c) {
+          sums[(first + r) * kPanel + c] +=
+              x[i * count + r] * static_cast<float>(weight[i * stride + c]);
+        }
+      }
+    }
+  });
+}
+
+// How many inputs are taken at a time. Few rows read a line of weights several times, in which lines
+// that lie 4 KiB apart would push each other out of the first-level cache if there were more.
+inline int64_t DepthOf(int64_t rows, int64_t stride) {
+  if (rows > kTile) return std::min(4 * rows, kDepth);
+  return stride % 4096 == 0 ? 8 : 16;
+}
+
+// y[r][...] = x[r] @ a slab of a matrix, scaled, for `rows` rows and `width` columns from `first` on;
+// or is added to what y holds.
+inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, const Slabs& slabs,
+                         int64_t slab, int64_t first, int64_t width, bool add, float* y,
+                         int64_t y_stride) {
+  static thread_local Memory memory;
+  int64_t stride = matrix.outputs, panels = (width + kPanel - 1) / kPanel;
+  float* sums = static_cast<float*>(memory.AtLeast(panels * rows * kPanel * sizeof(float)));
+  std::fill_n(sums, panels * rows * kPanel, 0.0f);
+  alignas(kLine) float packed[kRows * kDepth];
+  int64_t most = DepthOf(rows, stride), end = slabs.Begin(slab + 1);
+  for (int64_t i = slabs.Begin(slab), depth; i < end; i += depth) {
+    depth = std::min(most, end - i);
+    const int8_t* weight = matrix.weight + i * stride + first;
+    Ahead ahead(weight + depth * stride, stride, std::min(most, end - i - depth), width);
+    Pack(x + i, matrix.inputs, rows, depth, packed);
+    for (int64_t p = 0; p < panels; ++p, weight += kPanel) {
+      // Asked for before the tile is multiplied: within it, GCC makes slower code.
+      for (int64_t n = 0; n < depth; ++n) {
+        __builtin_prefetch(weight + n * stride + kPanel);
+        ahead.Ask();
+      }
+      float* own = sums + p * rows * kPanel;
+      int64_t columns = width - p * kPanel;
+      if (columns >= kPanel) {
+        AddPanel(packed, rows, weight, stride, depth, own);
+      } else {
+        AddNarrow(packed, rows, weight, stride, depth, columns, own);
+      }
+    }
+  }
+  const uint16_t* scales = matrix.scales + slabs.Group(slab) * stride + first;
+  for (int64_t c = 0; c < width; c += kPanel) {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width; ++c) {
-        sums[r * sums_stride + c] += x[r * x_stride + i] * static_cast<float>(w[c]);
+      const float* own = sums + c * rows + r * kPanel;
+      float* to = y + r * y_stride + c;
+      int64_t n = 0;
+      for (int64_t whole = std::min(kPanel, width - c) - kLanes; n <= whole; n += kLanes) {
+        Lanes scaled = Load(own + n) * Widen(scales + c + n);
+        Store(to + n, add ? Load(to + n) + scaled : scaled);
+      }
+      for (; n < std::min(kPanel, width - c); ++n) {
+        float scaled = own[n] * FromBfloat16(scales[c + n]);
+        to[n] = add ? to[n] + scaled : scaled;
       }
     }
   }
 }
 
-// y[r][first ... first + width] = x[r] @ matrix, for `rows` rows.
+// The same for all slabs.
 inline void MultiplyFloats(const float* x, int64_t rows, const Matrix& matrix, int64_t first,
                            int64_t width, float* y, int64_t y_stride) {
-  static thread_local Memory memory;
-  float* sums = static_cast<float*>(memory.AtLeast(rows * width * sizeof(float)));
-  alignas(kLine) float packed[kRows * kMostDepth];
-  int64_t stride = matrix.outputs, whole = width - width % kPanel;
-  int64_t most = std::clamp(4 * rows, kLeastDepth, kMostDepth);
-  for (int64_t group = 0, i = 0; group < matrix.groups; ++group) {
-    std::fill_n(sums, rows * width, 0.0f);
-    int64_t end = (group + 1) * (matrix.inputs / matrix.groups);
-    for (int64_t depth; i < end; i += depth) {
-      depth = std::min(most, end - i);
-      const int8_t* weight = matrix.weight + i * stride + first;
-      int64_t next = width < kWide ? std::min(most, matrix.inputs - i - depth) : 0;
-      Ahead ahead(weight + depth * stride, stride, next, width);
-      Pack(x + i, matrix.inputs, rows, depth, packed);
-      for (int64_t c = 0; c < whole; c += kPanel) {
-        AddPanel(packed, rows, weight + c, stride, depth, sums + c, width, &ahead);
-      }
-      AddNarrow(x + i, matrix.inputs, rows, weight + whole, stride, depth, width - whole,
-                sums + whole, width);
-    }
-    const uint16_t* scales = matrix.scales + group * stride + first;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* to = y + r * y_stride;
-      for (int64_t c = 0; c < width; ++c) {
-        float scaled = sums[r * width + c] * FromBfloat16(scales[c]);
-        to[c] = group == 0 ? scaled : to[c] + scaled;
-      }
-    }
+  Slabs slabs(matrix);
+  for (int64_t slab = 0; slab < slabs.count; ++slab) {
+    MultiplySlab(x, rows, matrix, slabs, slab, first, width, slab > 0, y, y_stride);
   }
 }
 
