@@ -13,7 +13,7 @@ the device, to which the two all-reduces a layer are added as `exchange_seconds`
 
 The floor of a step is the larger of the bytes that it must read (the chosen experts, the
 attention's weights, the filled cache, the output table, all as stored) over the bandwidth, and its
-operations over the rate of a product; both are measured in the same run.
+operations over the rate of a product; both are measured in each turn.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -203,56 +203,68 @@ def _draw_on_device(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
 # --------------------------------------------------------------------------- what a machine allows
 
 
-def measure_bandwidth() -> float:
-    """Return the bytes that this device reads in a second: the best of several ways and tries."""
-    if jax.default_backend() != "cpu":
-        array = jnp.zeros([1 << 30], jnp.int32)  # 4 GiB
-        read = jax.jit(lambda x: jnp.max(x))
-        return array.nbytes / _best(lambda: read(array).block_until_ready())
-    threads = len(os.sched_getaffinity(0))
-    numbers = np.ones(1 << 26, np.int64)  # 512 MiB
-    parts = np.array_split(numbers, threads)
+class Limits(NamedTuple):
+    """Bytes read in a second, and operations made."""
 
-    def add_up() -> None:
-        workers = [threading.Thread(target=part.sum) for part in parts]
+    bandwidth: float
+    rate: float
+
+
+class Machine:
+    """What this device reads and multiplies at best.
+
+    Measured in turns with what is compared to it: what else runs here slows both down, or neither.
+    """
+
+    def __init__(self, config: LanguageModelConfig):
+        dtype = config.fprop_dtype
+        precision = "highest" if dtype == jnp.float32 else None
+        self._multiply = jax.jit(functools.partial(jnp.dot, precision=precision))
+        self._on_cpu = jax.default_backend() == "cpu"
+        rows, inputs, outputs = (128, 1536, 8192) if self._on_cpu else (4096, 6144, 8192)
+        self._product = jnp.ones([rows, inputs], dtype), jnp.ones([inputs, outputs], dtype)
+        self._operations = 2 * rows * inputs * outputs
+        if self._on_cpu:
+            self._row = jnp.ones([1, 8192], dtype)
+            self._matrix = _as_loaded(np.ones([8192, 8192], np.float32))
+            threads = len(os.sched_getaffinity(0))
+            self._numbers = np.array_split(np.ones(1 << 25, np.int64), threads)  # 256 MiB
+        else:
+            self._array = jnp.zeros([1 << 30], jnp.int32)  # 4 GiB
+            self._read = jax.jit(lambda x: jnp.max(x))
+        self.limits()  # compiles
+
+    def limits(self) -> Limits:
+        """Measure both, for some tenths of a second."""
+        product = median(_times(lambda: self._multiply(*self._product).block_until_ready()))
+        return Limits(self._bandwidth(), self._operations / product)
+
+    def _bandwidth(self) -> float:
+        """Return the bytes that are read in a second: the best of several ways and tries."""
+        if not self._on_cpu:
+            read = min(_times(lambda: self._read(self._array).block_until_ready()))
+            return self._array.nbytes / read
+        by_product = min(
+            _times(lambda: self._multiply(self._row, self._matrix).block_until_ready())
+        )
+        size = sum(part.nbytes for part in self._numbers)
+        return max(size / min(_times(self._add_up)), self._matrix.nbytes / by_product)
+
+    def _add_up(self) -> None:
+        workers = [threading.Thread(target=part.sum) for part in self._numbers]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
 
-    row, matrix = jnp.ones([1, 8192]), _as_loaded(np.ones([8192, 16384], np.float32))
-    multiply = jax.jit(functools.partial(jnp.dot, precision="highest"))
-    by_product = _best(lambda: multiply(row, matrix).block_until_ready())
-    return max(numbers.nbytes / _best(add_up), matrix.nbytes / by_product)
 
-
-def measure_product_rate(config: LanguageModelConfig) -> float:
-    """Return the operations that a product makes in a second: XLA's, in the activation dtype."""
-    dtype = config.fprop_dtype
-    small = jax.default_backend() == "cpu"
-    rows, inputs, outputs = (128, 1536, 8192) if small else (4096, 6144, 8192)
-    a, b = jnp.ones([rows, inputs], dtype), jnp.ones([inputs, outputs], dtype)
-    precision = "highest" if dtype == jnp.float32 else None
-    multiply = jax.jit(functools.partial(jnp.dot, precision=precision))
-    return 2 * rows * inputs * outputs / _median(lambda: multiply(a, b).block_until_ready())
-
-
-def _times(function: Callable[[], Any], tries: int = 7) -> list[float]:
-    function()
+def _times(function: Callable[[], Any], tries: int = 5) -> list[float]:
     seconds = []
     for _ in range(tries):
         began = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - began)
     return seconds
-
-
-def _best(function: Callable[[], Any]) -> float:
-    return min(_times(function))
-
-
-def _median(function: Callable[[], Any]) -> float:
-    return median(_times(function))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,9 +274,9 @@ class Work:
     bytes: float
     operations: float
 
-    def floor(self, bandwidth: float, rate: float) -> float:
+    def floor(self, limits: Limits) -> float:
         """Return the least seconds that it can take."""
-        return max(self.bytes / bandwidth, self.operations / rate)
+        return max(self.bytes / limits.bandwidth, self.operations / limits.rate)
 
 
 def decode_work(
@@ -397,20 +409,31 @@ def chosen_experts(form: Form, state: State) -> int:
     return sum(len(np.unique(layer)) for layer in best)
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, which are made in turns, after one that does not count."""
+def in_turns(
+    calls: dict[str, Callable[[], Any]], turns: int, machine: Machine
+) -> tuple[dict[str, list[float]], list[Limits]]:
+    """Return the seconds of each call and the machine's limits, a turn after the other.
+
+    All are measured once before, which does not count.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    limits = []
     for turn in range(turns + 1):
+        found = machine.limits()
+        if turn:
+            limits.append(found)
         for name, call in calls.items():
             began = time.perf_counter()
             call()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return seconds, limits
 
 
-def measure_prefill(forms: Sequence[Form], tokens: int, turns: int) -> dict[str, list[float]]:
-    """Return the seconds that each form takes to read a prompt."""
+def measure_prefill(
+    forms: Sequence[Form], tokens: int, turns: int, machine: Machine
+) -> dict[str, Any]:
+    """Return the seconds that each form takes to read a prompt, and its share of the rate."""
     state = new_state(config=forms[0].config, batch=1, mesh=None)
     states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
     prompt = random_prompt(forms[0].config, tokens, 0)
@@ -421,14 +444,18 @@ def measure_prefill(forms: Sequence[Form], tokens: int, turns: int) -> dict[str,
         state = state._replace(memory=state.memory._replace(layers=layers))
         states[form.name] = jax.block_until_ready(form.read(state, prompt, 0))
 
-    return in_turns({form.name: functools.partial(read, form) for form in forms}, turns)
+    calls: dict[str, Callable[[], Any]] = {f.name: functools.partial(read, f) for f in forms}
+    seconds, limits = in_turns(calls, turns, machine)
+    work = Work(0, prefill_operations(forms[0].config, tokens))
+    return _row(seconds, limits, work)
 
 
 def measure_decode(
-    forms: Sequence[Form], batch: int, turns: int, counts: dict[str, int]
-) -> tuple[dict[str, list[float]], float, int]:
-    """Return the seconds of a step of each form, the cache's mean filling, the experts chosen."""
+    forms: Sequence[Form], batch: int, turns: int, machine: Machine
+) -> dict[str, Any]:
+    """Return the seconds of a step of each form, what it must do, and how near to that it is."""
     fastest = forms[-1]
+    counts = {form.name: 1 if form.name == "baseline" else MOST_TOKENS for form in forms}
     state = ready_state(fastest, batch, PROMPT)
     experts = chosen_experts(next(f for f in forms if f.name != "baseline"), state)
     states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
@@ -438,10 +465,23 @@ def measure_decode(
         own = form.draw(states[form.name], counts[form.name])
         states[form.name] = jax.block_until_ready(own)
 
-    seconds = in_turns({form.name: functools.partial(draw, form) for form in forms}, turns)
-    each = {name: [s / counts[name] for s in all_] for name, all_ in seconds.items()}
+    calls: dict[str, Callable[[], Any]] = {f.name: functools.partial(draw, f) for f in forms}
+    whole, limits = in_turns(calls, turns, machine)
+    seconds = {name: [s / counts[name] for s in all_] for name, all_ in whole.items()}
     end = float(jnp.mean(states[fastest.name].memory.layers.step))
-    return each, (PROMPT + counts[fastest.name] + end) / 2, experts
+    filled = (PROMPT + counts[fastest.name] + end) / 2
+    work = decode_work(fastest.config, fastest.params, batch, filled, experts)
+    return {"filled": filled, "experts": experts, **_row(seconds, limits, work)}
+
+
+def _row(seconds: dict[str, list[float]], limits: list[Limits], work: Work) -> dict[str, Any]:
+    """Return what is kept of a measurement; the shares are medians over the turns."""
+    shares = {
+        name: median(work.floor(own) / s for own, s in zip(limits, times, strict=True))
+        for name, times in seconds.items()
+    }
+    kept = {"seconds": seconds, "limits": limits, "share": shares}
+    return kept | dataclasses.asdict(work)
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
@@ -509,26 +549,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     params = make_params(options, config)
     names = [name for name in options.forms if name != "kernels" or has_kernels()]
     forms = [Form(name, config, params) for name in names]
-    found["bandwidth"] = measure_bandwidth()
-    found["product_rate"] = measure_product_rate(config)
+    machine = Machine(config)
     found["prefill"], found["decode"] = {}, {}
     rank = options.config == "grok-1-rank"
     for tokens in (n for n in options.prompts if n <= config.sequence_len):
-        seconds = measure_prefill(forms, tokens, options.turns)
-        row = {"seconds": seconds, "operations": prefill_operations(config, tokens)}
+        row = measure_prefill(forms, tokens, options.turns, machine)
         if rank:
             row["exchange_s"] = exchange_seconds(config, tokens)
         found["prefill"][str(tokens)] = row
     for batch in options.batches:
-        counts = {name: 1 if name == "baseline" else MOST_TOKENS for name in names}
-        seconds, filled, experts = measure_decode(forms, batch, options.turns, counts)
-        work = decode_work(config, params, batch, filled, experts)
-        row = {"seconds": seconds, "filled": filled, "experts": experts}
-        row |= dataclasses.asdict(work)
-        row["floor_s"] = work.floor(found["bandwidth"], found["product_rate"])
+        row = measure_decode(forms, batch, options.turns, machine)
         if rank:
             row["exchange_s"] = exchange_seconds(config, batch)
         found["decode"][str(batch)] = row
+    rows = [row for kind in ("prefill", "decode") for row in found[kind].values()]
+    limits = [own for row in rows for own in row["limits"]]
+    found["bandwidth"] = median(own.bandwidth for own in limits)
+    found["rate"] = median(own.rate for own in limits)
     found["compile_s"] = {form.name: form.compile_s for form in forms}
     found["figures"] = summarise(found)
     return found
@@ -545,12 +582,9 @@ def summarise(found: dict[str, Any]) -> dict[str, float]:
             if "baseline" in seconds:
                 for name in seconds.keys() - {"baseline"}:
                     figures[f"{kind} {size}: {name} / baseline"] = ratio(seconds, "baseline", name)
-            for name, times in seconds.items():
-                if kind == "decode":
-                    figures[f"decode {size}: {name} / floor"] = row["floor_s"] / median(times)
-                else:
-                    rate = row["operations"] / median(times) / found["product_rate"]
-                    figures[f"prefill {size}: {name} / product rate"] = rate
+            of = "floor" if kind == "decode" else "product rate"
+            for name, share in row["share"].items():
+                figures[f"{kind} {size}: {name} / {of}"] = share
             if "exchange_s" in row:
                 for name, times in seconds.items():
                     whole = median(times) + row["exchange_s"]
@@ -591,7 +625,7 @@ def report(found: dict[str, Any]) -> None:
     names = list(next(iter({**found["prefill"], **found["decode"]}.values()))["seconds"])
     machine = f"{found['device']}, {found['cores']} cores, jax {found['jax']}"
     print(f"{found['config']} on {machine}, commit {found['commit']}")
-    print(f"{found['bandwidth'] / 1e9:.1f} GB/s, {found['product_rate'] / 1e9:.0f} GFLOP/s")
+    print(f"{found['bandwidth'] / 1e9:.1f} GB/s, {found['rate'] / 1e9:.0f} GFLOP/s")
     if start_ := found.get("start"):
         peak = start_["peak_bytes"] / 2**30
         print(f"first token after {start_['cold_s']:.1f} s, with the compilation cache", end=" ")
