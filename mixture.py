@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import kernels
-from quantization import QuantizedWeight8bit, Weight, local_matmul, matmul
+from quantization import QuantizedWeight8bit, StackedWeight, local_matmul, matmul
 
 Params = Mapping[str, Mapping[str, Any]]
 SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
@@ -25,13 +25,13 @@ SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which
 def expert(
     params: Params,
     x: jax.Array,
-    multiply: Callable[[jax.Array, Weight], jax.Array] = matmul,
+    multiply: Callable[[jax.Array, Any], jax.Array] = matmul,
 ) -> jax.Array:
     """One expert: `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation.
 
     params: {"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w": [F, D]}};
     x [..., D] in the activation dtype -> float32 [..., D]. (Shazeer 2020, eq. 6, GEGLU.)
-    multiply: `matmul` or one that equals it.
+    multiply: `matmul` or one that equals it, which may take other kinds of weights.
     """
     gate = jax.nn.gelu(multiply(x, params["linear"]["w"]), approximate=True)
     hidden = gate * multiply(x, params["linear_v"]["w"])
@@ -82,10 +82,12 @@ class Blocks(NamedTuple):
 
 
 def block_rows(copies: int, num_experts: int) -> int:
-    """Return R: about an expert's even share, a power of two from 4 to 128."""
+    """Return R: what most experts have to do in one block, a multiple of 4, up to 128."""
     # At least 4 rows: XLA's CPU backend multiplies fewer bfloat16 rows an order slower. At most
-    # 128: what lies between an expert's products then stays in a CPU's cache.
-    return min(128, max(4, 1 << max(0, math.ceil(copies / num_experts) - 1).bit_length()))
+    # 128: what lies between an expert's products then stays in a CPU's cache. In between, more than
+    # the even share, by its spread: a second block reads and converts the weights again.
+    share = copies / num_experts
+    return min(128, 4 * math.ceil((share + 1.25 * math.sqrt(share)) / 4))
 
 
 def sort_by_expert(index: jax.Array, num_experts: int, multiple: int = 1) -> Blocks:
@@ -144,7 +146,7 @@ def chosen_experts(
     padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
     x_blocks = padded[blocks.row_token]  # [blocks, R, D]
 
-    def weights_of(e: jax.Array) -> Params:
+    def weights_of(e: jax.Array, params: Any = params) -> Any:
         where = (e,) if layer is None else (layer, e)
 
         def pick(w: jax.Array) -> jax.Array:
@@ -166,10 +168,22 @@ def chosen_experts(
         _, out = lax.scan(jax.checkpoint(block), blocks.used, (jnp.arange(most), x_blocks, own))
     else:
 
+        def where_it_lies(module: Mapping[str, Any], e: jax.Array) -> Mapping[str, Any]:
+            stack = module["w"]
+            if not isinstance(stack, QuantizedWeight8bit):
+                return weights_of(e, module)
+            index = e if layer is None else layer * num_experts + e
+            flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[-2:]), stack)
+            return {"w": StackedWeight(flat, index)}
+
         def body(i: jax.Array, out: jax.Array) -> jax.Array:
             first = i * together
             y = [
-                expert(weights_of(blocks.block_expert[b]), x_blocks[b], local_matmul)
+                expert(
+                    {name: where_it_lies(m, blocks.block_expert[b]) for name, m in params.items()},
+                    x_blocks[b],
+                    local_matmul,
+                )
                 for b in (first + j for j in range(together))
             ]
             return lax.dynamic_update_slice_in_dim(out, jnp.stack(y), first, 0)

@@ -9,7 +9,9 @@ projection and the experts' `linear_1`). The number of groups says nothing about
 """
 
 import dataclasses
+import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,10 +43,10 @@ Weight = jax.Array | QuantizedWeight8bit
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedWeight:
-    """One layer's int8 matrix [I, O] where it lies, among those of all layers.
+    """One int8 matrix [I, O] where it lies, among those of all layers, or layers and experts.
 
-    weight: QuantizedWeight8bit [L, I, O]. layer: int32 [], which one. For kernels: to slice a layer
-    out first would copy it.
+    weight: QuantizedWeight8bit [L, I, O]. layer: int32 [], which one. For kernels and loops, to
+    which a matrix that is sliced out first would be a copy.
     """
 
     weight: Any
@@ -52,8 +54,13 @@ class StackedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the layer's matrix, [I, O]."""
+        """The shape of the one matrix, [I, O]."""
         return self.weight.shape[1:]
+
+    def picked(self) -> QuantizedWeight8bit:
+        """Return the one matrix, sliced out."""
+        pick = functools.partial(lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
+        return jax.tree.map(pick, self.weight)
 
 
 def quantize(weight: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
@@ -122,32 +129,90 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return jnp.sum(partial * scales, axis=0)
 
 
-def local_matmul(x: jax.Array, weight: Weight) -> jax.Array:
+def local_matmul(x: jax.Array, weight: Weight | StackedWeight) -> jax.Array:
     """`matmul` where both lie on one device: the same to float32's rounding, faster on a CPU.
 
-    XLA's CPU backend multiplies int8 by int8 as they are, an order faster than it converts a matrix
-    of int8 to float32 and multiplies that. So float32 x is written as a whole number of 27 bits
-    times a power of two for each row, and that number in four digits of seven bits, each an int8.
-    Their products with the weights are summed exactly: a row's result depends neither on other rows
-    nor on an order.
+    XLA's CPU backend writes a matrix of int8 out as float32 before it multiplies, an order slower
+    than it multiplies what is in its caches. So a large matrix is taken in blocks that are; or, on
+    a processor that multiplies int8 by int8, as it is (`_integer_matmul`).
     """
-    large = math.prod(weight.shape) >= LEAST_WEIGHTS
-    integers = large and x.dtype == jnp.float32 and jax.default_backend() == "cpu"
-    if not (isinstance(weight, QuantizedWeight8bit) and integers):
+    large = math.prod(weight.shape) >= LEAST_WEIGHTS and jax.default_backend() == "cpu"
+    if isinstance(weight, QuantizedWeight8bit) and large:
+        weight = StackedWeight(jax.tree.map(lambda w: w[None], weight), jnp.int32(0))
+    if not isinstance(weight, StackedWeight):
         return matmul(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _integer_matmul(rows, weight.weight, weight.scales)
+    if not large:
+        return matmul(x, weight.picked())
+    y = _cpu_matmul(x.reshape(-1, x.shape[-1]), weight)
     return y.reshape(*x.shape[:-1], -1)
 
 
+LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster in one product
+BLOCK_ROWS, BLOCK_WEIGHTS = 1024, 1 << 18  # of a block at most: 1 MiB of float32
 DIGITS, DIGIT_BITS = 4, 7
 LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
-LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster as floats
+
+
+@functools.cache
+def multiplies_int8() -> bool:
+    """Return whether this processor has AVX-512's products of int8, which XLA uses."""
+    try:
+        return "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 @jax.custom_jvp
+def _cpu_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
+    """`matmul` of x [M, I] by int8 [I, O] -> float32 [M, O], fast on a CPU."""
+    if x.dtype == jnp.float32 and multiplies_int8():
+        one = weight.picked()
+        return _integer_matmul(x, one.weight, one.scales)
+    return _blocked_matmul(x, weight)
+
+
+@_cpu_matmul.defjvp
+def _cpu_matmul_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Differentiate the product that is meant, by x: the rounding of whole numbers has no slope."""
+    x, weight = primals
+    return _cpu_matmul(x, weight), matmul(tangents[0], weight.picked())
+
+
+def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
+    """`_cpu_matmul`, block by block, each of which is converted to float32 within the caches.
+
+    In float32 whatever the dtype of x: products of bfloat16 are exact in it.
+    """
+    rows, columns = weight.shape
+    steps, scales = weight.weight.weight, weight.weight.scales
+    of_group = rows // scales.shape[1]
+    depth = next(of_group // n for n in range(-(-of_group // BLOCK_ROWS), of_group + 1)
+                 if of_group % n == 0)  # fmt: skip
+    width = min(columns, max(128, BLOCK_WEIGHTS // depth // 128 * 128))
+    deep = rows // depth
+    x = x.astype(jnp.float32)
+
+    def add(i: jax.Array, out: jax.Array) -> jax.Array:
+        row, column = i % deep * depth, i // deep * width
+        # The last columns may overlap the ones before: a slice ends where the matrix does.
+        block = lax.dynamic_slice(steps, (weight.layer, row, column), (1, depth, width))[0]
+        scale = lax.dynamic_slice(scales, (weight.layer, row // of_group, column), (1, 1, width))[0]
+        part = lax.dynamic_slice(x, (0, row), (x.shape[0], depth))
+        y = product("mi,io->mo", part, block.astype(jnp.float32)) * scale.astype(jnp.float32)
+        before = lax.dynamic_slice(out, (0, column), y.shape)
+        return lax.dynamic_update_slice(out, jnp.where(row > 0, before + y, y), (0, column))
+
+    out = jnp.zeros([x.shape[0], columns], jnp.float32)
+    return lax.fori_loop(0, deep * -(-columns // width), add, out)
+
+
 def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
-    """`matmul` of float32 x [M, I] by int8 [I, O] with scales [J, O], in integers -> [M, O]."""
+    """`_cpu_matmul` of float32 x in whole numbers.
+
+    Each row of x is a power of two times whole numbers of 27 bits, and these are four digits of
+    seven bits, each an int8. Their products with the weights are summed exactly: a row's result
+    depends neither on other rows nor on an order.
+    """
     (rows, inputs), groups = x.shape, scales.shape[0]
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     bits = DIGITS * DIGIT_BITS - 2  # the highest digit must not be full: digits have signs
@@ -172,14 +237,6 @@ def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.A
         total += y * scales[group].astype(jnp.float32)
     unit = jnp.ldexp(jnp.ones_like(largest), exponent - bits)
     return total * jnp.where(jnp.isfinite(largest), unit, jnp.nan)
-
-
-@_integer_matmul.defjvp
-def _integer_matmul_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Differentiate the product that is meant, by x: rounding has no slope."""
-    x, weight, scales = primals
-    slope = matmul(tangents[0], QuantizedWeight8bit(weight, scales))
-    return _integer_matmul(x, weight, scales), slope
 
 
 def split_groups(weight: Weight, parts: int) -> Weight:

@@ -246,16 +246,31 @@ def test_the_product_does_not_depend_on_how_the_groups_are_split():
         np.testing.assert_allclose(split, y, rtol=1e-5, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------- in whole numbers
+# ------------------------------------------------------------------------- as a CPU is fast at it
 
 
 local_matmul_jit = jax.jit(local_matmul)
 
 
-@pytest.fixture(autouse=True)
-def no_matrix_is_too_small(monkeypatch):
-    """Let local_matmul take whole numbers, whatever the size."""
+@pytest.fixture(params=["blocks", "whole numbers"])
+def form(request, monkeypatch):
+    """Let local_matmul take either form, whatever the size of a matrix and the processor."""
     monkeypatch.setattr(quantization, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(quantization, "BLOCK_WEIGHTS", 0)  # several blocks of 128 columns
+    monkeypatch.setattr(quantization, "multiplies_int8", lambda: request.param == "whole numbers")
+    local_matmul_jit.clear_cache()
+    yield request.param
+    local_matmul_jit.clear_cache()
+
+
+@pytest.fixture
+def whole_numbers(monkeypatch):
+    """Let local_matmul take whole numbers."""
+    monkeypatch.setattr(quantization, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(quantization, "multiplies_int8", lambda: True)
+    local_matmul_jit.clear_cache()
+    yield
+    local_matmul_jit.clear_cache()
 
 
 def assert_as_near_as_float32(x, weight):
@@ -271,11 +286,14 @@ def assert_as_near_as_float32(x, weight):
         assert error <= 2 * other + 1.2e-7 * size
 
 
+@pytest.mark.parametrize("columns", [24, 128, 300])  # less than a block, one, some that overlap
 @pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("lead", [(1,), (2, 3), (40,)])
-def test_whole_numbers_give_the_product_of_floats(lead, groups):
-    x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(np.float32)
-    assert_as_near_as_float32(x, random_weight((), 512, 24, groups))
+@pytest.mark.parametrize("lead", [(1,), (2, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("form")
+def test_either_form_gives_the_product(lead, groups, columns, dtype):
+    x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(dtype)
+    assert_as_near_as_float32(x, random_weight((), 512, columns, groups))
 
 
 @pytest.mark.parametrize(
@@ -290,10 +308,12 @@ def test_whole_numbers_give_the_product_of_floats(lead, groups):
     ],
     ids=["one outlier", "equal", "of all sizes", "just below a power of two", "tiny", "huge"],
 )
-def test_whole_numbers_hold_any_row(row):
+@pytest.mark.usefixtures("form")
+def test_either_form_holds_any_row(row):
     assert_as_near_as_float32(row[None].astype(np.float32), random_weight((), 512, 9, 8))
 
 
+@pytest.mark.usefixtures("whole_numbers")
 def test_whole_numbers_keep_zero_and_what_is_no_number():
     weight = random_weight((), 16, 3, 1)
     x = np.zeros((3, 16), np.float32)
@@ -302,6 +322,7 @@ def test_whole_numbers_keep_zero_and_what_is_no_number():
     assert np.all(y[0] == 0) and np.all(np.isnan(y[1:]))
 
 
+@pytest.mark.usefixtures("whole_numbers")
 def test_a_row_of_whole_numbers_does_not_depend_on_the_others():
     x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
     weight = random_weight((), 64, 10, 8)
@@ -310,8 +331,9 @@ def test_a_row_of_whole_numbers_does_not_depend_on_the_others():
         assert np.array_equal(local_matmul_jit(x[row : row + 1], weight)[0], together[row])
 
 
-def test_whole_numbers_have_the_slope_of_the_product_that_is_meant():
-    """Rounding alone has none: a gradient would silently be zero."""
+@pytest.mark.usefixtures("form")
+def test_either_form_has_the_slope_of_the_product_that_is_meant():
+    """The rounding of whole numbers has none: a gradient would silently be zero."""
     weight = random_weight((), 16, 5, 8)
     x = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)
     got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(local_matmul(x, weight)))))(x)
@@ -319,8 +341,9 @@ def test_whole_numbers_have_the_slope_of_the_product_that_is_meant():
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
-def test_weights_are_multiplied_as_the_int8_that_they_are():
-    """To write a matrix out as float32 first takes an order longer than to multiply with it."""
-    weight = random_weight((), 64, 32, 1)
+def test_a_matrix_is_never_written_out_as_float32(form):
+    """That takes a CPU an order longer than to multiply with it."""
+    weight = random_weight((), 64, 320, 1)
     text = local_matmul_jit.lower(np.ones((4, 64), np.float32), weight).as_text()
-    assert "xi8>, tensor<64x32xi8>" in text and "tensor<64x32xf32>" not in text
+    assert "tensor<64x320xf32>" not in text
+    assert ("xi8>, tensor<64x320xi8>" in text) == (form == "whole numbers")
