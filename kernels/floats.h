@@ -182,10 +182,12 @@ inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, con
       int64_t n = 0;
       for (int64_t whole = std::min(kPanel, width - c) - kLanes; n <= whole; n += kLanes) {
         Lanes scaled = Load(own + n) * Widen(scales + c + n);
+        Pin(scaled);  // rounded here, as it is where slabs are added up later
         Store(to + n, add ? Load(to + n) + scaled : scaled);
       }
       for (; n < std::min(kPanel, width - c); ++n) {
         float scaled = own[n] * FromBfloat16(scales[c + n]);
+        Pin(scaled);
         to[n] = add ? to[n] + scaled : scaled;
       }
     }

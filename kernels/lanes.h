@@ -51,14 +51,18 @@ inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>
 
 inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
 
-// Keeps lanes that are used several times in a register: GCC would read them again each time.
-inline void Pin(Lanes& lanes) {
+// Keeps a value in a register, as it is: GCC would read it from memory again each time, or round the
+// product that it is only after it has been added to something.
+template <typename Value>
+inline void Pin(Value& value) {
 #if defined(__AVX512F__)
-  __asm__("" : "+v"(lanes));
+  __asm__("" : "+v"(value));
 #elif defined(__x86_64__)
-  __asm__("" : "+x"(lanes));
+  __asm__("" : "+x"(value));
 #elif defined(__aarch64__)
-  __asm__("" : "+w"(lanes));
+  __asm__("" : "+w"(value));
+#else
+  __asm__("" : "+m"(value));
 #endif
 }
 

@@ -28,7 +28,10 @@ from quantization import QuantizedWeight8bit, matmul, product
 LAYERS = 2
 # E, I, O, J: a part of a panel of columns, less than a vector, more than one part holds even if
 # sixteen threads share them, scale groups that no depth of a tile divides, panels only.
-SIZES = [(1, 16, 16, 1), (3, 10, 7, 2), (9, 24, 4200, 8), (2, 515, 520, 5), (8, 256, 512, 1)]
+SIZES = [
+    *[(1, 16, 16, 1), (3, 10, 7, 2), (9, 24, 4200, 8), (2, 515, 520, 5), (8, 256, 512, 1)],
+    (2, 1024, 4096, 1),  # which few rows are multiplied with slab by slab, rows 4 KiB apart
+]
 
 
 def random_weight(groups, inputs, outputs, scale_groups):
@@ -49,6 +52,15 @@ def random_rows(counts, inputs, spare=0):
 multiply = jax.jit(cpu.grouped_product)
 
 
+@pytest.fixture(params=[cpu.FASTEST, cpu.DOTS, cpu.FLOATS], ids=["fastest", "dots", "floats"])
+def form(request, monkeypatch):
+    """Each way to multiply int8; a processor that does not know one takes the next."""
+    monkeypatch.setattr(cpu, "form", request.param)
+    multiply.clear_cache()
+    yield
+    multiply.clear_cache()
+
+
 def exact_product(x, weight, starts, layer):
     """Return the product in float64, zero where there is no group."""
     values = reference.dequantize(weight.weight[layer], weight.scales[layer])
@@ -67,6 +79,7 @@ def plain_product(x, weight, starts, layer):
     return y
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_each_row_is_multiplied_with_the_matrix_of_its_group(sizes):
     groups, inputs, outputs, _ = sizes
@@ -85,6 +98,7 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(sizes):
             assert error <= 2 * np.linalg.norm(plain_product(x, weight, starts, layer) - exact)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_row_has_the_same_bits_alone_and_in_company(sizes):
     groups, inputs, _, _ = sizes
@@ -97,6 +111,26 @@ def test_a_row_has_the_same_bits_alone_and_in_company(sizes):
             alone = np.array([0] * groups + [rows], np.int32)
             y = np.asarray(multiply(x[first : first + rows], weight, alone, jnp.int32(1)))
             assert np.array_equal(y, together[first : first + rows])
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_gated_product_is_that_of_two_products(sizes):
+    groups, inputs, _, _ = sizes
+    gate, value = random_weight(*sizes), random_weight(*sizes)
+    value = QuantizedWeight8bit(value.weight[:, :, ::-1].copy(), value.scales)
+    # One row alone goes slab by slab of the inputs.
+    for counts in ([1] * groups, [(5 * e + 2) % 9 for e in range(groups)]):
+        x, starts = random_rows(counts, inputs, spare=2)
+        x *= 4 / np.sqrt(inputs)
+        y = np.asarray(jax.jit(cpu.gated_product)(x, gate, value, starts, jnp.int32(1)))
+        z, other = (exact_product(x, w, starts, 1) for w in (gate, value))
+        exact = z / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) * other
+        assert np.linalg.norm(y - exact) <= 1e-6 * np.linalg.norm(exact)
+        assert np.all(y[starts[-1] :] == 0)
+        single = (multiply(x, w, starts, jnp.int32(1)) for w in (gate, value))
+        plain = jax.nn.gelu(next(single), approximate=True) * next(single)
+        np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
 
 
 TABLES = [(1, 5, 16), (3, 6, 40), (16, 203, 515), (17, 1, 9), (33, 600, 528)]  # M, V, D
