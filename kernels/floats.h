@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kFloatSums = 64 * 1024;  // of a part: they stay in the second-level cache
 constexpr int64_t kSlabs = 4, kSlab = 128;  // of a matrix at least; inputs of one at least
-constexpr int64_t kDepth = 64;  // inputs that are taken at a time of a panel that is converted first
+constexpr int64_t kPanelDepth = 64;  // inputs that are taken at a time of a panel that is converted first
 
 // How the inputs of a matrix are cut into slabs, each within a scale group. A sum of a slab is added
 // to that of the slabs before it, however rows, columns and slabs are shared out.
@@ -108,7 +108,7 @@ inline void AddPanel(const float* packed, int64_t rows, const int8_t* weight, in
     kTiles<int8_t>[rows - 1](packed, weight, stride, depth, sums);
     return;
   }
-  alignas(kLine) float panel[kDepth * kPanel];
+  alignas(kLine) float panel[kPanelDepth * kPanel];
   for (int64_t i = 0; i < depth; ++i) {
     for (int64_t c = 0; c < kPanel; c += kLanes) {
       Store(panel + i * kPanel + c, Widen(weight + i * stride + c));
@@ -138,7 +138,7 @@ inline void AddNarrow(const float* packed, int64_t rows, const int8_t* weight, i
 // How many inputs are taken at a time. Few rows read a line of weights several times, in which lines
 // that lie 4 KiB apart would push each other out of the first-level cache if there were more.
 inline int64_t DepthOf(int64_t rows, int64_t stride) {
-  if (rows > kTile) return std::min(4 * rows, kDepth);
+  if (rows > kTile) return std::min(4 * rows, kPanelDepth);
   return stride % 4096 == 0 ? 8 : 16;
 }
 
@@ -151,7 +151,7 @@ inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, con
   int64_t stride = matrix.outputs, panels = (width + kPanel - 1) / kPanel;
   float* sums = static_cast<float*>(memory.AtLeast(panels * rows * kPanel * sizeof(float)));
   std::fill_n(sums, panels * rows * kPanel, 0.0f);
-  alignas(kLine) float packed[kRows * kDepth];
+  alignas(kLine) float packed[kRows * kPanelDepth];
   int64_t most = DepthOf(rows, stride), end = slabs.Begin(slab + 1);
   for (int64_t i = slabs.Begin(slab), depth; i < end; i += depth) {
     depth = std::min(most, end - i);

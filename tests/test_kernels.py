@@ -267,6 +267,17 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
         assert np.linalg.norm(y - exact) <= 4e-7 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of this kind")
+@pytest.mark.parametrize("processor", ["skylake-avx512", "icelake-server", "sapphirerapids"])
+def test_newer_processors_have_forms_that_compile(processor, tmp_path, monkeypatch):
+    """With AVX-512, with its products of int8, and with AMX: whatever runs the tests."""
+    flags = [flag for flag in cpu.FLAGS if not flag.startswith("-march")]
+    monkeypatch.setattr(cpu, "FLAGS", [*flags, f"-march={processor}"])
+    cpu._compile(cpu._compiler(), tmp_path / "cpu.so")
+    assert (tmp_path / "cpu.so").stat().st_size > 0
+
+
 # ------------------------------------------------------------------------ what compiles, and where
 
 
