@@ -123,7 +123,8 @@ class Rows {
     Slabs slabs(stack.Of(0));
     std::vector<Task> tasks, sums;
     ShareOut(slabs, second ? 2 : 1, &tasks, &sums);
-    auto* partial = static_cast<float*>(partials_.AtLeast(partial_rows_ * outputs_ * sizeof(float)));
+    void* memory = partials_.AtLeast(partial_rows_ * outputs_ * sizeof(float));
+    auto* partial = static_cast<float*>(memory);
     ForEach(pool_, tasks.size(), [&](int64_t t) {
       const Task& task = tasks[t];
       if (task.slab >= 0) {
@@ -134,7 +135,9 @@ class Rows {
       }
     });
     if (sums.empty()) return;
-    ForEach(pool_, sums.size(), [&](int64_t t) { AddSlabs(sums[t], slabs, second, partial, y, finish); });
+    ForEach(pool_, sums.size(), [&](int64_t t) {
+      AddSlabs(sums[t], slabs, second, partial, y, finish);
+    });
   }
 
  private:
@@ -433,8 +436,9 @@ void MultiplyEntries(const float* x, int64_t rows, const Element* table, int64_t
   int64_t whole = width - width % kLanes;
   for (int64_t d = 0; d < whole; d += kPart) {
     for (int64_t r = 0; r < rows; r += kTableTile) {
-      add[std::min(kTableTile, rows - r) - 1](x + r * width, entry, width, d, std::min(d + kPart, whole),
-                                        ahead && r == 0, sums + r);
+      add[std::min(kTableTile, rows - r) - 1](x + r * width, entry, width, d,
+                                              std::min(d + kPart, whole), ahead && r == 0,
+                                              sums + r);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kFloatSums = 64 * 1024;  // of a part: they stay in the second-level cache
 constexpr int64_t kSlabs = 4, kSlab = 128;  // of a matrix at least; inputs of one at least
-constexpr int64_t kPanelDepth = 64;  // inputs that are taken at a time of a panel that is converted first
+constexpr int64_t kPanelDepth = 64;  // inputs, at most, that are taken at a time
 
 // How the inputs of a matrix are cut into slabs, each within a scale group. A sum of a slab is added
 // to that of the slabs before it, however rows, columns and slabs are shared out.
