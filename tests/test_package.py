@@ -26,3 +26,11 @@ def test_installed_modules_import_only_installed_ones() -> None:
         } | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         # `python checkpoint.py` is a command, which starts where the repository is.
         assert imported & ours <= installed | {"conversion"}, path.name
+
+
+def test_all_that_the_kernels_are_compiled_from_is_installed() -> None:
+    """Without the headers an installed package ran without kernels."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = ["*.py", *project["tool"]["setuptools"]["package-data"]["kernels"]]
+    files = {path for path in (ROOT / "kernels").iterdir() if path.is_file()}
+    assert files == {path for pattern in patterns for path in (ROOT / "kernels").glob(pattern)}
