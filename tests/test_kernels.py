@@ -52,7 +52,10 @@ def random_rows(counts, inputs, spare=0):
 multiply = jax.jit(cpu.grouped_product)
 
 
-@pytest.fixture(params=[cpu.FASTEST, cpu.DOTS, cpu.FLOATS], ids=["fastest", "dots", "floats"])
+FORMS = cpu.FASTEST, cpu.FLOATS, pytest.param(cpu.DOTS, marks=pytest.mark.exhaustive)
+
+
+@pytest.fixture(params=FORMS, ids=["fastest", "floats", "dots"])
 def form(request, monkeypatch):
     """Each way to multiply int8; a processor that does not know one takes the next."""
     monkeypatch.setattr(cpu, "form", request.param)

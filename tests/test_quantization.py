@@ -286,7 +286,7 @@ def assert_as_near_as_float32(x, weight):
         assert error <= 2 * other + 1.2e-7 * size
 
 
-@pytest.mark.parametrize("columns", [24, 128, 300])  # less than a block, one, some that overlap
+@pytest.mark.parametrize("columns", [24, 300])  # less than a block, several that overlap
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("lead", [(1,), (2, 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
