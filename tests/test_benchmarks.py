@@ -129,7 +129,8 @@ def test_speed_is_measured_saved_and_compared(config: str, tmp_path: pathlib.Pat
     assert found["decode"]["1"]["seconds"].keys() == forms
     assert found["decode"]["1"]["experts"] == 2 * (4 if config == "demo" else 1)
     shares = [v for k, v in found["figures"].items() if k.endswith((" / floor", " rate"))]
-    assert len(shares) == 2 * len(forms) and all(0 < share < 1.5 for share in shares)
+    # More than one: XLA multiplies bfloat16 slowly on some CPUs, and its rate is the measure.
+    assert len(shares) == 2 * len(forms) and all(0 < share < 3 for share in shares)
     assert ("decode 1: kernels, of eight, tokens/s" in found["figures"]) == (config != "demo")
     assert json.loads(file.read_text()) == found
     speed.compare({**found, "figures": {"compile decode 1: plain s": 1.0}}, str(file))
