@@ -186,8 +186,8 @@ def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
     rows, columns = weight.shape
     steps, scales = weight.weight.weight, weight.weight.scales
     of_group = rows // scales.shape[1]
-    depth = next(of_group // n for n in range(-(-of_group // BLOCK_ROWS), of_group + 1)
-                 if of_group % n == 0)  # fmt: skip
+    even = [n for n in range(BLOCK_ROWS // 8, BLOCK_ROWS + 1) if of_group % n == 0]
+    depth = max(even, default=of_group)  # a width without such divisors is taken whole
     width = min(columns, max(128, BLOCK_WEIGHTS // depth // 128 * 128))
     deep = rows // depth
     x = x.astype(jnp.float32)
