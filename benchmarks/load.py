@@ -29,25 +29,6 @@ MOST_TIMES = 2.0
 MIB = 1 << 20
 
 
-def make_config() -> Any:
-    """Return a Grok-1 of a quarter of its width and 4 layers: 1.4 GB."""
-    from model import LanguageModelConfig, TransformerConfig
-
-    return LanguageModelConfig(
-        vocab_size=32768,
-        model=TransformerConfig(
-            emb_size=1536,
-            widening_factor=8,
-            key_size=64,
-            num_q_heads=24,
-            num_kv_heads=8,
-            num_layers=4,
-            num_experts=8,
-            num_selected_experts=2,
-        ),
-    )
-
-
 def write_checkpoint(directory: Path, config: Any) -> None:
     """Save random parameters."""
     import jax
@@ -164,11 +145,12 @@ def main() -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
     import loading
+    from random_models import quarter
     from sharding import make_mesh
 
     if options.through_buffers:
         loading._on_host = lambda devices: not devices
-    config = make_config()
+    config = quarter()
     try:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             write_checkpoint(Path(folder), config)

@@ -8,8 +8,8 @@ turns.
 
 quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model that comes along.
 grok-1-rank: exactly what one of eight devices holds and computes of the full model, 39.8 GB made on
-the device, to which the two all-reduces a layer are added as `exchange_seconds` models them; with
-`--layers` a part of it, to try the command elsewhere.
+the device, to which the two all-reduces a layer are added as `limits.exchange_seconds` models them;
+with `--layers` a part of it, to try the command elsewhere.
 
 The floor of a step is the larger of the bytes that it must read (the chosen experts, the
 attention's weights, the filled cache, the output table, all as stored) over the bandwidth, and its
@@ -28,12 +28,11 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -46,9 +45,16 @@ import numpy as np  # noqa: E402
 import baseline  # noqa: E402
 import compile_cache  # noqa: E402
 from commandline import Parser, number, say  # noqa: E402
-from loading import aligned_empty  # noqa: E402
-from model import LanguageModelConfig, TransformerConfig  # noqa: E402
-from quantization import QuantizedWeight8bit  # noqa: E402
+from limits import (  # noqa: E402
+    Limits,
+    Machine,
+    Work,
+    decode_work,
+    exchange_seconds,
+    prefill_operations,
+)
+from model import LanguageModelConfig  # noqa: E402
+from random_models import grok_1_rank, quarter, random_params  # noqa: E402
 from request import Answering, Request  # noqa: E402
 from runner import has_kernels, load_server, read_model_config, with_settings  # noqa: E402
 from serving import Serving  # noqa: E402
@@ -62,7 +68,6 @@ from steps import (  # noqa: E402
     new_state,
     prefill,
     start,
-    stored_shapes,
 )
 
 CONFIGS = "quarter", "demo", "grok-1-rank"
@@ -70,9 +75,6 @@ FORMS = "baseline", "plain", "kernels"
 BATCHES = 1, 4, 16
 PROMPTS = 16, 128, 1024
 PROMPT = 128  # tokens that are in the cache when decoding begins
-RANKS = 8
-ALL_REDUCE_S = 10e-6  # what a small all-reduce among eight GPUs takes, and
-LINK_BYTES_S = 450e9  # how much a GPU sends in a second: NVLink of an H100
 # What the figures of `quarter` must be, with --check.
 LIMITS = {
     "decode 1: plain / baseline": 6.0,
@@ -87,48 +89,6 @@ LIMITS = {
 # ------------------------------------------------------------------------------------- the models
 
 
-def quarter() -> LanguageModelConfig:
-    """Return a Grok-1 of a quarter of its width and 4 layers."""
-    return LanguageModelConfig(
-        vocab_size=32768,
-        sequence_len=2048,
-        output_multiplier_scale=0.5773502691896257,
-        embedding_multiplier_scale=39.19183588453085,
-        model=TransformerConfig(
-            emb_size=1536,
-            widening_factor=8,
-            key_size=64,
-            num_q_heads=24,
-            num_kv_heads=8,
-            num_layers=4,
-            attn_output_multiplier=0.125,
-            num_experts=8,
-            num_selected_experts=2,
-        ),
-    )
-
-
-def grok_1_rank(layers: int) -> LanguageModelConfig:
-    """Return what one of eight devices computes of Grok-1: its heads, columns and vocabulary."""
-    return LanguageModelConfig(
-        vocab_size=128 * 1024 // RANKS,
-        sequence_len=8192,
-        output_multiplier_scale=0.5773502691896257,
-        embedding_multiplier_scale=78.38367176906169,
-        model=TransformerConfig(
-            emb_size=48 * 128,
-            widening_factor=8 / RANKS,
-            key_size=128,
-            num_q_heads=48 // RANKS,
-            num_kv_heads=8 // RANKS,
-            num_layers=layers,
-            attn_output_multiplier=0.08838834764831845,
-            num_experts=8,
-            num_selected_experts=2,
-        ),
-    )
-
-
 def make_config(options: argparse.Namespace) -> LanguageModelConfig:
     """Return the configuration that is asked for, in the dtype that this platform runs it in."""
     if options.config == "demo":
@@ -140,188 +100,11 @@ def make_config(options: argparse.Namespace) -> LanguageModelConfig:
 
 
 def make_params(options: argparse.Namespace, config: LanguageModelConfig) -> Any:
-    """Return the demo's parameters, or random ones as they would lie on the device."""
+    """Return the demo's parameters, or random ones."""
     if options.config == "demo":
         dtype = jnp.dtype(config.fprop_dtype).name
-        server = load_server(ROOT / "checkpoints/demo", dtype=dtype, kernels=False)
-        return server.params
-    on_cpu = jax.default_backend() == "cpu"
-    draw = _draw_on_host if on_cpu else _draw_on_device
-
-    def leaf(path: Any, shape: Any) -> Any:
-        if isinstance(shape, QuantizedWeight8bit):
-            # Of uniform steps: their deviation is 74.
-            scale = 1 / (74 * math.sqrt(shape.shape[-2]))
-            groups = 1 if options.config == "grok-1-rank" else shape.scales.shape[-2]
-            scales = (*shape.scales.shape[:-2], groups, shape.scales.shape[-1])
-            return QuantizedWeight8bit(
-                draw(shape.weight.shape, shape.weight.dtype, path),
-                jnp.full(scales, scale, jnp.bfloat16),
-            )
-        if len(shape.shape) < 2 or "scale" in str(path):
-            return jnp.ones(shape.shape, shape.dtype)
-        # The router's rows are contracted, the table's columns.
-        width = shape.shape[-1] if "embeddings" in str(path) else shape.shape[-2]
-        steps = draw(shape.shape, jnp.dtype(jnp.int8), path)
-        scaled = jax.jit(lambda x: (x / (74 * math.sqrt(width))).astype(shape.dtype))(steps)
-        return _as_loaded(scaled) if on_cpu else scaled
-
-    return jax.tree_util.tree_map_with_path(
-        leaf, stored_shapes(config), is_leaf=lambda x: isinstance(x, QuantizedWeight8bit)
-    )
-
-
-def _as_loaded(array: Any) -> jax.Array:
-    """Return an array in memory as that of a loaded checkpoint lies in."""
-    memory = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
-    memory[...] = array
-    return jax.device_put(memory)
-
-
-def _draw_on_host(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
-    rng = np.random.default_rng(sum(str(path).encode()))
-    memory = aligned_empty(math.prod(shape) * dtype.itemsize)
-    piece = 1 << 24
-    for begin in range(0, len(memory), piece):
-        part = memory[begin : begin + piece]
-        part[...] = np.frombuffer(rng.bytes(len(part)), np.uint8)
-    return jax.device_put(memory.view(dtype).reshape(shape))
-
-
-def _draw_on_device(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
-    """Draw int8 on the device, a part of the first axis at a time: in place, without a copy."""
-
-    def fill(i: jax.Array, array: jax.Array) -> jax.Array:
-        bits = jax.random.bits(jax.random.fold_in(key, i), shape[1:], jnp.uint8)
-        part = jax.lax.bitcast_convert_type(bits, jnp.int8)
-        return jax.lax.dynamic_update_index_in_dim(array, part, i, 0)
-
-    key = jax.random.key(sum(str(path).encode()), impl="rbg")
-    return jax.jit(lambda: jax.lax.fori_loop(0, shape[0], fill, jnp.zeros(shape, dtype)))()
-
-
-# --------------------------------------------------------------------------- what a machine allows
-
-
-class Limits(NamedTuple):
-    """Bytes read in a second, and operations made."""
-
-    bandwidth: float
-    rate: float
-
-
-class Machine:
-    """What this device reads and multiplies at best.
-
-    Measured in turns with what is compared to it: what else runs here slows both down, or neither.
-    """
-
-    def __init__(self, config: LanguageModelConfig):
-        dtype = config.fprop_dtype
-        precision = "highest" if dtype == jnp.float32 else None
-        self._multiply = jax.jit(functools.partial(jnp.dot, precision=precision))
-        self._on_cpu = jax.default_backend() == "cpu"
-        rows, inputs, outputs = (128, 1536, 8192) if self._on_cpu else (4096, 6144, 8192)
-        self._product = jnp.ones([rows, inputs], dtype), jnp.ones([inputs, outputs], dtype)
-        self._operations = 2 * rows * inputs * outputs
-        if self._on_cpu:
-            self._row = jnp.ones([1, 8192], dtype)
-            self._matrix = _as_loaded(np.ones([8192, 8192], np.float32))
-            threads = len(os.sched_getaffinity(0))
-            self._numbers = np.array_split(np.ones(1 << 25, np.int64), threads)  # 256 MiB
-        else:
-            self._array = jnp.zeros([1 << 30], jnp.int32)  # 4 GiB
-            self._read = jax.jit(lambda x: jnp.max(x))
-        self.limits()  # compiles
-
-    def limits(self) -> Limits:
-        """Measure both, for some tenths of a second."""
-        product = median(_times(lambda: self._multiply(*self._product).block_until_ready()))
-        return Limits(self._bandwidth(), self._operations / product)
-
-    def _bandwidth(self) -> float:
-        """Return the bytes that are read in a second: the best of several ways and tries."""
-        if not self._on_cpu:
-            read = min(_times(lambda: self._read(self._array).block_until_ready()))
-            return self._array.nbytes / read
-        by_product = min(
-            _times(lambda: self._multiply(self._row, self._matrix).block_until_ready())
-        )
-        size = sum(part.nbytes for part in self._numbers)
-        return max(size / min(_times(self._add_up)), self._matrix.nbytes / by_product)
-
-    def _add_up(self) -> None:
-        workers = [threading.Thread(target=part.sum) for part in self._numbers]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-
-
-def _times(function: Callable[[], Any], tries: int = 5) -> list[float]:
-    seconds = []
-    for _ in range(tries):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a step must do: bytes that it reads at least, and operations."""
-
-    bytes: float
-    operations: float
-
-    def floor(self, limits: Limits) -> float:
-        """Return the least seconds that it can take."""
-        return max(self.bytes / limits.bandwidth, self.operations / limits.rate)
-
-
-def decode_work(
-    config: LanguageModelConfig, params: Any, batch: int, filled: float, experts: float
-) -> Work:
-    """Return the work of a decode step; experts: how many of all layers' the batch chooses."""
-    model = config.model
-    each = model.num_layers * model.num_experts
-    mixture = sum(_bytes(p) for name, p in params.items() if "/moe/" in name)
-    attention = sum(_bytes(p) for name, p in params.items() if "multi_head" in name)
-    table = params["language_model/in_out_embed"]["embeddings"]
-    position = model.num_layers * 2 * model.num_kv_heads * model.key_size
-    cache = batch * filled * position * jnp.dtype(config.fprop_dtype).itemsize
-    scores = 4 * filled * model.num_layers * model.num_q_heads * model.key_size
-    operations = batch * (2 * _matrices(config) + 2 * math.prod(table.shape) + scores)
-    return Work(mixture * experts / each + attention + _bytes(table) + cache, operations)
-
-
-def prefill_operations(config: LanguageModelConfig, tokens: int) -> float:
-    """Return the useful operations of reading a prompt: logits only after the last token."""
-    model = config.model
-    scores = 2 * tokens * tokens * model.num_layers * model.num_q_heads * model.key_size
-    return 2 * tokens * _matrices(config) + scores + 2 * config.vocab_size * model.emb_size
-
-
-def _matrices(config: LanguageModelConfig) -> float:
-    """Return the weights that one token is multiplied with, without the output table."""
-    model = config.model
-    heads = 2 * model.num_q_heads + 2 * model.num_kv_heads
-    chosen = 3 * model.num_selected_experts * model.ffn_size
-    return model.num_layers * model.emb_size * (heads * model.key_size + chosen)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def exchange_seconds(config: LanguageModelConfig, tokens: int) -> float:
-    """Return what two all-reduces a layer among eight devices would take: a model, not measured.
-
-    Each is ALL_REDUCE_S, and float32 [tokens, D] sent 2 (n - 1) / n times at LINK_BYTES_S (a ring's
-    traffic).
-    """
-    sent = 2 * (RANKS - 1) / RANKS * tokens * config.model.emb_size * 4
-    return 2 * config.model.num_layers * (ALL_REDUCE_S + sent / LINK_BYTES_S)
+        return load_server(ROOT / "checkpoints/demo", dtype=dtype, kernels=False).params
+    return random_params(config, groups=1 if options.config == "grok-1-rank" else None)
 
 
 # --------------------------------------------------------------------------------- what is measured

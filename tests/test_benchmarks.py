@@ -15,6 +15,8 @@ import pytest
 
 import baseline
 import golden
+import limits
+import random_models
 import speed
 from model import grok_1
 from steps import MOST_TOKENS, apply_model, stored_shapes
@@ -80,7 +82,7 @@ def test_the_host_takes_little_of_a_step() -> None:
 
 
 def test_the_rank_is_an_eighth_of_the_model_and_reads_what_it_must() -> None:
-    whole, rank = grok_1(), speed.grok_1_rank(64)
+    whole, rank = grok_1(), random_models.grok_1_rank(64)
     shapes = stored_shapes(rank)
     assert sum(w.size for w in jax.tree.leaves(shapes) if w.dtype == jnp.int8) == 39_359_348_736
     for name in ("num_q_heads", "num_kv_heads", "ffn_size"):
@@ -90,7 +92,7 @@ def test_the_rank_is_an_eighth_of_the_model_and_reads_what_it_must() -> None:
         assert getattr(rank.model, name) == getattr(whole.model, name)
     # Two of eight experts in each layer, the attention's weights and the table: 10.9 GB with the
     # cache of 8,192 positions.
-    work = speed.decode_work(rank, shapes, batch=1, filled=8192, experts=128)
+    work = limits.decode_work(rank, shapes, batch=1, filled=8192, experts=128)
     assert 10.8e9 < work.bytes < 11.0e9
     # Twice the 84 billion parameters of a token, an eighth of them here.
     assert 2 * 84e9 / 8 < work.operations < 2 * 84e9 / 8 * 1.1

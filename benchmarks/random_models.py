@@ -1,0 +1,117 @@
+"""The models that are measured without a checkpoint, and random parameters for them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loading import aligned_empty
+from model import LanguageModelConfig, TransformerConfig
+from quantization import QuantizedWeight8bit
+from steps import stored_shapes
+
+RANKS = 8  # of the full model's mesh
+
+
+def quarter() -> LanguageModelConfig:
+    """Return a Grok-1 of a quarter of its width and 4 layers."""
+    return LanguageModelConfig(
+        vocab_size=32768,
+        sequence_len=2048,
+        output_multiplier_scale=0.5773502691896257,
+        embedding_multiplier_scale=39.19183588453085,
+        model=TransformerConfig(
+            emb_size=1536,
+            widening_factor=8,
+            key_size=64,
+            num_q_heads=24,
+            num_kv_heads=8,
+            num_layers=4,
+            attn_output_multiplier=0.125,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def grok_1_rank(layers: int) -> LanguageModelConfig:
+    """Return what one of eight devices computes of Grok-1: its heads, columns and vocabulary."""
+    return LanguageModelConfig(
+        vocab_size=128 * 1024 // RANKS,
+        sequence_len=8192,
+        output_multiplier_scale=0.5773502691896257,
+        embedding_multiplier_scale=78.38367176906169,
+        model=TransformerConfig(
+            emb_size=48 * 128,
+            widening_factor=8 / RANKS,
+            key_size=128,
+            num_q_heads=48 // RANKS,
+            num_kv_heads=8 // RANKS,
+            num_layers=layers,
+            attn_output_multiplier=0.08838834764831845,
+            num_experts=8,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any:
+    """Return random int8 parameters as they would lie on the device, made in place.
+
+    groups: of each matrix' scales, if not as released: a rank of eight has one.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    draw = _draw_on_host if on_cpu else _draw_on_device
+
+    def leaf(path: Any, shape: Any) -> Any:
+        if isinstance(shape, QuantizedWeight8bit):
+            # Of uniform steps: their deviation is 74.
+            scale = 1 / (74 * math.sqrt(shape.shape[-2]))
+            own = groups or shape.scales.shape[-2]
+            scales = (*shape.scales.shape[:-2], own, shape.scales.shape[-1])
+            return QuantizedWeight8bit(
+                draw(shape.weight.shape, shape.weight.dtype, path),
+                jnp.full(scales, scale, jnp.bfloat16),
+            )
+        if len(shape.shape) < 2 or "scale" in str(path):
+            return jnp.ones(shape.shape, shape.dtype)
+        # The router's rows are contracted, the table's columns.
+        width = shape.shape[-1] if "embeddings" in str(path) else shape.shape[-2]
+        steps = draw(shape.shape, jnp.dtype(jnp.int8), path)
+        scaled = jax.jit(lambda x: (x / (74 * math.sqrt(width))).astype(shape.dtype))(steps)
+        return as_loaded(scaled) if on_cpu else scaled
+
+    return jax.tree_util.tree_map_with_path(
+        leaf, stored_shapes(config), is_leaf=lambda x: isinstance(x, QuantizedWeight8bit)
+    )
+
+
+def as_loaded(array: Any) -> jax.Array:
+    """Return an array in memory as that of a loaded checkpoint lies in."""
+    memory = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return jax.device_put(memory)
+
+
+def _draw_on_host(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
+    rng = np.random.default_rng(sum(str(path).encode()))
+    memory = aligned_empty(math.prod(shape) * dtype.itemsize)
+    piece = 1 << 24
+    for begin in range(0, len(memory), piece):
+        part = memory[begin : begin + piece]
+        part[...] = np.frombuffer(rng.bytes(len(part)), np.uint8)
+    return jax.device_put(memory.view(dtype).reshape(shape))
+
+
+def _draw_on_device(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
+    """Draw int8 on the device, a part of the first axis at a time: in place, without a copy."""
+
+    def fill(i: jax.Array, array: jax.Array) -> jax.Array:
+        bits = jax.random.bits(jax.random.fold_in(key, i), shape[1:], jnp.uint8)
+        part = jax.lax.bitcast_convert_type(bits, jnp.int8)
+        return jax.lax.dynamic_update_index_in_dim(array, part, i, 0)
+
+    key = jax.random.key(sum(str(path).encode()), impl="rbg")
+    return jax.jit(lambda: jax.lax.fori_loop(0, shape[0], fill, jnp.zeros(shape, dtype)))()
