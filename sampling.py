@@ -206,14 +206,13 @@ def sample_token(rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSetting
     filtered = jnp.where(greedy[:, None] & others, -jnp.inf, filtered)
     filtered = _filtered(filtered, settings, temperature, settings.active & ~greedy)
 
-    probs = _probabilities(filtered, temperature)
-    token_id = _draw(rngs, filtered, temperature)
     _, top_ids = lax.top_k(filtered, min(TOP_K, logits.shape[-1]))
+    token_id, probs = _draw(rngs, filtered, temperature, top_ids)
     output = SampleOutput(
         token_id=token_id,
-        prob=jnp.take_along_axis(probs, token_id, axis=-1),
+        prob=probs[:, :1],
         top_k_token_ids=top_ids.astype(jnp.int32),
-        top_k_probs=jnp.take_along_axis(probs, top_ids, axis=-1),
+        top_k_probs=probs[:, 1:],
         logprob=log_probabilities(logits, token_id),
     )
     if settings.top_logprobs is not None:
@@ -277,15 +276,13 @@ def _weights(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     return jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None])
 
 
-def _probabilities(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Softmax of logits [B, V] at a temperature [B], summed in float64 and returned as float32."""
-    with jax.enable_x64(True):
-        weights = _weights(logits, temperature)
-        return (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(jnp.float32)
+def _draw(
+    rngs: jax.Array, logits: jax.Array, temperature: jax.Array, others: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draw a token of each row of logits [B, V] by its probability at a temperature [B].
 
-
-def _draw(rngs: jax.Array, logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Draw a token of each row of logits [B, V] by its probability -> int32 [B, 1].
+    Returns int32 [B, 1], and float32 [B, 1 + n], the probabilities of that token and of `others`
+    int [B, n].
 
     One number a sequence is drawn, and looked up among the running sums of the weights: a number a
     token, as the Gumbel trick takes, costs a CPU several times as much in a full vocabulary.
@@ -298,13 +295,16 @@ def _draw(rngs: jax.Array, logits: jax.Array, temperature: jax.Array) -> jax.Arr
         weights = jnp.pad(weights, ((0, 0), (0, size * size - vocabulary)))
         blocks = weights.reshape(batch, size, size)
         sums = jnp.sum(blocks, axis=-1)
+        total = jnp.sum(sums, axis=-1, keepdims=True)
         high, low = jnp.split(bits.astype(jnp.float64), 2, axis=-1)
         uniform = (high + low * 2.0**-32) * 2.0**-32  # in [0, 1]
-        point = uniform * jnp.sum(sums, axis=-1, keepdims=True)
-        block, point = _locate(sums, point)
+        block, point = _locate(sums, uniform * total)
         inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
         token, _ = _locate(inside, point)
-        return (block * size + token).astype(jnp.int32)
+        token_id = (block * size + token).astype(jnp.int32)
+        reported = jnp.concatenate([token_id, others.astype(jnp.int32)], axis=-1)
+        probs = jnp.take_along_axis(weights, reported, axis=-1) / total
+        return token_id, probs.astype(jnp.float32)
 
 
 def _locate(weights: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]:
