@@ -54,8 +54,8 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
 constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
 
-// How rows are multiplied with int8 matrices: as whole numbers by what is fastest, or by dot
-// products only, or as floats. A processor that does not know one takes the next.
+// How rows are multiplied with int8 matrices: by what is fastest (whole numbers where there is AMX,
+// else floats), as whole numbers by dot products only, where they are known, or as floats.
 enum Form : int32_t { kFastest = 0, kDots = 1, kFloats = 2 };
 
 // int8 [E, I, O] and bfloat16 [E, J, O]: the matrices of one layer.
@@ -108,11 +108,11 @@ class Rows {
       runs_.push_back({e, start[e], count, tiles});
       tiles += (count + kTokens - 1) / kTokens;
     }
-#ifdef KERNELS_INTEGERS
-    if (form != kFloats) WriteDigits(tiles, stack.groups);
-#endif
 #ifdef KERNELS_AMX
-    by_tiles_ = digits_ && form == kFastest && HasTiles();
+    by_tiles_ = form == kFastest && HasTiles();
+#endif
+#ifdef KERNELS_INTEGERS
+    if (by_tiles_ || form == kDots) WriteDigits(tiles, stack.groups);
 #endif
   }
 

@@ -1,5 +1,5 @@
-// Products of float32 rows with int8 matrices in float32: the form for processors that do not
-// multiply int8 four at a time. Each weight is converted in registers.
+// Products of float32 rows with int8 matrices in float32: the form for processors without AMX.
+// Each weight is converted in registers.
 
 #ifndef KERNELS_FLOATS_H_
 #define KERNELS_FLOATS_H_
