@@ -1,4 +1,4 @@
-"""The mixture of experts as pure functions: the obvious form, and two that pay only their share.
+"""The mixture of experts as pure functions: the obvious form, and those that pay only their share.
 
 Dimension letters: `M` tokens, `D` model width, `F` expert hidden width, `E` experts, `A` experts
 used per token, `R` rows of a block, `L` layers.
@@ -20,6 +20,7 @@ from quantization import QuantizedWeight8bit, StackedWeight, local_matmul, matmu
 
 Params = Mapping[str, Mapping[str, Any]]
 SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
+SIZES = 4, 8, 16, 24, 32, 40, 48, 64, 96, 128  # rows that an expert is compiled for
 
 
 def expert(
@@ -130,32 +131,29 @@ def chosen_experts(
     num_experts: int,
     *,
     layer: jax.Array | None = None,
+    one_sequence: bool = False,
     differentiable: bool = False,
 ) -> jax.Array:
     """The mixture, computing only the chosen experts; equal to `all_experts`.
 
-    Arguments as there. The matrices of one (layer, expert) at a time are sliced out, inside the
-    loop; of two, if they are small: a CPU's cores then take one each, where one matrix would not
-    keep them busy. differentiable: loop over a static number of blocks, each with its own copy of
-    its expert's matrices, and skip the empty ones: a loop with a dynamic bound has no reverse mode.
+    Arguments as there. The loop is over blocks of rows of one expert, whose matrices are sliced out
+    inside it. Two blocks go at a time if experts are small: a CPU's cores then take one each, where
+    one matrix would not keep them busy.
+
+    one_sequence: no token is another sequence's. Then large experts go by `by_size`, where rounding
+    depends on how many tokens choose an expert. differentiable: loop over a static number of
+    blocks, each with its own copy of its expert's matrices, and skip the empty ones: a loop with a
+    dynamic bound has no reverse mode.
     """
     elements = sum(math.prod(module["w"].shape[-2:]) for module in params.values())
-    together = 2 if elements * x.dtype.itemsize <= SMALL_EXPERT and not differentiable else 1
+    small = elements * x.dtype.itemsize <= SMALL_EXPERT
+    if one_sequence and not small and not differentiable:
+        return by_size(params, x, gates, index, num_experts, layer)
+    together = 2 if small and not differentiable else 1
     blocks = sort_by_expert(index, num_experts, together)
     most, rows = blocks.row_token.shape
     padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
     x_blocks = padded[blocks.row_token]  # [blocks, R, D]
-
-    def weights_of(e: jax.Array, params: Any = params) -> Any:
-        where = (e,) if layer is None else (layer, e)
-
-        def pick(w: jax.Array) -> jax.Array:
-            start = (*where, *(0,) * (w.ndim - len(where)))
-            size = (*(1,) * len(where), *w.shape[len(where) :])
-            return lax.dynamic_slice(w, start, size).reshape(w.shape[len(where) :])
-
-        return jax.tree.map(pick, params)
-
     if differentiable:
 
         def block(used: jax.Array, inputs: tuple[jax.Array, jax.Array, Params]) -> Any:
@@ -163,27 +161,15 @@ def chosen_experts(
             zeros = jnp.zeros(x_block.shape, jnp.float32)
             return used, lax.cond(b < used, expert, lambda *_: zeros, own, x_block)
 
-        own = jax.vmap(weights_of)(blocks.block_expert)
+        own = jax.vmap(lambda e: _sliced(params, e, layer))(blocks.block_expert)
         # Recomputed in the backward pass: what `cond` would store includes each block's weights.
         _, out = lax.scan(jax.checkpoint(block), blocks.used, (jnp.arange(most), x_blocks, own))
     else:
 
-        def where_it_lies(module: Mapping[str, Any], e: jax.Array) -> Mapping[str, Any]:
-            stack = module["w"]
-            if not isinstance(stack, QuantizedWeight8bit):
-                return weights_of(e, module)
-            index = e if layer is None else layer * num_experts + e
-            flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[-2:]), stack)
-            return {"w": StackedWeight(flat, index)}
-
         def body(i: jax.Array, out: jax.Array) -> jax.Array:
             first = i * together
             y = [
-                expert(
-                    {name: where_it_lies(m, blocks.block_expert[b]) for name, m in params.items()},
-                    x_blocks[b],
-                    local_matmul,
-                )
+                _one_expert(params, blocks.block_expert[b], layer, x_blocks[b])
                 for b in (first + j for j in range(together))
             ]
             return lax.dynamic_update_slice_in_dim(out, jnp.stack(y), first, 0)
@@ -193,6 +179,100 @@ def chosen_experts(
     out = out.reshape(most * rows, -1)
     copies = out.at[blocks.copy_row].get(mode="fill", fill_value=0)  # [M, A, D]
     return jnp.sum(copies * gates[..., None], axis=1)
+
+
+def by_size(
+    params: Params,
+    x: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
+    num_experts: int,
+    layer: jax.Array | None = None,
+) -> jax.Array:
+    """`chosen_experts`, each expert's rows together, up to the next of the sizes that are compiled.
+
+    So its matrices are read and converted once, and few rows are multiplied that nobody asked for.
+    Rounding may depend on the size: with several sequences, one's would on the others.
+    """
+    tokens, chosen = index.shape
+    order, starts = sorted_copies(index, num_experts)
+    # The smallest size that holds all, and those below it.
+    fitting = [size for size in SIZES if size < tokens * chosen]
+    sizes = (0, *SIZES[: len(fitting) + 1])
+    rows = jnp.pad(x[order // chosen], ((0, sizes[-1]), (0, 0)))
+
+    def multiply(size: int) -> Callable[..., jax.Array]:
+        def write(e: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
+            own = lax.dynamic_slice_in_dim(rows, row, size)
+            y = _one_expert(params, e, layer, own)
+            # What is more than the expert's is written anew by those to whom it belongs.
+            return lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+        return write if size else lambda _e, _row, out: out
+
+    branches = [multiply(size) for size in sizes]
+
+    def body(state: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        e, row, out = state
+        which = jnp.searchsorted(jnp.array(sizes[:-1]), starts[e + 1] - row)
+        out = lax.switch(which, branches, e, row, out)
+        row = jnp.minimum(row + jnp.array(sizes)[which], starts[e + 1])
+        return e + (row == starts[e + 1]), row, out
+
+    state = jnp.int32(0), jnp.int32(0), jnp.zeros(rows.shape, jnp.float32)
+    _, _, out = lax.while_loop(lambda state: state[0] < num_experts, body, state)
+    return unsorted(out[: tokens * chosen], order, starts, gates)
+
+
+def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """Sort the token copies by expert; index int32 [M, A], `num_experts` for a masked copy.
+
+    Returns the copies' order, int32 [M * A], masked ones last, and where in it each expert's begin,
+    and at last where all end, int32 [E + 1].
+    """
+    flat = index.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    return order, starts
+
+
+def unsorted(out: jax.Array, order: jax.Array, starts: jax.Array, gates: jax.Array) -> jax.Array:
+    """Sum by gates [M, A] what the experts made of `sorted_copies`, [M * A, D] -> [M, D].
+
+    What they made of masked copies counts as zero.
+    """
+    masked = jnp.arange(out.shape[0]) >= starts[-1]
+    out = jnp.where(masked[:, None], 0, out)
+    copies = jnp.zeros_like(out).at[order].set(out)
+    return jnp.sum(copies.reshape(*gates.shape, -1) * gates[..., None], axis=1)
+
+
+def _sliced(params: Any, e: jax.Array, layer: jax.Array | None) -> Any:
+    """Return what [E, ...] or, with a layer, [L, E, ...] arrays hold of one expert."""
+    where = (e,) if layer is None else (layer, e)
+
+    def pick(w: jax.Array) -> jax.Array:
+        start = (*where, *(0,) * (w.ndim - len(where)))
+        size = (*(1,) * len(where), *w.shape[len(where) :])
+        return lax.dynamic_slice(w, start, size).reshape(w.shape[len(where) :])
+
+    return jax.tree.map(pick, params)
+
+
+def _one_expert(params: Params, e: jax.Array, layer: jax.Array | None, x: jax.Array) -> jax.Array:
+    """`expert` e of a layer, of its matrices where they lie."""
+
+    def where_it_lies(module: Mapping[str, Any]) -> Mapping[str, Any]:
+        stack = module["w"]
+        if not isinstance(stack, QuantizedWeight8bit):
+            return _sliced(module, e, layer)
+        index = e if layer is None else layer * stack.shape[1] + e
+        flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[-2:]), stack)
+        return {"w": StackedWeight(flat, index)}
+
+    own = {name: where_it_lies(module) for name, module in params.items()}
+    return expert(own, x, local_matmul)
 
 
 def kernel_experts(
@@ -214,14 +294,9 @@ def kernel_experts(
         return chosen_experts(params, x, gates, index, num_experts, layer=layer)
     if layer is None:
         weights, layer = jax.tree.map(lambda w: w[None], weights), jnp.int32(0)
-    tokens, chosen = index.shape
-    flat = index.reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # [copies], grouped by expert, masked ones last
-    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    order, starts = sorted_copies(index, num_experts)
     gate_weight, value_weight, out_weight = weights
-    rows = x[order // chosen]
+    rows = x[order // index.shape[1]]
     hidden = kernels.gated_product(rows, gate_weight, value_weight, starts, layer)
     out = kernels.grouped_product(hidden.astype(x.dtype), out_weight, starts, layer)
-    copies = jnp.zeros_like(out).at[order].set(out)  # a masked one is zero
-    return jnp.sum(copies.reshape(tokens, chosen, -1) * gates[..., None], axis=1)
+    return unsorted(out, order, starts, gates)

@@ -964,8 +964,9 @@ class MoELayer(hk.Module):
         mesh, data = self.mesh, self.data_axis
         model = all_model_axes(mesh, self.model_axis)
         scatter = self.shard_activations and mesh is not None
+        one_sequence = x.shape[0] == axis_size(mesh, data)  # on each device
         forms: dict[str, Callable[..., jax.Array]] = {
-            "dynamic": chosen_experts,
+            "dynamic": functools.partial(chosen_experts, one_sequence=one_sequence),
             "static": functools.partial(chosen_experts, differentiable=True),
             "all": all_experts,
         }

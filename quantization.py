@@ -148,16 +148,16 @@ def local_matmul(x: jax.Array, weight: Weight | StackedWeight) -> jax.Array:
 
 
 LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster in one product
-BLOCK_ROWS, BLOCK_WEIGHTS = 1024, 1 << 18  # of a block at most: 1 MiB of float32
+BLOCK_WEIGHTS, BLOCK_COLUMNS = 1 << 20, 8192  # of a block at most: 4 MiB of float32, read in order
 DIGITS, DIGIT_BITS = 4, 7
 LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
 
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Return whether this processor has AVX-512's products of int8, which XLA uses."""
+    """Return whether this processor has Intel's products of int8 (AMX), which XLA uses."""
     try:
-        return "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+        return "amx_int8" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
 
@@ -186,9 +186,10 @@ def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
     rows, columns = weight.shape
     steps, scales = weight.weight.weight, weight.weight.scales
     of_group = rows // scales.shape[1]
-    even = [n for n in range(BLOCK_ROWS // 8, BLOCK_ROWS + 1) if of_group % n == 0]
-    depth = max(even, default=of_group)  # a width without such divisors is taken whole
-    width = min(columns, max(128, BLOCK_WEIGHTS // depth // 128 * 128))
+    width = min(columns, BLOCK_COLUMNS)
+    most = BLOCK_WEIGHTS // width
+    even = [n for n in range(max(1, most // 8), most + 1) if of_group % n == 0]
+    depth = max(even, default=of_group)  # rows without such divisors are taken together
     deep = rows // depth
     x = x.astype(jnp.float32)
 

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from jax import lax
 
+import mixture
 import reference
 from mixture import (
     all_experts,
     block_rows,
+    by_size,
     chosen_experts,
     expert,
     kernel_experts,
@@ -115,13 +117,13 @@ def routings(tokens, experts, chosen):
 
 FORMS = (
     *("all", "dynamic", "static", "dynamic, whole", "static, whole"),
-    *("kernel", "kernel, whole"),
+    *("kernel", "kernel, whole", "by size, whole"),
 )
 
 
 @functools.partial(jax.jit, static_argnames="experts")
 def every_form(params, layer, tokens, *, experts):
-    """Run each of FORMS on one layer of params [L, E, ...] -> float32 [7, M, D]."""
+    """Run each of FORMS on one layer of params [L, E, ...] -> float32 [8, M, D]."""
     own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
     return jnp.stack(
         [
@@ -132,6 +134,7 @@ def every_form(params, layer, tokens, *, experts):
             chosen_experts(params, *tokens, experts, layer=layer, differentiable=True),
             kernel_experts(own, *tokens, experts),
             kernel_experts(params, *tokens, experts, layer=layer),
+            by_size(params, *tokens, experts, layer=layer),
         ]
     )
 
@@ -422,6 +425,31 @@ def test_the_layer_can_take_the_parameters_of_all_layers_and_an_index(inputs):
         y, _ = apply(params, *inputs, jnp.int32(layer))
         own = of_layer({k: v for k, v in params.items() if "moe" in k}, layer) | router
         np.testing.assert_allclose(y, exact_layer(own, *inputs), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 4)], ids=str)
+def test_the_layer_lets_rounding_depend_on_company_only_where_all_is_one_sequence(
+    inputs, mesh, monkeypatch
+):
+    """Large experts: a prompt that is read alone is read faster."""
+    monkeypatch.setattr(mixture, "SMALL_EXPERT", 0)
+    used = []
+
+    def recorded(*arguments):
+        used.append(True)
+        return by_size(*arguments)
+
+    monkeypatch.setattr(mixture, "by_size", recorded)
+    layer = make_layer(GELU_BLOCK, mesh=mesh and make_mesh(mesh))
+    params = layer_params("int8")
+    shards = mesh[0] if mesh else 1
+    x, padding_mask = (a[:shards] for a in inputs)
+    y, _ = jax.jit(layer.apply)(params, x, padding_mask)
+    assert used
+    np.testing.assert_allclose(y, exact_layer(params, x, padding_mask), rtol=0, atol=3e-6)
+    used.clear()
+    jax.eval_shape(layer.apply, params, *inputs)
+    assert not used
 
 
 def test_the_layer_initialises_one_set_of_parameters_an_expert(inputs):

@@ -256,7 +256,8 @@ local_matmul_jit = jax.jit(local_matmul)
 def form(request, monkeypatch):
     """Let local_matmul take either form, whatever the size of a matrix and the processor."""
     monkeypatch.setattr(quantization, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(quantization, "BLOCK_WEIGHTS", 0)  # several blocks of 128 columns
+    monkeypatch.setattr(quantization, "BLOCK_COLUMNS", 128)
+    monkeypatch.setattr(quantization, "BLOCK_WEIGHTS", 128 * 16)  # 16 rows
     monkeypatch.setattr(quantization, "multiplies_int8", lambda: request.param == "whole numbers")
     local_matmul_jit.clear_cache()
     yield request.param
