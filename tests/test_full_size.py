@@ -29,12 +29,26 @@ def step(name: str, sizes: tuple[int, int], sharded: bool = True):
     chunk = {"prefill": 1024, "decode": None}[name]
     arguments = abstract_inputs(config, mesh, batch=sizes[0], chunk=chunk)
     jitted = prefill if chunk else decode
-    return jitted.lower(*arguments, config=config, mesh=mesh).compile(), arguments
+    # It will not run: what XLA makes of it is looked at, before LLVM makes machine code of that.
+    options = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+    return jitted.lower(*arguments, config=config, mesh=mesh).compile(options), arguments
 
 
-def test_prefill_and_decode_compile_for_eight_devices_and_fit_80_gb():
-    """Unrolled layers took the original over nine minutes to compile; it needs 65 GB a GPU."""
+@pytest.mark.slow
+@pytest.mark.timed
+def test_prefill_and_decode_compile_within_20_seconds():
+    """Unrolled layers took the original over nine minutes."""
+    config = grok_1()
+    mesh = make_mesh((1, 8), num_kv_heads=config.model.num_kv_heads)
     began = time.perf_counter()
+    for jitted, chunk in ((prefill, 1024), (decode, None)):
+        arguments = abstract_inputs(config, mesh, batch=1, chunk=chunk)
+        jitted.lower(*arguments, config=config, mesh=mesh).compile()
+    assert time.perf_counter() - began < 20
+
+
+def test_prefill_and_decode_fit_80_gb_on_each_of_eight_devices():
+    """The original needs 65 GB a GPU."""
     for name in ("prefill", "decode"):
         program, arguments = step(name, (1, 8))
         memory = program.memory_analysis()
@@ -44,7 +58,6 @@ def test_prefill_and_decode_compile_for_eight_devices_and_fit_80_gb():
         # What is donated comes back in place: at least the cache of 64 layers.
         cache = math.prod(arguments[1].memory.layers.k.shape) * 2 * 2 / 8
         assert memory.alias_size_in_bytes >= cache
-    assert time.perf_counter() - began < 20
 
 
 def exchanged(sizes, sharded):
