@@ -548,7 +548,7 @@ def start_work(*arguments: object, target: pathlib.Path) -> subprocess.Popen[str
 
 
 def test_ctrl_c_ends_it_at_once_and_the_same_command_goes_on(tmp_path: pathlib.Path) -> None:
-    source, target = save(tmp_path / "source", 60), tmp_path / "target"
+    source, target = save(tmp_path / "source", 300), tmp_path / "target"
     process = start_work("convert", source, target, "--to", "safetensors", target=target)
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)

@@ -20,9 +20,9 @@ MESHES = [
     for model in (1, 2, 4, 8, 16)
     if 1 < data * model <= 16
 ]
-GATE = [(1, 8), (2, 4), (1, 16), (16, 1)]
+SLOW = [("three-layers", (2, 4), True), ("twelve-layers", (1, 8), True)]
 WHOLE = [("three-layers", mesh) for mesh in ((1, 8), (2, 4), (2, 8), (1, 16))]
-QUICK = [("three-layers", (1, 16), True), ("three-layers", (2, 8), False)]
+QUICK = [("three-layers", (1, 16), True)]
 
 
 def cases():
@@ -34,8 +34,7 @@ def cases():
             for sharded in (True, False) if (name, mesh) in WHOLE else (True,):
                 if mesh[1] in sizes:
                     case = (name, mesh, sharded)
-                    often = mesh in GATE and (name == "three-layers" or mesh == (1, 8))
-                    long = pytest.mark.slow if often else pytest.mark.exhaustive
+                    long = pytest.mark.slow if case in SLOW else pytest.mark.exhaustive
                     marks = () if case in QUICK else long
                     yield pytest.param(*case, marks=marks, id="-".join(map(str, case)))
 
@@ -95,10 +94,19 @@ def test_an_axis_longer_than_the_key_value_heads_is_split_in_two():
 
 
 @pytest.mark.parametrize(
-    ("heads", "model"),
-    [((6, 6), 3), ((16, 4), 8), pytest.param((16, 4), 16, marks=pytest.mark.slow)],
+    ("heads", "model", "experts"),
+    [
+        pytest.param(heads, model, experts, marks=marks)
+        for heads, model, experts, marks in (
+            ((6, 6), 3, 1, ()),
+            ((16, 4), 8, 4, ()),
+            ((6, 6), 3, 4, pytest.mark.exhaustive),
+            ((16, 4), 8, 1, pytest.mark.exhaustive),
+            ((16, 4), 16, 4, pytest.mark.exhaustive),
+            ((16, 4), 16, 1, pytest.mark.exhaustive),
+        )
+    ],
 )
-@pytest.mark.parametrize("experts", [4, 1], ids=["mixture", "dense"])
 def test_groups_of_scales_need_not_be_those_of_the_mesh(heads, model, experts):
     """Eight groups on three devices, or on four pairs, or on four times four."""
     queries, keys = heads

@@ -171,13 +171,14 @@ def read(
         return dict(file)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("devices", "model", "meshes"),
     [
         (8, "three-layers", ("1,8",)),
-        pytest.param(8, "twelve-layers", ("1,8",), marks=pytest.mark.exhaustive),
-        pytest.param(8, "three-layers", ("2,4", "4,2", "8,1"), marks=pytest.mark.exhaustive),
-        pytest.param(16, "three-layers", ("1,16", "2,8"), marks=pytest.mark.exhaustive),
+        (8, "twelve-layers", ("1,8",)),
+        (8, "three-layers", ("2,4", "4,2", "8,1")),
+        (16, "three-layers", ("1,16", "2,8")),
     ],
 )
 def test_two_processes_find_what_one_with_all_devices_finds(
@@ -229,8 +230,17 @@ def test_a_mesh_that_does_not_use_all_hosts_is_refused() -> None:
 # Losses.
 
 
-@pytest.mark.parametrize("where", ["load", "prefill", "decode"])
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    [
+        (1, "load"),
+        (0, "load"),
+        (1, "prefill"),
+        (1, "decode"),
+        pytest.param(0, "prefill", marks=pytest.mark.exhaustive),
+        pytest.param(0, "decode", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
     victim: int, where: str, start: Start, address: str, tmp_path: pathlib.Path
 ) -> None:

@@ -138,7 +138,7 @@ def test_text_goes_to_stdout_and_all_else_to_stderr_alike_in_every_process(
 MIXED = ("--prompt", PROMPT, "--prompt-ids", "5 6,7", "--prompt", "A dog ", "--temperature", 0)
 
 
-@pytest.mark.parametrize("mesh", ["1,8", "2,4"])
+@pytest.mark.parametrize("mesh", ["1,8", pytest.param("2,4", marks=pytest.mark.exhaustive)])
 def test_json_is_one_object_a_line_and_the_same_on_every_mesh(
     mesh: str, tiny: pathlib.Path, command: Command
 ) -> None:

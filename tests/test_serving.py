@@ -87,11 +87,32 @@ def drain():
     raise AssertionError("it never ends")
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(st.lists(actions, min_size=12, max_size=30))
+def many(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+schedules = st.lists(actions, min_size=12, max_size=30)
+
+
+@many(60)
+@given(schedules)
 def test_each_request_gets_what_it_gets_alone_whatever_comes_and_goes(schedule):
+    go_through(schedule)
+
+
+@pytest.mark.exhaustive
+@many(300)
+@given(schedules)
+def test_each_request_gets_what_it_gets_alone_in_many_schedules(schedule):
+    go_through(schedule)
+
+
+def go_through(schedule):
     """Tokens, log-probabilities and text bit for bit; of one that is cancelled, the beginning."""
     drain()
     asked, events, cancelled = [], [], set()
