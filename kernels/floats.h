@@ -156,8 +156,7 @@ inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, con
   for (int64_t i = slabs.Begin(slab), depth; i < end; i += depth) {
     depth = std::min(most, end - i);
     const int8_t* weight = matrix.weight + i * stride + first;
-    int64_t next = width < kWide ? std::min(most, end - i - depth) : 0;
-    Ahead ahead(weight + depth * stride, stride, next, width);
+    Ahead ahead(weight + depth * stride, stride, std::min(most, end - i - depth), width);
     Pack(x + i, matrix.inputs, rows, depth, packed);
     for (int64_t p = 0; p < panels; ++p, weight += kPanel) {
       // Asked for before the tile is multiplied: within it, GCC makes slower code.

@@ -31,6 +31,7 @@
 
 namespace {
 
+constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
 constexpr int64_t kDigits = 4, kDigitBits = 7;
 constexpr int kBits = kDigits * kDigitBits - 2;  // of a magnitude: the highest digit is not full
 // A tile holds kTokens rows of x.

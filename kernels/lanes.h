@@ -33,7 +33,6 @@ constexpr int64_t kPanel = 64;   // columns that are taken together: a line of i
 constexpr int64_t kTile = 6;     // rows that are multiplied at a time, their sums in registers
 constexpr int64_t kRows = 64;    // that are multiplied at a time at most, each weight read once
 constexpr int64_t kTokens = 4;   // rows of x that are taken together at least
-constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
 
 // The vectors of a panel that `count` rows are multiplied with at a time: as many as registers hold
 // with their sums and a number of x.
