@@ -148,7 +148,7 @@ def local_matmul(x: jax.Array, weight: Weight | StackedWeight) -> jax.Array:
 
 
 LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster in one product
-BLOCK_WEIGHTS, BLOCK_COLUMNS = 1 << 20, 8192  # of a block at most: 4 MiB of float32, read in order
+BLOCK_WEIGHTS, BLOCK_COLUMNS = 1 << 21, 8192  # of a block at most: 8 MiB of float32, read in order
 DIGITS, DIGIT_BITS = 4, 7
 LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
 
