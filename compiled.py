@@ -9,7 +9,9 @@ counts 64 times.
 import dataclasses
 import math
 import re
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 COLLECTIVES = (
@@ -32,6 +34,24 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _DTYPES = {"pred": "bool", "s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "complex"}
+
+# For a program that will not run: the code that a CPU gets may be poor, what XLA decided stays.
+_QUICK: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+def compile_to_look_at(lowered: jax.stages.Lowered) -> Any:
+    """Compile what will not run, in about half the time -> jax.stages.Compiled.
+
+    Temporaries (but for some hundred bytes) and exchanges are those of the program that would; its
+    code is slow.
+    """
+    try:
+        return lowered.compile({**_QUICK, "xla_cpu_use_fusion_emitters": False})
+    except jax.errors.JaxRuntimeError:  # jax 0.11 has no such option
+        return lowered.compile(_QUICK)
 
 
 @dataclasses.dataclass(frozen=True)

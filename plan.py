@@ -356,14 +356,9 @@ def compile_steps(
     def compile_step(rows: int, chunk: int | None) -> Step:
         inputs = abstract_inputs(config, mesh, rows, chunk)
         step = decode if chunk is None else prefill
-        program = step.lower(*inputs, config=config, mesh=mesh).compile(options)
+        program = compiled.compile_to_look_at(step.lower(*inputs, config=config, mesh=mesh))
         return _read_step(program, fixed_bytes(config, sizes, rows))
 
-    # It will not run: the memory that XLA assigns does not depend on how good a CPU's code is.
-    options: dict[str, str | bool] = {
-        "xla_backend_optimization_level": "0",
-        "xla_llvm_disable_expensive_passes": True,
-    }
     batches = sorted({sizes[0], batch, MANY * batch})
     # XLA compiles without Python's lock.
     with ThreadPoolExecutor() as pool:
