@@ -41,6 +41,19 @@ def attend(
     return _normalise(out, jnp.sum(weights, axis=-1))
 
 
+def attention_weights(
+    query: jax.Array, key: jax.Array, mask: jax.Array, multiplier: float
+) -> jax.Array:
+    """Return what each query takes of each key, float32 [B, K, G, T, S]; arguments as `attend`.
+
+    They sum to one over S, or are zero for a query that sees no key. `weigh` makes of them what
+    `attend` returns.
+    """
+    weights = jnp.where(mask[..., None, None, :, :], jnp.exp(_scores(query, key, multiplier)), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
 def attend_cached(
     query: jax.Array,
     keys: jax.Array,
@@ -71,7 +84,7 @@ def attend_cached(
         seen &= (position >= i * block) & (position < filled[:, None, None])
         scores = _scores(query, key, multiplier)
         weights = jnp.where(seen[:, None, None], jnp.exp(scores), 0.0)
-        out += _weigh(weights.astype(value.dtype), value)
+        out += weigh(weights.astype(value.dtype), value)
         return out, total + jnp.sum(weights, axis=-1)
 
     out = jnp.zeros([batch, rows, *heads, values.shape[-1]], jnp.float32)
@@ -80,7 +93,7 @@ def attend_cached(
     return _normalise(*lax.fori_loop(0, blocks, add, (out, total)))
 
 
-def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
+def weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
     """Weights [B, K, G, T, S], value [B, S, K, H], of one dtype -> float32 [B, T, K, G, H]."""
     if weights.shape[3] > 1:
         return product("bkgts,bskh->btkgh", weights, value)

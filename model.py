@@ -19,7 +19,7 @@ accumulation and logits. Weights may be float or int8 (`QuantizedWeight8bit`) in
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import haiku as hk
@@ -31,7 +31,25 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import kernels
-from attention import attend, attend_cached, cache_dtype, write_rows
+from attention import (
+    attend,
+    attend_cached,
+    attention_weights,
+    cache_dtype,
+    from_bits,
+    weigh,
+    write_rows,
+)
+from inspection import (
+    CAPTURE_SITES,
+    NO_PROBE,
+    OUTSIDE_LAYERS,
+    Captured,
+    Hook,
+    Probe,
+    check_layers,
+    check_sites,
+)
 from mixture import Params, all_experts, chosen_experts, combine_all, expert, kernel_experts
 from projection import local_groups, output_logits, project
 from quantization import (
@@ -57,6 +75,7 @@ from sharding import (
 
 __all__ = [
     "CAPTURE_SITES",
+    "Captured",
     "DecoderLayer",
     "DenseBlock",
     "InOutEmbed",
@@ -85,7 +104,6 @@ __all__ = [
 ]
 
 RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
-CAPTURE_SITES = ("router_probs",)
 
 
 # ------------------------------------------------------------------------------- configuration
@@ -126,6 +144,8 @@ class TransformerConfig:
     token, as a reference.
     scan_unroll: layers per iteration of the compiled loop.
     kernels: compute by the device's own kernels, see kernels/, where they are faster (inference).
+    router: what makes a layer's router, called with num_selected_experts; None: Router. The place
+        to give a subclass of it.
     """
 
     emb_size: int
@@ -143,6 +163,7 @@ class TransformerConfig:
     expert_dispatch: Literal["dynamic", "static", "all"] = "dynamic"
     scan_unroll: int = 1
     kernels: bool = False
+    router: Callable[[int], Any] | None = None
 
     def __post_init__(self):
         sizes = ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers")
@@ -171,6 +192,8 @@ class TransformerConfig:
             f"at most num_experts = {most}",
             self.num_selected_experts,
         )
+        made = self.router is None or callable(self.router)
+        _require(made, "router", "a subclass of Router, or None", self.router)
         choices = ("dynamic", "static", "all")
         _require(
             self.expert_dispatch in choices,
@@ -213,7 +236,7 @@ class TransformerConfig:
             (r"moe/linear_1/w$", P(None, model, None)),
             (r"decoder_layer/(linear|linear_v)/w$", P(None, model)),
             (r"decoder_layer/linear_1/w$", P(model, None)),
-            (r"router/w$", P()),
+            (r"router/\w+$", P()),
             (r"rms_norm(_\d)?/scale$", P()),
         )
 
@@ -333,7 +356,8 @@ class LanguageModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the nested plain fields that describe the model, for config.json."""
         inner = dataclasses.asdict(self.model)
-        for how in ("expert_dispatch", "scan_unroll", "kernels"):  # how to run it, not what it is
+        # How to run it, or code: not what the checkpoint holds.
+        for how in ("expert_dispatch", "scan_unroll", "kernels", "router"):
             del inner[how]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["fprop_dtype"]
@@ -474,12 +498,12 @@ class Memory(NamedTuple):
 class LanguageModelOutput(NamedTuple):
     """logits: float32 [B, T, V]; model_state: the new Memory, or None when none was given.
 
-    captured: the arrays asked for by `capture`, each with a leading layer axis.
+    captured: the arrays asked for by `capture`, None for the others.
     """
 
     logits: jax.Array
     model_state: Memory | None
-    captured: dict[str, jax.Array] = {}  # a default that is never written to
+    captured: Captured = Captured()
 
 
 def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
@@ -663,6 +687,7 @@ class MultiHeadAttention(hk.Module):
         *,
         layer: jax.Array | None = None,
         length: jax.Array | None = None,
+        probe: Probe = NO_PROBE,
     ) -> MHAOutput:
         """Attend from query [B, T, D] to key and value [B, T', D], in the activation dtype.
 
@@ -671,7 +696,7 @@ class MultiHeadAttention(hk.Module):
         also their position, and S is the memory's length, of which only what has been filled is
         seen; else S = T' and positions start at 0.
         layer: the layer to use of a memory that holds all of them. length: int32 [B], how many of
-        the new positions are real; default all.
+        the new positions are real; default all. probe: sees attention_weights and head_outputs.
 
         Raises ValueError if the new keys do not fit the memory's length, or if a mask [B, N, T, S]
         tells the heads apart.
@@ -696,13 +721,17 @@ class MultiHeadAttention(hk.Module):
         # Devices that share a key/value head have its query heads in turn.
         shared = REPLICA_AXIS if every != model else None
         q = constrain(q, mesh, self.data_axis, None, model, shared, None)
-        if kv_memory is None:
+        if kv_memory is None and probe.wants("attention_weights"):
+            out = self._attend_openly(q, k, v, mask, probe)
+        elif kv_memory is None:
             # Training recomputes the [B, N, T, S] weights in the backward pass, and stores none.
             out = jax.checkpoint(attend, static_argnums=4)(
                 q, k, v, mask, self.attn_output_multiplier
             )
         else:
-            out, kv_memory = self._attend_memory(q, k, v, mask, kv_memory, mesh, layer, length)
+            new = (k, v, mask, kv_memory, mesh, layer, length)
+            out, kv_memory = self._attend_memory(q, *new, probe)
+        out = probe("head_outputs", out.reshape(*out.shape[:2], self.num_q_heads, -1))
         out = out.astype(dtype).reshape(*out.shape[:2], -1)  # [B, T, N * H']
         out = constrain(out, mesh, self.data_axis, None, every)
         where = {"data": self.data_axis, "contracted": every}
@@ -719,6 +748,15 @@ class MultiHeadAttention(hk.Module):
         x = x.reshape(*x.shape[:-1], heads, width)
         return constrain(x, mesh, self.data_axis, None, axes, None)
 
+    def _attend_openly(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, probe: Probe
+    ) -> jax.Array:
+        """`attend`, its weights as an array that the probe sees."""
+        weights = attention_weights(q, k, mask, self.attn_output_multiplier)  # [B, K, G, T, S]
+        by_head = weights.reshape(weights.shape[0], self.num_q_heads, *weights.shape[3:])
+        by_head = probe("attention_weights", by_head)
+        return weigh(by_head.reshape(weights.shape).astype(v.dtype), v)
+
     def _attend_memory(
         self,
         q: jax.Array,
@@ -729,8 +767,10 @@ class MultiHeadAttention(hk.Module):
         mesh: Mesh | None,
         layer: jax.Array | None,
         length: jax.Array | None,
+        probe: Probe,
     ) -> tuple[jax.Array, KVMemory]:
         """Write new rows k, v [B, T, K, H], attend from q [B, T, K, G, H] to all that is there."""
+        openly = probe.wants("attention_weights")
         batch, rows = k.shape[:2]
         one_layer = layer is None
         caches = [c[None] if one_layer else c for c in (memory.k, memory.v)]
@@ -750,6 +790,8 @@ class MultiHeadAttention(hk.Module):
                 sequence -= lax.axis_index(self.data_axis) * keys.shape[1]
             keys = write_rows(keys, k, layer, start, length, sequence)
             values = write_rows(values, v, layer, start, length, sequence)
+            if openly:
+                return q, keys, values
             multiplier, filled = self.attn_output_multiplier, start + length
             attend_all = kernels.attend_cached if self.kernels else attend_cached
             out = attend_all(q, keys, values, mask, multiplier, layer, filled, sequence)
@@ -771,6 +813,12 @@ class MultiHeadAttention(hk.Module):
             )
         sequence = memory.sequence
         out, *caches = local(q, *caches, k, v, mask, layer, memory.step, length, sequence)
+        if openly:
+            whole = (lax.dynamic_index_in_dim(c, layer, 0, False) for c in caches)  # [C, S, K, H]
+            own_k, own_v = (from_bits(c if sequence is None else c[sequence]) for c in whole)
+            filled = (memory.step + length)[:, None, None]
+            seen = mask & (jnp.arange(caches[0].shape[2]) < filled)
+            out = self._attend_openly(q, own_k, own_v, seen, probe)
         keys, values = (c[0] for c in caches) if one_layer else caches
         return out, KVMemory(keys, values, memory.step + length, sequence)
 
@@ -860,26 +908,48 @@ def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 class Router(hk.Module):
-    """Chooses the experts of each token, in float32."""
+    """Chooses the experts of each token, in float32.
+
+    A subclass with another `logits` or `choose` is given to the model as
+    `TransformerConfig(..., router=Subclass)`. Its parameters may have any names and shapes.
+    """
 
     def __init__(self, num_selected_experts: int, name: str = "router"):
         super().__init__(name=name)
         self.num_selected_experts = num_selected_experts
 
-    def __call__(
-        self, inputs: jax.Array, padding_mask: jax.Array | None, num_experts: int
-    ) -> RouterOutput:
-        """inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
-        x = inputs.astype(jnp.float32)
+    def logits(self, x: jax.Array, num_experts: int) -> jax.Array:
+        """Return the scores [..., E] of x float32 [..., D]."""
         init = hk.initializers.TruncatedNormal(1 / math.sqrt(x.shape[-1]))
         w = hk.get_parameter("w", [x.shape[-1], num_experts], jnp.float32, init=init)
-        probs = jax.nn.softmax(matmul(x, w), axis=-1)
-        # As in Grok-1: the chosen probabilities are not renormalised to sum to one.
-        gates, index = largest(probs, self.num_selected_experts)
+        return matmul(x, w)
+
+    def choose(self, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return gates [..., A] and expert_index int32 [..., A] by probs float32 [..., E].
+
+        As in Grok-1: the chosen probabilities are not renormalised to sum to one.
+        """
+        return largest(probs, self.num_selected_experts)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        padding_mask: jax.Array | None,
+        num_experts: int,
+        probe: Probe = NO_PROBE,
+    ) -> RouterOutput:
+        """inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput.
+
+        probe: sees all four arrays.
+        """
+        logits = self.logits(inputs.astype(jnp.float32), num_experts)
+        logits = probe("router_logits", logits)
+        probs = probe("router_probs", jax.nn.softmax(logits, axis=-1))
+        gates, index = self.choose(probs)
         if padding_mask is not None:
             gates = jnp.where(padding_mask[..., None], gates, 0.0)
             index = jnp.where(padding_mask[..., None], index, num_experts)
-        return RouterOutput(gates, index, probs)
+        return RouterOutput(probe("expert_gates", gates), probe("expert_index", index), probs)
 
 
 class MoELayer(hk.Module):
@@ -920,16 +990,14 @@ class MoELayer(hk.Module):
         padding_mask: jax.Array | None,
         *,
         layer: jax.Array | None = None,
-        with_routing: bool = False,
-    ) -> Any:
+        probe: Probe = NO_PROBE,
+    ) -> jax.Array:
         """inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D].
 
-        layer: the parameters hold all layers; use this one. with_routing: return
-        (output, RouterOutput).
+        layer: the parameters hold all layers; use this one. probe: sees what the router does.
         """
-        routing = self.router(inputs, padding_mask, self.num_experts)
-        y = self._mix(inputs, routing, layer)
-        return (y, routing) if with_routing else y
+        routing = self.router(inputs, padding_mask, self.num_experts, probe)
+        return self._mix(inputs, routing, layer)
 
     @hk.transparent
     def _mix(self, inputs: jax.Array, routing: RouterOutput, layer: jax.Array | None) -> jax.Array:
@@ -1028,35 +1096,38 @@ class DecoderLayer(hk.Module):
         kv_memory: KVMemory | None,
         layer: jax.Array | None = None,
         length: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
-        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory, sites.
+        probe: Probe = NO_PROBE,
+    ) -> tuple[jax.Array, KVMemory | None]:
+        """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h and the memory.
 
-        `layer` and `length` as in MultiHeadAttention; sites: what `capture` can ask for.
+        `layer` and `length` as in MultiHeadAttention. probe: sees all sites of a layer.
         """
         config, mesh = self.config, self.mesh
         x = self._gathered(RMSNorm(name="rms_norm")(h).astype(self.dtype))
-        attention, memory = MHABlock(config, mesh)(x, mask, kv_memory, layer=layer, length=length)
-        h += RMSNorm(name="rms_norm_1")(self._spread(attention))
+        where: dict[str, Any] = {"layer": layer, "length": length, "probe": probe}
+        attention, memory = MHABlock(config, mesh)(x, mask, kv_memory, **where)
+        h += probe("attention_output", RMSNorm(name="rms_norm_1")(self._spread(attention)))
         h = self._spread(h)
         x = self._gathered(RMSNorm(name="rms_norm_2")(h))  # float32, for the router
-        y, sites = self._feed_forward(x, padding_mask, layer)
-        h += RMSNorm(name="rms_norm_3")(self._spread(y))
-        return self._spread(h), memory, sites
+        y = self._feed_forward(x, padding_mask, layer, probe)
+        h += probe("feed_forward_output", RMSNorm(name="rms_norm_3")(self._spread(y)))
+        return self._spread(probe("hidden_states", h)), memory
 
     @hk.transparent
     def _feed_forward(
-        self, x: jax.Array, padding_mask: jax.Array, layer: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: jax.Array, padding_mask: jax.Array, layer: jax.Array | None, probe: Probe
+    ) -> jax.Array:
         """The mixture, or one dense block where there are no experts to choose from."""
         config = self.config
         shards = axis_size(self.mesh, all_model_axes(self.mesh, config.model_axis))
         block = DenseBlock(config.widening_factor, self.dtype, shards)
         if config.num_experts <= 1:
-            return block(x), {}
+            return block(x)
+        make_router = config.router or Router
         moe = MoELayer(
             config.num_experts,
             block,
-            Router(config.num_selected_experts),
+            make_router(config.num_selected_experts),
             self.mesh,
             config.shard_activations,
             config.data_axis,
@@ -1066,8 +1137,7 @@ class DecoderLayer(hk.Module):
         )
         if not config.whole_mixture:
             layer = None
-        y, routing = moe(x, padding_mask, layer=layer, with_routing=True)
-        return y, {"router_probs": routing.probs}
+        return moe(x, padding_mask, layer=layer, probe=probe)
 
     def _spread(self, x: jax.Array) -> jax.Array:
         """[B, T, D] between blocks: over the model axis too if `shard_activations`."""
@@ -1104,17 +1174,22 @@ class Transformer(hk.Module):
         *,
         length: jax.Array | None = None,
         capture: Collection[str] = (),
+        capture_layers: Sequence[int] | None = None,
+        hooks: Mapping[str, Hook] | None = None,
     ) -> tuple[jax.Array, KVMemory | None, dict[str, jax.Array]]:
         """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T].
 
+        capture, capture_layers, hooks: as in LanguageModel, of the sites within layers.
         Returns the new h, the memory with T (or `length`) more positions, and the captured arrays,
         each with a leading layer axis.
         """
         config = self.config
 
         def run(h: jax.Array, kv_memory: KVMemory | None, layer: jax.Array | None) -> Any:
+            probe = NO_PROBE if layer is None else Probe(capture, hooks, layer)
             decoder_layer = DecoderLayer(config, self.mesh, self.dtype)
-            return decoder_layer(h, mask, padding_mask, kv_memory, layer, length)
+            h, kv_memory = decoder_layer(h, mask, padding_mask, kv_memory, layer, length, probe)
+            return h, kv_memory, probe.found
 
         # One layer becomes a pure function of its parameters; the lift makes those of all layers,
         # with a leading axis, parameters of this module.
@@ -1135,30 +1210,62 @@ class Transformer(hk.Module):
             stacked = {name: p for name, p in params.items() if _for_kernels(name, p)}
         sliced = {name: p for name, p in params.items() if name not in {*whole, *stacked}}
 
-        def body(carry: tuple[jax.Array, KVMemory | None], xs: tuple[jax.Array, Any]) -> Any:
-            h, memory = carry
-            layer, own = xs
+        def one_layer(own: Any, h: jax.Array, memory: KVMemory | None, layer: jax.Array) -> Any:
             named = {name: {"w": StackedWeight(p["w"], layer)} for name, p in stacked.items()}
-            h, new, sites = apply({**own, **whole, **named}, None, h, memory, layer)
+            h, new, found = apply({**own, **whole, **named}, None, h, memory, layer)
             if memory is not None:
                 # All layers write at the same positions: the step moves on after the last one.
                 new = new._replace(step=memory.step)
-            return (h, new), {name: sites[name] for name in capture}
+            return h, new, found
 
-        carried = memory
+        picked = None
+        if capture and capture_layers is not None:
+            picked = check_layers(capture_layers, config.num_layers)
+
+        def body(carry: tuple[Any, ...], xs: tuple[jax.Array, Any]) -> Any:
+            h, memory, kept = carry
+            layer, own = xs
+            h, memory, found = one_layer(own, h, memory, layer)
+            if picked is None:
+                return (h, memory, kept), found
+            return (h, memory, _keep(kept, found, layer, picked)), {}
+
+        carried, kept = memory, {}
         if memory is not None:
             stored = memory.k.dtype
             carried = _recast(memory, cache_dtype(stored))
-        (h, memory), captured = lax.scan(
+        if picked is not None:
+            first = jax.tree.map(lambda p: p[0], sliced)
+            shapes = jax.eval_shape(one_layer, first, h, carried, jnp.int32(0))[2]
+            kept = {n: jnp.zeros((len(picked), *x.shape), x.dtype) for n, x in shapes.items()}
+        (h, memory, kept), captured = lax.scan(
             body,
-            (h, carried),
+            (h, carried, kept),
             (jnp.arange(config.num_layers), sliced),
             unroll=min(config.scan_unroll, config.num_layers),
         )
         if memory is not None:
             memory = _recast(memory, stored)
             memory = memory._replace(step=memory.step + (h.shape[1] if length is None else length))
-        return h, memory, captured
+        return h, memory, kept or captured
+
+
+def _keep(
+    kept: Mapping[str, jax.Array],
+    found: Mapping[str, jax.Array],
+    layer: jax.Array,
+    picked: Sequence[int],
+) -> dict[str, jax.Array]:
+    """Put what was found in a layer at its place among the layers picked, if it is one."""
+    places = jnp.array(picked) == layer
+    place = jnp.argmax(places)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        before = lax.dynamic_index_in_dim(old, place, 0, False)
+        new = jnp.where(jnp.any(places), new, before)
+        return lax.dynamic_update_index_in_dim(old, new, place, 0)
+
+    return {name: put(kept[name], array) for name, array in found.items()}
 
 
 def _for_kernels(name: str, params: Mapping[str, Any]) -> bool:
@@ -1198,6 +1305,8 @@ class LanguageModel(hk.Module):
         sequence: jax.Array | None = None,
         every_position: bool = False,
         capture: Collection[str] = (),
+        capture_layers: Sequence[int] | None = None,
+        hooks: Mapping[str, Hook] | None = None,
     ) -> LanguageModelOutput | jax.Array:
         """Tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
 
@@ -1210,14 +1319,23 @@ class LanguageModel(hk.Module):
         those of each part of the data axis in that part. The others stay as they are.
         last_hid_only: return only the hidden state [B, D], float32 and after the final norm, at
         the last real position of each sequence.
-        capture: names from CAPTURE_SITES; `captured` then holds router_probs [L, B, T, E].
+        capture: names from CAPTURE_SITES; `captured` then holds their arrays. capture_layers: of
+        which layers, in this order, -1 being the last one; None: all. All of them are kept until
+        the call ends: `inspection.captured_shapes` says how large they are.
+        hooks: by site a pure function `(layer, array) -> array` of the same shape and dtype, whose
+        result the model goes on with. `layer` is a traced int32, -1 for embeddings: to change some
+        layers only, `jnp.where(layer == 3, new, array)`. Under `jit` each new function object
+        compiles anew.
 
-        Raises ValueError if the mesh's data axis does not divide B, for an unknown capture, or for
-        a `sequence` of another shape, or without a memory.
+        Raises ValueError if the mesh's data axis does not divide B; for a site or layer that is not
+        there, or a hook that returns another shape or dtype; for a `sequence` of another shape, or
+        without a memory; or for a capture with last_hid_only.
         """
         config = self.config
         batch, steps = tokens.shape
-        self._check(batch, capture)
+        self._check(batch)
+        check_sites(capture, hooks, config.model.num_experts)
+        _require(not (capture and last_hid_only), "capture", "none with last_hid_only", capture)
         if sequence is not None:
             _require(memory is not None, "sequence", "to be given with a memory", sequence.shape)
             _require(sequence.shape == (batch,), "sequence", f"shape {(batch,)}", sequence.shape)
@@ -1238,10 +1356,17 @@ class LanguageModel(hk.Module):
             config.embedding_init_scale,
             name="in_out_embed",
         )
+        outside = Probe(capture, hooks)
         h = embed(tokens, config.fprop_dtype) * config.embedding_multiplier_scale
+        h = outside("embeddings", h)
         h = constrain(h, self.mesh, config.model.data_axis, None, None)
         layers = None if memory is None else memory.layers
-        h, layers, captured = self.model(h, mask, real, layers, length=length, capture=capture)
+        looked_at: dict[str, Any] = {
+            "capture": tuple(site for site in capture if site not in OUTSIDE_LAYERS),
+            "capture_layers": capture_layers,
+            "hooks": hooks,
+        }
+        h, layers, captured = self.model(h, mask, real, layers, length=length, **looked_at)
         memory = None if layers is None else _put_back(Memory(layers, valid), whole)
 
         h = RMSNorm(name="rms_norm")(h)
@@ -1261,17 +1386,14 @@ class LanguageModel(hk.Module):
             logits = embed.decode(h)
         logits *= config.output_multiplier_scale
         logits = constrain(logits, self.mesh, config.model.data_axis, None, model)
-        return LanguageModelOutput(logits, memory, captured)
+        return LanguageModelOutput(logits, memory, Captured(**outside.found, **captured))
 
-    def _check(self, batch: int, capture: Collection[str]) -> None:
+    def _check(self, batch: int) -> None:
         data = axis_size(self.mesh, self.config.model.data_axis)
         if batch % data:
             raise ValueError(
                 f"the batch must be a multiple of the mesh's data axis {data}, got {batch}; pad it"
             )
-        sites = CAPTURE_SITES if self.config.model.num_experts > 1 else ()
-        for name in capture:
-            _require(name in sites, "capture", f"names from {sites}", name)
 
 
 def _chosen(memory: Memory, sequence: jax.Array | None) -> Memory:

@@ -9,8 +9,8 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,22 @@ import checkpoint
 import kernels as own_kernels
 import storage
 from commandline import say
+from inspection import (
+    HEAD_SITES,
+    Captured,
+    Hook,
+    captured_shapes,
+    check_layers,
+    check_sites,
+    nbytes,
+)
 from kernels.cpu import KernelError
 from model import LanguageModelConfig, grok_1
 from request import Answering, Completion, Event, Request, RequestError, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
 from serving import Handle, Serving, Statistics
 from sharding import (
+    all_model_axes,
     axis_size,
     make_mesh,
     named_shardings,
@@ -38,6 +48,7 @@ from steps import (
     EMBEDDINGS,
     MOST_TOKENS,
     device_bytes,
+    inspect_step,
     logits_step,
     new_memory,
     score_step,
@@ -49,6 +60,7 @@ __all__ = [
     "Event",
     "Handle",
     "InferenceRunner",
+    "Inspection",
     "ModelRunner",
     "Request",
     "RequestError",
@@ -103,6 +115,18 @@ def available_memory() -> int | None:
     return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
+def _free_memory(device: jax.Device) -> int | None:
+    """Return the bytes that this process could still take of a device's memory, or None.
+
+    Virtual CPU devices share the host's.
+    """
+    if device.platform == "cpu":
+        return available_memory()
+    limits = device.memory_stats() or {}
+    limit = limits.get("bytes_limit")
+    return None if limit is None else limit - limits.get("bytes_in_use", 0)
+
+
 class ModelRunner:
     """The model, how many sequences it serves at once, and its weights.
 
@@ -144,18 +168,13 @@ class ModelRunner:
     def check_memory(self, mesh: Mesh | None) -> None:
         """Raise ValueError if a device has less memory than weights and cache take."""
         device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
-        slots = self.num_slots(mesh)
+        slots, free = self.num_slots(mesh), _free_memory(device)
         if device.platform == "cpu":
             # Virtual devices share the host's memory, and equal weights.
-            needed, free, where = device_bytes(self.model, None, slots), available_memory(), "here"
-            more = ""
+            needed, where, more = device_bytes(self.model, None, slots), "here", ""
         else:
-            limits = device.memory_stats() or {}
             needed, where = device_bytes(self.model, mesh, slots), "on each device"
             more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"
-            free = limits.get("bytes_limit")
-            if free is not None:
-                free -= limits.get("bytes_in_use", 0)
         if free is not None and needed > free:
             raise ValueError(
                 f"weights and cache take {needed / 2**30:.1f} GiB {where}, and {free / 2**30:.1f} "
@@ -184,6 +203,19 @@ class ModelRunner:
             return params if shardings is None else jax.device_put(params, shardings)
         dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
         return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
+
+
+class Inspection(NamedTuple):
+    """What `InferenceRunner.inspect` finds in one prompt.
+
+    token_ids: int32 [T]. pieces: the text of each token; None without a tokenizer. logits: float32
+    [T, V], after each token. captured: NumPy arrays as in `inspection.Captured`, without axis B.
+    """
+
+    token_ids: np.ndarray
+    pieces: list[str] | None
+    logits: np.ndarray
+    captured: Captured
 
 
 class InferenceRunner:
@@ -409,6 +441,80 @@ class InferenceRunner:
             rows.append(np.concatenate(parts, axis=1)[: len(batch), : tokens.shape[1]])
         return np.concatenate(rows)
 
+    def inspect(
+        self,
+        prompt: str | Sequence[int],
+        capture: Collection[str] = ("router_probs", "expert_index"),
+        *,
+        capture_layers: Sequence[int] | None = None,
+        hooks: Mapping[str, Hook] | None = None,
+    ) -> Inspection:
+        """Read one prompt and return what happens inside, position by position.
+
+        capture: names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of
+        which layers; None: all. hooks: functions (layer, array) -> array by site, as a
+        LanguageModel's call takes them; each new function object compiles anew.
+
+        Raises ValueError for a prompt that is empty or longer than the context, a site or layer
+        that is not there, a wrong hook, or arrays that take more memory than is free.
+        """
+        self._serving.release()
+        ids = self.encode(prompt)
+        if not ids:
+            raise ValueError("the prompt has no tokens; there is nothing to look at")
+        self._check_length(len(ids))
+        check_sites(capture, hooks, self.config.model.num_experts)
+        layers = None
+        if capture_layers is not None:
+            layers = check_layers(capture_layers, self.config.model.num_layers)
+        # One length for many prompts: each compiles. Pads at the end are seen by no token.
+        fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
+        length = min(-(-len(ids) // fine) * fine, self.config.sequence_len)
+        self._check_room(capture, layers, length)
+        tokens = np.full([self._rows, length], self.config.pad_token, np.int32)
+        tokens[:, : len(ids)] = ids
+        logits, captured = inspect_step(
+            self.params, tokens, config=self.config, mesh=self.mesh, capture=tuple(capture),
+            capture_layers=layers, hooks=tuple((hooks or {}).items()),
+        )  # fmt: skip
+        pieces = None
+        if self.tokenizer is not None:
+            pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
+        own = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
+        return Inspection(
+            np.array(ids, np.int32), pieces, np.asarray(logits[0, : len(ids)]), Captured(**own)
+        )
+
+    @property
+    def _rows(self) -> int:
+        """The fewest sequences that the mesh takes at once."""
+        return axis_size(self.mesh, self.config.model.data_axis)
+
+    def _check_room(
+        self, capture: Collection[str], layers: Sequence[int] | None, length: int
+    ) -> None:
+        """Raise ValueError if captured arrays take more than a device, or this host, has free."""
+        device = jax.local_devices()[0] if self.mesh is None else self.mesh.local_devices[0]
+        free, rows = _free_memory(device), self._rows
+        shapes = captured_shapes(
+            self.config.model, capture, batch=1, steps=length, positions=length,
+            layers=None if layers is None else len(layers),
+        )  # fmt: skip
+        logits = {"logits": (1, length, self.config.vocab_size)}
+        needed = nbytes(shapes | logits) * rows
+        if device.platform != "cpu":
+            # Each holds its sequence's arrays, and of what there is for each head its own heads.
+            whole = {site: shape for site, shape in shapes.items() if site not in HEAD_SITES}
+            heads = nbytes({site: shapes[site] for site in shapes if site in HEAD_SITES})
+            model = axis_size(self.mesh, all_model_axes(self.mesh, self.config.model.model_axis))
+            needed = nbytes(whole | logits) + heads // model
+        if free is not None and needed > free:
+            raise ValueError(
+                f"what is to be captured of {length} positions takes {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free; name fewer sites, fewer layers with "
+                "capture_layers=, or give a shorter prompt"
+            )
+
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
         """Return, for each text or list of token ids, the log-probability of each of its tokens.
 
@@ -465,6 +571,17 @@ class InferenceRunner:
             chunk = whole[:, :, first : first + size]
             result, memory = step(self.params, memory, *chunk, config=self.config, mesh=self.mesh)
             yield result
+
+
+def _first_row(site: str, array: jax.Array | None, length: int) -> np.ndarray | None:
+    """Return what a site holds of the first sequence's first positions, without the axis B."""
+    if array is None:
+        return None
+    if site == "embeddings":
+        return np.asarray(array[0, :length])
+    if site == "attention_weights":
+        return np.asarray(array[:, 0, :, :length, :length])
+    return np.asarray(array[:, 0, :length])
 
 
 def with_settings(

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attention import cache_dtype
+from inspection import Captured, Hook
 from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 from sampling import SampleOutput, SampleSettings, sample_token
 from sharding import AnyMesh, axis_size, constrain, named_shardings, parameter_specs, readable
@@ -380,6 +381,27 @@ def score_step(
     """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each."""
     output = apply_model(config, mesh, params, tokens, memory)
     return readable(_log_probabilities(output.logits, targets), mesh), output.model_state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "mesh", "capture", "capture_layers", "hooks")
+)
+def inspect_step(
+    params: Any,
+    tokens: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    mesh: Mesh | None,
+    capture: tuple[str, ...],
+    capture_layers: tuple[int, ...] | None,
+    hooks: tuple[tuple[str, Hook], ...],
+) -> tuple[jax.Array, Captured]:
+    """Read whole sequences [B, T], without a memory -> logits [B, T, V] and what is captured."""
+    output = apply_model(
+        config, mesh, params, tokens, capture=capture, capture_layers=capture_layers,
+        hooks=dict(hooks),
+    )  # fmt: skip
+    return readable((output.logits, output.captured), mesh)
 
 
 def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:

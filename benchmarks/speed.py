@@ -185,7 +185,7 @@ def chosen_experts(form: Form, state: State) -> int:
         lambda params, state: apply_model(
             form.config, None, params, state.slots.token, state.memory, length,
             capture=("router_probs",),
-        ).captured["router_probs"]
+        ).captured.router_probs
     )  # fmt: skip
     probs = np.asarray(route(form.params, state))[:, :, 0]  # [L, B, E]
     best = np.argsort(probs, axis=-1)[..., -form.config.model.num_selected_experts :]

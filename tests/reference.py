@@ -12,6 +12,7 @@ the names of `LAYER_WEIGHTS` (a stacked array or a list, one entry a layer). A d
 
 import pathlib
 import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -129,12 +130,22 @@ def expert(
     return (gelu(x @ linear) * (x @ linear_v)) @ linear_1
 
 
+def unchanged(_site: str, array: np.ndarray) -> np.ndarray:
+    """Hand an array of a site on as it is."""
+    return array
+
+
 def attention(
-    x: np.ndarray, layer: dict, model: dict, mask: np.ndarray, past: tuple | None
-) -> tuple[np.ndarray, np.ndarray, tuple]:
+    x: np.ndarray,
+    layer: dict,
+    model: dict,
+    mask: np.ndarray,
+    past: tuple | None,
+    at: Callable[[str, np.ndarray], np.ndarray] = unchanged,
+) -> tuple[np.ndarray, tuple]:
     """Attend from x [B, T, D] to the past (keys, values) and to x itself; mask [B, T, S].
 
-    Returns the output [B, T, D], the weights [B, N, T, S] and (keys, values), each [B, S, K, H].
+    Returns the output [B, T, D] and (keys, values), each [B, S, K, H].
     """
     batch, length, _ = x.shape
     heads, kv_heads, width = model["num_q_heads"], model["num_kv_heads"], model["key_size"]
@@ -155,13 +166,20 @@ def attention(
         scores = np.einsum("bth,bsh->bts", query[:, :, head], key[:, :, kv_head])
         scores = 30 * np.tanh(scores * model["attn_output_multiplier"] / 30)
         weights[:, head] = softmax(np.where(mask, scores, -1e30)) * sees_a_key
+    weights = at("attention_weights", weights)
+    for head in range(heads):
+        kv_head = head // (heads // kv_heads)
         output[:, :, head] = np.einsum("bts,bsh->bth", weights[:, head], value[:, :, kv_head])
-    output = output.reshape(batch, length, heads * width)
-    return output @ layer["multi_head_attention/linear"], weights, (key, value)
+    output = at("head_outputs", output).reshape(batch, length, heads * width)
+    return output @ layer["multi_head_attention/linear"], (key, value)
 
 
 def mixture(
-    x: np.ndarray, layer: dict, model: dict, real: np.ndarray
+    x: np.ndarray,
+    layer: dict,
+    model: dict,
+    real: np.ndarray,
+    at: Callable[[str, np.ndarray], np.ndarray] = unchanged,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mixture of experts of x [B, T, D]; tokens outside `real` [B, T] go to no expert.
 
@@ -170,16 +188,20 @@ def mixture(
 
     Returns the output [B, T, D] and the router's probabilities [B, T, E].
     """
-    probabilities = softmax(x @ layer["router"])
+    probabilities = at("router_probs", softmax(at("router_logits", x @ layer["router"])))
     # Largest first; equal probabilities go to the lower expert.
     order = np.argsort(-probabilities, axis=-1, kind="stable")
     chosen = order[..., : model["num_selected_experts"]]  # [B, T, A]
+    # As they are: not renormalised over the chosen.
+    gates = np.take_along_axis(probabilities, chosen, axis=-1)
+    gates = at("expert_gates", np.where(real[..., None], gates, 0))
+    chosen = at("expert_index", np.where(real[..., None], chosen, model["num_experts"]))
     output = np.zeros_like(x)
     for index in range(model["num_experts"]):
         weights = (layer[f"moe/{name}"][index] for name in ("linear", "linear_v", "linear_1"))
-        takes = (chosen == index).any(axis=-1) & real  # [B, T]
-        gates = probabilities[takes, index]  # as they are: not renormalised over the chosen
-        output[takes] += gates[:, None] * expert(x[takes], *weights)
+        takes = (chosen == index).any(axis=-1)  # [B, T]
+        gate = np.where(chosen == index, gates, 0).sum(axis=-1)[takes]
+        output[takes] += gate[:, None] * expert(x[takes], *weights)
     return output, probabilities
 
 
@@ -190,16 +212,35 @@ class Result(NamedTuple):
     router_probs: [L, B, T, E]; None for a dense model.
     attention: [L, B, N, T, S], the weights after the softmax.
     memory: the keys, values and valid slots, for a call with the tokens that follow.
+    sites: what inspection.py can capture, by name.
     """
 
     logits: np.ndarray
     router_probs: np.ndarray | None
     attention: np.ndarray
     memory: dict[str, Any]
+    sites: dict[str, np.ndarray]
 
 
-def run(weights: dict, config: dict, tokens: Any, memory: dict | None = None) -> Result:
-    """The forward pass of tokens [B, T] that follow those which `memory` remembers."""
+def run(
+    weights: dict,
+    config: dict,
+    tokens: Any,
+    memory: dict | None = None,
+    hooks: Mapping[str, Callable[[int, np.ndarray], np.ndarray]] | None = None,
+) -> Result:
+    """The forward pass of tokens [B, T] that follow those which `memory` remembers.
+
+    hooks: by site, (layer, array) -> the array to go on with.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    index = -1
+
+    def at(site: str, array: np.ndarray) -> np.ndarray:
+        array = hooks[site](index, array) if hooks and site in hooks else array
+        found.setdefault(site, []).append(array)
+        return array
+
     model = config["model"]
     tokens = np.asarray(tokens)
     batch, length = tokens.shape
@@ -209,29 +250,31 @@ def run(weights: dict, config: dict, tokens: Any, memory: dict | None = None) ->
     causal = np.arange(total) <= np.arange(total - length, total)[:, None]  # [T, S]
     mask = causal & valid[:, None, :]
 
-    h = weights["embeddings"][tokens] * config["embedding_multiplier_scale"]
-    all_probs, all_attention, kept = [], [], []
+    h = at("embeddings", weights["embeddings"][tokens] * config["embedding_multiplier_scale"])
+    kept = []
     for index in range(model["num_layers"]):
         layer = {name: arrays[index] for name, arrays in weights["layers"].items()}
         past = None if memory is None else memory["layers"][index]
         x = rms_norm(h, layer["rms_norm"])
-        x, attention_weights, keys_values = attention(x, layer, model, mask, past)
-        h = h + rms_norm(x, layer["rms_norm_1"])
+        x, keys_values = attention(x, layer, model, mask, past, at)
+        h = h + at("attention_output", rms_norm(x, layer["rms_norm_1"]))
         x = rms_norm(h, layer["rms_norm_2"])
         if model["num_experts"] > 1:
-            x, probabilities = mixture(x, layer, model, real)
-            all_probs.append(probabilities)
+            x, _ = mixture(x, layer, model, real, at)
         else:
             x = expert(x, *(layer[f"dense_block/{w}"] for w in ("linear", "linear_v", "linear_1")))
-        h = h + rms_norm(x, layer["rms_norm_3"])
-        all_attention.append(attention_weights)
+        h = h + at("feed_forward_output", rms_norm(x, layer["rms_norm_3"]))
+        h = at("hidden_states", h)
         kept.append(keys_values)
     logits = rms_norm(h, weights["rms_norm"]) @ weights["embeddings"].T
+    (embeddings,) = found.pop("embeddings")
+    sites = {"embeddings": embeddings, **{site: np.stack(all_) for site, all_ in found.items()}}
     return Result(
         logits=logits * config["output_multiplier_scale"],
-        router_probs=np.stack(all_probs) if all_probs else None,
-        attention=np.stack(all_attention),
+        router_probs=sites.get("router_probs"),
+        attention=sites["attention_weights"],
         memory={"layers": kept, "valid": valid},
+        sites=sites,
     )
 
 

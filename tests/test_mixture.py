@@ -17,6 +17,7 @@ from jax import lax
 
 import mixture
 import reference
+from inspection import Probe
 from mixture import (
     all_experts,
     block_rows,
@@ -374,7 +375,9 @@ def make_layer(layer_fn, **options):
 
     def run(x, padding_mask, layer=None):
         moe = MoELayer(EXPERTS, layer_fn, Router(2), **options)
-        return moe(x, padding_mask, layer=layer, with_routing=True)
+        probe = Probe(("expert_gates", "expert_index"))
+        y = moe(x, padding_mask, layer=layer, probe=probe)
+        return y, probe.found
 
     return hk.without_apply_rng(hk.transform(run))
 
@@ -483,7 +486,9 @@ def test_an_expert_can_be_any_haiku_function(inputs, mesh):
     for where in np.ndindex(padding_mask.shape):
         if not padding_mask[where]:
             continue
-        pairs = zip(routing.gates[where], np.asarray(routing.expert_index[where]), strict=True)
+        pairs = zip(
+            routing["expert_gates"][where], np.asarray(routing["expert_index"][where]), strict=True
+        )
         for gate, e in pairs:
             hidden, out = ({k: v[e] for k, v in params[f"moe/{n}"].items()} for n in shapes)
             middle = np.tanh(x[where] @ hidden["w"] + hidden["b"])

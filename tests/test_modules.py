@@ -426,18 +426,13 @@ def parameters(config=TINY, quantized=True):
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "last_hid_only", "capture"))
-def run(
-    params, tokens, memory=None, length=None, *, config=TINY, mesh=None, last_hid_only=False,
-    capture=(),
-):  # fmt: skip
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "last_hid_only"))
+def run(params, tokens, memory=None, length=None, *, config=TINY, mesh=None, last_hid_only=False):
     """Run the language model; each way to run it compiles once for all tests."""
     mesh = mesh and make_mesh(mesh)
 
     def call(tokens, memory, length):
-        return config.make(mesh)(
-            tokens, memory, last_hid_only=last_hid_only, length=length, capture=capture
-        )
+        return config.make(mesh)(tokens, memory, last_hid_only=last_hid_only, length=length)
 
     return hk.transform(call).apply(params, None, tokens, memory, length)
 
@@ -514,40 +509,6 @@ def test_sequences_of_a_memory_are_chosen_one_a_row_and_only_of_a_memory():
         model = hk.transform(lambda m, s: TINY.make()(TOKENS, m, sequence=s))
         with pytest.raises(ValueError, match=f"sequence: expected .*{message}"):
             model.apply(parameters(), None, given, chosen)
-
-
-def test_router_probabilities_can_be_captured_and_change_nothing(logits):
-    output = run(parameters(), TOKENS, capture=("router_probs",))
-    assert np.array_equal(output.logits, logits)
-    probs = output.captured["router_probs"]
-    assert set(output.captured) == {"router_probs"}
-    assert probs.shape == (2, 8, 6, 4) and probs.dtype == jnp.float32
-    np.testing.assert_allclose(np.sum(probs, axis=-1), 1, atol=1e-6)
-    assert np.abs(probs[0] - probs[1]).max() > 0.1  # one array a layer
-
-
-def test_what_is_not_captured_is_not_in_the_program():
-    params = parameters()
-
-    def program(**options):
-        def call(params, tokens):
-            apply = hk.transform(lambda tokens: TINY.make()(tokens, **options)).apply
-            return apply(params, None, tokens)
-
-        return jax.jit(call).lower(params, TOKENS).as_text()
-
-    plain = program()
-    assert plain == program(capture=()) == program(capture=[])
-    assert plain != program(capture=("router_probs",))
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "sites"),
-    [(TINY, "scores", r"\('router_probs',\)"), (DENSE, "router_probs", r"\(\)")],
-)
-def test_only_what_exists_can_be_captured(config, name, sites):
-    with pytest.raises(ValueError, match=f"capture: expected names from {sites}, got '{name}'"):
-        run(config.param_shapes(), TOKENS, config=config, capture=(name,))
 
 
 def test_a_batch_that_the_data_axis_does_not_divide_is_refused():

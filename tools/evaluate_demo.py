@@ -43,7 +43,7 @@ def expert_load(server: InferenceRunner, documents: list[str]) -> np.ndarray:
 
     @jax.jit
     def count(params: Any, tokens: jax.Array) -> jax.Array:
-        probs = model.apply(params, tokens).captured["router_probs"]  # [L, B, T, E]
+        probs = model.apply(params, tokens).captured.router_probs  # [L, B, T, E]
         chosen = jax.lax.top_k(probs, config.model.num_selected_experts)[1]
         return jnp.sum(jax.nn.one_hot(chosen, config.model.num_experts), axis=(1, 2, 3))
 

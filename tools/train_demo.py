@@ -104,7 +104,7 @@ def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, j
     )
     output = model.apply(params, rows[:, :-1])
     nats = optax.softmax_cross_entropy_with_integer_labels(output.logits, rows[:, 1:]).mean()
-    probs = output.captured["router_probs"]  # [L, B, T, E]
+    probs = output.captured.router_probs  # [L, B, T, E]
     experts, chosen = probs.shape[-1], CONFIG.model.num_selected_experts
     index = jax.lax.top_k(probs, chosen)[1]
     load = jax.nn.one_hot(index, experts).mean((1, 2, 3))  # [L, E], sums to 1 over E

@@ -1,0 +1,167 @@
+"""Looking inside the model: which arrays can be captured or changed, by name.
+
+A site is a place in the model where an array is handed on. `capture=` of a LanguageModel's call
+names those whose arrays it returns; `hooks={site: function}` changes them as they are made. What is
+not asked for is not in the compiled program.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Hook = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Captured(NamedTuple):
+    """Arrays from inside the model, in the order in which a layer makes them; None: not asked for.
+
+    Float32 but for `expert_index`. `L` is the layers, or those of `capture_layers` in their order;
+    `S` is `T` without a memory, else the memory's length; the others as in model.py. What a hook
+    returns is what is captured.
+
+    embeddings: [B, T, D], the residual stream before the first layer.
+    attention_weights: [L, B, N, T, S], how much each query takes of each key: they sum to one over
+        S, or are zero for a query that sees no key.
+    head_outputs: [L, B, T, N, H], the values weighed by them, of each head, before the output
+        projection.
+    attention_output: [L, B, T, D], what attention adds to the residual stream.
+    router_logits: [L, B, T, E], the router's scores.
+    router_probs: [L, B, T, E], the softmax over all experts.
+    expert_index: int32 [L, B, T, A], the chosen experts, best first; E for a masked token.
+    expert_gates: [L, B, T, A], what each of them is multiplied by; zero for a masked token.
+    feed_forward_output: [L, B, T, D], what the experts add to the residual stream.
+    hidden_states: [L, B, T, D], the residual stream after the layer.
+    """
+
+    embeddings: Any = None
+    attention_weights: Any = None
+    head_outputs: Any = None
+    attention_output: Any = None
+    router_logits: Any = None
+    router_probs: Any = None
+    expert_index: Any = None
+    expert_gates: Any = None
+    feed_forward_output: Any = None
+    hidden_states: Any = None
+
+
+CAPTURE_SITES = Captured._fields
+ROUTER_SITES = ("router_logits", "router_probs", "expert_index", "expert_gates")
+HEAD_SITES = ("attention_weights", "head_outputs")
+OUTSIDE_LAYERS = ("embeddings",)
+
+
+class Probe:
+    """Sees the arrays of one layer as they are made: hooks change them, `found` keeps them.
+
+    capture: the sites to keep. hooks: functions (layer, array) -> array by site. layer: int32 [],
+    handed to hooks; -1 outside the layers.
+    """
+
+    def __init__(
+        self,
+        capture: Collection[str] = (),
+        hooks: Mapping[str, Hook] | None = None,
+        layer: Any = -1,
+    ):
+        self.capture = capture
+        self.hooks = hooks or {}
+        self.layer = layer
+        self.found: dict[str, jax.Array] = {}
+
+    def wants(self, site: str) -> bool:
+        """Whether anything is done with what this site hands over."""
+        return site in self.capture or site in self.hooks
+
+    def __call__(self, site: str, array: jax.Array) -> jax.Array:
+        """Hand over a site's array -> the array to go on with.
+
+        Raises ValueError if a hook returns another shape or dtype.
+        """
+        if site in self.hooks:
+            array = self._changed(site, array)
+        if site in self.capture:
+            self.found[site] = array
+        return array
+
+    def _changed(self, site: str, array: jax.Array) -> jax.Array:
+        new = self.hooks[site](jnp.asarray(self.layer, jnp.int32), array)
+        got = getattr(new, "shape", None), getattr(new, "dtype", None)
+        if got != (array.shape, array.dtype):
+            given = f"{array.dtype} {list(array.shape)}"
+            what = type(new).__name__ if got[0] is None else f"{got[1]} {list(got[0])}"
+            raise ValueError(f"hooks: {site!r} must return {given}, as it was given, got {what}")
+        return new
+
+
+NO_PROBE = Probe()
+
+
+def check_sites(
+    capture: Collection[str], hooks: Mapping[str, Hook] | None, num_experts: int
+) -> None:
+    """Raise ValueError unless all sites exist in a model of so many experts, and hooks are such."""
+    if isinstance(capture, str):
+        raise ValueError(f"capture: expected a collection of sites, got {capture!r}; add a comma")
+    sites = tuple(s for s in CAPTURE_SITES if num_experts > 1 or s not in ROUTER_SITES)
+    for field, names in (("capture", capture), ("hooks", hooks or {})):
+        for name in names:
+            if name not in sites:
+                raise ValueError(f"{field}: expected names from {sites}, got {name!r}")
+    for name, hook in (hooks or {}).items():
+        if not callable(hook):
+            raise ValueError(f"hooks: {name!r} must be a function (layer, array), got {hook!r}")
+
+
+def check_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Return the layers to capture as indices from 0; None: all; -1: the last one.
+
+    Raises ValueError for a layer that is not there, or twice there.
+    """
+    if layers is None:
+        return tuple(range(num_layers))
+    found = []
+    for layer in layers:
+        if isinstance(layer, bool) or not -num_layers <= layer < num_layers:
+            raise ValueError(f"capture_layers: expected layers below {num_layers}, got {layer!r}")
+        found.append(int(layer) % num_layers)
+    if len({*found}) != len(found) or not found:
+        raise ValueError(f"capture_layers: expected each layer once, got {list(layers)}")
+    return tuple(found)
+
+
+def captured_shapes(
+    config: Any,
+    capture: Collection[str],
+    *,
+    batch: int,
+    steps: int,
+    positions: int,
+    layers: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of captured arrays, of four bytes an element, by site.
+
+    config: a TransformerConfig. steps: T. positions: S. layers: how many; None: all.
+    """
+    each = (config.num_layers if layers is None else layers, batch)
+    width, heads = config.emb_size, config.num_q_heads
+    shapes = {
+        "embeddings": (batch, steps, width),
+        "attention_weights": (*each, heads, steps, positions),
+        "head_outputs": (*each, steps, heads, config.key_size),
+        "expert_index": (*each, steps, config.num_selected_experts),
+        "expert_gates": (*each, steps, config.num_selected_experts),
+        **dict.fromkeys(("router_logits", "router_probs"), (*each, steps, config.num_experts)),
+        **dict.fromkeys(
+            ("attention_output", "feed_forward_output", "hidden_states"), (*each, steps, width)
+        ),
+    }
+    return {site: shapes[site] for site in capture}
+
+
+def nbytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the bytes that arrays of these `captured_shapes` take together."""
+    return sum(4 * math.prod(shape) for shape in shapes.values())
