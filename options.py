@@ -160,6 +160,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="say at the end how long first tokens took, and those after them",
     )
     add(
+        "--show-routing",
+        action="store_true",
+        help="show which experts each token of the prompt and its answer went to, in each layer",
+    )
+    add(
         "--no-compile-cache",
         dest="compile_cache",
         action="store_false",
@@ -177,6 +182,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     check_distributed(parser, options)
     check_prompts(parser, options)
+    check_routing(parser, options)
     if options.plan and options.distributed:
         parser.error("--plan and --distributed do not go together: one process makes a plan")
     if options.prompts is None:
@@ -243,6 +249,22 @@ def check_prompts(parser: Parser, options: argparse.Namespace) -> None:
     if options.interactive and given:
         parser.error(
             f"--interactive and {given[0]} do not go together: prompts are typed, answers printed"
+        )
+
+
+def check_routing(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if something else is to be printed than a table for the eye."""
+    others = {
+        "--json": options.json,
+        "--output": options.output,
+        "--interactive": options.interactive,
+        "--distributed": options.distributed,
+        "--plan": options.plan,
+    }
+    given = [name for name, value in others.items() if value]
+    if options.show_routing and given:
+        parser.error(
+            f"--show-routing and {given[0]} do not go together: it prints a table for people"
         )
 
 

@@ -228,6 +228,8 @@ def generate(
     """Print the answers that are left, or write them to a file; then a line of statistics."""
     from runner import MOST_TOKENS
 
+    if options.show_routing and server.config.model.num_experts < 2:
+        raise ValueError("--show-routing: this model has no experts that tokens could go to")
     # Where nobody watches them come, several tokens at a time, which is faster.
     tokens = MOST_TOKENS if options.json or answers else 1
     events = server.generate_events(prompts.make_requests(options, left), phase, tokens)
@@ -237,16 +239,34 @@ def generate(
             progress(len(answers.done), len(answers.places))
         printer = answers or make_printer(options)
         timing = Timing(tokens)
+        ended = {}
         try:
             while event := worker.submit(next, events, None).result():
                 timing.take((event.request, event.sample))
+                if event.finish_reason is not None:
+                    ended[event.request, event.sample] = event.completion
                 printer.show(event._replace(request=left[event.request]))
         finally:
             # After an interruption too: nothing that was computed is lost.
             printer.close()
     say(timing.line())
+    if options.show_routing:
+        for index, sample in sorted(ended):
+            several = f".{sample + 1}" if options.num_samples > 1 else ""
+            print(f"\nexperts of [{index + 1}{several}], best first")
+            show_routing(worker, server, ended[index, sample])
     if options.stats:
         say(timing.block(work_of(server)))
+
+
+def show_routing(worker: ThreadPoolExecutor, server: Any, answer: Any) -> None:
+    """Print which experts the tokens of a prompt and its answer went to."""
+    from routing import print_routing
+
+    ids = [*answer.prompt_ids, *answer.token_ids][: server.config.sequence_len]
+    found = worker.submit(server.inspect, ids, ("expert_index",)).result()
+    pieces = found.pieces or [str(token) for token in ids]
+    print_routing(pieces, found.captured.expert_index, server.config.model.num_experts)
 
 
 def work_of(server: Any) -> list[tuple[str, str]]:
