@@ -67,6 +67,7 @@ __all__ = [
     "SampleOutput",
     "SampleSettings",
     "Statistics",
+    "TokenScores",
     "available_memory",
     "config_in",
     "load_server",
@@ -203,6 +204,13 @@ class ModelRunner:
             return params if shardings is None else jax.device_put(params, shardings)
         dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
         return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
+
+
+class TokenScores(NamedTuple):
+    """Of each token of a text: logprobs float32 [T]; greedy bool [T], whether it is likeliest."""
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
 
 
 class Inspection(NamedTuple):
@@ -522,6 +530,10 @@ class InferenceRunner:
         every byte counted once. A text longer than the context is read in windows that overlap by
         half, so that each token sees at least half a context of text before it.
         """
+        return [scores.logprobs for scores in self.score_tokens(texts)]
+
+    def score_tokens(self, texts: Sequence[str | Sequence[int]]) -> list[TokenScores]:
+        """Return what `score` does, and whether each token is the likeliest at its place."""
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
         self._serving.release()
@@ -530,7 +542,7 @@ class InferenceRunner:
         scores, windows = [], []
         for index, text in enumerate(texts):
             ids = self.encode(text)
-            scores.append(np.zeros([len(ids)], np.float32))
+            scores.append(TokenScores(np.zeros([len(ids)], np.float32), np.zeros([len(ids)], bool)))
             inputs = np.array([bos, *ids[:-1]], np.int32)
             stride = max(1, context // 2)
             # The last window is the first one that reaches the end of the text.
@@ -545,12 +557,13 @@ class InferenceRunner:
             tokens, targets = np.zeros([2, len(batch), longest], np.int32)
             for row, (_, _, inputs, wanted) in enumerate(batch):
                 tokens[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
-            parts = [np.asarray(part) for part in self._read(score_step, tokens, targets)]
-            found = np.concatenate(parts, axis=1)
+            parts = [jax.device_get(part) for part in self._read(score_step, tokens, targets)]
+            found = [np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)]
             for row, (index, start, inputs, _) in enumerate(batch):
                 new = 0 if start == 0 else context - stride
                 end = start + len(inputs)
-                scores[index][start + new : end] = found[row, new : len(inputs)]
+                for whole, part in zip(scores[index], found, strict=True):
+                    whole[start + new : end] = part[row, new : len(inputs)]
         return scores
 
     def _check_length(self, length: int) -> None:
@@ -559,7 +572,7 @@ class InferenceRunner:
                 f"expected at most the context of {self.config.sequence_len} tokens, got {length}"
             )
 
-    def _read(self, step: Any, *arrays: np.ndarray) -> Iterator[jax.Array]:
+    def _read(self, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
         """Run `step` over int arrays [<= B, T] in chunks of one compiled length."""
         rows, length = arrays[0].shape
         size = next((s for s in self.pad_sizes if s >= length), self.pad_sizes[-1])

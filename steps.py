@@ -377,10 +377,15 @@ def score_step(
     *,
     config: LanguageModelConfig,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, Memory]:
-    """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each."""
+) -> tuple[tuple[jax.Array, jax.Array], Memory]:
+    """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each.
+
+    And whether each target is the likeliest token there, bool [B, T].
+    """
     output = apply_model(config, mesh, params, tokens, memory)
-    return readable(_log_probabilities(output.logits, targets), mesh), output.model_state
+    greedy = jnp.argmax(output.logits, axis=-1) == targets
+    found = _log_probabilities(output.logits, targets), greedy
+    return readable(found, mesh), output.model_state
 
 
 @functools.partial(

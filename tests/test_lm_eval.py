@@ -1,0 +1,182 @@
+"""The adapter for EleutherAI's harness: what it answers, and a run of the harness itself."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lm_eval_grok import GrokLM
+from runner import Request, load_server
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEMO = ROOT / "checkpoints/demo"
+PAIRS = [
+    ("Once upon a", " time"),
+    ("", "The king"),
+    ("There was an old ", "woman who lived"),
+    ("The little prince said:", " xylophone"),
+]
+TEXTS = ["Once upon a time there was a king.", "A dog", "The king had a daughter. " * 120]
+
+
+@pytest.fixture(scope="module")
+def server():
+    return load_server(DEMO, ROOT / "tokenizer.model", slots=3)
+
+
+@pytest.fixture(scope="module")
+def model(server):
+    return GrokLM(server=server)
+
+
+def asked(*arguments):
+    """Stand for the harness's requests."""
+    return [SimpleNamespace(args=own) for own in arguments]
+
+
+def test_log_likelihoods_are_the_score_of_the_continuation(server, model):
+    found = model.loglikelihood(asked(*PAIRS))
+    for (context, continuation), (total, greedy) in zip(PAIRS, found, strict=True):
+        whole = server.encode(context + continuation)
+        split = len(server.encode(context.rstrip()))
+        (scores,) = server.score([whole])
+        assert total == float(np.sum(scores[split:], dtype=np.float64))
+        logits = server.logits([[1, *whole[:-1]]])[0]
+        assert greedy == bool(np.all(np.argmax(logits, -1)[split:] == whole[split:]))
+    assert [greedy for _, greedy in found] == [True, False, False, False]
+
+
+def test_the_newest_tokens_of_a_pair_that_is_too_long_are_read(server, model):
+    context, continuation = "The king had a daughter. " * 100, " And she was a princess."
+    ids = server.encode(context + continuation)
+    most, own = server.config.sequence_len, len(ids) - len(server.encode(context.rstrip()))
+    assert len(ids) > most
+    ((total, _),) = model.loglikelihood(asked((context, continuation)))
+    (scores,) = server.score([ids[-most:]])
+    assert total == float(np.sum(scores[-own:], dtype=np.float64))
+    ((total, _),) = model.loglikelihood(asked(("A", context)))  # windows, where all is asked for
+    (scores,) = server.score([server.encode("A" + context)])
+    assert total == float(np.sum(scores[1:], dtype=np.float64))
+
+
+def test_rolling_log_likelihoods_are_the_score_of_the_whole(server, model):
+    found = model.loglikelihood_rolling(asked(*((text,) for text in TEXTS)))
+    assert len(server.encode(TEXTS[-1])) > server.config.sequence_len
+    sums = [float(np.sum(scores, dtype=np.float64)) for scores in server.score(TEXTS)]
+    assert found == sums
+
+
+def test_generation_is_that_of_the_runner(server, model):
+    settings = [
+        {"until": [".", "\n"], "max_gen_toks": 12},
+        {"until": "king", "max_gen_toks": 30, "do_sample": False, "temperature": 0.0},
+        {"until": None, "max_new_tokens": 5, "do_sample": True, "temperature": 0.8, "top_p": 0.9},
+        {"until": [""], "max_gen_toks": 4, "temperature": 0.7, "top_k": 5},
+    ]
+    wanted = [
+        {"stop": [".", "\n"], "max_len": 12, "temperature": 0},
+        {"stop": "king", "max_len": 30, "temperature": 0},
+        {"max_len": 5, "temperature": 0.8, "nucleus_p": 0.9},
+        {"max_len": 4, "temperature": 0.7, "top_k": 5},
+    ]
+    prompts = [context or "A dog" for context, _ in PAIRS]
+    found = model.generate_until(asked(*zip(prompts, settings, strict=True)))
+    requests = [Request(p, **fields) for p, fields in zip(prompts, wanted, strict=True)]
+    assert found == [completion.text for completion in server.generate(requests)]
+    assert all(found) and "king" not in found[1]
+
+
+def test_a_long_context_loses_its_beginning(server, model):
+    context = "The king had a daughter. " * 100
+    (text,) = model.generate_until(asked((context, {"until": [], "max_gen_toks": 6})))
+    ids = server.encode(context)[-(server.config.sequence_len - 6) :]
+    (completion,) = server.generate([Request(ids, temperature=0, max_len=6)])
+    assert text == completion.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"checkpoint": DEMO, "mesh": "8"}, "expected mesh=DATAxMODEL, such as 1x8.*got '8'"),
+        ({"checkpoint": DEMO, "batch_size": "auto"}, "a number as batch_size.*and 'auto'"),
+        ({"checkpoint": DEMO, "mesh": "1x3"}, "a model axis of 3|needs 3 devices"),
+        ({"checkpoint": DEMO, "dtype": "float16"}, "dtype: expected float32 or bfloat16"),
+        ({"checkpoint": DEMO, "tokenizer": "none.model"}, "none.model: expected a tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GrokLM(**arguments)
+
+
+def test_settings_that_are_not_known_are_refused(model):
+    with pytest.raises(ValueError, match="generation: expected settings from .*got 'num_beams'"):
+        model.generate_until(asked(("A dog", {"until": [], "num_beams": 4})))
+
+
+CHOICE = """
+task: story_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}]
+"""
+NEXT = """
+task: story_next
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{next}}}}"
+generation_kwargs: {{until: [" "], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def test_the_harness_runs_a_task_of_its_own_kind(server, tmp_path):
+    documents = [
+        {"text": "Once upon a", "choices": [" time", " xylophone"], "answer": 0, "next": "x"},
+        {"text": "There was once a", "choices": [" zebra", " king"], "answer": 1, "next": "x"},
+        {"text": "He had three", "choices": [" sons", " gearboxes"], "answer": 1, "next": "x"},
+    ]
+    for row in documents[:2]:  # the last one is as the model would not have it
+        first = server.generate([Request(row["text"], temperature=0, max_len=8, stop=" ")])
+        row["next"] = first[0].text
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in documents))
+    for name, task in (("choice", CHOICE), ("next", NEXT)):
+        (tmp_path / f"{name}.yaml").write_text(task.format(data=data))
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/lm_eval_grok.py", "run", "--model", "grok-1"]
+        + ["--model_args", f"checkpoint={DEMO}", "--batch_size", "2", "--include_path", tmp_path]
+        + ["--tasks", "story_choice,story_next", "--output_path", tmp_path / "out.json"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.glob("out*.json")
+    results = json.loads(file.read_text())["results"]
+    assert results["story_choice"]["acc,none"] == pytest.approx(2 / 3)
+    assert results["story_next"]["exact_match,none"] == pytest.approx(2 / 3)
+
+
+def test_the_harness_ends_with_a_sentence_where_there_is_no_checkpoint(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/lm_eval_grok.py", "run", "--model", "grok-1", "--tasks"]
+        + ["wikitext", "--model_args", f"checkpoint={tmp_path}"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")

@@ -1,0 +1,189 @@
+r"""Evaluate by EleutherAI's harness: this model as `grok-1`, all else as the harness has it.
+
+    python tools/lm_eval_grok.py run --model grok-1 --tasks gsm8k,mmlu --batch_size 8 \
+        --model_args checkpoint=checkpoints,mesh=1x8
+
+model_args: checkpoint, a directory (checkpoints/); tokenizer, a SentencePiece model (the one beside
+the checkpoint, else the repository's); mesh, DATAxMODEL (1x1); dtype, float32 or bfloat16; context,
+tokens; kernels, true or false. Needs `pip install -r requirements-eval.txt`.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; run: pip install -r requirements-eval.txt")
+
+import numpy as np  # noqa: E402  (after the path)
+
+from request import Request  # noqa: E402
+
+# What the harness may ask of generation, and which field of a Request that is.
+SAMPLING = {"temperature": "temperature", "top_p": "nucleus_p", "top_k": "top_k", "min_p": "min_p"}
+LENGTHS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
+MOST_GENERATED = 256  # tokens, as in the harness, where a task does not say
+
+
+@register_model("grok-1")
+class GrokLM(LM):
+    """Grok-1, loaded by runner.py, as the harness asks models.
+
+    server: an initialised InferenceRunner with a tokenizer; None: load one as the others say.
+    batch_size: sequences served at once. device, max_batch_size: given by the harness, not used.
+    Raises ValueError, in one sentence, if something is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike = ROOT / "checkpoints",
+        tokenizer: str | os.PathLike | None = None,
+        mesh: str = "1x1",
+        dtype: str | None = None,
+        context: int | None = None,
+        kernels: bool = True,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,  # noqa: ARG002
+        device: str | None = None,  # noqa: ARG002
+        *,
+        server: Any = None,
+    ):
+        super().__init__()
+        self.server = server or _load(
+            Path(checkpoint), tokenizer, mesh, batch_size, dtype=dtype, context=context,
+            kernels=kernels,
+        )  # fmt: skip
+        if self.server.tokenizer is None:
+            raise ValueError("tokenizer: the harness asks in words; name a SentencePiece model")
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Return, for each (context, continuation), the continuation's log-probability.
+
+        And whether each of its tokens is the likeliest. Of a pair that is longer than the model's
+        context the newest tokens are read.
+        """
+        pairs = [self._split(*request.args) for request in requests]
+        most = self.server.config.sequence_len
+        # What does not fit even by itself is read in windows, as `score` does.
+        texts = [
+            (context + own)[-most:] if len(own) <= most else context + own for context, own in pairs
+        ]
+        found = []
+        scored = self._scores(texts)
+        for request, (_, own), scores in zip(requests, pairs, scored, strict=True):
+            first = len(scores.logprobs) - len(own)
+            result = _total(scores.logprobs[first:]), bool(np.all(scores.greedy[first:]))
+            self.cache_hook.add_partial("loglikelihood", request.args, result)
+            found.append(result)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Return the log-probability of each whole text, as `InferenceRunner.score` has it."""
+        texts = [self.server.encode(request.args[0]) for request in requests]
+        found = [_total(scores.logprobs) for scores in self._scores(texts)]
+        for request, result in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+        return found
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return the continuation of each (context, settings), without what ended it.
+
+        A context that is too long loses its oldest tokens.
+        """
+        asked = [self._request(*request.args) for request in requests]
+        found = [completion.text for completion in self.server.generate(asked)]
+        for request, result in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, result)
+        return found
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells this vocabulary from others."""
+        return f"grok-1-{self.server.config.vocab_size}"
+
+    def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both, cut where the text is: spaces go to the continuation."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        before = self.server.encode(context)
+        whole = self.server.encode(context + continuation)
+        return whole[: len(before)], whole[len(before) :]
+
+    def _scores(self, texts: Sequence[Sequence[int]]) -> list[Any]:
+        """Score all, those of like lengths together."""
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        scored = self.server.score_tokens([texts[i] for i in order])
+        return [scores for _, scores in sorted(zip(order, scored, strict=True), key=_first)]
+
+    def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
+        """Return what the harness's settings ask for. Raises ValueError for one unknown."""
+        settings = dict(settings)
+        until = settings.pop("until", None) or []
+        stops = [until] if isinstance(until, str) else list(until)
+        most = [settings.pop(name) for name in LENGTHS if name in settings]
+        sampled = {
+            field: settings.pop(name) for name, field in SAMPLING.items() if name in settings
+        }
+        if not settings.pop("do_sample", sampled.get("temperature", 0) > 0):
+            sampled = {"temperature": 0.0}
+        if settings:
+            known = (*SAMPLING, *LENGTHS, "until", "do_sample")
+            name = next(iter(settings))
+            raise ValueError(f"generation: expected settings from {known}, got {name!r}")
+        length = min(int(most[0]) if most else MOST_GENERATED, self.server.config.sequence_len - 1)
+        stop = [text for text in stops if text]
+        prompt = context or [self.server.tokenizer.bos_id()]
+        return Request(prompt, max_len=length, stop=stop, truncate="left", **sampled)
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
+
+
+def _total(logprobs: np.ndarray) -> float:
+    return float(np.sum(logprobs, dtype=np.float64))
+
+
+def _load(
+    checkpoint: Path, tokenizer: Any, mesh: str, batch_size: int | str, **options: Any
+) -> Any:
+    """Load a runner. Raises ValueError."""
+    try:
+        data, model = map(int, mesh.split("x"))
+        slots = int(batch_size)
+    except ValueError:
+        raise ValueError(
+            f"expected mesh=DATAxMODEL, such as 1x8, and a number as batch_size, got {mesh!r} and "
+            f"{batch_size!r}"
+        ) from None
+    import compile_cache
+    from runner import load_server
+
+    compile_cache.enable()
+    if tokenizer is None:
+        own = checkpoint / "tokenizer.model"
+        tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
+    return load_server(checkpoint, tokenizer, mesh=(data, model), slots=slots, **options)
+
+
+def main() -> None:
+    """Run the harness's own command, which now knows this model."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
