@@ -551,6 +551,7 @@ class InferenceRunner:
                     break
                 end = min(start + context, len(ids))
                 windows.append((index, start, inputs[start:end], np.array(ids[start:end])))
+        windows.sort(key=lambda window: -len(window[2]))  # those of like lengths together
         for first in range(0, len(windows), self.num_slots):
             batch = windows[first : first + self.num_slots]
             longest = max(len(window[2]) for window in batch)

@@ -77,7 +77,7 @@ class GrokLM(LM):
             (context + own)[-most:] if len(own) <= most else context + own for context, own in pairs
         ]
         found = []
-        scored = self._scores(texts)
+        scored = self.server.score_tokens(texts)
         for request, (_, own), scores in zip(requests, pairs, scored, strict=True):
             first = len(scores.logprobs) - len(own)
             result = _total(scores.logprobs[first:]), bool(np.all(scores.greedy[first:]))
@@ -88,7 +88,7 @@ class GrokLM(LM):
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return the log-probability of each whole text, as `InferenceRunner.score` has it."""
         texts = [self.server.encode(request.args[0]) for request in requests]
-        found = [_total(scores.logprobs) for scores in self._scores(texts)]
+        found = [_total(scores) for scores in self.server.score(texts)]
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return found
@@ -118,12 +118,6 @@ class GrokLM(LM):
         whole = self.server.encode(context + continuation)
         return whole[: len(before)], whole[len(before) :]
 
-    def _scores(self, texts: Sequence[Sequence[int]]) -> list[Any]:
-        """Score all, those of like lengths together."""
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        scored = self.server.score_tokens([texts[i] for i in order])
-        return [scores for _, scores in sorted(zip(order, scored, strict=True), key=_first)]
-
     def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
         """Return what the harness's settings ask for. Raises ValueError for one unknown."""
         settings = dict(settings)
@@ -143,10 +137,6 @@ class GrokLM(LM):
         stop = [text for text in stops if text]
         prompt = context or [self.server.tokenizer.bos_id()]
         return Request(prompt, max_len=length, stop=stop, truncate="left", **sampled)
-
-
-def _first(pair: tuple[int, Any]) -> int:
-    return pair[0]
 
 
 def _total(logprobs: np.ndarray) -> float:
