@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -119,56 +120,98 @@ def load() -> None:
 
     Raises KernelError where that cannot be.
     """
-    path = _build()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        path.unlink(missing_ok=True)  # the next start compiles it anew
-        raise KernelError(str(error)) from None
+    # Not among what is kept: the system clears away what an interruption leaves there.
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _build(Path(scratch))
+        try:
+            library = ctypes.CDLL(str(path))  # stays there when its file has gone
+        except OSError as error:
+            raise KernelError(str(error)) from None
     for target, name in HANDLERS.items():
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
 
 
-def _build() -> Path:
-    """Return the compiled library."""
+def _build(scratch: Path) -> Path:
+    """Return the compiled library: the one that is kept, if it is whole, or a new one.
+
+    Where it cannot be kept it is left in `scratch`, and the next start compiles anew.
+    """
     compiler = _compiler()
     try:
         version = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
+            [*compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
         ).stdout
         sources = (path.read_text() for path in (SOURCE, *HEADERS))
-        parts = *sources, compiler, version, jaxlib.__version__, *FLAGS
+        parts = *sources, *compiler, version, jaxlib.__version__, *FLAGS
         name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-        directory = compile_cache.default_directory() / "kernels"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run
-        library = directory / f"cpu-{name}.so"
-        if not library.exists():
-            _compile(compiler, library)
+        kept = _directory(scratch) / f"cpu-{name}.so"
+        if _is_whole(kept):
+            return kept
+        made = scratch / "made.so"
+        subprocess.run(
+            [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)],
+            capture_output=True, text=True, errors="replace", check=True,
+        )  # fmt: skip
     except subprocess.CalledProcessError as error:
         lines = [*error.stderr.strip().splitlines(), f"it ended with status {error.returncode}"]
         wrong = next((line for line in lines if "error" in line), lines[-1])
-        raise KernelError(f"{compiler} failed: {wrong}") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        raise KernelError(f"{compiler[0]} failed: {wrong}") from None
+    except OSError as error:
         raise KernelError(str(error)) from None
-    return library
+    if not made.exists():
+        raise KernelError(f"{compiler[0]} made no library")
+    try:
+        # The library is whole when its digest is there, whoever else writes it.
+        _replace(kept, made.read_bytes())
+        _replace(_digest_file(kept), _digest(kept).encode())
+    except OSError:
+        return made
+    return kept
 
 
-def _compiler() -> str:
-    """Return the C++ compiler that CXX names, or the first that is there."""
-    named = os.environ.get("CXX")
-    for name in (named,) if named else COMPILERS:
-        if path := shutil.which(name):
-            return path
-    raise KernelError(f"no C++ compiler was found: {named or ', '.join(COMPILERS)}")
+def _directory(scratch: Path) -> Path:
+    """Return where compiled kernels are kept, or `scratch` if they cannot be."""
+    try:
+        directory = compile_cache.default_directory() / "kernels"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        return scratch
+    return directory
 
 
-def _compile(compiler: str, library: Path) -> None:
-    """Compile to `library`, which is whole or not there, whoever else compiles it."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        made = Path(scratch) / library.name
-        subprocess.run(
-            [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)],
-            capture_output=True, text=True, errors="replace", check=True,
-        )  # fmt: skip
-        os.replace(made, library)
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there as it was written: a damaged one would end the process."""
+    try:
+        return _digest_file(library).read_text() == _digest(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that is whole, or not there at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _compiler() -> tuple[str, ...]:
+    """Return the command of the C++ compiler that CXX names, or of the first that is there."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        if path := shutil.which(command[0]):
+            return path, *command[1:]
+    raise KernelError(f"no C++ compiler was found: {' '.join(named) or ', '.join(COMPILERS)}")

@@ -308,9 +308,10 @@ def libraries():
     return sorted(p.name for p in (compile_cache.default_directory() / "kernels").iterdir())
 
 
-def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
+def test_it_is_compiled_once_and_kept(fresh, monkeypatch, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("scratch")
     log = fresh / "log"
-    real = cpu._compiler()
+    (real,) = cpu._compiler()
     # Stands for a compiler that takes long: what it makes is any file.
     compiler = script(
         fresh / "compiler",
@@ -318,14 +319,22 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
         f'echo compiled >> {log}\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"',
     )
     monkeypatch.setenv("CXX", str(compiler))
-    assert cpu._build() == cpu._build()
+    kept = cpu._build(tmp_path)
+    assert kept == cpu._build(tmp_path)
     assert log.read_text() == "compiled\n"
-    assert len(libraries()) == 1 and libraries()[0].endswith(".so")
+    assert libraries() == [f"{kept.stem}.sha256", f"{kept.stem}.so"]
     assert stat.S_IMODE((compile_cache.default_directory() / "kernels").stat().st_mode) == 0o700
     # Other flags are another library.
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-g"))
-    cpu._build()
-    assert log.read_text() == "compiled\n" * 2 and len(libraries()) == 2
+    cpu._build(tmp_path)
+    assert log.read_text() == "compiled\n" * 2 and len(libraries()) == 4
+    # So is one that is no longer what was written.
+    kept.write_bytes(kept.read_bytes()[:4])
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh))
+    monkeypatch.setenv("CXX", str(compiler))
+    assert cpu._build(tmp_path) == kept and kept.read_text() == "library\n"
+    assert log.read_text() == "compiled\n" * 3
 
 
 @pytest.mark.parametrize(
@@ -335,6 +344,7 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
         ("exit 3", "{path} failed: it ended with status 3"),
         ('[ "$1" = --version ] && exit\necho "cpu.cc:1: error: no." >&2; exit 1', "cpu.cc:1: erro"),
         ('[ "$1" = --version ] && exit\nkill -9 $$', "it ended with status -9"),
+        ("exit", "{path} made no library"),
         # Compiles what cannot be loaded.
         ('[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\n:>"$2"', "too short"),
     ],
@@ -348,14 +358,36 @@ def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, capsys, com
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernels")
     assert said.format(path=path) in lines[0]
-    assert not list(fresh.rglob("*.so"))  # nor half of one
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_end(fresh, monkeypatch, capsys):
+def load_in_a_new_process(**environment):
+    """Return what a process that loads the kernels leaves on standard error; it must not fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import runner; assert runner.has_kernels()"],
+        cwd=golden.DIRECTORY.parents[2], capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_do_without(fresh):
     (fresh / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
-    assert not runner.has_kernels()
-    assert "Not a directory" in capsys.readouterr().err
+    # A command with options is a compiler, too.
+    where = {"XDG_CACHE_HOME": str(fresh / "file"), "CXX": f"{cpu._compiler()[0]} -DNOTHING"}
+    assert load_in_a_new_process(**where) == ""
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_library_is_compiled_anew(fresh, damage):
+    """To load one ends the process, by a signal."""
+    for attempt in range(2):
+        assert load_in_a_new_process() == ""
+        (library,) = fresh.rglob("*.so")
+        if attempt == 0:
+            whole = library.read_bytes()
+            library.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"other" * 999)
+    assert library.read_bytes() == whole
 
 
 def test_a_server_on_a_cpu_uses_it_unless_told_otherwise():
