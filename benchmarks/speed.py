@@ -7,7 +7,7 @@ Three forms of one model run in turns, in one process: `baseline` (benchmarks/ba
 turns.
 
 quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model that comes along.
-grok-1-rank: exactly what one of eight devices holds and computes of the full model, 39.8 GB made on
+grok-1-rank: exactly what one of eight devices holds and computes of the full model, 39.9 GB made on
 the device, to which the two all-reduces a layer are added as `limits.exchange_seconds` models them;
 with `--layers` a part of it, to try the command elsewhere.
 
@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+
+def _interrupted(*_: object) -> None:
+    # At once: jax's threads would crash while the interpreter ends, and nothing is left to save.
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _interrupted)  # also while modules are imported, for seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -56,7 +67,13 @@ from limits import (  # noqa: E402
 from model import LanguageModelConfig  # noqa: E402
 from random_models import grok_1_rank, quarter, random_params  # noqa: E402
 from request import Answering, Request  # noqa: E402
-from runner import has_kernels, load_server, read_model_config, with_settings  # noqa: E402
+from runner import (  # noqa: E402
+    available_memory,
+    has_kernels,
+    load_server,
+    read_model_config,
+    with_settings,
+)
 from serving import Serving  # noqa: E402
 from steps import (  # noqa: E402
     MOST_TOKENS,
@@ -64,6 +81,7 @@ from steps import (  # noqa: E402
     abstract_inputs,
     apply_model,
     decode,
+    device_bytes,
     first_token,
     new_state,
     prefill,
@@ -238,9 +256,14 @@ def measure_decode(
 ) -> dict[str, Any]:
     """Return the seconds of a step of each form, what it must do, and how near to that it is."""
     fastest = forms[-1]
+    most = (fastest.config.sequence_len - PROMPT - 1) // MOST_TOKENS - 1
+    if turns > most:
+        raise ValueError(f"--turns: expected at most {most}, which fill the context, got {turns}")
     counts = {form.name: 1 if form.name == "baseline" else MOST_TOKENS for form in forms}
     state = ready_state(fastest, batch, PROMPT)
-    experts = chosen_experts(next(f for f in forms if f.name != "baseline"), state)
+    # The baseline has another way to compute all experts, and none to choose.
+    chooser = next((form for form in forms if form.name != "baseline"), None)
+    experts = chosen_experts(chooser or Form("plain", fastest.config, fastest.params), state)
     states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
     del state
 
@@ -279,7 +302,8 @@ def measure_starts(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds from a process's start to its first token, first and second time."""
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, __file__, "--config", options.config, "--first-token"]
-        command += ["--layers", str(options.layers)]
+        if options.config == "grok-1-rank":
+            command += ["--layers", str(options.layers)]
         found = []
         for _ in range(2):
             began = time.time()
@@ -323,19 +347,30 @@ def draw_first_token(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures of a run."""
+    names = [name for name in options.forms if name != "kernels" or has_kernels()]
+    if not names:
+        raise ValueError("--forms: there are no kernels here, and no other form was asked for")
+    config = make_config(options)
+    prompts = [n for n in options.prompts or PROMPTS if n <= config.sequence_len]
+    if options.prompts and prompts != list(options.prompts):
+        raise ValueError(
+            f"--prompts: expected at most the context of {config.sequence_len} tokens, got "
+            f"{max(options.prompts)}"
+        )
+    prompts = [] if options.prompts == [] else prompts
+    _check_memory(config, max([1, *options.batches]))
     found: dict[str, Any] = {"config": options.config, **describe_machine()}
     if options.config == "grok-1-rank":
         found["layers"] = options.layers
     if options.starts:
         found["start"] = measure_starts(options)
-    config = make_config(options)
     params = make_params(options, config)
-    names = [name for name in options.forms if name != "kernels" or has_kernels()]
     forms = [Form(name, config, params) for name in names]
     machine = Machine(config)
     found["prefill"], found["decode"] = {}, {}
+    found["dtype"] = jnp.dtype(config.fprop_dtype).name
     rank = options.config == "grok-1-rank"
-    for tokens in (n for n in options.prompts if n <= config.sequence_len):
+    for tokens in prompts:
         row = measure_prefill(forms, tokens, options.turns, machine)
         if rank:
             row["exchange_s"] = exchange_seconds(config, tokens)
@@ -352,6 +387,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found["compile_s"] = {form.name: form.compile_s for form in forms}
     found["figures"] = summarise(found)
     return found
+
+
+def _check_memory(config: LanguageModelConfig, batch: int) -> None:
+    """Raise ValueError if the model and one form's caches do not fit this machine."""
+    free, needed = available_memory(), device_bytes(config, None, batch)
+    if jax.default_backend() == "cpu" and free is not None and needed > free:
+        raise ValueError(
+            f"the model and {batch} caches take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+            "GiB are free; give smaller --batches, or fewer --layers of grok-1-rank"
+        )
 
 
 def summarise(found: dict[str, Any]) -> dict[str, float]:
@@ -390,6 +435,7 @@ def describe_machine() -> dict[str, Any]:
             names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
             name = names[0] if names else platform.processor()
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -407,8 +453,10 @@ def report(found: dict[str, Any]) -> None:
     """Print a table for a person."""
     names = list(next(iter({**found["prefill"], **found["decode"]}.values()))["seconds"])
     machine = f"{found['device']}, {found['cores']} cores, jax {found['jax']}"
-    print(f"{found['config']} on {machine}, commit {found['commit']}")
-    print(f"{found['bandwidth'] / 1e9:.1f} GB/s, {found['rate'] / 1e9:.0f} GFLOP/s")
+    layers = f", {found['layers']} of 64 layers," if found.get("layers", 64) != 64 else ""
+    print(f"{found['config']}{layers} on {machine}, commit {found['commit']}")
+    print(f"{found['bandwidth'] / 1e9:.1f} GB/s, {found['rate'] / 1e9:.0f} GFLOP/s", end=" ")
+    print(f"in {found['dtype']}")
     if start_ := found.get("start"):
         peak = start_["peak_bytes"] / 2**30
         print(f"first token after {start_['cold_s']:.1f} s, with the compilation cache", end=" ")
@@ -426,25 +474,36 @@ def report(found: dict[str, Any]) -> None:
                 factor = "" if times is None else f"{times:.1f} x"
                 cells.append(f"{rate:>{width}.1f} {part:>7.0%} {factor:>7}")
             print(f"{kind + ' ' + size + ', tokens/s':24}" + "".join(cells))
-    for kind in next(iter(found["compile_s"].values())):
+    kinds = {kind: None for own in found["compile_s"].values() for kind in own}
+    for kind in kinds:
         cells = [f"{found['compile_s'][name].get(kind, math.nan):>{width}.2f}" for name in names]
         print(f"{'compile ' + kind + ', s':24}" + "".join(f"{cell}{'':16}" for cell in cells))
-    print(
-        "\nThe share is of XLA's product rate (prefill) or of the floor's speed (decode); x: times"
-    )
-    print("the baseline's speed.")
+    print("\nThe share is of XLA's product rate (prefill) or of the floor's speed (decode).")
+    if "baseline" in names:
+        print("x: times the baseline's speed.")
     for name, value in figures.items():
         if "of eight" in name:
             print(f"{name}: {value:.1f} (all-reduces as modelled)")
 
 
-def compare(found: dict[str, Any], path: str) -> None:
-    """Print each figure beside that of the last run of this configuration in a file."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    rows = [row for row in rows if row["config"] == found["config"]]
+def read_run(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the last run of this configuration in the file of --compare. Raises ValueError."""
+    path, wanted = options.compare, options.config
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        rows = [row for row in rows if row["config"] == wanted and row["figures"] is not None]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"--compare: {path} holds no runs that --save has written") from None
+    if wanted == "grok-1-rank":
+        rows = [row for row in rows if row["layers"] == options.layers]
+        wanted += f" of {options.layers} layers"
     if not rows:
-        raise ValueError(f"{path} holds no run of {found['config']}")
-    old = rows[-1]
+        raise ValueError(f"--compare: {path} holds no run of {wanted}")
+    return rows[-1]
+
+
+def compare(found: dict[str, Any], old: dict[str, Any]) -> None:
+    """Print each figure beside that of an earlier run."""
     print(f"\nbeside {old['commit']}, {old['time']}, {old['device']}:")
     for name, value in found["figures"].items():
         if name in old["figures"]:
@@ -452,13 +511,27 @@ def compare(found: dict[str, Any], path: str) -> None:
             print(f"{name:44} {value:12.2f} {before:12.2f} {value / before:7.2f} x")
 
 
+def save(path: str, line: str) -> None:
+    """Put a run at the end of a file. Raises ValueError if that cannot be."""
+    try:
+        with open(path, "a+") as file:
+            file.seek(0)
+            before = file.read()
+            file.write("\n" + line if line and before and not before.endswith("\n") else line)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds no text"
+        raise ValueError(f"--save: {path} cannot be written ({reason})") from None
+
+
 def check(found: dict[str, Any]) -> list[str]:
     """Return a sentence for each limit that was not held."""
     figures = found["figures"]
     return [
         f"{name} is {figures[name]:.2f}, at least {least:g} is asked"
+        if name in figures
+        else f"{name} was not measured, at least {least:g} is asked"
         for name, least in LIMITS.items()
-        if name in figures and figures[name] < least
+        if figures.get(name, 0) < least
     ]
 
 
@@ -468,11 +541,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     count = number(1, 10**6, int, "a whole number of at least 1")
     add("--config", choices=CONFIGS, default="quarter", help="the model (quarter)")
-    add("--layers", type=count, default=64, metavar="N", help="of grok-1-rank (64)")
+    add("--layers", type=number(1, 64, int, "a whole number from 1 to 64"), metavar="N",
+        help="of grok-1-rank (64)")  # fmt: skip
+
     add("--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"of {', '.join(FORMS)} (all)")
     add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
-    add("--batches", type=count, nargs="*", default=BATCHES, metavar="N", help="(1 4 16)")
-    add("--prompts", type=count, nargs="*", default=PROMPTS, metavar="N", help="(16 128 1024)")
+    add("--batches", type=count, nargs="*", default=BATCHES, metavar="N",
+        help="how many sequences are decoded at once, each in turn (1 4 16)")  # fmt: skip
+    add("--prompts", type=count, nargs="*", metavar="N",
+        help="lengths of prompts, in turn (16 128 1024, or what the context holds)")  # fmt: skip
     add("--no-starts", dest="starts", action="store_false", help="do not measure starts")
     add("--json", action="store_true", help="print all figures as one JSON object")
     add("--save", metavar="FILE", help="append them to a file, a line a run")
@@ -484,13 +561,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         # All experts of a rank would take its time and its memory.
         options.forms = FORMS[1:] if options.config == "grok-1-rank" else FORMS
     options.forms = [name for name in FORMS if name in options.forms]
-    if not options.batches and not options.prompts:
+    if not options.batches and options.prompts == []:
         parser.error("nothing is left to measure: give --batches or --prompts")
     if options.compare and not Path(options.compare).is_file():
         parser.error(f"--compare: there is no file {options.compare}")
-    if options.config == "demo":
-        longest = read_model_config(ROOT / "checkpoints/demo").sequence_len
-        options.prompts = [tokens for tokens in options.prompts if tokens <= longest]
+    if options.compare and options.json:
+        parser.error("--compare and --json do not go together: ratios are a table for people")
+    if options.check and options.config != "quarter":
+        parser.error(f"--check: the limits are those of quarter, not of {options.config}")
+    if options.layers is not None and options.config != "grok-1-rank":
+        parser.error(f"--layers: only grok-1-rank has fewer layers, not {options.config}")
+    options.layers = options.layers or 64
     return options
 
 
@@ -501,24 +582,27 @@ def main() -> int:
         if options.first_token:
             draw_first_token(options)
             return 0
+        # Wrong files are said before minutes are spent.
+        old = read_run(options) if options.compare else None
         if options.save:
-            Path(options.save).open("a").close()  # a wrong path is said before minutes are spent
+            save(options.save, "")
         found = measure(options)
         if options.save:
-            with open(options.save, "a") as file:
-                file.write(json.dumps(found) + "\n")
+            save(options.save, json.dumps(found) + "\n")
         if options.json:
             print(json.dumps(found))
         else:
             report(found)
-        if options.compare:
-            compare(found, options.compare)
+        if old:
+            compare(found, old)
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say("error: too little memory for this model, or for so many caches of each form")
+        return 2
     failures = check(found) if options.check else []
     for failure in failures:
         say(f"error: {failure}")

@@ -5,8 +5,10 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -124,7 +126,8 @@ def test_the_baseline_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> N
 def test_speed_is_measured_saved_and_compared(config: str, tmp_path: pathlib.Path) -> None:
     """The rank as on a GPU, but one layer of it."""
     file = tmp_path / "runs.jsonl"
-    arguments = ["--config", config, "--layers", "1", "--turns", "1", "--batches", "1"]
+    arguments = ["--config", config, "--turns", "1", "--batches", "1"]
+    arguments += ["--layers", "1"] if config == "grok-1-rank" else []
     arguments += ["--prompts", "16", "--no-starts", "--save", str(file)]
     found = figures("speed.py", *arguments)
     forms = {"plain", "kernels"} | ({"baseline"} if config == "demo" else set())
@@ -135,9 +138,79 @@ def test_speed_is_measured_saved_and_compared(config: str, tmp_path: pathlib.Pat
     assert len(shares) == 2 * len(forms) and all(0 < share < 3 for share in shares)
     assert ("decode 1: kernels, of eight, tokens/s" in found["figures"]) == (config != "demo")
     assert json.loads(file.read_text()) == found
-    speed.compare({**found, "figures": {"compile decode 1: plain s": 1.0}}, str(file))
-    with pytest.raises(ValueError, match="no run of quarter"):
-        speed.compare({**found, "config": "quarter"}, str(file))
+    options = speed.parse_arguments([*arguments, "--compare", str(file)])
+    assert speed.read_run(options) == found
+    options.layers = 2
+    if config == "grok-1-rank":
+        with pytest.raises(ValueError, match="no run of grok-1-rank of 2 layers"):
+            speed.read_run(options)
+
+
+def run_speed(*arguments: str | pathlib.Path, **environment: str) -> tuple[int, str]:
+    """Return the exit status of the command and what it says on standard error."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/speed.py", *arguments],
+        capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_what_cannot_be_measured_is_one_sentence(tmp_path: pathlib.Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+    demo = ("--config", "demo", "--no-starts")
+    for content, arguments, said in (
+        ("[1, 2]\n", (*demo, "--compare", runs), f"--compare: {runs} holds no runs that"),
+        ('{"config": "demo"}\n', (*demo, "--compare", runs), f"--compare: {runs} holds no runs"),
+        ('{"config": "x", "figures": {}}', (*demo, "--compare", runs), "holds no run of demo"),
+        ("", (*demo, "--save", tmp_path / "no/x"), f"--save: {tmp_path}/no/x cannot be written"),
+        ("", (*demo, "--prompts", "4096"), "at most the context of 512 tokens, got 4096"),
+        ("", (*demo, "--prompts", "16", "--batches", "1", "--turns", "60", "--forms", "plain"),
+         "--turns: expected at most 22"),
+        ("", ("--config", "grok-1-rank", "--no-starts", "--batches", "200000"), "GiB are free"),
+    ):  # fmt: skip
+        runs.write_text(content)
+        status, err = run_speed(*arguments)
+        assert status == 2 and said in err and "Traceback" not in err, err
+    status, err = run_speed(*demo, "--forms", "kernels", CXX="/bin/false")
+    assert status == 2 and err.splitlines()[-1].startswith("error: --forms: there are no kernels")
+
+
+def test_options_that_do_not_fit_together_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    runs = tmp_path / "runs.jsonl"
+    runs.write_text("")
+    for arguments, said in (
+        (["--config", "demo", "--check"], "the limits are those of quarter, not of demo"),
+        (["--layers", "2"], "only grok-1-rank has fewer layers, not quarter"),
+        (["--json", "--compare", str(runs)], "--compare and --json do not go together"),
+        (["--batches", "--prompts"], "nothing is left to measure"),
+    ):
+        with pytest.raises(SystemExit):
+            speed.parse_arguments(arguments)
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("later", [0, 5])
+def test_ctrl_c_ends_a_measurement_with_a_word(later: float) -> None:
+    """While modules are imported, and while it measures or compiles."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "benchmarks/speed.py", "--no-starts"], stderr=subprocess.PIPE
+    )
+    while "numpy" not in pathlib.Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    time.sleep(later)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, b"interrupted")
+
+
+def test_saved_runs_are_lines_whatever_stood_there(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    file.write_text("{}")
+    speed.save(str(file), '{"a": 1}\n')
+    speed.save(str(file), '{"b": 1}\n')
+    assert file.read_text() == '{}\n{"a": 1}\n{"b": 1}\n'
 
 
 @pytest.mark.exhaustive
@@ -150,8 +223,12 @@ def test_a_start_is_measured_with_and_without_the_cache() -> None:
 
 def test_limits_that_do_not_hold_are_named() -> None:
     figures = {"decode 1: plain / baseline": 5.0, "decode 16: kernels / floor": 0.61}
-    (failure,) = speed.check({"figures": figures})
+    failure, *others = speed.check({"figures": figures})
     assert failure == "decode 1: plain / baseline is 5.00, at least 6 is asked"
+    missing = [name for name in speed.LIMITS if name not in figures]
+    assert others == [
+        f"{name} was not measured, at least {speed.LIMITS[name]:g} is asked" for name in missing
+    ]
 
 
 NARROW = """
