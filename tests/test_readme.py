@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from model import CAPTURE_SITES
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -14,7 +16,7 @@ def test_the_examples_of_requests_run(
     monkeypatch.chdir(ROOT)
     readme = (ROOT / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    load, many = [text for text in snippets if "load_server(" in text]
+    load, many, _ = [text for text in snippets if "load_server(" in text]
     names: dict[str, object] = {}
     for text in (load.replace("temperature=0.7", "max_len=5"), many):
         exec(compile(text, "README.md", "exec"), names)
@@ -27,3 +29,26 @@ def test_the_examples_of_requests_run(
         "cancelled",
     ]
     assert scored.prompt_logprobs[0] is None and max(scored.prompt_logprobs[1:]) < 0
+
+
+def test_the_recipes_for_looking_inside_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text()
+    (text,) = [
+        text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "inspect" in text
+    ]
+    names: dict[str, object] = {}
+    exec(compile(text, "README.md", "exec"), names)
+    server, found, maps = names["server"], names["found"], names["maps"]
+    assert found.captured.expert_index.shape == (4, len(found.pieces), 2)
+    assert maps.captured.attention_weights.shape == (1, 16, len(found.pieces), len(found.pieces))
+    assert len(server.encode("The young fox")) == 3  # the last token of which is patched
+    plain = int(server.inspect("The young fox", ()).logits[-1].argmax())
+    assert int(capsys.readouterr().out.splitlines()[-1]) != plain
+
+
+def test_the_table_of_sites_is_complete() -> None:
+    sites = re.findall(r"^\| (`.*?) \| \[", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert tuple(name for cell in sites for name in re.findall(r"`(\w+)`", cell)) == CAPTURE_SITES
