@@ -333,8 +333,16 @@ def test_a_process_that_never_comes_is_named(start: Start, address: str) -> None
     ("name", "victim", "told"),
     [
         ("SIGINT", 0, "process 0 of 3 .* ended: it was interrupted"),
-        ("SIGKILL", 0, "process 0 of 3 .* was lost during the start: its connection was closed"),
-        ("SIGKILL", 1, "process 1 of 3 .* was lost during the start: its connection was closed"),
+        (
+            "SIGKILL",
+            0,
+            "process 0 of 3 .* was lost during the start: its connection (was closed|broke)",
+        ),
+        (
+            "SIGKILL",
+            1,
+            "process 1 of 3 .* was lost during the start: its connection (was closed|broke)",
+        ),
     ],
 )
 def test_a_loss_while_others_are_still_to_come_ends_those_that_came(
@@ -445,7 +453,13 @@ def test_an_error_that_should_not_happen_waits_for_the_loss_that_may_be_its_caus
     [
         ("SIGINT", 0, 130, "interrupted\n", "ended: it was interrupted"),
         ("SIGINT", 1, 130, "interrupted\n", "ended: it was interrupted"),
-        ("SIGTERM", 1, -signal.SIGTERM, "", "was lost during load: its connection was closed"),
+        (
+            "SIGTERM",
+            1,
+            -signal.SIGTERM,
+            "",
+            "was lost during load: its connection (was closed|broke)",
+        ),
     ],
 )
 def test_a_signal_to_one_process_ends_all(
