@@ -125,7 +125,8 @@ def check_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ..
         return tuple(range(num_layers))
     found = []
     for layer in layers:
-        if isinstance(layer, bool) or not -num_layers <= layer < num_layers:
+        whole = hasattr(layer, "__index__") and not isinstance(layer, bool)
+        if not whole or not -num_layers <= layer < num_layers:
             raise ValueError(f"capture_layers: expected layers below {num_layers}, got {layer!r}")
         found.append(int(layer) % num_layers)
     if len({*found}) != len(found) or not found:

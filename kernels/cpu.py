@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -149,10 +150,7 @@ def _build(scratch: Path) -> Path:
         if _is_whole(kept):
             return kept
         made = scratch / "made.so"
-        subprocess.run(
-            [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)],
-            capture_output=True, text=True, errors="replace", check=True,
-        )  # fmt: skip
+        _compile(compiler, made)
     except subprocess.CalledProcessError as error:
         lines = [*error.stderr.strip().splitlines(), f"it ended with status {error.returncode}"]
         wrong = next((line for line in lines if "error" in line), lines[-1])
@@ -168,6 +166,14 @@ def _build(scratch: Path) -> Path:
     except OSError:
         return made
     return kept
+
+
+def _compile(compiler: Sequence[str], library: Path) -> None:
+    """Compile the kernels to `library`."""
+    subprocess.run(
+        [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(library)],
+        capture_output=True, text=True, errors="replace", check=True,
+    )  # fmt: skip
 
 
 def _directory(scratch: Path) -> Path:

@@ -378,6 +378,7 @@ def given(array):
         ),
         ({"hooks": {"embeddings": given(None)}}, "'embeddings' must return .*got NoneType"),
         ({"capture_layers": (3,)}, "capture_layers: expected layers below 3, got 3"),
+        ({"capture_layers": (1.5,)}, "capture_layers: expected layers below 3, got 1.5"),
         ({"capture_layers": (1, -2)}, r"capture_layers: expected each layer once, got \[1, -2\]"),
         ({"capture_layers": ()}, "capture_layers: expected each layer once"),
         ({"last_hid_only": True}, "capture: expected none with last_hid_only"),
