@@ -116,13 +116,11 @@ def check_sites(
             raise ValueError(f"hooks: {name!r} must be a function (layer, array), got {hook!r}")
 
 
-def check_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Return the layers to capture as indices from 0; None: all; -1: the last one.
+def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return the layers to capture as indices from 0; -1 is the last one.
 
     Raises ValueError for a layer that is not there, or twice there.
     """
-    if layers is None:
-        return tuple(range(num_layers))
     found = []
     for layer in layers:
         whole = hasattr(layer, "__index__") and not isinstance(layer, bool)

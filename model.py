@@ -1219,8 +1219,10 @@ class Transformer(hk.Module):
             return h, new, found
 
         picked = None
-        if capture and capture_layers is not None:
+        if capture_layers is not None:
             picked = check_layers(capture_layers, config.num_layers)
+        if not capture:
+            picked = None
 
         def body(carry: tuple[Any, ...], xs: tuple[jax.Array, Any]) -> Any:
             h, memory, kept = carry

@@ -492,11 +492,11 @@ def read_run(options: argparse.Namespace) -> dict[str, Any]:
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
         rows = [row for row in rows if row["config"] == wanted and row["figures"] is not None]
+        if wanted == "grok-1-rank":
+            rows = [row for row in rows if row["layers"] == options.layers]
+            wanted += f" of {options.layers} layers"
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"--compare: {path} holds no runs that --save has written") from None
-    if wanted == "grok-1-rank":
-        rows = [row for row in rows if row["layers"] == options.layers]
-        wanted += f" of {options.layers} layers"
     if not rows:
         raise ValueError(f"--compare: {path} holds no run of {wanted}")
     return rows[-1]

@@ -123,7 +123,9 @@ def test_the_baseline_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "config", [pytest.param("demo", marks=pytest.mark.exhaustive), "grok-1-rank"]
 )
-def test_speed_is_measured_saved_and_compared(config: str, tmp_path: pathlib.Path) -> None:
+def test_speed_is_measured_saved_and_compared(
+    config: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The rank as on a GPU, but one layer of it."""
     file = tmp_path / "runs.jsonl"
     arguments = ["--config", config, "--turns", "1", "--batches", "1"]
@@ -140,6 +142,10 @@ def test_speed_is_measured_saved_and_compared(config: str, tmp_path: pathlib.Pat
     assert json.loads(file.read_text()) == found
     options = speed.parse_arguments([*arguments, "--compare", str(file)])
     assert speed.read_run(options) == found
+    faster = {name: 2 * value for name, value in found["figures"].items()}
+    speed.compare({**found, "figures": faster}, found)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(" 2.00 x") for line in lines) == len(faster)
     options.layers = 2
     if config == "grok-1-rank":
         with pytest.raises(ValueError, match="no run of grok-1-rank of 2 layers"):

@@ -173,6 +173,9 @@ def main() -> None:
         cli_evaluate()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # sys.exit would wait for jax's threads
 
 
 if __name__ == "__main__":
