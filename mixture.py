@@ -20,7 +20,7 @@ from quantization import QuantizedWeight8bit, StackedWeight, local_matmul, matmu
 
 Params = Mapping[str, Mapping[str, Any]]
 SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
-SIZES = 4, 8, 16, 24, 32, 40, 48, 64, 96, 128  # rows that an expert is compiled for
+SIZES = 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128  # rows that are compiled for
 
 
 def expert(

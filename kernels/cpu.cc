@@ -507,58 +507,134 @@ inline float Round(float weight, const uint16_t*) {  // to bfloat16, ties to eve
   return FromBfloat16(static_cast<uint16_t>(bits >> 16));
 }
 
-template <typename Element>
-float Dot(const float* x, const Element* y, int64_t width) {
+// scores[r][s] = x[r] . key[s] multiplier, for kCount rows of x and kLanes keys.
+template <int kCount, typename Element>
+void Score(const float* x, const Element* const* key, int64_t width, float multiplier,
+           float* scores) {
   int64_t whole = width - width % kLanes;
-  Lanes sum = {};
-  for (int64_t i = 0; i < whole; i += kLanes) sum += Load(x + i) * Widen(y + i);
-  float total = Sum(sum);
-  for (int64_t i = whole; i < width; ++i) total += x[i] * ToFloat(y[i]);
-  return total;
-}
-
-template <typename Element>
-void AddScaled(float scale, const Element* x, int64_t width, float* to) {
-  int64_t whole = width - width % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) Store(to + i, Load(to + i) + scale * Widen(x + i));
-  for (int64_t i = whole; i < width; ++i) to[i] += scale * ToFloat(x[i]);
-}
-
-// The cache of one sequence and key/value head: rows of `width`, `stride` apart.
-template <typename Element>
-struct Head {
-  const Element *keys, *values;
-  int64_t stride, width;
-};
-
-// out[g] = sum_s w[g][s] values[s] / sum_s w[g][s], w = exp(cap tanh(query[g] . keys[s] m / cap)),
-// over the first `filled` positions that are `seen`; zero if there is none.
-template <typename Element>
-void AttendHead(const float* query, int64_t queries, const Head<Element>& head, const bool* seen,
-                int64_t filled, float multiplier, float* out) {
-  int64_t width = head.width;
-  std::fill_n(out, queries * width, 0.0f);
-  std::vector<float> total(queries);
-  for (int64_t first = 0; first < filled; first += kLanes) {
-    int64_t count = std::min(kLanes, filled - first);
-    for (int64_t g = 0; g < queries; ++g) {
-      float weights[kLanes] = {};
-      for (int64_t s = 0; s < count; ++s) {
-        const Element* key = head.keys + (first + s) * head.stride;
-        weights[s] = Dot(query + g * width, key, width) * multiplier;
-      }
-      Store(weights, SoftCapped(Load(weights)));
-      for (int64_t s = 0; s < count; ++s) {
-        if (!seen[first + s]) continue;  // what lies there may be no number
-        total[g] += weights[s];
-        const Element* value = head.values + (first + s) * head.stride;
-        AddScaled(Round(weights[s], value), value, width, out + g * width);
+  for (int64_t s = 0; s < kLanes; s += kEntries) {
+    const Element* entry[kEntries];
+    for (int64_t v = 0; v < kEntries; ++v) entry[v] = key[std::min(s + v, kLanes - 1)];
+    Lanes sums[kCount][kEntries] = {};
+    AddDots<kCount>(x, entry, width, 0, whole, false, sums);
+    for (int64_t r = 0; r < kCount; ++r) {
+      for (int64_t v = 0; v < std::min(kEntries, kLanes - s); ++v) {
+        float total = Sum(sums[r][v]);
+        for (int64_t i = whole; i < width; ++i) total += x[r * width + i] * ToFloat(entry[v][i]);
+        scores[r * kLanes + s + v] = total * multiplier;
       }
     }
   }
-  for (int64_t g = 0; g < queries; ++g) {
-    if (total[g] == 0) continue;
-    for (int64_t i = 0; i < width; ++i) out[g * width + i] /= total[g];
+}
+
+// out[r][i] += sum_s weights[r][s] value[s][i], for kCount rows and `count` values.
+template <int kCount, typename Element>
+void AddWeighted(const float* weights, const Element* const* value, int64_t count, int64_t width,
+                 float* out) {
+  constexpr int64_t kVectors = 2;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
+    Lanes sum[kCount][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(out + r * width + i + v * kLanes);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      Lanes wide[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        wide[v] = Widen(value[s] + i + v * kLanes);
+        Pin(wide[v]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += weights[r * kLanes + s] * wide[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) Store(out + r * width + i + v * kLanes, sum[r][v]);
+    }
+  }
+  for (; i < width; ++i) {
+    for (int64_t r = 0; r < kCount; ++r) {
+      float total = out[r * width + i];
+      for (int64_t s = 0; s < count; ++s) total += weights[r * kLanes + s] * ToFloat(value[s][i]);
+      out[r * width + i] = total;
+    }
+  }
+}
+
+// The cache of one sequence and some key/value heads, of `width` each, beside each other: rows of all
+// heads, `stride` apart.
+template <typename Element>
+struct Heads {
+  const Element *keys, *values;
+  int64_t stride, count, width;
+};
+
+// Adds what kCount queries of a head see in some positions: to out [kCount, width] the values by
+// weight, w = exp(cap tanh(query . key m / cap)), and to total [kCount] the weights.
+template <int kCount, typename Element>
+void AttendBlock(const float* query, const Element* const* key, const Element* const* value,
+                 int64_t count, int64_t width, float multiplier, float* out, float* total) {
+  float weights[kCount * kLanes];
+  Score<kCount>(query, key, width, multiplier, weights);
+  for (int r = 0; r < kCount; ++r) {
+    float* own = weights + r * kLanes;
+    Store(own, SoftCapped(Load(own)));
+    for (int64_t s = 0; s < count; ++s) {
+      total[r] += own[s];
+      own[s] = Round(own[s], value[s]);
+    }
+  }
+  AddWeighted<kCount>(weights, value, count, width, out);
+}
+
+// out[k][g] = sum_s w[k][g][s] values[s][k] / sum_s w[k][g][s] over the first `filled` positions that
+// are `seen`; zero if there is none. query and out [heads, queries, width].
+template <typename Element>
+void AttendHeads(const float* query, int64_t queries, const Heads<Element>& heads, const bool* seen,
+                 int64_t filled, float multiplier, float* out) {
+  constexpr std::array attend{&AttendBlock<1, Element>, &AttendBlock<2, Element>,
+                              &AttendBlock<3, Element>, &AttendBlock<4, Element>};
+  static_assert(attend.size() == kTableTile);
+  constexpr int64_t kOfLine = kLine / sizeof(Element);
+  int64_t width = heads.width, ahead = kLanes * heads.stride;
+  std::fill_n(out, heads.count * queries * width, 0.0f);
+  std::vector<float> total(heads.count * queries);
+  for (int64_t s = 0; s < filled;) {
+    int64_t position[kLanes], count = 0;
+    for (; s < filled && count < kLanes; ++s) {
+      if (seen[s]) position[count++] = s;  // what lies elsewhere may be no number
+    }
+    if (count == 0) break;
+    std::fill(position + count, position + kLanes, position[0]);  // scored, and not counted
+    bool more = s + kLanes <= filled;
+    for (int64_t k = 0; k < heads.count; ++k) {
+      const Element *key[kLanes], *value[kLanes];
+      for (int64_t n = 0; n < kLanes; ++n) {
+        key[n] = heads.keys + position[n] * heads.stride + k * width;
+        value[n] = heads.values + position[n] * heads.stride + k * width;
+        for (int64_t i = 0; more && i < width; i += kOfLine) {  // wanted next
+          __builtin_prefetch(key[n] + ahead + i, 0, 2);
+          __builtin_prefetch(value[n] + ahead + i, 0, 2);
+        }
+      }
+      for (int64_t g = 0; g < queries; g += kTableTile) {
+        int64_t first = k * queries + g;
+        attend[std::min(kTableTile, queries - g) - 1](query + first * width, key, value, count,
+                                                      width, multiplier, out + first * width,
+                                                      &total[first]);
+      }
+    }
+  }
+  for (size_t r = 0; r < total.size(); ++r) {
+    if (total[r] == 0) continue;
+    for (int64_t i = 0; i < width; ++i) out[r * width + i] /= total[r];
   }
 }
 
@@ -583,15 +659,19 @@ ffi::Error AttendImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::An
               out->element_count() == query.element_count();
   if (!fits) return ffi::Error::InvalidArgument("the shapes of an attention do not fit");
   auto attend = [&](auto* key_data, auto* value_data) {
-    ForEach(pool, batch * heads, [&](int64_t task) {
-      int64_t b = task / heads, k = task % heads;
+    // As many heads together as leave work for all threads: they lie beside each other.
+    int64_t wanted = (2 * std::max<int64_t>(pool.num_threads(), 1) + batch - 1) / batch;
+    int64_t parts = std::clamp<int64_t>(wanted, 1, heads);
+    ForEach(pool, batch * parts, [&](int64_t task) {
+      int64_t b = task / parts, part = task % parts;
+      int64_t k = part * heads / parts, end = (part + 1) * heads / parts;
       int64_t at = ((l * batch + b) * positions * heads + k) * width;
-      Head<std::decay_t<decltype(*key_data)>> head{key_data + at, value_data + at, heads * width,
-                                                   width};
-      int64_t first = task * queries * width;
+      Heads<std::decay_t<decltype(*key_data)>> some{key_data + at, value_data + at, heads * width,
+                                                    end - k, width};
+      int64_t first = (b * heads + k) * queries * width;
       int64_t count = std::clamp<int64_t>(filled.typed_data()[b], 0, positions);
-      AttendHead(query.typed_data() + first, queries, head, mask.typed_data() + b * positions,
-                 count, multiplier, out->typed_data() + first);
+      AttendHeads(query.typed_data() + first, queries, some, mask.typed_data() + b * positions,
+                  count, multiplier, out->typed_data() + first);
     });
     return ffi::Error::Success();
   };
