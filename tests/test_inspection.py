@@ -95,6 +95,13 @@ def test_all_sites_hold_what_the_reference_computes(name, mesh, kernel):
     assert sure.mean() > 0.5
     assert_sites(got.captured, result.sites, sure, 1e-4)
     assert errors(got.logits, result.logits)[sure].max() <= 1e-4
+    if mesh is not None:  # a device holds its own sequences and heads, as a runner counts on
+        for site, heads_axis in (("attention_weights", 2), ("head_outputs", 3)):
+            array = getattr(got.captured, site)
+            own = list(array.shape)
+            own[1] //= mesh[0]
+            own[heads_axis] //= mesh[1]
+            assert list(array.sharding.shard_shape(array.shape)) == own, site
 
 
 def read_and_draw(server, tokens, split, **options):
