@@ -6,7 +6,7 @@ not asked for is not in the compiled program.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,8 @@ class Captured(NamedTuple):
     attention_output: [L, B, T, D], what attention adds to the residual stream.
     router_logits: [L, B, T, E], the router's scores.
     router_probs: [L, B, T, E], the softmax over all experts.
-    expert_index: int32 [L, B, T, A], the chosen experts, best first; E for a masked token.
+    expert_index: int32 [L, B, T, A], the chosen experts, best first; E for a masked token. A hook
+        may put others in their place: the gates stay as they are, and one outside [0, E) is none.
     expert_gates: [L, B, T, A], what each of them is multiplied by; zero for a masked token.
     feed_forward_output: [L, B, T, D], what the experts add to the residual stream.
     hidden_states: [L, B, T, D], the residual stream after the layer.
@@ -79,7 +80,7 @@ class Probe:
     def __call__(self, site: str, array: jax.Array) -> jax.Array:
         """Hand over a site's array -> the array to go on with.
 
-        Raises ValueError if a hook returns another shape or dtype.
+        Raises ValueError if a hook fails on traced arrays, or returns another shape or dtype.
         """
         if site in self.hooks:
             array = self._changed(site, array)
@@ -88,7 +89,15 @@ class Probe:
         return array
 
     def _changed(self, site: str, array: jax.Array) -> jax.Array:
-        new = self.hooks[site](jnp.asarray(self.layer, jnp.int32), array)
+        try:
+            new = self.hooks[site](jnp.asarray(self.layer, jnp.int32), array)
+        except (TypeError, IndexError) as error:  # such as jax raises for `if layer == 3`, too
+            what = str(error).partition("\n")[0]
+            raise ValueError(
+                f"hooks: the function of {site!r} failed ({what}); it must be a pure function "
+                "(layer, array) -> array of traced arrays: use jax.numpy, and "
+                "jnp.where(layer == 3, x, y) in place of if"
+            ) from error
         got = getattr(new, "shape", None), getattr(new, "dtype", None)
         if got != (array.shape, array.dtype):
             given = f"{array.dtype} {list(array.shape)}"
@@ -102,33 +111,46 @@ NO_PROBE = Probe()
 
 def check_sites(
     capture: Collection[str], hooks: Mapping[str, Hook] | None, num_experts: int
-) -> None:
-    """Raise ValueError unless all sites exist in a model of so many experts, and hooks are such."""
-    if isinstance(capture, str):
-        raise ValueError(f"capture: expected a collection of sites, got {capture!r}; add a comma")
+) -> tuple[str, ...]:
+    """Return the sites to capture, of a model of so many experts.
+
+    Raises ValueError for a site that is not there, or what is no collection, dict or function.
+    """
+    if isinstance(capture, str) or not isinstance(capture, Iterable):
+        raise ValueError(
+            f"capture: expected a collection of sites, such as ('router_probs',), got {capture!r}"
+        )
+    capture, hooks = tuple(capture), {} if hooks is None else hooks
+    if not isinstance(hooks, Mapping):
+        raise ValueError(f"hooks: expected a dict {{site: function}}, got {hooks!r}")
     sites = tuple(s for s in CAPTURE_SITES if num_experts > 1 or s not in ROUTER_SITES)
-    for field, names in (("capture", capture), ("hooks", hooks or {})):
+    for field, names in (("capture", capture), ("hooks", hooks)):
         for name in names:
             if name not in sites:
                 raise ValueError(f"{field}: expected names from {sites}, got {name!r}")
-    for name, hook in (hooks or {}).items():
+    for name, hook in hooks.items():
         if not callable(hook):
             raise ValueError(f"hooks: {name!r} must be a function (layer, array), got {hook!r}")
+    return capture
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Return the layers to capture as indices from 0; -1 is the last one.
 
-    Raises ValueError for a layer that is not there, or twice there.
+    Raises ValueError for a layer that is not there, or twice there, or no layer.
     """
+    wanted = f"one or more whole numbers from {-num_layers} to {num_layers - 1}, each layer once"
+    wrong = ValueError(f"capture_layers: expected {wanted}, got {layers!r}")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise wrong
     found = []
     for layer in layers:
         whole = hasattr(layer, "__index__") and not isinstance(layer, bool)
         if not whole or not -num_layers <= layer < num_layers:
-            raise ValueError(f"capture_layers: expected layers below {num_layers}, got {layer!r}")
+            raise wrong
         found.append(int(layer) % num_layers)
     if len({*found}) != len(found) or not found:
-        raise ValueError(f"capture_layers: expected each layer once, got {list(layers)}")
+        raise wrong
     return tuple(found)
 
 

@@ -1336,7 +1336,7 @@ class LanguageModel(hk.Module):
         config = self.config
         batch, steps = tokens.shape
         self._check(batch)
-        check_sites(capture, hooks, config.model.num_experts)
+        capture = check_sites(capture, hooks, config.model.num_experts)
         _require(not (capture and last_hid_only), "capture", "none with last_hid_only", capture)
         if sequence is not None:
             _require(memory is not None, "sequence", "to be given with a memory", sequence.shape)

@@ -19,13 +19,15 @@ def print_routing(
     """Print a row a token, with its experts in each layer, best first; then each expert's load.
 
     pieces: the text of each token. expert_index: int [L, T, A]. Layers that do not fit a line go
-    into further tables. Colours are left out where `file` is no terminal, or NO_COLOR is set.
+    into further tables. Where `file` is no terminal there is no colour and no bold; with NO_COLOR
+    set there is no colour.
     """
     console = Console(file=file, highlight=False)
     layers, tokens, chosen = expert_index.shape
     digits = len(str(num_experts - 1))
     between = "" if digits == 1 else "."
     cell = max(chosen * digits + (chosen - 1) * len(between), len(str(layers - 1)))
+    console.width = max(console.width, TOKEN_WIDTH + cell + 1)  # rich would print empty lines
     fitting = max(1, (console.width - TOKEN_WIDTH) // (cell + 1))
     names = [_legible(piece) for piece in pieces]
     for first in range(0, layers, fitting):
@@ -46,7 +48,7 @@ def print_routing(
     load = np.bincount(expert_index.reshape(-1), minlength=num_experts)[:num_experts]
     shares = Text(f"{'load':{TOKEN_WIDTH}}")
     for expert, count in enumerate(load):
-        shares.append(f" {expert}: ", style=_style(expert, 0))
+        shares.append(f" {expert}:", style=_style(expert, 0))
         shares.append(f"{count / load.sum():.0%}")
     console.print(shares)
 

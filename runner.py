@@ -9,7 +9,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -460,8 +460,10 @@ class InferenceRunner:
         """Read one prompt and return what happens inside, position by position.
 
         capture: names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of
-        which layers; None: all. hooks: functions (layer, array) -> array by site, as a
-        LanguageModel's call takes them; each new function object compiles anew.
+        which layers; None: all. hooks: pure functions (layer, array) -> array by site, as a
+        LanguageModel's call takes them. Their arrays have T = the tokens of the prompt, and as B
+        that prompt as often as the mesh's data axis is long. Each new function object compiles
+        anew, and so does each length with hooks.
 
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.
@@ -471,18 +473,24 @@ class InferenceRunner:
         if not ids:
             raise ValueError("the prompt has no tokens; there is nothing to look at")
         self._check_length(len(ids))
-        check_sites(capture, hooks, self.config.model.num_experts)
+        capture = check_sites(capture, hooks, self.config.model.num_experts)
+        for site, hook in (hooks or {}).items():
+            if not isinstance(hook, Hashable):  # compiled functions are found again by it
+                raise ValueError(f"hooks: {site!r} must be a hashable function, got {hook!r}")
         layers = None
         if capture_layers is not None:
             layers = check_layers(capture_layers, self.config.model.num_layers)
-        # One length for many prompts: each compiles. Pads at the end are seen by no token.
-        fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
-        length = min(-(-len(ids) // fine) * fine, self.config.sequence_len)
+        length = len(ids)
+        if not hooks:
+            # One length for many prompts: each compiles. Pads at the end are seen by no token. A
+            # hook compiles anyway, and would meet them.
+            fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
+            length = min(-(-len(ids) // fine) * fine, self.config.sequence_len)
         self._check_room(capture, layers, length)
         tokens = np.full([self._rows, length], self.config.pad_token, np.int32)
         tokens[:, : len(ids)] = ids
         logits, captured = inspect_step(
-            self.params, tokens, config=self.config, mesh=self.mesh, capture=tuple(capture),
+            self.params, tokens, config=self.config, mesh=self.mesh, capture=capture,
             capture_layers=layers, hooks=tuple((hooks or {}).items()),
         )  # fmt: skip
         pieces = None

@@ -371,8 +371,19 @@ def given(array):
     ("options", "message"),
     [
         ({"capture": ("scores",)}, r"capture: expected names from \('embeddings', .*got 'scores'"),
-        ({"capture": "embeddings"}, "capture: expected a collection of sites, got 'embeddings'"),
+        ({"capture": "embeddings"}, "capture: expected a collection of .*got 'embeddings'"),
         ({"hooks": {"x": abs}}, r"hooks: expected names from \('embeddings', .*got 'x'"),
+        ({"capture": None}, "capture: expected a collection of sites, .*got None"),
+        ({"hooks": abs}, r"hooks: expected a dict \{site: function\}, got <built-in function abs>"),
+        ({"hooks": "head_outputs"}, "hooks: expected a dict .*, got 'head_outputs'"),
+        ({"hooks": ["head_outputs"]}, r"hooks: expected a dict .*, got \['head_outputs'\]"),
+        ({"hooks": {"embeddings": lambda x: x}}, r"'embeddings' failed \(.*positional arg.*pure"),
+        (
+            {"hooks": {"hidden_states": lambda layer, x: 2 * x if layer == 1 else x}},
+            r"'hidden_states' failed \(Attempted boolean conversion.*jnp.where\(layer ==.* of if",
+        ),
+        ({"hooks": {"embeddings": lambda _, x: np.sin(x)}}, "'embeddings' failed.*jax.numpy"),
+        ({"hooks": {"embeddings": lambda _, x: x[x > 0]}}, "'embeddings' failed.*jnp.where"),
         ({"hooks": {"router_probs": 3}}, "hooks: 'router_probs' must be a function .*got 3"),
         (
             {"hooks": {"router_probs": given(np.zeros((2, 6), np.float32))}},
@@ -383,11 +394,14 @@ def given(array):
             r"'expert_index' must return int32 \[2, 6, 2\].*got float32 \[2, 6, 2\]",
         ),
         ({"hooks": {"embeddings": given(None)}}, "'embeddings' must return .*got NoneType"),
-        ({"capture": (), "capture_layers": (9,)}, "expected layers below 3, got 9"),
-        ({"capture_layers": (3,)}, "capture_layers: expected layers below 3, got 3"),
-        ({"capture_layers": (1.5,)}, "capture_layers: expected layers below 3, got 1.5"),
-        ({"capture_layers": (1, -2)}, r"capture_layers: expected each layer once, got \[1, -2\]"),
-        ({"capture_layers": ()}, "capture_layers: expected each layer once"),
+        ({"capture": (), "capture_layers": (9,)}, r"numbers from -3 to 2, .*, got \(9,\)"),
+        ({"capture_layers": (3,)}, r"capture_layers: expected one or more whole .*, got \(3,\)"),
+        ({"capture_layers": (-4,)}, r"from -3 to 2, each layer once, got \(-4,\)"),
+        ({"capture_layers": (1.5,)}, r"each layer once, got \(1.5,\)"),
+        ({"capture_layers": (1, -2)}, r"each layer once, got \(1, -2\)"),
+        ({"capture_layers": ()}, r"expected one or more whole numbers .* got \(\)"),
+        ({"capture_layers": 2}, "each layer once, got 2"),
+        ({"capture_layers": "0"}, "each layer once, got '0'"),
         ({"last_hid_only": True}, "capture: expected none with last_hid_only"),
     ],
 )
@@ -431,6 +445,15 @@ def test_a_runner_inspects_one_prompt(mesh):
     hooked = server.inspect(prompt, (), hooks=HOOKS["attention does nothing"])
     assert errors(hooked.logits, result.logits[0]).max() > 1e-3
     assert all(x is None for x in hooked.captured)
+    shapes = []  # that a hook sees: the prompt's own tokens, and no pads behind them
+
+    def look(_, x):
+        shapes.append(x.shape)
+        return x
+
+    sites = (site for site in ("embeddings",))  # an iterator is read once
+    own = server.inspect(prompt, sites, hooks={"embeddings": look}).captured.embeddings.shape
+    assert own[0] == 9 and {*shapes} == {(1 if mesh is None else mesh[0], *own)}
 
 
 def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):
@@ -443,8 +466,15 @@ def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             server.inspect(*arguments)
-    with pytest.raises(ValueError, match="capture_layers: expected layers below 3"):
+    with pytest.raises(ValueError, match="capture_layers: expected .* from -3 to 2"):
         server.inspect([5], capture_layers=(7,))
+
+    class Unhashable:
+        __hash__ = None
+        __call__ = given(None)
+
+    with pytest.raises(ValueError, match="hooks: 'embeddings' must be a hashable function, got"):
+        server.inspect([5], hooks={"embeddings": Unhashable()})
     monkeypatch.setattr(runner_module, "available_memory", lambda: 2**20)
     server.inspect([5] * 10, ("router_probs",))
     with pytest.raises(ValueError, match=r"takes \d\.\d GiB, and 0\.0 GiB are free; name fewer"):

@@ -44,9 +44,8 @@ def test_the_recipes_for_looking_inside_run(
     server, found, maps = names["server"], names["found"], names["maps"]
     assert found.captured.expert_index.shape == (4, len(found.pieces), 2)
     assert maps.captured.attention_weights.shape == (1, 16, len(found.pieces), len(found.pieces))
-    assert len(server.encode("The young fox")) == 3  # the last token of which is patched
-    plain = int(server.inspect("The young fox", ()).logits[-1].argmax())
-    assert int(capsys.readouterr().out.splitlines()[-1]) != plain
+    said = capsys.readouterr().out.splitlines()[-2:]
+    assert said == ["▁house ▁farm ▁barn", ", ▁was"]  # as its comments say
 
 
 def test_the_table_of_sites_is_complete() -> None:

@@ -30,13 +30,25 @@ def table(pieces, index, experts, columns, monkeypatch, **environment):
     return file.getvalue()
 
 
+def behind_token(line):
+    """Return what stands behind the token's column: characters may be two cells wide."""
+    end = next(i for i in range(len(line)) if cell_len(line[:i]) == 14)
+    return line[end:]
+
+
 def cells(text):
     """Return the rows of each block of layers as lists of words behind the token's column."""
     return [
-        [line[14:].split() for line in block.splitlines()]
+        [behind_token(line).split() for line in block.splitlines()]
         for block in text.split("\n\n")
         if block.startswith("layer")
     ]
+
+
+def rows_of(layers):
+    """Return the block of these layers as `cells` finds it."""
+    rows = [["".join(map(str, INDEX[layer, t])) for layer in layers] for t in range(4)]
+    return [[*map(str, layers)], *rows]
 
 
 def test_every_token_has_a_row_and_every_layer_a_column(monkeypatch):
@@ -47,16 +59,22 @@ def test_every_token_has_a_row_and_every_layer_a_column(monkeypatch):
     assert text.splitlines()[2].startswith(r" upon\n")
     shares = np.bincount(INDEX.reshape(-1), minlength=8) / INDEX.size
     words = text.splitlines()[-1].split()
-    assert words == ["load", *(w for e, s in enumerate(shares) for w in (f"{e}:", f"{s:.0%}"))]
+    assert words == ["load", *(f"{expert}:{share:.0%}" for expert, share in enumerate(shares))]
 
 
 def test_layers_that_do_not_fit_go_into_further_tables(monkeypatch):
     text = table(PIECES, INDEX, 8, 21, monkeypatch)
-    assert [header for header, *_ in cells(text)] == [["0", "1"], ["2", "3"], ["4"]]
-    for line in text.split("load")[0].splitlines():
+    assert cells(text) == [rows_of((0, 1)), rows_of((2, 3)), rows_of((4,))]
+    for line in text.splitlines():
         assert cell_len(line) <= 21
-    rows = [row for _, *block in cells(text) for row in block]
-    assert rows[1] == ["".join(map(str, INDEX[layer, 1])) for layer in (0, 1)]
+    load = text.partition("load")[2].split()
+    assert [entry.partition(":")[0] for entry in load] == list("01234567")
+
+
+@pytest.mark.parametrize("columns", [1, 10, 16])
+def test_a_terminal_too_narrow_for_one_layer_gets_one_all_the_same(columns, monkeypatch):
+    text = table(PIECES, INDEX, 8, columns, monkeypatch)
+    assert cells(text) == [rows_of((layer,)) for layer in range(5)]
 
 
 def test_experts_of_two_digits_are_kept_apart(monkeypatch):
