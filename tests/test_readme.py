@@ -41,7 +41,7 @@ def test_the_recipes_for_looking_inside_run(
     ]
     names: dict[str, object] = {}
     exec(compile(text, "README.md", "exec"), names)
-    server, found, maps = names["server"], names["found"], names["maps"]
+    found, maps = names["found"], names["maps"]
     assert found.captured.expert_index.shape == (4, len(found.pieces), 2)
     assert maps.captured.attention_weights.shape == (1, 16, len(found.pieces), len(found.pieces))
     said = capsys.readouterr().out.splitlines()[-2:]
