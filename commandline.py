@@ -1,16 +1,50 @@
 """What the commands have in common: messages, parsers of numbers and sizes, and a progress bar."""
 
 import argparse
+import contextlib
 import math
+import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, Self, TextIO
 
 
 def say(message: str, file: TextIO | None = None) -> None:
     """Print a message for the person, apart from the output."""
     print(message, file=file or sys.stderr, flush=True)
+
+
+class Worker:
+    """A thread that makes calls, one after the other; the main thread only waits for them.
+
+    So Ctrl-C is felt at once, and never strikes halfway through an import, a trace or a
+    compilation. After it the process must end by os._exit: sys.exit would wait for the call.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what the function returns, or raise what it raises, or KeyboardInterrupt."""
+        future = self._thread.submit(function, *arguments)
+        over: SimpleQueue[Future[Any]] = SimpleQueue()
+        future.add_done_callback(over.put)
+        # Not future.result(): a signal that comes just before Python begins to wait wakes nobody,
+        # and one within the locks of threading.py becomes a RuntimeError.
+        while not future.done():
+            with contextlib.suppress(Empty):
+                over.get(timeout=0.5)
+        return future.result()
+
+
+def end_at_next_interrupt() -> None:
+    """Have Ctrl-C end the process at once from now on, whatever it is doing to end itself."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def mesh_sizes(text: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ import checkpoint
 import safe_format
 import storage
 import tensor_file
-from commandline import ByteProgress, Parser, say
+from commandline import ByteProgress, Parser, Worker, end_at_next_interrupt, say
 from loading import Counter, Progress, map_array
 from storage import Directory, TensorFile, error
 
@@ -477,13 +477,13 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    # As in run.py: Ctrl-C strikes the main thread, which only waits.
-    worker = ThreadPoolExecutor(max_workers=1)
+    worker = Worker()
     progress = ByteProgress("checkpoint")
     try:
         options = parse_arguments(arguments)
-        return worker.submit(_run, options, progress).result()
+        return worker.call(_run, options, progress)
     except KeyboardInterrupt:
+        end_at_next_interrupt()
         progress.close()
         say("interrupted; the same command goes on from here")
         os._exit(130)  # sys.exit would wait for the worker

@@ -4,10 +4,9 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from commandline import say
+from commandline import Worker, say
 from timing import Timing
 
 SIGN = "> "
@@ -69,7 +68,7 @@ class Keyboard:
 
 
 def converse(
-    worker: ThreadPoolExecutor,
+    worker: Worker,
     server: Any,
     make_request: Callable[[str], Any],
     stats: bool = False,
@@ -94,15 +93,13 @@ def converse(
                 say(timing.block())
 
 
-def _answer(
-    worker: ThreadPoolExecutor, server: Any, request: Any, keyboard: Keyboard, timing: Timing
-) -> None:
+def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timing: Timing) -> None:
     """Print an answer as it grows, to its end or to Ctrl-C. ValueError: the request is wrong."""
-    handle = worker.submit(server.submit, request).result()
+    handle = worker.call(server.submit, request)
     events = server.stream(handle)
     # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
-    while not keyboard.pressed and (event := worker.submit(next, events, None).result()):
+    while not keyboard.pressed and (event := worker.call(next, events, None)):
         timing.take(event.request)
         print(event.text, end="", flush=True)
-    worker.submit(server.cancel, handle).result()  # leaves one that has ended as it is
+    worker.call(server.cancel, handle)  # leaves one that has ended as it is
     print(flush=True)

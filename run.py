@@ -20,7 +20,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +27,7 @@ import interactive
 import multihost
 import prompts
 import storage
-from commandline import ByteProgress, Progress, say
+from commandline import ByteProgress, Progress, Worker, end_at_next_interrupt, say
 from options import parse_arguments
 from output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
 from timing import Timing
@@ -218,7 +217,7 @@ def make_server(
 
 
 def generate(
-    worker: ThreadPoolExecutor,
+    worker: Worker,
     server: Any,
     options: argparse.Namespace,
     left: Sequence[int],
@@ -241,7 +240,7 @@ def generate(
         timing = Timing(tokens)
         ended = {}
         try:
-            while event := worker.submit(next, events, None).result():
+            while event := worker.call(next, events, None):
                 timing.take((event.request, event.sample))
                 if event.finish_reason is not None:
                     ended[event.request, event.sample] = event.completion
@@ -259,12 +258,12 @@ def generate(
         say(timing.block(work_of(server)))
 
 
-def show_routing(worker: ThreadPoolExecutor, server: Any, answer: Any) -> None:
+def show_routing(worker: Worker, server: Any, answer: Any) -> None:
     """Print which experts the tokens of a prompt and its answer went to."""
     from routing import print_routing
 
     ids = [*answer.prompt_ids, *answer.token_ids][: server.config.sequence_len]
-    found = worker.submit(server.inspect, ids, ("expert_index",)).result()
+    found = worker.call(server.inspect, ids, ("expert_index",))
     pieces = found.pieces or [str(token) for token in ids]
     print_routing(pieces, found.captured.expert_index, server.config.model.num_experts)
 
@@ -287,7 +286,7 @@ def make_printer(options: argparse.Namespace) -> Any:
     return TextPrinter(options.prompts, places)
 
 
-def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
+def serve(worker: Worker, options: argparse.Namespace) -> None:
     """Load the model and answer, in one process."""
     prompts.read_file(options)
     files = choose_files(options)
@@ -296,7 +295,7 @@ def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
     if nothing_left(options, left):
         return
     with ByteProgress("loading") as progress:
-        server = worker.submit(make_server, options, left, progress, *files).result()
+        server = worker.call(make_server, options, left, progress, *files)
     if options.interactive:
         request = functools.partial(prompts.request_for, options)
         interactive.converse(worker, server, request, options.stats)
@@ -304,20 +303,18 @@ def serve(worker: ThreadPoolExecutor, options: argparse.Namespace) -> None:
         generate(worker, server, options, left, answers)
 
 
-def serve_together(
-    worker: ThreadPoolExecutor, options: argparse.Namespace, peers: multihost.Peers
-) -> None:
+def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:
     """Load the model and answer, as one of several processes."""
     keep_outputs(peers)
-    worker.submit(peers.join).result()
+    worker.call(peers.join)
     peers.phase("load")
-    files, answers, left = worker.submit(agree, peers, options).result()
+    files, answers, left = worker.call(agree, peers, options)
     count = peers.place.processes
     if not nothing_left(options, left):
         with ByteProgress("loading") as progress:
-            server = worker.submit(make_server, options, left, progress, *files, count).result()
+            server = worker.call(make_server, options, left, progress, *files, count)
         generate(worker, server, options, left, answers, peers.phase)
-    worker.submit(peers.close).result()
+    worker.call(peers.close)
 
 
 def nothing_left(options: argparse.Namespace, left: Sequence[int]) -> bool:
@@ -384,9 +381,7 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    # jax works in a thread of its own. Ctrl-C strikes the main one, which waits and prints: at
-    # once, and never halfway through an import, a trace or a compilation.
-    worker = ThreadPoolExecutor(max_workers=1)
+    worker = Worker()  # jax works there
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     errors = sys.stderr
@@ -396,15 +391,16 @@ def main() -> int:
             options = parse_arguments()
             if options.distributed:
                 signal.signal(multihost.WAKE, signal.default_int_handler)
-                peers = worker.submit(find_peers, options, errors).result()
+                peers = worker.call(find_peers, options, errors)
                 serve_together(worker, options, peers)
             elif options.plan:
-                worker.submit(show_plan, options).result()
+                worker.call(show_plan, options)
             else:
                 serve(worker, options)
         except Exception as error:
             return fail(error, peers, errors)
     except KeyboardInterrupt:
+        end_at_next_interrupt()
         if peers is not None:
             peers.end("it was interrupted")
         say("interrupted", errors)

@@ -10,10 +10,17 @@ from matplotlib.figure import Figure
 EXPERTS = plt.get_cmap("tab10")
 
 
+def _seen(pieces: Sequence[str]) -> list[str]:
+    """Return the texts of tokens as labels: what would be blank has a sign."""
+    return [piece.strip(" ").replace("\n", "\\n") or "␣" for piece in pieces]
+
+
 def routing(expert_index: np.ndarray, pieces: Sequence[str], num_experts: int) -> Figure:
     """Draw the first expert of each token in each layer; expert_index int [L, T, A]."""
     layers, tokens, _ = expert_index.shape
-    figure, axes = plt.subplots(figsize=(max(6, 0.5 * tokens), 1.4 + 0.4 * layers))
+    figure, axes = plt.subplots(
+        figsize=(max(6, 0.5 * tokens), 1.4 + 0.4 * layers), layout="constrained"
+    )
     colours = EXPERTS.resampled(max(10, num_experts))
     image = axes.imshow(
         expert_index[..., 0], cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, aspect="auto"
@@ -23,18 +30,17 @@ def routing(expert_index: np.ndarray, pieces: Sequence[str], num_experts: int) -
             first, second = expert_index[layer, token, :2]
             axes.text(token, layer, f"{first}·{second}", ha="center", va="center", fontsize=8)
     axes.set(xlabel="token", ylabel="layer", title="the two experts of each token")
-    axes.set_xticks(range(tokens), pieces, rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(layers))
     bar = figure.colorbar(image, ticks=range(num_experts), label="best expert", pad=0.01)
     bar.ax.set_ylim(-0.5, num_experts - 0.5)
-    figure.tight_layout()
     return figure
 
 
 def bars(values: np.ndarray, title: str, x: str, y: str, even: float | None = None) -> Figure:
     """Draw a group of bars for each row of values [L, N]; even: a dashed line at that height."""
     rows, count = values.shape
-    figure, axes = plt.subplots(figsize=(7, 2.6))
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     for row, heights in enumerate(values):
         place = np.arange(count) + 0.8 * (row - rows / 2 + 0.5) / rows
         colour = plt.get_cmap("viridis")(row / max(1, rows))
@@ -43,60 +49,58 @@ def bars(values: np.ndarray, title: str, x: str, y: str, even: float | None = No
         axes.axhline(even, color="grey", linestyle="--", linewidth=1)
     axes.set(title=title, xlabel=x, ylabel=y, xticks=range(count))
     axes.legend(fontsize=7, ncols=2)
-    figure.tight_layout()
     return figure
 
 
 def lines(curves: dict[str, Any], title: str, x: str, y: str, log: bool = False) -> Figure:
     """Draw a line a name: (x values, y values), or y values alone."""
-    figure, axes = plt.subplots(figsize=(7, 2.6))
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*(curve if isinstance(curve, tuple) else (curve,)), marker=".", label=name)
     axes.set(title=title, xlabel=x, ylabel=y)
     if log:
         axes.set_yscale("log")
     axes.legend(fontsize=8)
-    figure.tight_layout()
     return figure
 
 
 def attention(weights: np.ndarray, heads: Sequence[tuple[int, int]], pieces: Any) -> Figure:
     """Draw what queries (down) take of keys (across), weights [L, N, T, S], of (layer, head)s."""
-    figure, all_axes = plt.subplots(1, len(heads), figsize=(3.2 * len(heads), 3.4), squeeze=False)
+    figure, all_axes = plt.subplots(
+        1, len(heads), figsize=(3.2 * len(heads), 3.4), squeeze=False, layout="constrained"
+    )
     for axes, (layer, head) in zip(all_axes[0], heads, strict=True):
         axes.imshow(weights[layer, head], cmap="magma", vmin=0)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
-        axes.set_xticks(range(len(pieces)), pieces, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(pieces)), pieces, fontsize=6)
-    figure.tight_layout()
+        axes.set_xticks(range(len(pieces)), _seen(pieces), rotation=90, fontsize=6)
+        axes.set_yticks(range(len(pieces)), _seen(pieces), fontsize=6)
     return figure
 
 
 def lens(words: Sequence[Sequence[str]], shares: np.ndarray, pieces: Sequence[str]) -> Figure:
     """Draw the likeliest next token by layer (words [L][T]) and its probability, shares [L, T]."""
     layers, tokens = shares.shape
-    figure, axes = plt.subplots(figsize=(max(6, 0.75 * tokens), 1 + 0.4 * layers))
+    figure, axes = plt.subplots(
+        figsize=(max(6, 0.75 * tokens), 1 + 0.4 * layers), layout="constrained"
+    )
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for layer in range(layers):
-        for token in range(tokens):
+    for layer, row in enumerate(words):
+        for token, word in enumerate(_seen(row)):
             colour = "white" if shares[layer, token] > 0.6 else "black"
-            axes.text(token, layer, words[layer][token], ha="center", va="center", fontsize=7,
-                      color=colour)  # fmt: skip
+            axes.text(token, layer, word, ha="center", va="center", fontsize=7, color=colour)
     axes.set(ylabel="after layer", title="the next token, if this layer were the last")
-    axes.set_xticks(range(tokens), pieces, rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(layers))
     figure.colorbar(image, label="probability", pad=0.01)
-    figure.tight_layout()
     return figure
 
 
 def heat(values: np.ndarray, title: str, x: str, y: str, label: str) -> Figure:
     """Draw an array [rows, columns], zero in white."""
     most = float(np.abs(values).max()) or 1.0
-    figure, axes = plt.subplots(figsize=(6, 1.2 + 0.35 * len(values)))
+    figure, axes = plt.subplots(figsize=(6, 1.2 + 0.35 * len(values)), layout="constrained")
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.set_yticks(range(len(values)))
     figure.colorbar(image, label=label, pad=0.01)
-    figure.tight_layout()
     return figure

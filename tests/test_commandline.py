@@ -1,12 +1,15 @@
 """What the commands have in common: sizes are understood, and long work says how far it is."""
 
+import _thread
 import argparse
+import queue
 import sys
+import threading
 import time
 
 import pytest
 
-from commandline import ByteProgress, Progress, byte_rate, byte_size
+from commandline import ByteProgress, Progress, Worker, byte_rate, byte_size
 
 
 @pytest.mark.parametrize(
@@ -87,3 +90,40 @@ def test_the_bar_of_answers_begins_where_they_do(
         progress(100, 100)
     bar = capsys.readouterr().err
     assert " 60/100 " in bar and "answering: 100%" in bar and " 100/100 " in bar
+
+
+def test_a_worker_hands_on_what_a_call_returns_and_raises() -> None:
+    worker = Worker()
+    assert worker.call(divmod, 7, 3) == (2, 1)
+    assert worker.call(threading.current_thread) is not threading.main_thread()
+    with pytest.raises(ZeroDivisionError):
+        worker.call(divmod, 7, 0)
+
+
+def test_a_worker_waits_for_a_long_call_and_takes_no_exception_of_its_for_its_own() -> None:
+    worker = Worker()
+
+    def work(error: Exception) -> None:
+        time.sleep(0.7)
+        raise error
+
+    with pytest.raises(TimeoutError, match="too late"):
+        worker.call(work, TimeoutError("too late"))
+    with pytest.raises(queue.Empty):
+        worker.call(work, queue.Empty())
+
+
+def test_an_interrupt_that_wakes_nobody_is_felt_all_the_same() -> None:
+    """As one does that comes in the moment before Python begins to wait."""
+    over = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.2)
+        _thread.interrupt_main()  # sets Python's flag, but no signal wakes the main thread
+        over.wait(30)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Worker().call(work)
+    assert time.monotonic() - began < 15
+    over.set()
