@@ -256,9 +256,6 @@ def measure_decode(
 ) -> dict[str, Any]:
     """Return the seconds of a step of each form, what it must do, and how near to that it is."""
     fastest = forms[-1]
-    most = (fastest.config.sequence_len - PROMPT - 1) // MOST_TOKENS - 1
-    if turns > most:
-        raise ValueError(f"--turns: expected at most {most}, which fill the context, got {turns}")
     counts = {form.name: 1 if form.name == "baseline" else MOST_TOKENS for form in forms}
     state = ready_state(fastest, batch, PROMPT)
     # The baseline has another way to compute all experts, and none to choose.
@@ -358,6 +355,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             f"{max(options.prompts)}"
         )
     prompts = [] if options.prompts == [] else prompts
+    most = (config.sequence_len - PROMPT - 1) // MOST_TOKENS - 1
+    if options.batches and options.turns > most:
+        raise ValueError(
+            f"--turns: expected at most {most}, which fill the context, got {options.turns}"
+        )
     _check_memory(config, max([1, *options.batches]))
     found: dict[str, Any] = {"config": options.config, **describe_machine()}
     if options.config == "grok-1-rank":

@@ -33,10 +33,11 @@ for figure in (routing, lens):
     "tiny_from_scratch": """
 assert output.logits.shape == (1, 3, 16)
 assert losses[0] > 2 and losses[-1] < 0.2 * np.log(13)
-np.testing.assert_allclose(mapped, model.apply(trained, prompts).logits[:, -1], atol=1e-4)
+np.testing.assert_allclose(mapped, jax.jit(model.apply)(trained, prompts).logits[:, -1], atol=1e-4)
 assert (mapped.argmax(-1) == prompts[:, 5]).mean() >= 0.75
 np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-6)
-slope = jax.grad(loss)(params, batch(7))
+slope = jax.jit(jax.grad(loss))(params, batch(7))
+loss = jax.jit(loss)
 table = slope["language_model/in_out_embed"]["embeddings"]
 place = np.unravel_index(np.argmax(np.abs(table)), table.shape)
 def moved(by):
