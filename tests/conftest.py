@@ -4,6 +4,9 @@ import os
 import pathlib
 import signal
 import sys
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -17,3 +20,22 @@ os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache/home")
 sys.path.insert(0, str(ROOT))
 # In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What these tests hold is about structure, within tolerances, and compiling it takes most of their
+# time: XLA does it without most of its optimisations. All others see what a user's machine runs.
+QUICKLY_COMPILED = {"test_inspection", "test_meshes", "test_modules", "test_train_demo"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile as the module's tests want it, and let no other module use what is compiled so."""
+    quickly = request.module.__name__.rpartition(".")[2] in QUICKLY_COMPILED
+    if quickly:
+        import jax
+
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    if quickly:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
