@@ -610,7 +610,8 @@ def with_settings(
     config: LanguageModelConfig, dtype: str, context: int | None
 ) -> LanguageModelConfig:
     """Return a configuration with activations of `dtype`, and perhaps a shorter context."""
-    if context is not None and not 1 <= context <= config.sequence_len:
+    lengths = range(1, config.sequence_len + 1)
+    if context is not None and context not in lengths:
         raise ValueError(
             f"context: expected 1 to {config.sequence_len} tokens, which the model has seen, "
             f"got {context}"

@@ -85,8 +85,10 @@ def split_over_hosts(
     data, model: the mesh over all hosts. hosts, per_host: how many there are, and the devices of
     each, all of which are used. The model axis, along which every layer talks, stays within a host
     as far as it can. One host takes any mesh, as `make_mesh` does. Raises ValueError if the mesh
-    is not as large as the hosts together.
+    is not as large as the hosts together, or is none.
     """
+    if min(data, model) < 1:
+        raise ValueError(f"a mesh needs at least one device along each axis, got {data},{model}")
     if hosts == 1:
         return (data, model), (1, 1)
     if data * model != hosts * per_host:

@@ -180,3 +180,22 @@ def test_the_harness_ends_with_a_sentence_where_there_is_no_checkpoint(tmp_path)
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"colour": "red"}, "--model_args: expected checkpoint, .*kernels, got 'colour'"),
+        ({"mesh": 1}, "expected mesh=DATAxMODEL, such as 1x8, .*got 1 and 1"),
+        ({"mesh": "0x1"}, "a mesh needs at least one device along each axis, got 0,1"),
+        ({"mesh": "99x1"}, "99,1 needs 99 devices"),
+        ({"batch_size": "auto"}, "a number as batch_size, got '1x1' and 'auto'"),
+        ({"context": "long"}, "context: expected 1 to 512 tokens, .*got long"),
+        ({"context": 513}, "context: expected 1 to 512 tokens, .*got 513"),
+        ({"dtype": "float99"}, "dtype: expected float32 or bfloat16"),
+        ({"tokenizer": "nowhere"}, "nowhere: expected a tokenizer, found no such file"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        GrokLM(ROOT / "checkpoints/demo", **arguments)

@@ -55,8 +55,12 @@ class GrokLM(LM):
         device: str | None = None,  # noqa: ARG002
         *,
         server: Any = None,
+        **unknown: Any,
     ):
         super().__init__()
+        for name in unknown:
+            known = "checkpoint, tokenizer, mesh, dtype, context and kernels"
+            raise ValueError(f"--model_args: expected {known}, got {name!r}")
         self.server = server or _load(
             Path(checkpoint), tokenizer, mesh, batch_size, dtype=dtype, context=context,
             kernels=kernels,
@@ -148,7 +152,7 @@ def _load(
 ) -> Any:
     """Load a runner. Raises ValueError."""
     try:
-        data, model = map(int, mesh.split("x"))
+        data, model = map(int, str(mesh).split("x"))  # the harness has made a number of "1"
         slots = int(batch_size)
     except ValueError:
         raise ValueError(
