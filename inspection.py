@@ -6,7 +6,7 @@ not asked for is not in the compiled program.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,8 +129,10 @@ def check_sites(
             if name not in sites:
                 raise ValueError(f"{field}: expected names from {sites}, got {name!r}")
     for name, hook in hooks.items():
-        if not callable(hook):
-            raise ValueError(f"hooks: {name!r} must be a function (layer, array), got {hook!r}")
+        # Hashable: a runner finds what it has compiled by its hooks.
+        if not callable(hook) or not isinstance(hook, Hashable):
+            wanted = "a hashable function (layer, array)"
+            raise ValueError(f"hooks: {name!r} must be {wanted}, got {hook!r}")
     return capture
 
 

@@ -9,7 +9,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -474,9 +474,6 @@ class InferenceRunner:
             raise ValueError("the prompt has no tokens; there is nothing to look at")
         self._check_length(len(ids))
         capture = check_sites(capture, hooks, self.config.model.num_experts)
-        for site, hook in (hooks or {}).items():
-            if not isinstance(hook, Hashable):  # compiled functions are found again by it
-                raise ValueError(f"hooks: {site!r} must be a hashable function, got {hook!r}")
         layers = None
         if capture_layers is not None:
             layers = check_layers(capture_layers, self.config.model.num_layers)

@@ -2,7 +2,9 @@
 
 import _thread
 import argparse
+import pathlib
 import queue
+import subprocess
 import sys
 import threading
 import time
@@ -127,3 +129,18 @@ def test_an_interrupt_that_wakes_nobody_is_felt_all_the_same() -> None:
         Worker().call(work)
     assert time.monotonic() - began < 15
     over.set()
+
+
+@pytest.mark.parametrize("command", ["run", "conversion"])
+def test_a_second_ctrl_c_ends_a_command_that_is_ending(command: str) -> None:
+    program = f"""
+import os, signal, time, {command} as command
+def press(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+command.say = command.parse_arguments = press
+command.main()
+"""
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

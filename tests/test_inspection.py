@@ -384,7 +384,10 @@ def given(array):
         ),
         ({"hooks": {"embeddings": lambda _, x: np.sin(x)}}, "'embeddings' failed.*jax.numpy"),
         ({"hooks": {"embeddings": lambda _, x: x[x > 0]}}, "'embeddings' failed.*jnp.where"),
-        ({"hooks": {"router_probs": 3}}, "hooks: 'router_probs' must be a function .*got 3"),
+        (
+            {"hooks": {"router_probs": 3}},
+            "hooks: 'router_probs' must be a hashable function .*got 3",
+        ),
         (
             {"hooks": {"router_probs": given(np.zeros((2, 6), np.float32))}},
             r"'router_probs' must return float32 \[2, 6, 4\], as it was .*, got float32 \[2, 6\]",
@@ -473,7 +476,7 @@ def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):
         __hash__ = None
         __call__ = given(None)
 
-    with pytest.raises(ValueError, match="hooks: 'embeddings' must be a hashable function, got"):
+    with pytest.raises(ValueError, match="hooks: 'embeddings' must be a hashable function .*got"):
         server.inspect([5], hooks={"embeddings": Unhashable()})
     monkeypatch.setattr(runner_module, "available_memory", lambda: 2**20)
     server.inspect([5] * 10, ("router_probs",))

@@ -26,7 +26,7 @@ WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"
 MODEL = golden.DIRECTORY / "three-layers"
 ASK = ("--checkpoint", MODEL, "--prompt-ids", "5 6 7", "--temperature", 0, "--mesh", "1,8")
 TIMEOUT = 4  # --peer-timeout, in seconds
-SLACK = 20  # seconds, for two busy cores of a machine that is shared
+SLACK = 4  # for two busy cores
 # Compiled code that is slow, and soon there.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # As the background processes of a shell script are.
@@ -73,7 +73,7 @@ def finish(process: subprocess.Popen[bytes], limit: float = 60) -> Result:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)
-        said = process.communicate(timeout=SLACK)[1].decode()
+        said = process.communicate(timeout=60)[1].decode()
         pytest.fail(f"it has not ended within {limit} s: {process.args}\n{said}")
     return Result(process.returncode, out.decode(), err.decode())
 
@@ -253,7 +253,9 @@ def test_when_a_process_is_killed_the_other_one_says_so_and_ends(
     """In prefill and decode the survivor waits in a collective, which would wait for ever."""
     pair = start_stalled(start, address, tmp_path, victim, where, DEAF)
     pair[victim].kill()
-    survivor = finish(pair[1 - victim], SLACK)
+    began = time.monotonic()
+    survivor = finish(pair[1 - victim], TIMEOUT + SLACK)
+    assert time.monotonic() - began < SLACK  # a closed connection needs no time-out
     assert survivor.status == 1
     if where == "decode" and victim == 1:
         # What it has is kept.
@@ -280,7 +282,7 @@ def test_when_a_process_falls_silent_the_other_one_says_so_within_the_timeout(
     pair[victim].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     survivor = finish(pair[1 - victim], TIMEOUT + SLACK)
-    assert time.monotonic() - began > TIMEOUT - 1
+    assert TIMEOUT - 1 < time.monotonic() - began < TIMEOUT + SLACK
     assert survivor.status == 1
     assert_lost(survivor, victim, "load", f"no sign of life for {TIMEOUT} s")
 

@@ -58,9 +58,9 @@ class GrokLM(LM):
         **unknown: Any,
     ):
         super().__init__()
-        for name in unknown:
+        if unknown:
             known = "checkpoint, tokenizer, mesh, dtype, context and kernels"
-            raise ValueError(f"--model_args: expected {known}, got {name!r}")
+            raise ValueError(f"--model_args: expected {known}, got {next(iter(unknown))!r}")
         self.server = server or _load(
             Path(checkpoint), tokenizer, mesh, batch_size, dtype=dtype, context=context,
             kernels=kernels,
