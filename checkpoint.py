@@ -33,7 +33,7 @@ import loading
 import safe_format
 import storage
 import tensor_file
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 from storage import CheckpointError, Directory, TensorFile
 from storage import error as _error
 from storage import open_regular as _open

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import kernels
-from attention import (
+from grok1.ops.attention import (
     attend,
     attend_cached,
     attention_weights,
@@ -39,6 +39,23 @@ from attention import (
     from_bits,
     weigh,
     write_rows,
+)
+from grok1.ops.mixture import (
+    Params,
+    all_experts,
+    chosen_experts,
+    combine_all,
+    expert,
+    kernel_experts,
+)
+from grok1.ops.projection import local_groups, output_logits, project
+from grok1.ops.quantization import (
+    QuantizedWeight8bit,
+    StackedWeight,
+    matmul,
+    product,
+    quantize,
+    split_groups,
 )
 from inspection import (
     CAPTURE_SITES,
@@ -49,16 +66,6 @@ from inspection import (
     Probe,
     check_layers,
     check_sites,
-)
-from mixture import Params, all_experts, chosen_experts, combine_all, expert, kernel_experts
-from projection import local_groups, output_logits, project
-from quantization import (
-    QuantizedWeight8bit,
-    StackedWeight,
-    matmul,
-    product,
-    quantize,
-    split_groups,
 )
 from sharding import (
     DATA_AXIS,

@@ -25,8 +25,8 @@ import numpy as np
 import checkpoint
 import compiled
 import storage
+from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, grok_1
-from quantization import QuantizedWeight8bit
 from runner import available_memory, config_in, with_settings
 from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
 from steps import (

@@ -29,7 +29,7 @@ import safetensors
 
 import storage
 import tensor_file
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 from storage import Directory, TensorFile, error
 
 OUTER = "outer.safetensors"

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from attention import cache_dtype
+from grok1.ops.attention import cache_dtype
 from inspection import Captured, Hook
 from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 from sampling import SampleOutput, SampleSettings, sample_token

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
 # one can take: an opcode reads at most 255 bytes and makes at most one value.

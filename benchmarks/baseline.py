@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grok1.ops.quantization import QuantizedWeight8bit
 from model import Linear, MoELayer
-from quantization import QuantizedWeight8bit
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

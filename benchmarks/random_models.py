@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok1.ops.quantization import QuantizedWeight8bit
 from loading import aligned_empty
 from model import LanguageModelConfig, TransformerConfig
-from quantization import QuantizedWeight8bit
 from steps import stored_shapes
 
 RANKS = 8  # of the full model's mesh

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-import attention
+from grok1.ops import attention
+from grok1.ops.quantization import QuantizedWeight8bit, product
 from kernels import cpu
-from quantization import QuantizedWeight8bit, product
 
 MOST_TABLE_ROWS = 16  # up to which a CPU multiplies faster by `cpu.table_product` than XLA does
 

@@ -17,7 +17,7 @@ import jaxlib
 import numpy as np
 
 import compile_cache
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "lanes.h"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 
 LAYER = "transformer/decoder_layer/"
 EMBED = "language_model/in_out_embed"

@@ -23,8 +23,8 @@ import reference
 import storage
 import tensor_file
 from checkpoint import CheckpointError
+from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, grok_1
-from quantization import QuantizedWeight8bit
 from sharding import named_shardings, parameter_specs
 from small import (
     LAYER,

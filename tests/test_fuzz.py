@@ -18,8 +18,8 @@ import checkpoint
 import conversion
 import storage
 import tensor_file
+from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, TransformerConfig
-from quantization import QuantizedWeight8bit
 from storage import CheckpointError
 
 MUTATIONS = 1000

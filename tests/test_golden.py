@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import golden
-import quantization
-from attention import cache_dtype
+from grok1.ops import quantization
+from grok1.ops.attention import cache_dtype
 from runner import Request
 from steps import apply_model, new_memory
 

@@ -14,14 +14,14 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
-import attention
 import golden
 import kernels
 import model
 import steps
+from grok1.ops import attention
+from grok1.ops.quantization import QuantizedWeight8bit
 from kernels import gpu
 from kernels.cpu import KernelError
-from quantization import QuantizedWeight8bit
 from test_kernels import exact_product, plain_product, random_rows, random_weight
 
 pytestmark = pytest.mark.filterwarnings(

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-import attention
 import compile_cache
 import golden
 import reference
 import runner
+from grok1.ops import attention
+from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
 from kernels import cpu
-from quantization import QuantizedWeight8bit, matmul, product
 
 LAYERS = 2
 # E, I, O, J: a part of a panel of columns, less than a vector, more than one part holds even if

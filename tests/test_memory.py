@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import golden
-import mixture
-from quantization import QuantizedWeight8bit
+from grok1.ops import mixture
+from grok1.ops.quantization import QuantizedWeight8bit
 from steps import abstract_inputs, apply_model, decode, new_memory
 
 PROMPT = [17, 300, 44, 9, 0, 250, 7, 7, 121, 480, 5, 0, 33, 402, 2, 91]  # two pads inside

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-import mixture
 import reference
-from inspection import Probe
-from mixture import (
+from grok1.ops import mixture
+from grok1.ops.mixture import (
     all_experts,
     block_rows,
     by_size,
@@ -27,8 +26,9 @@ from mixture import (
     kernel_experts,
     sort_by_expert,
 )
+from grok1.ops.quantization import QuantizedWeight8bit
+from inspection import Probe
 from model import DenseBlock, MoELayer, Router, RouterOutput
-from quantization import QuantizedWeight8bit
 from sharding import make_mesh
 
 LAYERS, WIDTH = 2, 16

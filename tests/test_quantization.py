@@ -8,9 +8,9 @@ import pytest
 from jax import lax
 
 import model
-import quantization
 import reference
-from quantization import (
+from grok1.ops import quantization
+from grok1.ops.quantization import (
     QuantizedWeight8bit,
     dequantize,
     local_matmul,

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, TransformerConfig, grok_1
-from quantization import QuantizedWeight8bit
 from sharding import (
     axis_size,
     constrain,

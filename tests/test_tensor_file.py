@@ -21,7 +21,7 @@ import pytest
 
 import reference
 import tensor_file
-from quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit
 from tensor_file import LayoutError, Located
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import kernels
-from quantization import (
+from grok1.ops.quantization import (
     QuantizedWeight8bit,
     StackedWeight,
     Weight,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import kernels
-from quantization import QuantizedWeight8bit, StackedWeight, local_matmul, matmul
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, local_matmul, matmul
 
 Params = Mapping[str, Mapping[str, Any]]
 SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantization import product
+from grok1.ops.quantization import product
 
 ATTENTION_SOFT_CAP = 30.0
 BLOCK = 128  # positions of the cache that are attended to at a time
