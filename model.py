@@ -30,7 +30,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-import kernels
+from grok1.kernels import chosen as kernels
 from grok1.ops.attention import (
     attend,
     attend_cached,

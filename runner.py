@@ -19,9 +19,10 @@ import sentencepiece
 from jax.sharding import Mesh
 
 import checkpoint
-import kernels as own_kernels
 import storage
 from commandline import say
+from grok1.kernels import chosen
+from grok1.kernels.cpu import KernelError
 from inspection import (
     HEAD_SITES,
     Captured,
@@ -31,7 +32,6 @@ from inspection import (
     check_sites,
     nbytes,
 )
-from kernels.cpu import KernelError
 from model import LanguageModelConfig, grok_1
 from request import Answering, Completion, Event, Request, RequestError, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
@@ -624,7 +624,7 @@ def with_settings(
 def has_kernels() -> bool:
     """Whether there are kernels for the platform that jax runs on; says so, once, if not."""
     try:
-        own_kernels.load()
+        chosen.load()
     except KernelError as error:
         platform = jax.default_backend().upper()
         say(f"note: running without the {platform} kernels, which is slower: {error}")

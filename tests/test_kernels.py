@@ -24,9 +24,9 @@ import compile_cache
 import golden
 import reference
 import runner
+from grok1.kernels import cpu
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
-from kernels import cpu
 
 LAYERS = 2
 # E, I, O, J: a part of a panel of columns, less than a vector, more than one part holds even if

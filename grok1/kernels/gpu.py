@@ -27,9 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from grok1.kernels.cpu import KernelError
 from grok1.ops.attention import ATTENTION_SOFT_CAP
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
-from kernels.cpu import KernelError
 
 Ref = Any  # what a kernel loads from and stores to; its type has no public name
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from grok1.kernels import cpu
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit, product
-from kernels import cpu
 
 MOST_TABLE_ROWS = 16  # up to which a CPU multiplies faster by `cpu.table_product` than XLA does
 
@@ -19,7 +19,7 @@ def _own() -> Any:
     """Return the module of this platform's kernels."""
     if jax.default_backend() == "cpu":
         return cpu
-    from kernels import gpu  # where it is wanted: Pallas takes long to import
+    from grok1.kernels import gpu  # where it is wanted: Pallas takes long to import
 
     return gpu
 

@@ -1,0 +1,1 @@
+"""What a device computes faster by its own means than as XLA compiles it; see chosen.py."""
