@@ -57,17 +57,7 @@ from grok1.ops.quantization import (
     quantize,
     split_groups,
 )
-from inspection import (
-    CAPTURE_SITES,
-    NO_PROBE,
-    OUTSIDE_LAYERS,
-    Captured,
-    Hook,
-    Probe,
-    check_layers,
-    check_sites,
-)
-from sharding import (
+from grok1.parallel.sharding import (
     DATA_AXIS,
     MODEL_AXIS,
     REPLICA_AXIS,
@@ -78,6 +68,16 @@ from sharding import (
     axis_size,
     constrain,
     match_rule,
+)
+from inspection import (
+    CAPTURE_SITES,
+    NO_PROBE,
+    OUTSIDE_LAYERS,
+    Captured,
+    Hook,
+    Probe,
+    check_layers,
+    check_sites,
 )
 
 __all__ = [

@@ -26,9 +26,15 @@ import checkpoint
 import compiled
 import storage
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.parallel.sharding import (
+    AnyMesh,
+    abstract_mesh,
+    make_mesh,
+    named_shardings,
+    parameter_specs,
+)
 from model import LanguageModelConfig, grok_1
 from runner import available_memory, config_in, with_settings
-from sharding import AnyMesh, abstract_mesh, make_mesh, named_shardings, parameter_specs
 from steps import (
     abstract_inputs,
     decode,

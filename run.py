@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import interactive
-import multihost
 import prompts
 import storage
 from commandline import ByteProgress, Progress, Worker, end_at_next_interrupt, say
+from grok1.parallel import multihost
 from options import parse_arguments
 from output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
 from timing import Timing

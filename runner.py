@@ -23,6 +23,14 @@ import storage
 from commandline import say
 from grok1.kernels import chosen
 from grok1.kernels.cpu import KernelError
+from grok1.parallel.sharding import (
+    all_model_axes,
+    axis_size,
+    make_mesh,
+    named_shardings,
+    parameter_specs,
+    split_over_hosts,
+)
 from inspection import (
     HEAD_SITES,
     Captured,
@@ -36,14 +44,6 @@ from model import LanguageModelConfig, grok_1
 from request import Answering, Completion, Event, Request, RequestError, encode
 from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
 from serving import Handle, Serving, Statistics
-from sharding import (
-    all_model_axes,
-    axis_size,
-    make_mesh,
-    named_shardings,
-    parameter_specs,
-    split_over_hosts,
-)
 from steps import (
     EMBEDDINGS,
     MOST_TOKENS,

@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grok1.parallel.sharding import axis_size
 from model import LanguageModelConfig
 from request import Answering, Completion, Event
-from sharding import axis_size
 from steps import MOST_TOKENS, Decoded, State, decode, first_token, new_state, prefill, start
 
 

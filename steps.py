@@ -19,10 +19,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from grok1.ops.attention import cache_dtype
+from grok1.parallel.sharding import (
+    AnyMesh,
+    axis_size,
+    constrain,
+    named_shardings,
+    parameter_specs,
+    readable,
+)
 from inspection import Captured, Hook
 from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 from sampling import SampleOutput, SampleSettings, sample_token
-from sharding import AnyMesh, axis_size, constrain, named_shardings, parameter_specs, readable
 
 MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
 

@@ -77,7 +77,7 @@ def measure(directory: Path, config: Any, turns: int, mesh: Any) -> dict[str, An
     import numpy as np
 
     import checkpoint
-    from sharding import named_shardings, parameter_specs
+    from grok1.parallel.sharding import named_shardings, parameter_specs
 
     shapes = config.param_shapes()
     specs = parameter_specs(shapes, config.partition_rules(mesh), mesh)
@@ -145,8 +145,8 @@ def main() -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
     import loading
+    from grok1.parallel.sharding import make_mesh
     from random_models import quarter
-    from sharding import make_mesh
 
     if options.through_buffers:
         loading._on_host = lambda devices: not devices

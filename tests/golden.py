@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import Mesh
 
 import reference
+from grok1.parallel.sharding import make_mesh
 from model import LanguageModelConfig
 from runner import InferenceRunner, ModelRunner, read_model_config
-from sharding import make_mesh
 
 DIRECTORY = pathlib.Path(__file__).parent / "data" / "golden"
 NAMES = ("three-layers", "twelve-layers")

@@ -27,9 +27,9 @@ STEPS = {"prefill": (None, 1), "decode": (4, 4)}
 def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     """Run the command with its hooks."""
     import commandline
-    import multihost
     import run
     import serving
+    from grok1.parallel import multihost
 
     victim, _, place = where.partition(":")
     mine = arguments[arguments.index("--process-id") + 1] == victim
@@ -81,7 +81,7 @@ def main_read(
     out: str, coordinator: str, processes: str, process: str, name: str, *meshes: str
 ) -> None:
     """Read a golden model on each mesh; process 0 writes down what comes out."""
-    import multihost
+    from grok1.parallel import multihost
 
     peers = multihost.Peers(multihost.Place(coordinator, int(processes), int(process)), 60, 60)
     peers.join()
@@ -89,8 +89,8 @@ def main_read(
     import numpy as np
 
     import golden
+    from grok1.parallel.sharding import split_over_hosts
     from runner import InferenceRunner, ModelRunner, Request
-    from sharding import split_over_hosts
 
     found: dict[str, Any] = {}
     for mesh in meshes:

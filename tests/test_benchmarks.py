@@ -259,7 +259,7 @@ NARROW = """
 import time
 import jax
 from model import LanguageModelConfig, TransformerConfig
-from sharding import make_mesh
+from grok1.parallel.sharding import make_mesh
 from steps import abstract_inputs, decode, prefill
 model = TransformerConfig(emb_size=128, key_size=16, num_q_heads=8, num_kv_heads=8, num_layers=64,
     widening_factor=8, num_experts=8, num_selected_experts=2, shard_activations=True)

@@ -24,8 +24,8 @@ import storage
 import tensor_file
 from checkpoint import CheckpointError
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1
-from sharding import named_shardings, parameter_specs
 from small import (
     LAYER,
     Damage,

@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import compiled
-from sharding import make_mesh
+from grok1.parallel.sharding import make_mesh
 
 
 def text_of(function, *shapes):

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 import compiled
+from grok1.parallel.sharding import make_mesh
 from model import grok_1
-from sharding import make_mesh
 from steps import abstract_inputs, decode, prefill
 
 GIB = 2**30

@@ -22,8 +22,8 @@ import checkpoint
 import golden
 import loading
 from checkpoint import CheckpointError
+from grok1.parallel.sharding import make_mesh, named_shardings, parameter_specs
 from model import grok_1
-from sharding import make_mesh, named_shardings, parameter_specs
 
 LAYER = "transformer/decoder_layer/"
 EMBED = "language_model/in_out_embed"

@@ -27,9 +27,9 @@ from grok1.ops.mixture import (
     sort_by_expert,
 )
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.parallel.sharding import make_mesh
 from inspection import Probe
 from model import DenseBlock, MoELayer, Router, RouterOutput
-from sharding import make_mesh
 
 LAYERS, WIDTH = 2, 16
 WIDENING = 3

@@ -18,6 +18,7 @@ import pytest
 from jax import lax
 
 import reference
+from grok1.parallel.sharding import make_mesh
 from model import (
     InOutEmbed,
     KVMemory,
@@ -32,7 +33,6 @@ from model import (
     rotate_half,
     write_rows,
 )
-from sharding import make_mesh
 from small import normal
 
 BFLOAT16 = ml_dtypes.bfloat16

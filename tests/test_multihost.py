@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import golden
-import multihost
 import run
-from sharding import split_over_hosts
+from grok1.parallel import multihost
+from grok1.parallel.sharding import split_over_hosts
 from test_run import COUNTED, Result
 
 WORKER = pathlib.Path(__file__).parent / "multihost_worker.py"

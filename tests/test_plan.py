@@ -20,8 +20,8 @@ import conversion
 import golden
 import plan
 import storage
+from grok1.parallel.sharding import make_mesh
 from model import grok_1
-from sharding import make_mesh
 from steps import abstract_inputs, prefill
 
 GIB = 2**30

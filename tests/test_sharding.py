@@ -11,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.ops.quantization import QuantizedWeight8bit
-from model import LanguageModelConfig, TransformerConfig, grok_1
-from sharding import (
+from grok1.parallel.sharding import (
     axis_size,
     constrain,
     make_mesh,
@@ -20,6 +19,7 @@ from sharding import (
     named_shardings,
     parameter_specs,
 )
+from model import LanguageModelConfig, TransformerConfig, grok_1
 
 TINY = LanguageModelConfig(
     model=TransformerConfig(
@@ -81,8 +81,8 @@ class FakeDevice:
 def two_hosts(monkeypatch):
     """jax.devices() as two hosts of four devices see them, the second host's first."""
     devices = [FakeDevice(10 * host + n, host) for host in (1, 0) for n in range(4)]
-    monkeypatch.setattr("sharding.jax.devices", lambda: devices)
-    monkeypatch.setattr("sharding.Mesh", lambda grid, names: (grid, names))
+    monkeypatch.setattr("grok1.parallel.sharding.jax.devices", lambda: devices)
+    monkeypatch.setattr("grok1.parallel.sharding.Mesh", lambda grid, names: (grid, names))
 
 
 @pytest.mark.parametrize(

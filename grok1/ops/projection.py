@@ -21,7 +21,7 @@ from grok1.ops.quantization import (
     matmul,
     split_groups,
 )
-from sharding import Axes, axis_size, scales_spec
+from grok1.parallel.sharding import Axes, axis_size, scales_spec
 
 
 def project(
