@@ -5,8 +5,8 @@ A checkpoint is `DIR/ckpt-0/tensorNNNNN_000`, one file per parameter and layer, 
 `transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. The files are not:
 layer `i` of such a module is stored as `transformer/decoder_layer_{i}/...`, and the file numbers
 follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... What is inside of one file is
-tensor_file.py's to know; here, its arrays are mapped into memory from where they lie. A checkpoint
-may also have the form that safe_format.py knows; it is loaded just so.
+pickle_file.py's to know; here, its arrays are mapped into memory from where they lie. A checkpoint
+may also have the form that safetensors.py knows; it is loaded just so.
 
 python checkpoint.py --help says how to convert one form into the other, and to verify them.
 """
@@ -29,14 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import loading
-import safe_format
-import storage
-import tensor_file
+from grok1.formats import forms, loading, pickle_file, safetensors
+from grok1.formats.forms import CheckpointError, Directory, TensorFile
+from grok1.formats.forms import error as _error
+from grok1.formats.forms import open_regular as _open
 from grok1.ops.quantization import QuantizedWeight8bit
-from storage import CheckpointError, Directory, TensorFile
-from storage import error as _error
-from storage import open_regular as _open
 
 STACKED = "transformer/decoder_layer/"
 
@@ -82,15 +79,15 @@ def files(shapes: Params) -> list[TensorFile]:
     depths = set()
     for module, params in shapes.items():
         for param, leaf in params.items():
-            tensor_file.check(f"{module}/{param}", leaf)
+            pickle_file.check(f"{module}/{param}", leaf)
             if not module.startswith(STACKED):
-                size = tensor_file.file_size(leaf)
+                size = pickle_file.file_size(leaf)
                 entries.append((module, param, module, None, leaf, size))
                 continue
             layers = {array.shape[0] for array in jax.tree.leaves(leaf)}
             depths |= layers
             own = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), leaf)
-            size = tensor_file.file_size(own)
+            size = pickle_file.file_size(own)
             for layer in range(max(layers)):
                 name = f"{STACKED[:-1]}_{layer}/{module.removeprefix(STACKED)}"
                 entries.append((name, param, module, layer, own, size))
@@ -122,12 +119,12 @@ def check_files(directory: Directory, shapes: Params) -> list[Any]:
 
 
 def _check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
-    if os.path.lexists(os.path.join(directory, storage.WORK)):
-        remedy = f"start the same conversion again, or remove {storage.WORK} and what it made"
+    if os.path.lexists(os.path.join(directory, forms.WORK)):
+        remedy = f"start the same conversion again, or remove {forms.WORK} and what it made"
         raise _error(str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy)
-    if storage.form(directory) == storage.SAFETENSORS:
-        return safe_format.check_files(directory, records)
-    folder = os.path.join(directory, storage.FOLDER)
+    if forms.form(directory) == forms.SAFETENSORS:
+        return safetensors.check_files(directory, records)
+    folder = os.path.join(directory, forms.FOLDER)
     _check_names(folder, records)
     return [_read_header(folder, record) for record in records]
 
@@ -255,7 +252,7 @@ def _check_names(folder: str, records: list[TensorFile]) -> None:
 
 
 def _read_header(folder: str, record: TensorFile) -> Any:
-    """Return where the arrays of a file lie, as `tensor_file.read_header` does.
+    """Return where the arrays of a file lie, as `pickle_file.read_header` does.
 
     Raises CheckpointError unless the file holds what `record` says; then it has the right length
     too, since its arrays have the expected number of bytes, all there, and nothing follows them.
@@ -266,17 +263,17 @@ def _read_header(folder: str, record: TensorFile) -> Any:
     try:
         with _open(path) as file:
             length = os.fstat(file.fileno()).st_size
-            leaf = tensor_file.read_header(file, length)
+            leaf = pickle_file.read_header(file, length)
     except OSError as error:
         got = f"an error ({error.strerror})"
         remedy = "check its permissions, or download it again"
         raise _error(where, f"a readable file of {size}", got, remedy) from error
-    except tensor_file.LayoutError as error:
+    except pickle_file.LayoutError as error:
         problem: object = error
         if error.ended and length < record.size:
             problem = f"is cut: expected {size}, got {length}"
         raise CheckpointError(f"{where}: the file {problem}; download it again") from error
-    expected, got = tensor_file.describe(record.leaf), tensor_file.describe(leaf)
+    expected, got = pickle_file.describe(record.leaf), pickle_file.describe(leaf)
     if got == expected:
         return jax.tree.map(lambda array: dataclasses.replace(array, path=path), leaf)
     kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
@@ -309,7 +306,7 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     """
     records = files(jax.tree.map(_native, params))
     text = None if config is None else json.dumps(config, indent=2).encode()
-    folder = os.path.join(directory, storage.FOLDER)
+    folder = os.path.join(directory, forms.FOLDER)
     os.makedirs(folder, exist_ok=True)
     stale = sorted(tensor_names(folder) - {record.file for record in records})
     if stale:
@@ -322,9 +319,9 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     for record in records:
         arrays = _fetch(record, params[record.module][record.param])
         path = os.path.join(folder, record.file)
-        storage.write(path, tensor_file.contents(record.leaf, arrays))
+        forms.write(path, pickle_file.contents(record.leaf, arrays))
     if text is not None:
-        storage.write(os.path.join(directory, "config.json"), [text])
+        forms.write(os.path.join(directory, "config.json"), [text])
 
 
 def _native(array: Any) -> jax.ShapeDtypeStruct:
@@ -342,7 +339,7 @@ def _fetch(record: TensorFile, leaf: Any) -> Iterator[Any]:
 
 if __name__ == "__main__":
     # This module is `__main__` now. The classes are those of the module `checkpoint`: one copy.
-    from conversion import main
+    from grok1.formats.conversion import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -24,7 +24,8 @@ import numpy as np
 
 import checkpoint
 import compiled
-import storage
+from grok1.formats import forms
+from grok1.formats.pickle_file import nbytes
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import (
     AnyMesh,
@@ -44,7 +45,6 @@ from steps import (
     prefill,
     stored_shapes,
 )
-from tensor_file import nbytes
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
@@ -402,7 +402,7 @@ def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, An
     """
     shapes = config.param_shapes()
     records = checkpoint.files(shapes)
-    form = storage.form(directory) or storage.RELEASED
+    form = forms.form(directory) or forms.RELEASED
     found: dict[str, Any] = {
         "directory": str(directory),
         "form": form,
@@ -411,8 +411,8 @@ def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, An
         "wrong_size": [],
         "problem": None,
     }
-    if form == storage.RELEASED:
-        folder, there = directory / storage.FOLDER, {}
+    if form == forms.RELEASED:
+        folder, there = directory / forms.FOLDER, {}
         if folder.is_dir():
             there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         here = [record for record in records if record.file in there]
@@ -426,7 +426,7 @@ def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, An
     if not found["missing"] and not found["wrong_size"]:
         try:
             checkpoint.check_files(directory, shapes)
-        except storage.CheckpointError as error:
+        except forms.CheckpointError as error:
             found["problem"] = str(error)
     return found
 
@@ -589,7 +589,7 @@ def _token_lines(plan: Plan) -> list[str]:
 def _machine_lines(plan: Plan) -> list[str]:
     memory = plan.host["available_memory"]
     lines = []
-    if plan.files is not None and plan.files["form"] == storage.RELEASED:
+    if plan.files is not None and plan.files["form"] == forms.RELEASED:
         files = plan.files
         lines.append(
             f"files     {files['found']} of {files['expected']} in {files['directory']}, "

@@ -25,8 +25,8 @@ from typing import Any, TextIO
 
 import interactive
 import prompts
-import storage
 from commandline import ByteProgress, Progress, Worker, end_at_next_interrupt, say
+from grok1.formats import forms
 from grok1.parallel import multihost
 from options import parse_arguments
 from output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
@@ -48,10 +48,10 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """Return the checkpoint directory and the tokenizer, None if only ids are given."""
     directory = options.checkpoint
     if directory is None:
-        directory = RELEASED if storage.form(RELEASED) else DEMO
+        directory = RELEASED if forms.form(RELEASED) else DEMO
         if directory == DEMO:
             say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
-    storage.require_form(directory, "name the right one with --checkpoint")
+    forms.require_form(directory, "name the right one with --checkpoint")
     tokenizer = options.tokenizer
     if tokenizer is None and needs_words(options):
         own = directory / "tokenizer.model"
@@ -335,7 +335,7 @@ def show_plan(options: argparse.Namespace) -> None:
     import plan
 
     directory = options.checkpoint
-    if directory is None and storage.form(RELEASED):
+    if directory is None and forms.form(RELEASED):
         directory = RELEASED
     config = plan.read_config(directory, options.dtype, options.context)
     jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))

@@ -19,8 +19,8 @@ import sentencepiece
 from jax.sharding import Mesh
 
 import checkpoint
-import storage
 from commandline import say
+from grok1.formats import forms
 from grok1.kernels import chosen
 from grok1.kernels.cpu import KernelError
 from grok1.parallel.sharding import (
@@ -88,7 +88,7 @@ def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
 
     Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
     """
-    storage.require_form(directory, "name the right one, or download the checkpoint into it")
+    forms.require_form(directory, "name the right one, or download the checkpoint into it")
     return config_in(directory)
 
 

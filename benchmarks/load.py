@@ -144,7 +144,7 @@ def main() -> int:
     options = parse_arguments()
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
-    import loading
+    from grok1.formats import loading
     from grok1.parallel.sharding import make_mesh
     from random_models import quarter
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok1.formats.loading import aligned_empty
 from grok1.ops.quantization import QuantizedWeight8bit
-from loading import aligned_empty
 from model import LanguageModelConfig, TransformerConfig
 from steps import stored_shapes
 

@@ -20,9 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import checkpoint
 import reference
-import storage
-import tensor_file
 from checkpoint import CheckpointError
+from grok1.formats import forms, pickle_file
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1
@@ -248,7 +247,7 @@ FLOATS, INTS = 4, 2  # The files of a float parameter, and of an int8 one.
 def holding(*arrays: np.ndarray) -> Damage:
     """The file holds this array, or this weight and its scales."""
     leaf: Any = QuantizedWeight8bit(*arrays) if len(arrays) == 2 else arrays[0]
-    return lambda path: path.write_bytes(b"".join(tensor_file.contents(leaf, arrays)))
+    return lambda path: path.write_bytes(b"".join(pickle_file.contents(leaf, arrays)))
 
 
 def floats(*shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -371,7 +370,7 @@ def test_a_file_without_permission_is_named(
             raise PermissionError(13, "Permission denied")
         return open(path, mode)
 
-    monkeypatch.setattr(storage, "open", refuse, raising=False)  # Root may open everything.
+    monkeypatch.setattr(forms, "open", refuse, raising=False)  # Root may open everything.
     message = refusal(tiny_checkpoint)
     assert "tensor00003_000 (transformer/decoder_layer_0/rms_norm/scale): expected a rea" in message
     assert "got an error (Permission denied); check its permissions" in message

@@ -18,18 +18,16 @@ import numpy as np
 import pytest
 
 import checkpoint
-import conversion
 import golden
 import run
-import safe_format
-import storage
 from checkpoint import CheckpointError
-from conversion import convert, verify
+from grok1.formats import conversion, forms, safetensors
+from grok1.formats.conversion import convert, verify
 from model import LanguageModelConfig, TransformerConfig
 from small import assert_same, random_params
 
 ROOT = pathlib.Path(conversion.__file__).parent
-INDEX, WORK = storage.INDEX, storage.WORK
+INDEX, WORK = forms.INDEX, forms.WORK
 
 
 def model(layers: int) -> LanguageModelConfig:
@@ -99,7 +97,7 @@ def test_a_converted_directory_has_all_that_belongs_to_it_and_nothing_else(
     released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     layers = {f"layer-{layer:02d}.safetensors" for layer in range(3)}
-    others = {safe_format.OUTER, INDEX, "config.json", "tokenizer.model"}
+    others = {safetensors.OUTER, INDEX, "config.json", "tokenizer.model"}
     assert contents(safe).keys() == layers | others
     convert(safe, tmp_path, "released")
     assert contents(tmp_path) == contents(released)
@@ -127,7 +125,7 @@ def test_progress_counts_every_byte_once(released: pathlib.Path, tmp_path: pathl
     job = convert(released, tmp_path, "safetensors", lambda *call: calls.append(call))
     done = [call[0] for call in calls]
     assert done == sorted(done) and calls[-1] == (job.total, job.total)
-    assert job.total == safe_format.read_index(tmp_path).total_size
+    assert job.total == safetensors.read_index(tmp_path).total_size
 
 
 def test_arrays_are_not_held_in_memory(tmp_path: pathlib.Path) -> None:
@@ -173,7 +171,7 @@ print(there.total, peak - before)
 def test_what_is_whole_is_verified(released: pathlib.Path, safe: pathlib.Path) -> None:
     summary, problems = verify(safe)
     assert not problems
-    total = safe_format.read_index(safe).total_size
+    total = safetensors.read_index(safe).total_size
     assert summary == (
         f"{safe}: 59 of 59 tensors in 4 files with {total:,} bytes have the checksums of the index"
     )
@@ -185,11 +183,11 @@ def test_what_is_whole_is_verified(released: pathlib.Path, safe: pathlib.Path) -
 
 def flip(directory: pathlib.Path, name: str, place: int = 0) -> pathlib.Path:
     """Change one bit of a tensor's values."""
-    path = directory / safe_format.read_index(directory).files[name]
+    path = directory / safetensors.read_index(directory).files[name]
     shapes = model(3).param_shapes()
     leaves = zip(checkpoint.files(shapes), checkpoint.check_files(directory, shapes), strict=True)
     located = {
-        k: v for record, leaf in leaves for k, v in safe_format.tensors(record, leaf).items()
+        k: v for record, leaf in leaves for k, v in safetensors.tensors(record, leaf).items()
     }
     data = bytearray(path.read_bytes())
     data[located[name].offset + place] ^= 1
@@ -263,7 +261,7 @@ def test_a_finished_file_that_was_touched_is_written_again(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(released, tmp_path, "safetensors", stop_after(40))
-    (tmp_path / safe_format.OUTER).write_bytes(b"other")
+    (tmp_path / safetensors.OUTER).write_bytes(b"other")
     (tmp_path / "layer-00.safetensors").unlink()
     convert(released, tmp_path, "safetensors")
     assert contents(tmp_path) == contents(safe)
@@ -276,7 +274,7 @@ def test_another_source_starts_anew(
     source, target = save(tmp_path / "source", 3, seed=1), tmp_path / "target"
     with pytest.raises(KeyboardInterrupt):
         convert(source, target, "safetensors", stop_after(40))
-    old = (target / safe_format.OUTER).stat().st_ino
+    old = (target / safetensors.OUTER).stat().st_ino
     if change == "touched":
         os.utime(source / "ckpt-0/tensor00005_000", ns=(1, 1))
     elif change == "config":
@@ -286,7 +284,7 @@ def test_another_source_starts_anew(
         save(source, 3, seed=2)
     convert(source, target, "safetensors")
     assert f"{source} is not what {target} was begun with: starting anew" in capsys.readouterr().err
-    assert (target / safe_format.OUTER).stat().st_ino != old
+    assert (target / safetensors.OUTER).stat().st_ino != old
     convert(source, tmp_path / "fresh", "safetensors")
     assert contents(target) == contents(tmp_path / "fresh")
 
@@ -379,7 +377,7 @@ def test_the_command_converts_and_verifies(
 
 
 def _total(directory: pathlib.Path) -> int:
-    return safe_format.read_index(directory).total_size
+    return safetensors.read_index(directory).total_size
 
 
 @pytest.mark.parametrize(

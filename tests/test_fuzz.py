@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 
 import checkpoint
-import conversion
-import storage
-import tensor_file
+from grok1.formats import conversion, forms, pickle_file
+from grok1.formats.forms import CheckpointError
 from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, TransformerConfig
-from storage import CheckpointError
 
 MUTATIONS = 1000
 MOST_SECONDS = 5.0
@@ -112,7 +110,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def safetensors(released: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory = tmp_path_factory.mktemp("safetensors")
-    conversion.convert(released.directory, directory, storage.SAFETENSORS)
+    conversion.convert(released.directory, directory, forms.SAFETENSORS)
     return Checkpoint(directory, "*.safetensors*")
 
 
@@ -204,7 +202,7 @@ def lie_about_shape(found: Checkpoint, rng: Rng) -> None:
     path = found.pick(rng)
     size = [2**31 - 1, 2**20, 10**9, 3][rng.integers(4)]
     shape = jax.ShapeDtypeStruct((size,) * int(rng.integers(1, 3)), np.int8)
-    header = [piece for piece in tensor_file._header(shape) if piece is not None]
+    header = [piece for piece in pickle_file._header(shape) if piece is not None]
     path.write_bytes(b"".join(header))
 
 
@@ -232,7 +230,7 @@ def nest(found: Checkpoint, rng: Rng) -> None:
 def mix_opcodes(found: Checkpoint, rng: Rng) -> None:
     """Write opcodes of the layout in no order."""
     path = found.pick(rng)
-    codes = list(tensor_file._CODES.values())
+    codes = list(pickle_file._CODES.values())
     body = b"".join(
         codes[rng.integers(len(codes))] + rng.bytes(int(rng.integers(3)))
         for _ in range(rng.integers(200))

@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import checkpoint
 import golden
-import loading
 from checkpoint import CheckpointError
+from grok1.formats import loading
 from grok1.parallel.sharding import make_mesh, named_shardings, parameter_specs
 from model import grok_1
 

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 import checkpoint
-import conversion
 import golden
 import plan
-import storage
+from grok1.formats import conversion, forms
 from grok1.parallel.sharding import make_mesh
 from model import grok_1
 from steps import abstract_inputs, prefill
@@ -276,7 +275,7 @@ def test_files_that_are_not_there_need_room(tmp_path):
 
 
 def test_safetensors_count_as_files(tmp_path):
-    conversion.convert(golden.DIRECTORY / "three-layers", tmp_path, storage.SAFETENSORS)
+    conversion.convert(golden.DIRECTORY / "three-layers", tmp_path, forms.SAFETENSORS)
     found = plan.make_plan(TINY, (1, 1), directory=tmp_path)
     assert found.files["problem"] is None and ";" not in found.verdict
     assert "files     safetensors in " in plan.in_words(found)

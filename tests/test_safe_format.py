@@ -13,15 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import safetensors
+from safetensors import safe_open
 
 import checkpoint
-import safe_format
-import storage
 from checkpoint import CheckpointError
+from grok1.formats import forms, safetensors
 from small import LAYER, Damage, assert_same, edited, random_params, replaced_by, tiny_shapes
 
-INDEX = storage.INDEX
+INDEX = forms.INDEX
 ROUTER = "transformer/decoder_layer_0/router/w"
 
 
@@ -30,18 +29,18 @@ def save(directory: pathlib.Path, params: Any) -> None:
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), params)
     records = checkpoint.files(shapes)
     checksums = {}
-    for file, members in safe_format.layout(records).items():
+    for file, members in safetensors.layout(records).items():
         arrays: dict[str, np.ndarray] = {}
         for record in members:
             leaf = params[record.module][record.param]
             own = (
                 leaf if record.layer is None else jax.tree.map(lambda a, i=record.layer: a[i], leaf)
             )
-            arrays |= safe_format.tensors(record, own)
-        safe_format.write_tensors(os.fspath(directory / file), arrays)
+            arrays |= safetensors.tensors(record, own)
+        safetensors.write_tensors(os.fspath(directory / file), arrays)
         for name, array in arrays.items():
             checksums[name] = "sha256:" + hashlib.sha256(array.tobytes()).hexdigest()
-    (directory / INDEX).write_bytes(safe_format.write_index(records, checksums))
+    (directory / INDEX).write_bytes(safetensors.write_index(records, checksums))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_safetensors_load_as_they_were_saved(tiny: pathlib.Path) -> None:
 def test_the_files_have_one_layer_each_and_names_that_sort(tmp_path: pathlib.Path) -> None:
     save(tmp_path, random_params(tiny_shapes(layers=101)))
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert names == [f"layer-{layer:03d}.safetensors" for layer in range(101)] + [safe_format.OUTER]
+    assert names == [f"layer-{layer:03d}.safetensors" for layer in range(101)] + [safetensors.OUTER]
     assert_same(checkpoint.load(tmp_path, tiny_shapes(101)), random_params(tiny_shapes(101)))
 
 
@@ -72,7 +71,7 @@ def test_the_library_alone_reads_the_same_tensors(tiny: pathlib.Path) -> None:
     weight_map = json.loads((tiny / INDEX).read_text())["weight_map"]
     found = {}
     for file in sorted(set(weight_map.values())):
-        with safetensors.safe_open(tiny / file, "np") as opened:
+        with safe_open(tiny / file, "np") as opened:
             found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
     assert {name: file for name, (file, _) in found.items()} == weight_map
     linear = params[LAYER + "moe/linear_1"]["w"]
@@ -100,23 +99,23 @@ def test_files_may_be_read_by_whom_the_umask_lets(tiny: pathlib.Path) -> None:
 def test_of_both_forms_the_released_one_is_loaded(copy: pathlib.Path) -> None:
     released = random_params(tiny_shapes(), seed=1)
     checkpoint.save(copy, released)
-    assert storage.form(copy) == storage.RELEASED
+    assert forms.form(copy) == forms.RELEASED
     assert_same(checkpoint.load(copy, tiny_shapes()), released)
 
 
 def test_a_conversion_that_is_under_way_is_not_loaded(copy: pathlib.Path) -> None:
-    (copy / storage.WORK).mkdir()
+    (copy / forms.WORK).mkdir()
     assert "got a conversion's unfinished one; start the same" in refusal(copy)
 
 
 def test_the_checksum_is_that_of_the_values(tiny: pathlib.Path) -> None:
     leaves = checkpoint.check_files(tiny, tiny_shapes())
     records = checkpoint.files(tiny_shapes())
-    index = safe_format.read_index(tiny)
+    index = safetensors.read_index(tiny)
     counted: list[int] = []
     for record, leaf in zip(records, leaves, strict=True):
-        for name, array in safe_format.tensors(record, leaf).items():
-            assert safe_format.checksum(array, counted.append) == index.checksums[name]
+        for name, array in safetensors.tensors(record, leaf).items():
+            assert safetensors.checksum(array, counted.append) == index.checksums[name]
     assert sum(counted) == index.total_size
 
 
@@ -126,7 +125,7 @@ def test_the_checksum_of_a_file_that_was_cut_is_an_error(copy: pathlib.Path) -> 
         os.truncate(path, 300)
     with pytest.raises(OSError, match="it ends .* bytes too early"):
         for leaf in jax.tree.leaves(leaves):
-            safe_format.checksum(leaf)
+            safetensors.checksum(leaf)
 
 
 # Damaged and hostile files.
@@ -267,7 +266,7 @@ def test_a_damaged_index_is_refused_in_one_sentence(
 ) -> None:
     damage(copy / INDEX)
     message = refusal(copy)
-    assert message.startswith(str(copy if storage.form(copy) is None else copy / INDEX))
+    assert message.startswith(str(copy if forms.form(copy) is None else copy / INDEX))
     assert part in message
 
 

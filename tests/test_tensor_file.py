@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import reference
-import tensor_file
+from grok1.formats import pickle_file
+from grok1.formats.pickle_file import LayoutError, Located
 from grok1.ops.quantization import QuantizedWeight8bit
-from tensor_file import LayoutError, Located
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/ckpt-0/tensor*"))
@@ -55,11 +55,11 @@ def arrays_of(leaf: Any) -> list[Any]:
 
 def written(leaf: Any) -> bytes:
     """The file of a leaf of numpy arrays."""
-    return b"".join(tensor_file.contents(leaf, arrays_of(leaf)))
+    return b"".join(pickle_file.contents(leaf, arrays_of(leaf)))
 
 
 def read(data: bytes) -> Any:
-    return tensor_file.read_header(io.BytesIO(data), len(data))
+    return pickle_file.read_header(io.BytesIO(data), len(data))
 
 
 def bytes_at(data: bytes, place: Located) -> bytes:
@@ -83,11 +83,11 @@ def test_golden_files_are_read_as_pickle_reads_them_and_written_as_they_were() -
         data, arrays = path.read_bytes(), reference.load_arrays(path)
         leaf = QuantizedWeight8bit(*arrays) if len(arrays) == 2 else arrays[0]
         header = read(data)
-        assert tensor_file.describe(header) == tensor_file.describe(leaf), path
+        assert pickle_file.describe(header) == pickle_file.describe(leaf), path
         for place, array in zip(arrays_of(header), arrays, strict=True):
             assert bytes_at(data, place) == array.tobytes(), path
         assert written(leaf) == data, path
-        assert tensor_file.file_size(leaf) == len(data), path
+        assert pickle_file.file_size(leaf) == len(data), path
 
 
 ODD_SHAPES = [
@@ -119,12 +119,12 @@ def test_odd_arrays_are_written_as_pickle_writes_them_and_found_again(
     dumps: Callable[[Any], bytes],
 ) -> None:
     for leaf in odd_leaves():
-        data, text = written(leaf), tensor_file.describe(leaf)
+        data, text = written(leaf), pickle_file.describe(leaf)
         whole = StandIn(leaf.weight, leaf.scales) if hasattr(leaf, "weight") else leaf
         assert data == dumps(whole), text
-        assert tensor_file.file_size(leaf) == len(data), text
+        assert pickle_file.file_size(leaf) == len(data), text
         header = read(data)
-        assert tensor_file.describe(header) == text
+        assert pickle_file.describe(header) == text
         for place, array in zip(arrays_of(header), arrays_of(leaf), strict=True):
             assert bytes_at(data, place) == array.tobytes(), text
 
@@ -132,7 +132,7 @@ def test_odd_arrays_are_written_as_pickle_writes_them_and_found_again(
 def test_values_are_written_in_c_order_and_little_endian_from_any_array() -> None:
     array = floats()
     for strange in (array.astype(">f4"), np.asfortranarray(array), np.repeat(array, 2, 0)[::2]):
-        assert b"".join(tensor_file.contents(array, [strange])) == written(array)
+        assert b"".join(pickle_file.contents(array, [strange])) == written(array)
 
 
 def test_an_array_in_no_usual_order_is_found_and_called_so(dumps: Callable[[Any], bytes]) -> None:
@@ -148,21 +148,21 @@ def test_an_array_in_no_usual_order_is_found_and_called_so(dumps: Callable[[Any]
     ):
         data = dumps(value)
         header = read(data)
-        assert tensor_file.describe(header) == text
+        assert pickle_file.describe(header) == text
         for place, array in zip(arrays_of(header), arrays_of(value), strict=True):
             assert bytes_at(data, place) == array.tobytes(order="A")
     data = written(floats()).replace(b"\x8c\x01<", b"\x8c\x01=")
-    assert tensor_file.describe(read(data)) == "'='-endian float32 [8, 2]"
+    assert pickle_file.describe(read(data)) == "'='-endian float32 [8, 2]"
 
 
 def test_arrays_over_4_gib_have_a_longer_length_and_are_not_read(tmp_path: pathlib.Path) -> None:
     # Memory that was never written to takes no room; nor does the hole that it leaves in the file.
     above, below = (np.zeros((rows, 1 << 16), np.int8) for rows in (0x10000, 0xFFFF))
-    size = tensor_file.file_size(above)
+    size = pickle_file.file_size(above)
     # Beside the eight-byte length, the row count no longer fits two bytes.
-    assert size - above.nbytes == tensor_file.file_size(below) - below.nbytes + 4 + 2
+    assert size - above.nbytes == pickle_file.file_size(below) - below.nbytes + 4 + 2
     with open(tmp_path / "large", "wb") as file:
-        for piece in tensor_file.contents(above, [above]):
+        for piece in pickle_file.contents(above, [above]):
             if len(piece) == above.nbytes:
                 file.seek(above.nbytes, os.SEEK_CUR)
             else:
@@ -170,7 +170,7 @@ def test_arrays_over_4_gib_have_a_longer_length_and_are_not_read(tmp_path: pathl
     assert (tmp_path / "large").stat().st_size == size
     started = time.perf_counter()
     with open(tmp_path / "large", "rb") as file:
-        header = tensor_file.read_header(file, size)
+        header = pickle_file.read_header(file, size)
     assert time.perf_counter() - started < 1
     assert header.shape == above.shape and header.offset + above.nbytes < size
 
@@ -403,7 +403,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused() -> None:
     with pytest.raises(
         LayoutError, match="too early: expected 213 bytes, got fewer while"
     ) as caught:
-        tensor_file.read_header(io.BytesIO(data[:150]), len(data))
+        pickle_file.read_header(io.BytesIO(data[:150]), len(data))
     assert caught.value.ended
 
 

@@ -27,10 +27,9 @@ import ml_dtypes  # numpy learns the name "bfloat16"
 import numpy as np
 import safetensors
 
-import storage
-import tensor_file
+from grok1.formats import forms, pickle_file
+from grok1.formats.forms import Directory, TensorFile, error
 from grok1.ops.quantization import QuantizedWeight8bit
-from storage import Directory, TensorFile, error
 
 OUTER = "outer.safetensors"
 _FORMAT = "grok-1-jax/1"
@@ -91,7 +90,7 @@ def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> 
         for record in members:
             for name, array in tensors(record).items():
                 weight_map[name] = file
-                size += tensor_file.nbytes(array)
+                size += pickle_file.nbytes(array)
     fields = {
         "metadata": {"format": _FORMAT, "total_size": size},
         "weight_map": weight_map,
@@ -127,15 +126,15 @@ def write_tensors(path: str, arrays: Mapping[str, np.ndarray]) -> None:
 # Checksums.
 
 
-def checksum(array: tensor_file.Located, count: Callable[[int], object] | None = None) -> str:
+def checksum(array: pickle_file.Located, count: Callable[[int], object] | None = None) -> str:
     """Return the checksum of an array's bytes as the index has it.
 
     count: called with the bytes of each piece. Raises OSError, also if the file ends too early:
     unlike a mapped one, which would end the process.
     """
-    digest, left = hashlib.sha256(), tensor_file.nbytes(array)
+    digest, left = hashlib.sha256(), pickle_file.nbytes(array)
     buffer = memoryview(bytearray(min(_PIECE, left)))
-    with storage.open_regular(array.path) as file:
+    with forms.open_regular(array.path) as file:
         file.seek(array.offset)
         while left:
             got = file.readinto(buffer[: min(len(buffer), left)])  # type: ignore[attr-defined]
@@ -155,10 +154,10 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     """Check the index, and the sizes and headers of all files of DIR.
 
     Returns where the arrays of each parameter lie, in the order of `records`: a
-    tensor_file.Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
+    pickle_file.Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
     """
     files = layout(records)
-    _check_index(os.path.join(directory, storage.INDEX), read_index(directory), files)
+    _check_index(os.path.join(directory, forms.INDEX), read_index(directory), files)
     leaves: dict[str, Any] = {}
     for file, members in files.items():
         leaves |= _check_file(os.path.join(directory, file), members)
@@ -167,9 +166,9 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
 
 def read_index(directory: Directory) -> Index:
     """Return the index of DIR, its own form checked. Raises CheckpointError."""
-    path = os.path.join(directory, storage.INDEX)
+    path = os.path.join(directory, forms.INDEX)
     try:
-        with storage.open_regular(path) as opened:
+        with forms.open_regular(path) as opened:
             text = opened.read(_MAX_INDEX_BYTES + 1)
     except OSError as problem:
         got = f"an error ({problem.strerror})"
@@ -221,7 +220,7 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
     for name, file in expected.items():
         if index.files[name] != file:
             raise error(f"{path} ({name})", file, _short(index.files[name]), _DAMAGED)
-    size = sum(tensor_file.nbytes(array) for items in arrays.values() for _, array in items)
+    size = sum(pickle_file.nbytes(array) for items in arrays.values() for _, array in items)
     if index.total_size != size:
         raise error(path, f"a total_size of {size}", _short(index.total_size), _DAMAGED)
 
@@ -234,8 +233,8 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
         got = f"none of the name {name}" if name in expected else f"one more, {_short(name)}"
         raise error(path, f"{len(expected)} tensors", got, _DAMAGED)
     for name, array in expected.items():
-        if tensor_file.describe(found[name]) != tensor_file.describe(array):
-            wanted, got = tensor_file.describe(array), tensor_file.describe(found[name])
+        if pickle_file.describe(found[name]) != pickle_file.describe(array):
+            wanted, got = pickle_file.describe(array), pickle_file.describe(found[name])
             remedy = "check that the configuration is that of this checkpoint"
             raise error(f"{path} ({name})", wanted, got, remedy)
     return {
@@ -246,10 +245,10 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
     }
 
 
-def _read_header(path: str) -> dict[str, tensor_file.Located]:
+def _read_header(path: str) -> dict[str, pickle_file.Located]:
     """Return where the tensors of a whole and consistent safetensors file lie."""
     try:
-        with storage.open_regular(path) as file:
+        with forms.open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 limit = f"a header of at most {_MAX_HEADER_BYTES} bytes"
@@ -270,7 +269,7 @@ def _read_header(path: str) -> dict[str, tensor_file.Located]:
         match entry:
             case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int()]}:
                 dtype = _DTYPES.get(code, code)
-                located[name] = tensor_file.Located(tuple(shape), dtype, 8 + length + begin, path)
+                located[name] = pickle_file.Located(tuple(shape), dtype, 8 + length + begin, path)
             case _ if name != "__metadata__":
                 raise error(f"{path} ({_short(name)})", "a tensor", "something else", _DAMAGED)
     return located

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import storage
-from tensor_file import Located
+from grok1.formats import forms
+from grok1.formats.pickle_file import Located
 
 WORKERS = 4
 # On the way to a device; a buffer that stays in the processor's cache is read back from there.
@@ -59,7 +59,7 @@ def fill_arrays(
     stored numbers being cast to it. shardings: where each lies; none splits a layer axis.
     progress: called as progress(bytes_done, bytes_total), of those that this process reads.
 
-    Raises storage.CheckpointError if a file has changed since its header was read.
+    Raises forms.CheckpointError if a file has changed since its header was read.
     """
     parts = {key: _make_parts(wanted[key], shardings[key]) for key in wanted}
     jobs = [(source, part) for source in sources for part in parts[source.array]]
@@ -237,10 +237,10 @@ def _stored_bytes(source: Source, part: Any) -> int:
 def map_array(located: Located, name: str) -> np.ndarray:
     """Return a stored array as it lies in its file; `name` is what errors call it.
 
-    Raises storage.CheckpointError if the file has changed since its header was read.
+    Raises forms.CheckpointError if the file has changed since its header was read.
     """
     try:
-        with storage.open_regular(located.path) as file:
+        with forms.open_regular(located.path) as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         memory.madvise(mmap.MADV_SEQUENTIAL)
         numbers = math.prod(located.shape)
@@ -248,7 +248,7 @@ def map_array(located: Located, name: str) -> np.ndarray:
     except (OSError, ValueError) as error:
         where, got = f"{located.path} ({name})", f"one that changed ({error})"
         remedy = "start again when nothing else writes to it"
-        raise storage.error(where, "the file that was checked", got, remedy) from error
+        raise forms.error(where, "the file that was checked", got, remedy) from error
     return flat.reshape(located.shape)
 
 

@@ -1,8 +1,8 @@
 """What both forms of a checkpoint share: their records, their errors, and files that stay whole.
 
 A checkpoint DIR comes in one of two forms: RELEASED, with one pickle a parameter and layer in
-DIR/ckpt-0 (tensor_file.py), or SAFETENSORS, with one file a layer and the index DIR/INDEX
-(safe_format.py). DIR/WORK marks a conversion that has not come to its end (conversion.py).
+DIR/ckpt-0 (pickle_file.py), or SAFETENSORS, with one file a layer and the index DIR/INDEX
+(safetensors.py). DIR/WORK marks a conversion that has not come to its end (conversion.py).
 """
 
 import dataclasses

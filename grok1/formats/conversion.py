@@ -23,12 +23,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import checkpoint
-import safe_format
-import storage
-import tensor_file
 from commandline import ByteProgress, Parser, Worker, end_at_next_interrupt, say
-from loading import Counter, Progress, map_array
-from storage import Directory, TensorFile, error
+from grok1.formats import forms, pickle_file, safetensors
+from grok1.formats.forms import Directory, TensorFile, error
+from grok1.formats.loading import Counter, Progress, map_array
 
 _COPIED = ("config.json", "tokenizer.model")
 _STATE = "state.json"
@@ -52,7 +50,7 @@ class Output:
     @property
     def names(self) -> list[str]:
         """The tensors in it."""
-        return [name for record in self.members for name in safe_format.tensors(record)]
+        return [name for record in self.members for name in safetensors.tensors(record)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Job:
     target: str
     form: str
     records: list[TensorFile]
-    located: Mapping[str, tensor_file.Located]
+    located: Mapping[str, pickle_file.Located]
     checksums: Mapping[str, str]
     outputs: list[Output]
     identity: str
@@ -75,7 +73,7 @@ class Job:
     @property
     def total(self) -> int:
         """The bytes of all tensors."""
-        return sum(map(tensor_file.nbytes, self.located.values()))
+        return sum(map(pickle_file.nbytes, self.located.values()))
 
 
 @dataclasses.dataclass
@@ -115,9 +113,9 @@ def convert(
             _write_outputs(job, state, work, progress)
             if _identity(job.source, job.form, job.located) != job.identity:
                 raise error(job.source, "files that stay as they are", *_CHANGED)
-            if form == storage.SAFETENSORS:
-                text = safe_format.write_index(job.records, state.checksums)
-                _put(job, work, storage.INDEX, [text])
+            if form == forms.SAFETENSORS:
+                text = safetensors.write_index(job.records, state.checksums)
+                _put(job, work, forms.INDEX, [text])
     return job
 
 
@@ -129,18 +127,18 @@ def _plan(source: str, target: str, form: str) -> Job:
     from runner import read_model_config  # Takes seconds.
 
     config = read_model_config(source)
-    if storage.form(source) == form:
+    if forms.form(source) == form:
         remedy = f"name another form than {form} with --to"
         raise error(source, "a checkpoint in another form", f"one that is {form} already", remedy)
     shapes = config.param_shapes()
     records = checkpoint.files(shapes)
     located = _locate(source, shapes)
-    if form == storage.SAFETENSORS:
+    if form == forms.SAFETENSORS:
         checksums: Mapping[str, str] = {}
-        outputs = [_safe_output(*item) for item in safe_format.layout(records).items()]
+        outputs = [_safe_output(*item) for item in safetensors.layout(records).items()]
     else:
-        checksums = safe_format.read_index(source).checksums
-        outputs = [Output(f"{storage.FOLDER}/{r.file}", [r], r.size) for r in records]
+        checksums = safetensors.read_index(source).checksums
+        outputs = [Output(f"{forms.FOLDER}/{r.file}", [r], r.size) for r in records]
     identity = _identity(source, form, located)
     job = Job(source, target, form, records, located, checksums, outputs, identity)
     with _writing(target):
@@ -148,25 +146,25 @@ def _plan(source: str, target: str, form: str) -> Job:
     return job
 
 
-def _locate(directory: Directory, shapes: Any) -> dict[str, tensor_file.Located]:
+def _locate(directory: Directory, shapes: Any) -> dict[str, pickle_file.Located]:
     """Return where each tensor lies in a checkpoint of either form, all headers checked."""
-    located: dict[str, tensor_file.Located] = {}
+    located: dict[str, pickle_file.Located] = {}
     leaves = checkpoint.check_files(directory, shapes)
     for record, leaf in zip(checkpoint.files(shapes), leaves, strict=True):
-        located |= safe_format.tensors(record, leaf)
+        located |= safetensors.tensors(record, leaf)
     return located
 
 
 def _safe_output(file: str, members: list[TensorFile]) -> Output:
-    arrays = [array for record in members for array in safe_format.tensors(record).values()]
-    size = sum(map(tensor_file.nbytes, arrays)) + _HEADER * len(arrays)
+    arrays = [array for record in members for array in safetensors.tensors(record).values()]
+    size = sum(map(pickle_file.nbytes, arrays)) + _HEADER * len(arrays)
     return Output(file, members, size)
 
 
-def _identity(source: str, form: str, located: Mapping[str, tensor_file.Located]) -> str:
+def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]) -> str:
     """Return a digest of what is converted: the names, sizes and times of all files."""
     paths = {array.path for array in located.values()}
-    paths |= {os.path.join(source, name) for name in (*_COPIED, storage.INDEX)}
+    paths |= {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
     seen: list[Any] = [form, checkpoint.read_config(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
@@ -179,14 +177,14 @@ def _identity(source: str, form: str, located: Mapping[str, tensor_file.Located]
 def _check_target(job: Job) -> None:
     """Raise CheckpointError if DST holds what would be left over, or cannot be there."""
     target, source = os.path.realpath(job.target), os.path.realpath(job.source)
-    inside = os.path.commonpath([target, os.path.join(source, storage.FOLDER)])
-    if target == source or inside == os.path.join(source, storage.FOLDER):
+    inside = os.path.commonpath([target, os.path.join(source, forms.FOLDER)])
+    if target == source or inside == os.path.join(source, forms.FOLDER):
         got = "the source itself" if target == source else "a part of the source"
         raise error(job.target, "another directory than the source", got, "name another one")
     if os.path.lexists(job.target) and not os.path.isdir(job.target):
         remedy = "name a directory, which need not exist"
         raise error(job.target, "a directory to write to", "something else", remedy)
-    other = storage.FOLDER if job.form == storage.SAFETENSORS else storage.INDEX
+    other = forms.FOLDER if job.form == forms.SAFETENSORS else forms.INDEX
     left = [other] if os.path.lexists(os.path.join(job.target, other)) else []
     with contextlib.suppress(FileNotFoundError):
         left += sorted(_tensor_files(job) - {output.file for output in job.outputs})
@@ -202,10 +200,10 @@ def _check_target(job: Job) -> None:
 
 def _tensor_files(job: Job) -> set[str]:
     """Return the files in DST that are of the form to be written."""
-    if job.form == storage.SAFETENSORS:
+    if job.form == forms.SAFETENSORS:
         return {name for name in os.listdir(job.target) if name.endswith(".safetensors")}
-    folder = os.path.join(job.target, storage.FOLDER)
-    return {f"{storage.FOLDER}/{name}" for name in checkpoint.tensor_names(folder)}
+    folder = os.path.join(job.target, forms.FOLDER)
+    return {f"{forms.FOLDER}/{name}" for name in checkpoint.tensor_names(folder)}
 
 
 def _check_space(job: Job, state: State | None) -> None:
@@ -245,7 +243,7 @@ def _writing(target: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _working(target: str) -> Iterator[str]:
     """Make DST/.converting, for this process alone; it stays if the block ends in an error."""
-    work = os.path.join(target, storage.WORK)
+    work = os.path.join(target, forms.WORK)
     os.makedirs(work, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
@@ -262,7 +260,7 @@ def _working(target: str) -> Iterator[str]:
         except BaseException:
             _clean(work)
             raise
-        storage.remove(os.path.join(work, _STATE))
+        forms.remove(os.path.join(work, _STATE))
         os.rmdir(work)
     finally:
         os.close(descriptor)
@@ -277,9 +275,9 @@ def _clean(work: str) -> None:
 
 def _read_state(job: Job) -> State | None:
     """Return how far an earlier call with the same source came; None: there was none."""
-    path = os.path.join(job.target, storage.WORK, _STATE)
+    path = os.path.join(job.target, forms.WORK, _STATE)
     try:
-        with storage.open_regular(path) as file:
+        with forms.open_regular(path) as file:
             state = State(**json.load(file))
         if not isinstance(state.files, dict) or not isinstance(state.checksums, dict):
             raise ValueError("expected two objects")
@@ -298,24 +296,24 @@ def _begin(job: Job, work: str) -> State:
     """Forget an earlier conversion; what it finished is now only in the way."""
     state = State(job.identity, {}, {})
     _write_state(work, state)
-    storage.remove(os.path.join(job.target, storage.INDEX))
+    forms.remove(os.path.join(job.target, forms.INDEX))
     return state
 
 
 def _write_state(work: str, state: State) -> None:
-    storage.write(os.path.join(work, _STATE), [json.dumps(dataclasses.asdict(state)).encode()])
+    forms.write(os.path.join(work, _STATE), [json.dumps(dataclasses.asdict(state)).encode()])
 
 
 def _put(job: Job, work: str, name: str, contents: Any) -> None:
     """Write a small file of DST."""
     temporary = os.path.join(work, name)
-    storage.write(os.path.join(job.target, name), contents, temporary)
+    forms.write(os.path.join(job.target, name), contents, temporary)
 
 
 def _copy(job: Job, work: str, name: str) -> None:
     path = os.path.join(job.source, name)
     if os.path.lexists(path):
-        with storage.open_regular(path) as file:
+        with forms.open_regular(path) as file:
             _put(job, work, name, iter(functools.partial(file.read, 1 << 20), b""))
 
 
@@ -338,7 +336,7 @@ def _write_outputs(job: Job, state: State, work: str, progress: Progress | None)
     with ThreadPoolExecutor(_THREADS) as pool:
         for output in job.outputs:
             if _finished(job, state, output):
-                counter.add(sum(tensor_file.nbytes(job.located[name]) for name in output.names))
+                counter.add(sum(pickle_file.nbytes(job.located[name]) for name in output.names))
                 continue
             path = os.path.join(job.target, output.file)
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -353,28 +351,28 @@ def _write_output(
     """Write one file; returns the checksums of its tensors, computed from the source."""
     futures = {
         # Beside the writing: both take the same pages of the source while they are in memory.
-        name: pool.submit(safe_format.checksum, job.located[name], counter.add)
+        name: pool.submit(safetensors.checksum, job.located[name], counter.add)
         for name in output.names
     }
     arrays = {name: map_array(job.located[name], name) for name in output.names}
     temporary = os.path.join(work, os.path.basename(path))
-    if job.form == storage.SAFETENSORS:
-        safe_format.write_tensors(temporary, arrays)
+    if job.form == forms.SAFETENSORS:
+        safetensors.write_tensors(temporary, arrays)
     else:
         (record,) = output.members
-        pieces = tensor_file.contents(record.leaf, arrays.values())
-        storage.fill(temporary, pieces)
+        pieces = pickle_file.contents(record.leaf, arrays.values())
+        forms.fill(temporary, pieces)
     checksums = {name: future.result() for name, future in futures.items()}
     for name, found in checksums.items():
         if job.checksums.get(name, found) != found:
             raise _mismatch(name, job.located[name], job.checksums[name], found)
-    storage.place(temporary, path)
+    forms.place(temporary, path)
     return checksums
 
 
 def _mismatch(
-    name: str, array: tensor_file.Located, expected: str, got: str
-) -> storage.CheckpointError:
+    name: str, array: pickle_file.Located, expected: str, got: str
+) -> forms.CheckpointError:
     remedy = "the values have changed since they were written: convert or download them again"
     return error(f"{array.path} ({name})", expected, got, remedy)
 
@@ -393,33 +391,33 @@ def verify(directory: Directory, progress: Progress | None = None) -> tuple[str,
     shapes = read_model_config(directory).param_shapes()
     records = checkpoint.files(shapes)
     located = _locate(directory, shapes)
-    if storage.form(directory) == storage.RELEASED:
+    if forms.form(directory) == forms.RELEASED:
         return (
             f"{directory}: the names, sizes and headers of {len(records)} files with "
             f"{sum(record.size for record in records):,} bytes are right; this form holds no "
             f"checksums of the values: python checkpoint.py convert {directory} DST --to "
             "safetensors writes one that does"
         ), []
-    checksums = safe_format.read_index(directory).checksums
+    checksums = safetensors.read_index(directory).checksums
     problems = _verify_tensors(located, checksums, progress)
     files = len({array.path for array in located.values()})
-    size = sum(map(tensor_file.nbytes, located.values()))
+    size = sum(map(pickle_file.nbytes, located.values()))
     right = len(located) - len(problems)
     counts = f"{right} of {len(located)} tensors in {files} files with {size:,} bytes"
     return f"{directory}: {counts} have the checksums of the index", problems
 
 
 def _verify_tensors(
-    located: Mapping[str, tensor_file.Located],
+    located: Mapping[str, pickle_file.Located],
     checksums: Mapping[str, str],
     progress: Progress | None,
 ) -> list[str]:
     """Return a sentence for each tensor that cannot be read or has another checksum."""
-    counter = Counter(sum(map(tensor_file.nbytes, located.values())), progress)
+    counter = Counter(sum(map(pickle_file.nbytes, located.values())), progress)
     problems = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = {
-            pool.submit(safe_format.checksum, array, counter.add): name
+            pool.submit(safetensors.checksum, array, counter.add): name
             for name, array in located.items()
         }
         for future in as_completed(futures):
@@ -450,7 +448,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     command.add_argument("target", metavar="DST", help="directory to write to; made if need be")
     command.add_argument(
         "--to",
-        choices=(storage.SAFETENSORS, storage.RELEASED),
+        choices=(forms.SAFETENSORS, forms.RELEASED),
         required=True,
         help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
     )
