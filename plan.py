@@ -34,9 +34,7 @@ from grok1.parallel.sharding import (
     named_shardings,
     parameter_specs,
 )
-from model import LanguageModelConfig, grok_1
-from runner import available_memory, config_in, with_settings
-from steps import (
+from grok1.serving.steps import (
     abstract_inputs,
     decode,
     device_bytes,
@@ -45,6 +43,8 @@ from steps import (
     prefill,
     stored_shapes,
 )
+from model import LanguageModelConfig, grok_1
+from runner import available_memory, config_in, with_settings
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128

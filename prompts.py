@@ -160,7 +160,7 @@ def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 def request_for(options: argparse.Namespace, prompt: str) -> Any:
     """Return a request for a prompt with the settings of the command line."""
-    from request import Request  # Takes seconds.
+    from grok1.serving.request import Request  # Takes seconds.
 
     return Request(prompt=prompt, **command_settings(options))
 
@@ -170,7 +170,7 @@ def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[A
 
     Raises ValueError with the place of a setting that Request does not have, or not of that type.
     """
-    from request import Request  # Takes seconds.
+    from grok1.serving.request import Request  # Takes seconds.
 
     hints = typing.get_type_hints(Request)
     requests = []

@@ -31,6 +31,19 @@ from grok1.parallel.sharding import (
     parameter_specs,
     split_over_hosts,
 )
+from grok1.serving.request import Answering, Completion, Event, Request, RequestError, encode
+from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
+from grok1.serving.scheduler import Handle, Serving, Statistics
+from grok1.serving.steps import (
+    EMBEDDINGS,
+    MOST_TOKENS,
+    device_bytes,
+    inspect_step,
+    logits_step,
+    new_memory,
+    score_step,
+)
+from grok1.serving.text import Vocabulary, load_tokenizer
 from inspection import (
     HEAD_SITES,
     Captured,
@@ -41,19 +54,6 @@ from inspection import (
     nbytes,
 )
 from model import LanguageModelConfig, grok_1
-from request import Answering, Completion, Event, Request, RequestError, encode
-from sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from serving import Handle, Serving, Statistics
-from steps import (
-    EMBEDDINGS,
-    MOST_TOKENS,
-    device_bytes,
-    inspect_step,
-    logits_step,
-    new_memory,
-    score_step,
-)
-from text import Vocabulary, load_tokenizer
 
 __all__ = [
     "Completion",

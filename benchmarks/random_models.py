@@ -9,8 +9,8 @@ import numpy as np
 
 from grok1.formats.loading import aligned_empty
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.serving.steps import stored_shapes
 from model import LanguageModelConfig, TransformerConfig
-from steps import stored_shapes
 
 RANKS = 8  # of the full model's mesh
 

@@ -29,6 +29,8 @@ import jax  # noqa: E402  (what follows is found by the line above)
 import numpy as np  # noqa: E402
 
 from commandline import Parser, number, say  # noqa: E402
+from grok1.serving.scheduler import chunk_lengths  # noqa: E402
+from grok1.serving.steps import MOST_TOKENS, new_state, prefill  # noqa: E402
 from model import LanguageModelConfig, TransformerConfig  # noqa: E402
 from runner import (  # noqa: E402
     InferenceRunner,
@@ -37,8 +39,6 @@ from runner import (  # noqa: E402
     Statistics,
     load_server,
 )
-from serving import chunk_lengths  # noqa: E402
-from steps import MOST_TOKENS, new_state, prefill  # noqa: E402
 
 MOST_CHUNKS = 1.5
 LEAST_GAIN = 3.0

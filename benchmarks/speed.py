@@ -56,26 +56,9 @@ import numpy as np  # noqa: E402
 import baseline  # noqa: E402
 import compile_cache  # noqa: E402
 from commandline import Parser, number, say  # noqa: E402
-from limits import (  # noqa: E402
-    Limits,
-    Machine,
-    Work,
-    decode_work,
-    exchange_seconds,
-    prefill_operations,
-)
-from model import LanguageModelConfig  # noqa: E402
-from random_models import grok_1_rank, quarter, random_params  # noqa: E402
-from request import Answering, Request  # noqa: E402
-from runner import (  # noqa: E402
-    available_memory,
-    has_kernels,
-    load_server,
-    read_model_config,
-    with_settings,
-)
-from serving import Serving  # noqa: E402
-from steps import (  # noqa: E402
+from grok1.serving.request import Answering, Request  # noqa: E402
+from grok1.serving.scheduler import Serving  # noqa: E402
+from grok1.serving.steps import (  # noqa: E402
     MOST_TOKENS,
     State,
     abstract_inputs,
@@ -86,6 +69,23 @@ from steps import (  # noqa: E402
     new_state,
     prefill,
     start,
+)
+from limits import (  # noqa: E402
+    Limits,
+    Machine,
+    Work,
+    decode_work,
+    exchange_seconds,
+    prefill_operations,
+)
+from model import LanguageModelConfig  # noqa: E402
+from random_models import grok_1_rank, quarter, random_params  # noqa: E402
+from runner import (  # noqa: E402
+    available_memory,
+    has_kernels,
+    load_server,
+    read_model_config,
+    with_settings,
 )
 
 CONFIGS = "quarter", "demo", "grok-1-rank"

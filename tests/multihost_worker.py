@@ -28,8 +28,8 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     """Run the command with its hooks."""
     import commandline
     import run
-    import serving
     from grok1.parallel import multihost
+    from grok1.serving import scheduler
 
     victim, _, place = where.partition(":")
     mine = arguments[arguments.index("--process-id") + 1] == victim
@@ -72,7 +72,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     take, multihost.Peers._take = multihost.Peers._take, hear
     commandline.ByteProgress.__call__ = progress
     multihost.Peers.phase = change
-    serving.prefill, serving.decode = counted(serving.prefill), counted(serving.decode)
+    scheduler.prefill, scheduler.decode = counted(scheduler.prefill), counted(scheduler.decode)
     sys.argv = ["run.py", *arguments]
     sys.exit(run.main())
 

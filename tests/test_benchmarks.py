@@ -20,8 +20,8 @@ import golden
 import limits
 import random_models
 import speed
+from grok1.serving.steps import MOST_TOKENS, apply_model, stored_shapes
 from model import grok_1
-from steps import MOST_TOKENS, apply_model, stored_shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -260,7 +260,7 @@ import time
 import jax
 from model import LanguageModelConfig, TransformerConfig
 from grok1.parallel.sharding import make_mesh
-from steps import abstract_inputs, decode, prefill
+from grok1.serving.steps import abstract_inputs, decode, prefill
 model = TransformerConfig(emb_size=128, key_size=16, num_q_heads=8, num_kv_heads=8, num_layers=64,
     widening_factor=8, num_experts=8, num_selected_experts=2, shard_activations=True)
 config = LanguageModelConfig(model=model, vocab_size=1024, sequence_len=256)

@@ -513,7 +513,7 @@ def test_a_write_that_fails_is_one_sentence_and_can_go_on(
     """A limit on the size of files stands for a full disk: only some of them fit."""
     source, expected = (released, safe) if form == "safetensors" else (safe, released)
     limited = (
-        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import conversion; "
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from grok1.formats import conversion; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
         "sys.exit(conversion.main(['convert', *sys.argv[1:]]))"
     )
@@ -609,7 +609,7 @@ def test_kills_at_random_moments_end_in_the_same_bytes(
 def test_the_command_touches_no_device(safe: pathlib.Path) -> None:
     """On a machine whose accelerators are in use, it must not take their memory."""
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import conversion; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from grok1.formats import conversion; "
         f"status = conversion.main(['verify', {str(safe)!r}]); "
         "from jax._src import xla_bridge; sys.exit(status or xla_bridge.backends_are_initialized())"
     )

@@ -10,8 +10,8 @@ import pytest
 
 import compiled
 from grok1.parallel.sharding import make_mesh
+from grok1.serving.steps import abstract_inputs, decode, prefill
 from model import grok_1
-from steps import abstract_inputs, decode, prefill
 
 GIB = 2**30
 LAYERS, WIDTH, VOCAB, CONTEXT = 64, 6144, 131072, 8192

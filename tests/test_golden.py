@@ -11,8 +11,8 @@ import pytest
 import golden
 from grok1.ops import quantization
 from grok1.ops.attention import cache_dtype
+from grok1.serving.steps import apply_model, new_memory
 from runner import Request
-from steps import apply_model, new_memory
 
 name = pytest.mark.parametrize("name", golden.NAMES)
 # On every mesh by what XLA offers, and by the CPU's own product.

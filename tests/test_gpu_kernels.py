@@ -16,12 +16,12 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import golden
 import model
-import steps
 from grok1.kernels import chosen as kernels
 from grok1.kernels import gpu
 from grok1.kernels.cpu import KernelError
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.serving import steps
 from test_kernels import exact_product, plain_product, random_rows, random_weight
 
 pytestmark = pytest.mark.filterwarnings(

@@ -13,9 +13,9 @@ import golden
 import inspection
 import reference
 import runner as runner_module
+from grok1.serving.steps import apply_model, new_memory
 from inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
 from model import LanguageModelConfig, Router, TransformerConfig, grok_1
-from steps import apply_model, new_memory
 
 SITES = tuple(site for site in CAPTURE_SITES if site != "embeddings")
 STATIC = ("config", "mesh", "capture", "capture_layers", "hooks")

@@ -12,7 +12,7 @@ import pytest
 import golden
 from grok1.ops import mixture
 from grok1.ops.quantization import QuantizedWeight8bit
-from steps import abstract_inputs, apply_model, decode, new_memory
+from grok1.serving.steps import abstract_inputs, apply_model, decode, new_memory
 
 PROMPT = [17, 300, 44, 9, 0, 250, 7, 7, 121, 480, 5, 0, 33, 402, 2, 91]  # two pads inside
 MORE = [64, 200, 11, 0, 350]

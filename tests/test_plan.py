@@ -20,8 +20,8 @@ import golden
 import plan
 from grok1.formats import conversion, forms
 from grok1.parallel.sharding import make_mesh
+from grok1.serving.steps import abstract_inputs, prefill
 from model import grok_1
-from steps import abstract_inputs, prefill
 
 GIB = 2**30
 ROOT = pathlib.Path(plan.__file__).parent

@@ -11,9 +11,9 @@ import pytest
 
 import checkpoint
 import prompts
-import request
 import test_run
-from request import Request
+from grok1.serving import request
+from grok1.serving.request import Request
 from test_run import PROMPT, Command, assert_one_sentence
 
 tiny, command = test_run.tiny, test_run.command
@@ -169,7 +169,7 @@ def test_every_field_of_a_request_is_a_setting(monkeypatch: pytest.MonkeyPatch) 
         "truncate": "left",
         "novelty": 5,
     }
-    monkeypatch.setattr("request.Request", Later)
+    monkeypatch.setattr("grok1.serving.request.Request", Later)
     options = test_run.run.parse_arguments(["--prompt-ids", "5", "--top-k", "9", "--stop", "b"])
     options.settings = [own]
     (request,) = prompts.make_requests(options, [0])

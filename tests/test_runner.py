@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 
 import golden
-from model import LanguageModelConfig, TransformerConfig
-from request import Answering
-from runner import (
-    InferenceRunner,
-    ModelRunner,
-    Request,
-    load_server,
-    load_tokenizer,
-    sample_from_model,
-)
-from serving import chunk_lengths
-from steps import (
+from grok1.serving.request import Answering
+from grok1.serving.scheduler import chunk_lengths
+from grok1.serving.steps import (
     EMBEDDINGS,
     MOST_TOKENS,
     apply_model,
@@ -27,6 +18,15 @@ from steps import (
     new_state,
     prefill,
     start,
+)
+from model import LanguageModelConfig, TransformerConfig
+from runner import (
+    InferenceRunner,
+    ModelRunner,
+    Request,
+    load_server,
+    load_tokenizer,
+    sample_from_model,
 )
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sampling import (
+from grok1.serving.sampling import (
     TOP_K,
     TOP_LOGPROBS,
     SampleOutput,

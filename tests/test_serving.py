@@ -10,10 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import serving
-import steps
-from request import Request
-from serving import Statistics
+from grok1.serving import scheduler, steps
+from grok1.serving.request import Request
+from grok1.serving.scheduler import Statistics
 from test_runner import make
 
 SLOTS = 4
@@ -199,16 +198,16 @@ def test_requests_wait_in_order_and_one_that_waits_can_be_cancelled():
 
 def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(monkeypatch):
     drain()
-    order, deliver = [], serving.Serving._deliver
+    order, deliver = [], scheduler.Serving._deliver
 
     def dispatched(name):
-        step = getattr(serving, name)
+        step = getattr(scheduler, name)
 
         def call(*arguments, **options):
             order.append(name)
             return step(*arguments, **options)
 
-        monkeypatch.setattr(serving, name, call)
+        monkeypatch.setattr(scheduler, name, call)
 
     def delivered(*arguments):
         order.append("read")
@@ -216,7 +215,7 @@ def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(
 
     for name in ("prefill", "first_token", "decode"):
         dispatched(name)
-    monkeypatch.setattr(serving.Serving, "_deliver", delivered)
+    monkeypatch.setattr(scheduler.Serving, "_deliver", delivered)
     list(server().generate_events([Request([5], max_len=4, ignore_eos=True)]))
     # The first token, for which nothing else waits; then one step ahead.
     begin = ["prefill", "first_token", "read"]
@@ -268,7 +267,7 @@ def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "decode", fail)
+        patch.setattr(scheduler, "decode", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             list(server().stream(handle))
     assert handle.completion.finish_reason == "cancelled"
@@ -296,13 +295,13 @@ def test_after_one_request_coming_and_going_compiles_nothing_new():
 
 def counted(monkeypatch, name):
     """Returns the list of a step's inputs, one for each time that it is dispatched."""
-    calls, step = [], getattr(serving, name)
+    calls, step = [], getattr(scheduler, name)
 
     def call(*arguments, **options):
         calls.append(arguments)
         return step(*arguments, **options)
 
-    monkeypatch.setattr(serving, name, call)
+    monkeypatch.setattr(scheduler, name, call)
     return calls
 
 

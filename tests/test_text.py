@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from text import Detokenizer, StopFilter, Vocabulary, load_tokenizer
+from grok1.serving.text import Detokenizer, StopFilter, Vocabulary, load_tokenizer
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
 FIRST_BYTE = 69  # the piece of byte 0

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 import numpy as np  # noqa: E402  (after the path)
 
-from request import Request  # noqa: E402
+from grok1.serving.request import Request  # noqa: E402
 
 # What the harness may ask of generation, and which field of a Request that is.
 SAMPLING = {"temperature": "temperature", "top_p": "nucleus_p", "top_k": "top_k", "min_p": "min_p"}

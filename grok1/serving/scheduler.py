@@ -25,9 +25,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grok1.parallel.sharding import axis_size
+from grok1.serving.request import Answering, Completion, Event
+from grok1.serving.steps import (
+    MOST_TOKENS,
+    Decoded,
+    State,
+    decode,
+    first_token,
+    new_state,
+    prefill,
+    start,
+)
 from model import LanguageModelConfig
-from request import Answering, Completion, Event
-from steps import MOST_TOKENS, Decoded, State, decode, first_token, new_state, prefill, start
 
 
 def chunk_lengths(prompt: int, sizes: Sequence[int]) -> list[int]:

@@ -27,9 +27,9 @@ from grok1.parallel.sharding import (
     parameter_specs,
     readable,
 )
+from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token
 from inspection import Captured, Hook
 from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
-from sampling import SampleOutput, SampleSettings, sample_token
 
 MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from grok1.serving.sampling import LARGEST_BIAS, SampleSettings, validate_settings
+from grok1.serving.steps import Slots
+from grok1.serving.text import Detokenizer, StopFilter, Vocabulary
 from model import LanguageModelConfig
-from sampling import LARGEST_BIAS, SampleSettings, validate_settings
-from steps import Slots
-from text import Detokenizer, StopFilter, Vocabulary
 
 DEFAULT_MAX_LEN = 200
 MOST_SAMPLES = 1024

@@ -1,0 +1,1 @@
+"""Requests in, tokens out: what runs between a prompt and its answer."""
