@@ -23,14 +23,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import interactive
-import prompts
-from commandline import ByteProgress, Progress, Worker, end_at_next_interrupt, say
+from grok1.cli import interactive, prompts
+from grok1.cli.console import ByteProgress, Progress, Worker, end_at_next_interrupt, say
+from grok1.cli.options import parse_arguments
+from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
+from grok1.cli.timing import Timing
 from grok1.formats import forms
 from grok1.parallel import multihost
-from options import parse_arguments
-from output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
-from timing import Timing
 
 ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
@@ -179,7 +178,7 @@ def make_server(
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     import jax  # Takes seconds: after all that can be checked without it.
 
-    import compile_cache
+    from grok1.cli import compile_cache
     from runner import RequestError, has_kernels, load_server
 
     # Not with others: where one process compiles, XLA may wait for all to do so.
@@ -260,7 +259,7 @@ def generate(
 
 def show_routing(worker: Worker, server: Any, answer: Any) -> None:
     """Print which experts the tokens of a prompt and its answer went to."""
-    from routing import print_routing
+    from grok1.cli.routing_table import print_routing
 
     ids = [*answer.prompt_ids, *answer.token_ids][: server.config.sequence_len]
     found = worker.call(server.inspect, ids, ("expert_index",))

@@ -19,7 +19,7 @@ import sentencepiece
 from jax.sharding import Mesh
 
 import checkpoint
-from commandline import say
+from grok1.cli.console import say
 from grok1.formats import forms
 from grok1.kernels import chosen
 from grok1.kernels.cpu import KernelError

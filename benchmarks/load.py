@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from commandline import Parser, number, say  # noqa: E402  (found by the line above)
+from grok1.cli.console import Parser, number, say  # noqa: E402  (found by the line above)
 
 MOST_TIMES = 2.0
 MIB = 1 << 20

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402  (what follows is found by the line above)
 import numpy as np  # noqa: E402
 
-from commandline import Parser, number, say  # noqa: E402
+from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.serving.scheduler import chunk_lengths  # noqa: E402
 from grok1.serving.steps import MOST_TOKENS, new_state, prefill  # noqa: E402
 from model import LanguageModelConfig, TransformerConfig  # noqa: E402

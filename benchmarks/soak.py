@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402  (what follows is found by the line above)
 import numpy as np  # noqa: E402
 
-from commandline import Parser, number, say  # noqa: E402
+from grok1.cli.console import Parser, number, say  # noqa: E402
 from model import LanguageModelConfig  # noqa: E402
 from runner import Completion, Event, Handle, InferenceRunner, Request, load_server  # noqa: E402
 

@@ -54,8 +54,8 @@ import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 
 import baseline  # noqa: E402
-import compile_cache  # noqa: E402
-from commandline import Parser, number, say  # noqa: E402
+from grok1.cli import compile_cache  # noqa: E402
+from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.serving.request import Answering, Request  # noqa: E402
 from grok1.serving.scheduler import Serving  # noqa: E402
 from grok1.serving.steps import (  # noqa: E402

@@ -26,8 +26,8 @@ STEPS = {"prefill": (None, 1), "decode": (4, 4)}
 
 def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     """Run the command with its hooks."""
-    import commandline
     import run
+    from grok1.cli import console
     from grok1.parallel import multihost
     from grok1.serving import scheduler
 
@@ -70,7 +70,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
 
     lost, multihost.Peers._lose = multihost.Peers._lose, lose
     take, multihost.Peers._take = multihost.Peers._take, hear
-    commandline.ByteProgress.__call__ = progress
+    console.ByteProgress.__call__ = progress
     multihost.Peers.phase = change
     scheduler.prefill, scheduler.decode = counted(scheduler.prefill), counted(scheduler.decode)
     sys.argv = ["run.py", *arguments]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from commandline import ByteProgress, Progress, Worker, byte_rate, byte_size
+from grok1.cli.console import ByteProgress, Progress, Worker, byte_rate, byte_size
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-import compile_cache
 import test_run
+from grok1.cli import compile_cache
 from test_run import COUNTED, LOADED, PROMPT, finish
 
 tiny = test_run.tiny

@@ -513,7 +513,8 @@ def test_a_write_that_fails_is_one_sentence_and_can_go_on(
     """A limit on the size of files stands for a full disk: only some of them fit."""
     source, expected = (released, safe) if form == "safetensors" else (safe, released)
     limited = (
-        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); from grok1.formats import conversion; "
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); "
+        "from grok1.formats import conversion; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
         "sys.exit(conversion.main(['convert', *sys.argv[1:]]))"
     )

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-import compile_cache
 import golden
 import reference
 import runner
+from grok1.cli import compile_cache
 from grok1.kernels import cpu
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-import output
 import run
 import test_multihost
 import test_run
-from output import AnswerFile
+from grok1.cli import output
+from grok1.cli.output import AnswerFile
 from runner import Completion, Event
 from test_run import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, finish, start
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import checkpoint
-import prompts
 import test_run
+from grok1.cli import prompts
 from grok1.serving import request
 from grok1.serving.request import Request
 from test_run import PROMPT, Command, assert_one_sentence

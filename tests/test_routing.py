@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-import options
-from routing import print_routing
+from grok1.cli import options
+from grok1.cli.routing_table import print_routing
 from runner import Request, load_server
 
 ROOT = pathlib.Path(__file__).parent.parent

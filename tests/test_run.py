@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import checkpoint
-import options
 import run
+from grok1.cli import options
 from model import LanguageModelConfig, TransformerConfig
 from runner import Completion, Event
 

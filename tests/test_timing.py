@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-import timing
+from grok1.cli import timing
 from test_run import COUNTED
 
 

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import checkpoint
-from commandline import ByteProgress, Parser, Worker, end_at_next_interrupt, say
+from grok1.cli.console import ByteProgress, Parser, Worker, end_at_next_interrupt, say
 from grok1.formats import forms, pickle_file, safetensors
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress, map_array

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-import compile_cache
+from grok1.cli import compile_cache
 from grok1.ops.quantization import QuantizedWeight8bit
 
 SOURCE = Path(__file__).with_name("cpu.cc")

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from commandline import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
+from grok1.cli.console import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
+from grok1.cli.prompts import MOST_SAMPLES
 from grok1.parallel import multihost
-from prompts import MOST_SAMPLES
 
 DEFAULT_PROMPT = "Once upon a time"
 

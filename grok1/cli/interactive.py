@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from commandline import Worker, say
-from timing import Timing
+from grok1.cli.console import Worker, say
+from grok1.cli.timing import Timing
 
 SIGN = "> "
 

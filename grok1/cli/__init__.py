@@ -1,0 +1,1 @@
+"""The commands: their options, where prompts come from and where answers go."""
