@@ -30,6 +30,16 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from grok1.inspection import (
+    CAPTURE_SITES,
+    NO_PROBE,
+    OUTSIDE_LAYERS,
+    Captured,
+    Hook,
+    Probe,
+    check_layers,
+    check_sites,
+)
 from grok1.kernels import chosen as kernels
 from grok1.ops.attention import (
     attend,
@@ -68,16 +78,6 @@ from grok1.parallel.sharding import (
     axis_size,
     constrain,
     match_rule,
-)
-from inspection import (
-    CAPTURE_SITES,
-    NO_PROBE,
-    OUTSIDE_LAYERS,
-    Captured,
-    Hook,
-    Probe,
-    check_layers,
-    check_sites,
 )
 
 __all__ = [

@@ -331,7 +331,7 @@ def show_plan(options: argparse.Namespace) -> None:
     os.environ["XLA_FLAGS"] = re.sub(r"\S*xla_force_host_platform_device_count\S*", "", flags)
     import jax
 
-    import plan
+    from grok1 import plan
 
     directory = options.checkpoint
     if directory is None and forms.form(RELEASED):

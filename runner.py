@@ -21,6 +21,15 @@ from jax.sharding import Mesh
 import checkpoint
 from grok1.cli.console import say
 from grok1.formats import forms
+from grok1.inspection import (
+    HEAD_SITES,
+    Captured,
+    Hook,
+    captured_shapes,
+    check_layers,
+    check_sites,
+    nbytes,
+)
 from grok1.kernels import chosen
 from grok1.kernels.cpu import KernelError
 from grok1.parallel.sharding import (
@@ -44,15 +53,6 @@ from grok1.serving.steps import (
     score_step,
 )
 from grok1.serving.text import Vocabulary, load_tokenizer
-from inspection import (
-    HEAD_SITES,
-    Captured,
-    Hook,
-    captured_shapes,
-    check_layers,
-    check_sites,
-    nbytes,
-)
 from model import LanguageModelConfig, grok_1
 
 __all__ = [

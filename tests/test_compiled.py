@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-import compiled
+from grok1 import hlo
 from grok1.parallel.sharding import make_mesh
 
 
@@ -26,7 +26,7 @@ def test_a_loop_counts_as_often_as_it_runs_and_loops_multiply():
 
         return lax.scan(outer, x, None, length=7)[0] @ x
 
-    found = compiled.operations(text_of(program, float32(8, 8)))
+    found = hlo.operations(text_of(program, float32(8, 8)))
     sines = [operation.times for operation in found if operation.opcode == "sine"]
     assert sum(sines) == 35
 
@@ -35,7 +35,7 @@ def test_a_loop_of_unknown_length_counts_once():
     def program(x, n):
         return lax.fori_loop(0, n, lambda _, x: jnp.sin(x), x)
 
-    found = compiled.operations(text_of(program, float32(8), jax.ShapeDtypeStruct((), jnp.int32)))
+    found = hlo.operations(text_of(program, float32(8), jax.ShapeDtypeStruct((), jnp.int32)))
     assert sum(operation.times for operation in found if operation.opcode == "sine") == 1
 
 
@@ -57,7 +57,7 @@ def test_collectives_are_found_with_their_size_and_devices(sizes):
     )
     text = text_of(program, float32(16, 4))
     rows, model = 16 // sizes[1], sizes[1]
-    got = {(o.opcode, o.outputs, o.times, o.devices) for o in compiled.collectives(text)}
+    got = {(o.opcode, o.outputs, o.times, o.devices) for o in hlo.collectives(text)}
     expected = {
         ("all-reduce", (("float32", (rows, 4)),), 3, model),
         ("all-gather", (("float32", (16, 4)),), 1, model),
@@ -65,7 +65,7 @@ def test_collectives_are_found_with_their_size_and_devices(sizes):
     }
     assert expected <= got
     assert {kind for kind, *_ in got} <= {*(kind for kind, *_ in expected), "collective-permute"}
-    sizes_in_bytes = {o.opcode: o.nbytes for o in compiled.collectives(text)}
+    sizes_in_bytes = {o.opcode: o.nbytes for o in hlo.collectives(text)}
     assert sizes_in_bytes["all-gather"] == 16 * 4 * 4
 
 
@@ -99,7 +99,7 @@ ENTRY %main (a: s8[2,3]) -> (bf16[6], f32[4,5]) {
 
 def test_the_forms_of_other_compilers_are_read_too():
     """A GPU's collectives come in two halves, and groups of devices in several notations."""
-    start, exchange = compiled.collectives(WRITTEN)
+    start, exchange = hlo.collectives(WRITTEN)
     assert (start.opcode, start.devices, start.times) == ("all-gather", 4, 1)
     assert start.outputs == (("float32", (4, 5)),)
     assert (exchange.opcode, exchange.devices) == ("all-to-all", 2)
@@ -107,7 +107,7 @@ def test_the_forms_of_other_compilers_are_read_too():
 
 
 def test_parts_of_fusions_are_told_from_what_is_in_memory():
-    found = {operation.name: operation for operation in compiled.operations(WRITTEN)}
+    found = {operation.name: operation for operation in hlo.operations(WRITTEN)}
     assert "s" not in found  # nothing calls it
     assert found["f"].root == "dynamic-update-slice" and not found["f"].fused
     assert found["f"].source == "jit(f)/write"
@@ -117,4 +117,4 @@ def test_parts_of_fusions_are_told_from_what_is_in_memory():
 
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="text of a compiled program"):
-        compiled.operations("module @jit_f {}")
+        hlo.operations("module @jit_f {}")

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-import compiled
+from grok1 import hlo
 from grok1.parallel.sharding import make_mesh
 from grok1.serving.steps import abstract_inputs, decode, prefill
 from model import grok_1
@@ -30,7 +30,7 @@ def step(name: str, sizes: tuple[int, int], sharded: bool = True):
     arguments = abstract_inputs(config, mesh, batch=sizes[0], chunk=chunk)
     jitted = prefill if chunk else decode
     lowered = jitted.lower(*arguments, config=config, mesh=mesh)
-    return compiled.compile_to_look_at(lowered), arguments
+    return hlo.compile_to_look_at(lowered), arguments
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def exchanged(sizes, sharded):
 
     Two counters of (kind, shape on a device).
     """
-    every = compiled.collectives(step("decode", sizes, sharded)[0].as_text())
+    every = hlo.collectives(step("decode", sizes, sharded)[0].as_text())
     # Whether any slot goes on, which all parts of the data axis must know.
     flags = [operation for operation in every if operation.outputs[0][0] == "bool"]
     assert [(o.devices, o.times, o.nbytes) for o in flags] == [(sizes[0], 1, 2)] * (sizes[0] > 1)
@@ -121,7 +121,7 @@ def test_nothing_large_is_copied(sizes, sharded, name):
     written = []
     tokens = 1024 if name == "prefill" else 1
     own = [table, table[::-1], (1, tokens, WIDTH), (tokens, WIDTH)]  # and the activations
-    for operation in compiled.operations(program.as_text()):
+    for operation in hlo.operations(program.as_text()):
         if operation.fused or operation.opcode in handed_on:
             continue
         for dtype, shape in operation.outputs:

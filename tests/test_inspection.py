@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import golden
-import inspection
 import reference
 import runner as runner_module
+from grok1 import inspection
+from grok1.inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
 from grok1.serving.steps import apply_model, new_memory
-from inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
 from model import LanguageModelConfig, Router, TransformerConfig, grok_1
 
 SITES = tuple(site for site in CAPTURE_SITES if site != "embeddings")

@@ -16,6 +16,7 @@ import pytest
 from jax import lax
 
 import reference
+from grok1.inspection import Probe
 from grok1.ops import mixture
 from grok1.ops.mixture import (
     all_experts,
@@ -28,7 +29,6 @@ from grok1.ops.mixture import (
 )
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import make_mesh
-from inspection import Probe
 from model import DenseBlock, MoELayer, Router, RouterOutput
 
 LAYERS, WIDTH = 2, 16

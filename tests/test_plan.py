@@ -17,7 +17,7 @@ import pytest
 
 import checkpoint
 import golden
-import plan
+from grok1 import plan
 from grok1.formats import conversion, forms
 from grok1.parallel.sharding import make_mesh
 from grok1.serving.steps import abstract_inputs, prefill

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from grok1.inspection import Captured, Hook
 from grok1.ops.attention import cache_dtype
 from grok1.parallel.sharding import (
     AnyMesh,
@@ -28,7 +29,6 @@ from grok1.parallel.sharding import (
     readable,
 )
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token
-from inspection import Captured, Hook
 from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
 
 MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 import checkpoint
-import compiled
+from grok1 import hlo
 from grok1.formats import forms
 from grok1.formats.pickle_file import nbytes
 from grok1.ops.quantization import QuantizedWeight8bit
@@ -362,7 +362,7 @@ def compile_steps(
     def compile_step(rows: int, chunk: int | None) -> Step:
         inputs = abstract_inputs(config, mesh, rows, chunk)
         step = decode if chunk is None else prefill
-        program = compiled.compile_to_look_at(step.lower(*inputs, config=config, mesh=mesh))
+        program = hlo.compile_to_look_at(step.lower(*inputs, config=config, mesh=mesh))
         return _read_step(program, fixed_bytes(config, sizes, rows))
 
     batches = sorted({sizes[0], batch, MANY * batch})
@@ -382,7 +382,7 @@ def _read_step(program: Any, held: int) -> Step:
     peak = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     count: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for operation in compiled.collectives(program.as_text()):
+    for operation in hlo.collectives(program.as_text()):
         if operation.devices == 1:
             continue
         count[operation.opcode] += operation.times
