@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.formats import forms, loading, pickle_file, safetensors
+from grok1.formats import atomic, forms, loading, pickle_file, safetensors
+from grok1.formats.atomic import open_regular as _open
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.forms import error as _error
-from grok1.formats.forms import open_regular as _open
 from grok1.ops.quantization import QuantizedWeight8bit
 
 STACKED = "transformer/decoder_layer/"
@@ -319,9 +319,9 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     for record in records:
         arrays = _fetch(record, params[record.module][record.param])
         path = os.path.join(folder, record.file)
-        forms.write(path, pickle_file.contents(record.leaf, arrays))
+        atomic.write(path, pickle_file.contents(record.leaf, arrays))
     if text is not None:
-        forms.write(os.path.join(directory, "config.json"), [text])
+        atomic.write(os.path.join(directory, "config.json"), [text])
 
 
 def _native(array: Any) -> jax.ShapeDtypeStruct:

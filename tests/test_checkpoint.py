@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import checkpoint
 import reference
 from checkpoint import CheckpointError
-from grok1.formats import forms, pickle_file
+from grok1.formats import atomic, forms, pickle_file
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1
@@ -370,7 +370,7 @@ def test_a_file_without_permission_is_named(
             raise PermissionError(13, "Permission denied")
         return open(path, mode)
 
-    monkeypatch.setattr(forms, "open", refuse, raising=False)  # Root may open everything.
+    monkeypatch.setattr(atomic, "open", refuse, raising=False)  # Root may open everything.
     message = refusal(tiny_checkpoint)
     assert "tensor00003_000 (transformer/decoder_layer_0/rms_norm/scale): expected a rea" in message
     assert "got an error (Permission denied); check its permissions" in message

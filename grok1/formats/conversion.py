@@ -24,7 +24,7 @@ from typing import Any
 
 import checkpoint
 from grok1.cli.console import ByteProgress, Parser, Worker, end_at_next_interrupt, say
-from grok1.formats import forms, pickle_file, safetensors
+from grok1.formats import atomic, forms, pickle_file, safetensors
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress, map_array
 
@@ -260,7 +260,7 @@ def _working(target: str) -> Iterator[str]:
         except BaseException:
             _clean(work)
             raise
-        forms.remove(os.path.join(work, _STATE))
+        atomic.remove(os.path.join(work, _STATE))
         os.rmdir(work)
     finally:
         os.close(descriptor)
@@ -277,7 +277,7 @@ def _read_state(job: Job) -> State | None:
     """Return how far an earlier call with the same source came; None: there was none."""
     path = os.path.join(job.target, forms.WORK, _STATE)
     try:
-        with forms.open_regular(path) as file:
+        with atomic.open_regular(path) as file:
             state = State(**json.load(file))
         if not isinstance(state.files, dict) or not isinstance(state.checksums, dict):
             raise ValueError("expected two objects")
@@ -296,24 +296,24 @@ def _begin(job: Job, work: str) -> State:
     """Forget an earlier conversion; what it finished is now only in the way."""
     state = State(job.identity, {}, {})
     _write_state(work, state)
-    forms.remove(os.path.join(job.target, forms.INDEX))
+    atomic.remove(os.path.join(job.target, forms.INDEX))
     return state
 
 
 def _write_state(work: str, state: State) -> None:
-    forms.write(os.path.join(work, _STATE), [json.dumps(dataclasses.asdict(state)).encode()])
+    atomic.write(os.path.join(work, _STATE), [json.dumps(dataclasses.asdict(state)).encode()])
 
 
 def _put(job: Job, work: str, name: str, contents: Any) -> None:
     """Write a small file of DST."""
     temporary = os.path.join(work, name)
-    forms.write(os.path.join(job.target, name), contents, temporary)
+    atomic.write(os.path.join(job.target, name), contents, temporary)
 
 
 def _copy(job: Job, work: str, name: str) -> None:
     path = os.path.join(job.source, name)
     if os.path.lexists(path):
-        with forms.open_regular(path) as file:
+        with atomic.open_regular(path) as file:
             _put(job, work, name, iter(functools.partial(file.read, 1 << 20), b""))
 
 
@@ -361,12 +361,12 @@ def _write_output(
     else:
         (record,) = output.members
         pieces = pickle_file.contents(record.leaf, arrays.values())
-        forms.fill(temporary, pieces)
+        atomic.fill(temporary, pieces)
     checksums = {name: future.result() for name, future in futures.items()}
     for name, found in checksums.items():
         if job.checksums.get(name, found) != found:
             raise _mismatch(name, job.located[name], job.checksums[name], found)
-    forms.place(temporary, path)
+    atomic.place(temporary, path)
     return checksums
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.formats import forms
+from grok1.formats import atomic, forms
 from grok1.formats.pickle_file import Located
 
 WORKERS = 4
@@ -240,7 +240,7 @@ def map_array(located: Located, name: str) -> np.ndarray:
     Raises forms.CheckpointError if the file has changed since its header was read.
     """
     try:
-        with forms.open_regular(located.path) as file:
+        with atomic.open_regular(located.path) as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         memory.madvise(mmap.MADV_SEQUENTIAL)
         numbers = math.prod(located.shape)

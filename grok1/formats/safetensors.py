@@ -27,7 +27,7 @@ import ml_dtypes  # numpy learns the name "bfloat16"
 import numpy as np
 import safetensors
 
-from grok1.formats import forms, pickle_file
+from grok1.formats import atomic, forms, pickle_file
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.ops.quantization import QuantizedWeight8bit
 
@@ -134,7 +134,7 @@ def checksum(array: pickle_file.Located, count: Callable[[int], object] | None =
     """
     digest, left = hashlib.sha256(), pickle_file.nbytes(array)
     buffer = memoryview(bytearray(min(_PIECE, left)))
-    with forms.open_regular(array.path) as file:
+    with atomic.open_regular(array.path) as file:
         file.seek(array.offset)
         while left:
             got = file.readinto(buffer[: min(len(buffer), left)])  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ def read_index(directory: Directory) -> Index:
     """Return the index of DIR, its own form checked. Raises CheckpointError."""
     path = os.path.join(directory, forms.INDEX)
     try:
-        with forms.open_regular(path) as opened:
+        with atomic.open_regular(path) as opened:
             text = opened.read(_MAX_INDEX_BYTES + 1)
     except OSError as problem:
         got = f"an error ({problem.strerror})"
@@ -248,7 +248,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
 def _read_header(path: str) -> dict[str, pickle_file.Located]:
     """Return where the tensors of a whole and consistent safetensors file lie."""
     try:
-        with forms.open_regular(path) as file:
+        with atomic.open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 limit = f"a header of at most {_MAX_HEADER_BYTES} bytes"

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all, and stay so through a power cut."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a regular file. Anything else is an OSError: opening a pipe would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return open(path, "rb")
+
+
+def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> None:
+    """Write a file so that it appears whole or not at all.
+
+    temporary: the name until it is whole, on the same disk; by default one beside it. Raises
+    OSError, with the temporary file gone and an older file of that name as it was.
+    """
+    folder, name = os.path.split(path)
+    temporary = temporary or os.path.join(folder, f".{name}.partial")
+    try:
+        fill(temporary, contents)
+        place(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def fill(path: str, contents: Iterable[Any]) -> None:
+    """Write a file, of which `place` can then make a lasting one."""
+    with open(path, "wb") as file:
+        for piece in contents:
+            file.write(piece)
+
+
+def place(temporary: str, path: str) -> None:
+    """Rename a finished file, once it is safely stored; then its name is, too."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(os.path.dirname(path) or ".")
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there, so that it stays removed."""
+    if os.path.lexists(path):
+        os.remove(path)
+        _sync(os.path.dirname(path) or ".")
+
+
+def _sync(path: str) -> None:
+    """Wait until a file, or the names in a directory, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
