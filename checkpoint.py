@@ -1,23 +1,20 @@
-"""The released checkpoint files <-> parameters: checked whole, then read shard by shard.
+"""Load, save and check a checkpoint: its files <-> parameters, read shard by shard.
 
-A checkpoint is `DIR/ckpt-0/tensorNNNNN_000`, one file per parameter and layer, and perhaps
-`DIR/config.json`. The parameters are `{module: {param: leaf}}`; every leaf of a module under
-`transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. The files are not:
-layer `i` of such a module is stored as `transformer/decoder_layer_{i}/...`, and the file numbers
-follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... What is inside of one file is
-pickle_file.py's to know; here, its arrays are mapped into memory from where they lie. A checkpoint
-may also have the form that safetensors.py knows; it is loaded just so.
+The parameters are `{module: {param: leaf}}`, every leaf of a module under
+`transformer/decoder_layer/` stacked, with a leading layer axis [L, ...]. Which files they are, and
+in which order, is grok1/formats/layout.py's to know; here, the arrays in them are mapped into
+memory from where they lie. A checkpoint comes in the released form or as safetensors files; both
+are loaded alike.
 
 python checkpoint.py --help says how to convert one form into the other, and to verify them.
 """
 
-import dataclasses
+import argparse
 import json
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 if __name__ == "__main__":
@@ -29,104 +26,56 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.formats import atomic, forms, loading, pickle_file, safetensors
-from grok1.formats.atomic import open_regular as _open
+from grok1.cli.console import ByteProgress, Parser, Worker, end_at_next_interrupt, say
+from grok1.formats import atomic, conversion, forms, layout, loading, pickle_file
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
-from grok1.formats.forms import error as _error
+from grok1.formats.layout import STACKED, Params, files, read_config
+from grok1.formats.loading import Progress
 from grok1.ops.quantization import QuantizedWeight8bit
+from model import LanguageModelConfig, grok_1
 
-STACKED = "transformer/decoder_layer/"
+__all__ = [
+    "CheckpointError",
+    "check_files",
+    "config_in",
+    "convert",
+    "files",
+    "load",
+    "read_config",
+    "read_model_config",
+    "save",
+    "verify",
+]
 
-_MAX_CONFIG_BYTES = 1 << 20
 
-Params = Mapping[str, Mapping[str, Any]]  # {module: {param: leaf}}
+def read_model_config(directory: Directory) -> LanguageModelConfig:
+    """Return the configuration in DIR/config.json; without one, Grok-1's own.
 
-
-def read_config(directory: Directory) -> dict[str, Any] | None:
-    """Return DIR/config.json as a dict, or None if there is no such file.
-
-    Raises CheckpointError if it cannot be read or is not one JSON object.
+    Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
     """
-    path = os.path.join(directory, "config.json")
-    remedy = "correct it, or take the file that came with the checkpoint"
+    forms.require_form(directory, "name the right one, or download the checkpoint into it")
+    return config_in(directory)
+
+
+def config_in(directory: Directory) -> LanguageModelConfig:
+    """Return the configuration in DIR/config.json; without one, Grok-1's own. Raises ValueError."""
+    fields = read_config(directory)
+    if fields is None:
+        return grok_1()
     try:
-        with _open(path) as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _error(path, "a readable file", f"an error ({error.strerror})", remedy) from error
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise _error(path, f"at most {_MAX_CONFIG_BYTES} bytes of JSON", "more", remedy)
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _error(path, "valid JSON", f"an error ({error})", remedy) from error
-    if not isinstance(config, dict):
-        raise _error(path, "a JSON object", f"a {type(config).__name__}", remedy)
-    return config
-
-
-def files(shapes: Params) -> list[TensorFile]:
-    """List the files of a checkpoint in the order of their numbers.
-
-    shapes: {module: {param: leaf}}, a leaf being a jax.ShapeDtypeStruct or a QuantizedWeight8bit
-        of two (int8 weight, bfloat16 scales); stacked [L, ...] under `transformer/decoder_layer/`.
-
-    Raises ValueError if the stacked leaves differ in L, or the layout has no place for a leaf.
-    """
-    entries: list[tuple[str, str, str, int | None, Any, int]] = []
-    depths = set()
-    for module, params in shapes.items():
-        for param, leaf in params.items():
-            pickle_file.check(f"{module}/{param}", leaf)
-            if not module.startswith(STACKED):
-                size = pickle_file.file_size(leaf)
-                entries.append((module, param, module, None, leaf, size))
-                continue
-            layers = {array.shape[0] for array in jax.tree.leaves(leaf)}
-            depths |= layers
-            own = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), leaf)
-            size = pickle_file.file_size(own)
-            for layer in range(max(layers)):
-                name = f"{STACKED[:-1]}_{layer}/{module.removeprefix(STACKED)}"
-                entries.append((name, param, module, layer, own, size))
-    if len(depths) > 1:
-        raise ValueError(f"stacked parameters: expected one number of layers, got {sorted(depths)}")
-    entries.sort(key=lambda entry: entry[:2])
-    return [
-        TensorFile(
-            file=f"tensor{index:05d}_000",
-            name=f"{name}/{param}",
-            module=module,
-            param=param,
-            layer=layer,
-            leaf=leaf,
-            size=size,
-        )
-        for index, (name, param, module, layer, leaf, size) in enumerate(entries)
-    ]
+        return LanguageModelConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from error
 
 
 def check_files(directory: Directory, shapes: Params) -> list[Any]:
     """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
 
-    If DIR has both, DIR/ckpt-0 counts, and not the safetensors files.
+    shapes: what the files must hold, as in `files`. If DIR has both forms, DIR/ckpt-0 counts.
 
     Returns where the arrays of each parameter lie, in the order of `files`. Raises CheckpointError.
     """
-    return _check_files(directory, files(shapes))
-
-
-def _check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
-    if os.path.lexists(os.path.join(directory, forms.WORK)):
-        remedy = f"start the same conversion again, or remove {forms.WORK} and what it made"
-        raise _error(str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy)
-    if forms.form(directory) == forms.SAFETENSORS:
-        return safetensors.check_files(directory, records)
-    folder = os.path.join(directory, forms.FOLDER)
-    _check_names(folder, records)
-    return [_read_header(folder, record) for record in records]
+    return layout.check_files(directory, files(shapes))
 
 
 def load(
@@ -134,7 +83,7 @@ def load(
     shapes: Params,
     shardings: Params | None = None,
     dtypes: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Load the checkpoint in DIR onto devices, each device reading only its own slices.
 
@@ -156,7 +105,7 @@ def load(
     wanted = _cast(shapes, dtypes or {})
     if shardings is not None:
         jax.tree_util.tree_map_with_path(_check_sharding, wanted, shardings)
-    headers = _check_files(directory, records)
+    headers = layout.check_files(directory, records)
     if shardings is None:
         default = jnp.zeros(()).sharding
         shardings = jax.tree.map(lambda _: default, shapes)
@@ -211,83 +160,6 @@ def _check_sharding(path: Any, array: Any, sharding: jax.sharding.Sharding) -> N
         )
 
 
-def tensor_names(folder: str) -> set[str]:
-    """Return the names in a folder that are those of tensor files. Raises OSError."""
-    return {name for name in os.listdir(folder) if re.fullmatch("tensor[0-9]+_[0-9]+", name)}
-
-
-def _check_names(folder: str, records: list[TensorFile]) -> None:
-    """Raise CheckpointError unless the folder's tensor files are exactly those of `records`."""
-    try:
-        found = tensor_names(folder)
-    except OSError as error:
-        raise _error(
-            folder,
-            f"a directory of {len(records)} tensor files",
-            f"an error ({error.strerror})",
-            "give the directory that contains ckpt-0",
-        ) from error
-    expected = {record.file: record for record in records}
-    missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
-    if not missing and not extra:
-        return
-    counts = f"{len(records)} tensor files", str(len(found))
-    outer = sum(record.layer is None for record in records)
-    layers = len({record.layer for record in records} - {None})
-    numbered = found == {f"tensor{index:05d}_000" for index in range(len(found))}
-    if layers and numbered and len(found) > outer:
-        depth, remainder = divmod(len(found) - outer, (len(records) - outer) // layers)
-        if not remainder:
-            raise _error(
-                folder,
-                f"{counts[0]} ({layers} layers)",
-                f"{counts[1]} ({depth} layers)",
-                "correct the number of layers in the configuration, or download what is missing",
-            )
-    if missing:
-        where = f"{os.path.join(folder, missing[0])} ({expected[missing[0]].name})"
-        raise _error(f"{where}: the file is missing", *counts, "download it again")
-    where = f"{os.path.join(folder, extra[0])}: the file belongs to no parameter of the model"
-    raise _error(where, *counts, "remove it, or correct the configuration")
-
-
-def _read_header(folder: str, record: TensorFile) -> Any:
-    """Return where the arrays of a file lie, as `pickle_file.read_header` does.
-
-    Raises CheckpointError unless the file holds what `record` says; then it has the right length
-    too, since its arrays have the expected number of bytes, all there, and nothing follows them.
-    """
-    path = os.path.join(folder, record.file)
-    where = f"{path} ({record.name})"
-    size = f"{record.size} bytes"
-    try:
-        with _open(path) as file:
-            length = os.fstat(file.fileno()).st_size
-            leaf = pickle_file.read_header(file, length)
-    except OSError as error:
-        got = f"an error ({error.strerror})"
-        remedy = "check its permissions, or download it again"
-        raise _error(where, f"a readable file of {size}", got, remedy) from error
-    except pickle_file.LayoutError as error:
-        problem: object = error
-        if error.ended and length < record.size:
-            problem = f"is cut: expected {size}, got {length}"
-        raise CheckpointError(f"{where}: the file {problem}; download it again") from error
-    expected, got = pickle_file.describe(record.leaf), pickle_file.describe(leaf)
-    if got == expected:
-        return jax.tree.map(lambda array: dataclasses.replace(array, path=path), leaf)
-    kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
-    if kinds == (True, False) and "float" in leaf.dtype:
-        remedy = "this checkpoint is not quantised: load it as float, or quantise and save it first"
-    elif kinds == (False, True):
-        remedy = "this checkpoint is quantised: load it as int8 with scales"
-    elif "-" in got:
-        remedy = "save it again, little-endian and in C order"
-    else:
-        remedy = "check that the configuration is that of this checkpoint"
-    raise _error(where, expected, got, remedy)
-
-
 @jax.jit
 def _get_layer(stack: jax.Array, index: jax.Array) -> jax.Array:
     """Return layer `index` [...] of [L, ...]; one compiled program takes any layer."""
@@ -308,9 +180,9 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     text = None if config is None else json.dumps(config, indent=2).encode()
     folder = os.path.join(directory, forms.FOLDER)
     os.makedirs(folder, exist_ok=True)
-    stale = sorted(tensor_names(folder) - {record.file for record in records})
+    stale = sorted(layout.tensor_names(folder) - {record.file for record in records})
     if stale:
-        raise _error(
+        raise forms.error(
             os.path.join(folder, stale[0]),
             f"only tensor files that the {len(records)} new ones replace",
             f"{len(stale)} that would be left over",
@@ -337,9 +209,90 @@ def _fetch(record: TensorFile, leaf: Any) -> Iterator[Any]:
         yield array
 
 
-if __name__ == "__main__":
-    # This module is `__main__` now. The classes are those of the module `checkpoint`: one copy.
-    from grok1.formats.conversion import main
+def convert(
+    source: Directory, target: Directory, form: str, progress: Progress | None = None
+) -> conversion.Job:
+    """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
 
+    See `conversion.convert`; what the files hold is in config.json, or else Grok-1's.
+    """
+    shapes = read_model_config(source).param_shapes()
+    return conversion.convert(source, target, form, shapes, progress)
+
+
+def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
+    """Check all headers of a checkpoint and, if it holds checksums, every value.
+
+    See `conversion.verify`; what the files hold is in config.json, or else Grok-1's.
+    """
+    return conversion.verify(directory, read_model_config(directory).param_shapes(), progress)
+
+
+# ---------------------------------------------------------------------------------------- the shell
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    parser = Parser(
+        prog="checkpoint.py",
+        description="Convert a checkpoint between its two forms, and verify checksums.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")
+    text = "write a checkpoint in another form; interrupted, the same command goes on"
+    command = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
+    command.add_argument("source", metavar="SRC", help="directory that holds the checkpoint")
+    command.add_argument("target", metavar="DST", help="directory to write to; made if need be")
+    command.add_argument(
+        "--to",
+        choices=(forms.SAFETENSORS, forms.RELEASED),
+        required=True,
+        help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
+    )
+    text = "check all headers and, of safetensors, the checksum of every tensor"
+    command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
+    command.add_argument("directory", metavar="DIR", help="directory that holds the checkpoint")
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
+    """Carry out the command; returns the exit status."""
+    if options.command == "verify":
+        summary, problems = verify(options.directory, progress)
+        progress.close()
+        for problem in problems:
+            say(f"error: {problem}")
+        print(summary, flush=True)
+        return 1 if problems else 0
+    job = convert(options.source, options.target, options.to, progress)
+    progress.close()
+    print(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors", flush=True)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    worker = Worker()
+    progress = ByteProgress("checkpoint")
+    try:
+        options = parse_arguments(arguments)
+        return worker.call(_run, options, progress)
+    except KeyboardInterrupt:
+        end_at_next_interrupt()
+        progress.close()
+        say("interrupted; the same command goes on from here")
+        os._exit(130)  # sys.exit would wait for the worker
+    except BrokenPipeError:
+        os._exit(141)  # the reader has gone
+    except (ValueError, OSError) as problem:
+        progress.close()
+        say(f"error: {problem}")
+        return 1
+    except ModuleNotFoundError as problem:
+        say(f"error: {problem.name} is not installed; run: pip install -r requirements.txt")
+        return 1
+
+
+if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

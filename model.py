@@ -30,6 +30,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from grok1.checks import require, require_integers, require_positive
 from grok1.inspection import (
     CAPTURE_SITES,
     NO_PROBE,
@@ -41,15 +42,8 @@ from grok1.inspection import (
     check_sites,
 )
 from grok1.kernels import chosen as kernels
-from grok1.ops.attention import (
-    attend,
-    attend_cached,
-    attention_weights,
-    cache_dtype,
-    from_bits,
-    weigh,
-    write_rows,
-)
+from grok1.ops.attention import attend, attend_cached, attention_weights, weigh
+from grok1.ops.cache import KVMemory, Memory, cache_dtype, from_bits, write_rows
 from grok1.ops.mixture import (
     Params,
     all_experts,
@@ -122,25 +116,6 @@ def ffn_size(emb_size: int, widening_factor: float) -> int:
     return size + -size % 8
 
 
-def _require(condition: bool, field: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"{field}: expected {expected}, got {got!r}")
-
-
-def _require_integers(config: Any, least: int, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and value >= least, field, f"an integer >= {least}", value)
-
-
-def _require_positive(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(number and 0 < value < math.inf, field, "a positive number", value)
-
-
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of the decoder stack. Raises ValueError naming the field, expected and got.
@@ -174,41 +149,41 @@ class TransformerConfig:
 
     def __post_init__(self):
         sizes = ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers")
-        _require_integers(self, 1, *sizes, "num_selected_experts", "scan_unroll")
-        _require_integers(self, 0, "num_experts")
-        _require_positive(self, "widening_factor", "attn_output_multiplier")
+        require_integers(self, 1, *sizes, "num_selected_experts", "scan_unroll")
+        require_integers(self, 0, "num_experts")
+        require_positive(self, "widening_factor", "attn_output_multiplier")
         for field in ("shard_activations", "kernels"):
             flag = getattr(self, field)
-            _require(isinstance(flag, bool), field, "true or false", flag)
+            require(isinstance(flag, bool), field, "true or false", flag)
         for field in ("data_axis", "model_axis"):
             axis = getattr(self, field)
-            _require(isinstance(axis, str), field, "the name of a mesh axis", axis)
+            require(isinstance(axis, str), field, "the name of a mesh axis", axis)
         axis = self.model_axis
-        _require(axis != self.data_axis, "model_axis", "another name than data_axis", axis)
-        _require(self.key_size % 2 == 0, "key_size", "an even head width", self.key_size)
-        _require(
+        require(axis != self.data_axis, "model_axis", "another name than data_axis", axis)
+        require(self.key_size % 2 == 0, "key_size", "an even head width", self.key_size)
+        require(
             self.num_q_heads % self.num_kv_heads == 0,
             "num_q_heads",
             f"a multiple of num_kv_heads = {self.num_kv_heads}",
             self.num_q_heads,
         )
         most = max(self.num_experts, 1)
-        _require(
+        require(
             self.num_selected_experts <= most,
             "num_selected_experts",
             f"at most num_experts = {most}",
             self.num_selected_experts,
         )
         made = self.router is None or callable(self.router)
-        _require(made, "router", "a subclass of Router, or None", self.router)
+        require(made, "router", "a subclass of Router, or None", self.router)
         choices = ("dynamic", "static", "all")
-        _require(
+        require(
             self.expert_dispatch in choices,
             "expert_dispatch",
             f"one of {choices}",
             self.expert_dispatch,
         )
-        _require(
+        require(
             self.expert_dispatch == "dynamic" or not self.kernels,
             "kernels",
             'false unless expert_dispatch is "dynamic"',
@@ -253,7 +228,7 @@ class TransformerConfig:
         others: further widths that it must divide, by name.
         """
         for axis in (self.data_axis, self.model_axis):
-            _require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
+            require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
         size = axis_size(mesh, all_model_axes(mesh, self.model_axis))
         for name, width in {**self._split_widths(size), **others}.items():
             if width % size:
@@ -262,7 +237,7 @@ class TransformerConfig:
                     f"use one of {self.model_axis_sizes(**others)}"
                 )
         heads = mesh.shape[self.model_axis]
-        _require(
+        require(
             self.num_kv_heads % heads == 0 and (heads == size or heads == self.num_kv_heads),
             "mesh",
             f"a model axis of {min(size, self.num_kv_heads)}, one key/value head each, and the "
@@ -328,19 +303,19 @@ class LanguageModelConfig:
     fprop_dtype: Any = jnp.bfloat16
 
     def __post_init__(self):
-        _require(
+        require(
             isinstance(self.model, TransformerConfig), "model", "a TransformerConfig", self.model
         )
-        _require_integers(self, 1, "vocab_size", "sequence_len")
-        _require_integers(self, 0, "pad_token", "eos_token")
+        require_integers(self, 1, "vocab_size", "sequence_len")
+        require_integers(self, 0, "pad_token", "eos_token")
         for field in ("pad_token", "eos_token"):
             value = getattr(self, field)
             expected = f"a token below vocab_size = {self.vocab_size}"
-            _require(value < self.vocab_size, field, expected, value)
+            require(value < self.vocab_size, field, expected, value)
         scales = ("embedding_init_scale", "output_multiplier_scale", "embedding_multiplier_scale")
-        _require_positive(self, *scales)
+        require_positive(self, *scales)
         dtypes = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-        _require(
+        require(
             any(dtype == self.fprop_dtype for dtype in dtypes),
             "fprop_dtype",
             "bfloat16 or float32",
@@ -355,9 +330,7 @@ class LanguageModelConfig:
         """
         fields = dict(fields)
         inner = fields.pop("model", None)
-        _require(
-            isinstance(inner, Mapping), "model", "an object of the transformer's fields", inner
-        )
+        require(isinstance(inner, Mapping), "model", "an object of the transformer's fields", inner)
         return _build(cls, {**fields, "model": _build(TransformerConfig, inner)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -439,10 +412,10 @@ def _random_params(
 def _build(cls: type, fields: Mapping[str, Any]) -> Any:
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in fields:
-        _require(name in known, name, f"one of {sorted(known)}", name)
+        require(name in known, name, f"one of {sorted(known)}", name)
     for name, field in known.items():
         needed = field.default is dataclasses.MISSING
-        _require(name in fields or not needed, name, "a value in the configuration", None)
+        require(name in fields or not needed, name, "a value in the configuration", None)
     return cls(**fields)
 
 
@@ -474,32 +447,6 @@ def grok_1() -> LanguageModelConfig:
 
 
 # ------------------------------------------------------------------------- memory between calls
-
-
-class KVMemory(NamedTuple):
-    """Keys and values of past positions.
-
-    k, v: [L, B, S, K, H] for all layers, or [B, S, K, H] for one.
-    step: int32 [B], the positions that each sequence has filled.
-    sequence: int32 [R], while R of the B sequences are read, one a row: which ones. `step` is then
-        theirs, [R]. None: all, in order.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    step: jax.Array
-    sequence: jax.Array | None = None
-
-
-class Memory(NamedTuple):
-    """What a model must remember between calls.
-
-    layers: one KVMemory for all layers.
-    valid: bool [B, S], whether the slot holds a real key: a pad token is masked for good.
-    """
-
-    layers: KVMemory
-    valid: jax.Array
 
 
 class LanguageModelOutput(NamedTuple):
@@ -583,7 +530,7 @@ class RotaryEmbedding(hk.Module):
 
     def __init__(self, dim: int, name: str | None = None, base_exponent: int = 10000):
         super().__init__(name=name)
-        _require(dim % 2 == 0, "dim", "an even width", dim)
+        require(dim % 2 == 0, "dim", "an even width", dim)
         self.dim = dim
         self.base_exponent = base_exponent
 
@@ -600,7 +547,7 @@ class RotaryEmbedding(hk.Module):
         The positions are `const_position` for all, or `t` [B, T], or 0 ... T-1 plus `offset`, a
         scalar or [B].
         """
-        _require(0 < seq_dim < x.ndim - 1, "seq_dim", f"between 1 and {x.ndim - 2}", seq_dim)
+        require(0 < seq_dim < x.ndim - 1, "seq_dim", f"between 1 and {x.ndim - 2}", seq_dim)
         if const_position is not None:
             positions = jnp.full([1, x.shape[seq_dim]], const_position)
         elif t is not None:
@@ -722,7 +669,7 @@ class MultiHeadAttention(hk.Module):
         if mask is None:
             mask = jnp.ones([1, 1, 1], bool)
         if mask.ndim == 4:
-            _require(mask.shape[1] == 1, "mask", "one mask for all heads", mask.shape)
+            require(mask.shape[1] == 1, "mask", "one mask for all heads", mask.shape)
             mask = mask[:, 0]
         q = q.reshape(*q.shape[:2], *heads, self.key_size)
         # Devices that share a key/value head have its query heads in turn.
@@ -1344,10 +1291,10 @@ class LanguageModel(hk.Module):
         batch, steps = tokens.shape
         self._check(batch)
         capture = check_sites(capture, hooks, config.model.num_experts)
-        _require(not (capture and last_hid_only), "capture", "none with last_hid_only", capture)
+        require(not (capture and last_hid_only), "capture", "none with last_hid_only", capture)
         if sequence is not None:
-            _require(memory is not None, "sequence", "to be given with a memory", sequence.shape)
-            _require(sequence.shape == (batch,), "sequence", f"shape {(batch,)}", sequence.shape)
+            require(memory is not None, "sequence", "to be given with a memory", sequence.shape)
+            require(sequence.shape == (batch,), "sequence", f"shape {(batch,)}", sequence.shape)
         written = jnp.full([batch], steps, jnp.int32) if length is None else length
         real = (tokens > config.pad_token) & (jnp.arange(steps) < written[:, None])
         start, valid, whole = jnp.zeros([batch], jnp.int32), real, memory

@@ -178,16 +178,18 @@ def make_server(
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     import jax  # Takes seconds: after all that can be checked without it.
 
+    from grok1 import backend
     from grok1.cli import compile_cache
-    from runner import RequestError, has_kernels, load_server
+    from grok1.kernels import chosen as kernels
+    from runner import RequestError, load_server
 
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif processes == 1 and (reason := compile_cache.enable()):
         say(reason)
-    if options.kernels and jax.default_backend() == "cpu":
-        has_kernels()  # The first time they are compiled: not a part of loading.
+    if options.kernels and backend.on_cpu():
+        kernels.available()  # The first time they are compiled: not a part of loading.
     began = time.perf_counter()
     progress.start()
     try:
@@ -331,12 +333,16 @@ def show_plan(options: argparse.Namespace) -> None:
     os.environ["XLA_FLAGS"] = re.sub(r"\S*xla_force_host_platform_device_count\S*", "", flags)
     import jax
 
+    from checkpoint import config_in
     from grok1 import plan
+    from model import grok_1
+    from runner import with_settings
 
     directory = options.checkpoint
     if directory is None and forms.form(RELEASED):
         directory = RELEASED
-    config = plan.read_config(directory, options.dtype, options.context)
+    config = grok_1() if directory is None else config_in(directory)
+    config = with_settings(config, options.dtype or "bfloat16", options.context)
     jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))
     found = plan.make_plan(
         config,

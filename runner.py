@@ -1,16 +1,15 @@
 """Requests in, tokens out: the mesh, the weights, and what can be asked of them.
 
 `ModelRunner` knows the model and its weights, `InferenceRunner` serves requests with them. Which
-request runs when is in serving.py, what runs on devices in steps.py.
+request runs when is in grok1/serving/scheduler.py, what runs on devices in steps.py beside it.
 
 B is the number of slots: sequences that the compiled steps serve at once.
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +18,27 @@ import sentencepiece
 from jax.sharding import Mesh
 
 import checkpoint
-from grok1.cli.console import say
-from grok1.formats import forms
-from grok1.inspection import (
-    HEAD_SITES,
-    Captured,
-    Hook,
-    captured_shapes,
-    check_layers,
-    check_sites,
-    nbytes,
-)
+from checkpoint import read_model_config
+from grok1 import backend
+from grok1.inspection import Hook
 from grok1.kernels import chosen
-from grok1.kernels.cpu import KernelError
 from grok1.parallel.sharding import (
-    all_model_axes,
     axis_size,
     make_mesh,
     named_shardings,
     parameter_specs,
     split_over_hosts,
 )
+from grok1.serving import inspecting, scoring
+from grok1.serving.inspecting import Inspection
+from grok1.serving.memory_budget import check_memory
 from grok1.serving.request import Answering, Completion, Event, Request, RequestError, encode
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from grok1.serving.scheduler import Handle, Serving, Statistics
-from grok1.serving.steps import (
-    EMBEDDINGS,
-    MOST_TOKENS,
-    device_bytes,
-    inspect_step,
-    logits_step,
-    new_memory,
-    score_step,
-)
-from grok1.serving.text import Vocabulary, load_tokenizer
-from model import LanguageModelConfig, grok_1
+from grok1.serving.scheduler import Handle, Scheduler, Statistics
+from grok1.serving.scoring import TokenScores
+from grok1.serving.steps import EMBEDDINGS, MOST_TOKENS, LoadedModel
+from grok1.serving.text import BOS_TOKEN, Vocabulary, load_tokenizer
+from model import LanguageModelConfig
 
 __all__ = [
     "Completion",
@@ -68,8 +53,6 @@ __all__ = [
     "SampleSettings",
     "Statistics",
     "TokenScores",
-    "available_memory",
-    "config_in",
     "load_server",
     "load_tokenizer",
     "make_mesh",
@@ -79,53 +62,6 @@ __all__ = [
     "top_p_filter",
     "with_settings",
 ]
-
-BOS_TOKEN = 1  # as in Grok-1's tokenizer
-
-
-def read_model_config(directory: str | os.PathLike) -> LanguageModelConfig:
-    """Return the configuration in DIR/config.json; without one, Grok-1's own.
-
-    Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
-    """
-    forms.require_form(directory, "name the right one, or download the checkpoint into it")
-    return config_in(directory)
-
-
-def config_in(directory: str | os.PathLike) -> LanguageModelConfig:
-    """Return the configuration in DIR/config.json; without one, Grok-1's own. Raises ValueError."""
-    fields = checkpoint.read_config(directory)
-    if fields is None:
-        return grok_1()
-    try:
-        return LanguageModelConfig.from_dict(fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from error
-
-
-# ------------------------------------------------------------------------------------- the shell
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that a process could still take on this host (Linux), or None."""
-    try:
-        with open("/proc/meminfo") as file:
-            text = file.read()
-    except OSError:
-        return None
-    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-
-
-def _free_memory(device: jax.Device) -> int | None:
-    """Return the bytes that this process could still take of a device's memory, or None.
-
-    Virtual CPU devices share the host's.
-    """
-    if device.platform == "cpu":
-        return available_memory()
-    limits = device.memory_stats() or {}
-    limit = limits.get("bytes_limit")
-    return None if limit is None else limit - limits.get("bytes_in_use", 0)
 
 
 class ModelRunner:
@@ -164,24 +100,7 @@ class ModelRunner:
             self.model.check_mesh(mesh)
         if self.checkpoint_path is not None:
             checkpoint.check_files(self.checkpoint_path, self.model.param_shapes())
-        self.check_memory(mesh)
-
-    def check_memory(self, mesh: Mesh | None) -> None:
-        """Raise ValueError if a device has less memory than weights and cache take."""
-        device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
-        slots, free = self.num_slots(mesh), _free_memory(device)
-        if device.platform == "cpu":
-            # Virtual devices share the host's memory, and equal weights.
-            needed, where, more = device_bytes(self.model, None, slots), "here", ""
-        else:
-            needed, where = device_bytes(self.model, mesh, slots), "on each device"
-            more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"
-        if free is not None and needed > free:
-            raise ValueError(
-                f"weights and cache take {needed / 2**30:.1f} GiB {where}, and {free / 2**30:.1f} "
-                f"GiB are free; use a mesh with a longer model axis, or a shorter context{more}: "
-                "python run.py --plan says what fits"
-            )
+        check_memory(self.model, mesh, self.num_slots(mesh))
 
     def load_or_init(
         self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
@@ -204,26 +123,6 @@ class ModelRunner:
             return params if shardings is None else jax.device_put(params, shardings)
         dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
         return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
-
-
-class TokenScores(NamedTuple):
-    """Of each token of a text: logprobs float32 [T]; greedy bool [T], whether it is likeliest."""
-
-    logprobs: np.ndarray
-    greedy: np.ndarray
-
-
-class Inspection(NamedTuple):
-    """What `InferenceRunner.inspect` finds in one prompt.
-
-    token_ids: int32 [T]. pieces: the text of each token; None without a tokenizer. logits: float32
-    [T, V], after each token. captured: NumPy arrays as in `inspection.Captured`, without axis B.
-    """
-
-    token_ids: np.ndarray
-    pieces: list[str] | None
-    logits: np.ndarray
-    captured: Captured
 
 
 class InferenceRunner:
@@ -263,11 +162,11 @@ class InferenceRunner:
         self.mesh: Mesh | None = None
         self.params: Any = None
         self.num_slots = 0
-        self._loaded: Serving | None = None
+        self._loaded: tuple[LoadedModel, Scheduler] | None = None
 
     def initialize(
         self,
-        requests: Sequence["Request"] = (),
+        requests: Sequence[Request] = (),
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Make the mesh, check the files, load the tokenizer and then the weights.
@@ -286,14 +185,23 @@ class InferenceRunner:
         self.num_slots = self.runner.num_slots(self.mesh)
         self._admit_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
-        where = self.config, self.mesh, self.num_slots, self.pad_sizes
-        self._loaded = Serving(self.params, *where)
+        model = LoadedModel(self.params, self.config, self.mesh, self.num_slots, self.pad_sizes)
+        self._loaded = model, Scheduler(model)
 
     @property
-    def _serving(self) -> Serving:
+    def _scheduler(self) -> Scheduler:
+        return self._get_loaded()[1]
+
+    def _get_loaded(self) -> tuple[LoadedModel, Scheduler]:
         if self._loaded is None:
             raise ValueError(f"{self.name}: nothing is loaded yet; call initialize() first")
         return self._loaded
+
+    def _model_alone(self) -> LoadedModel:
+        """Return the model, with the memory of idle slots given up for what comes."""
+        model, scheduler = self._get_loaded()
+        scheduler.release()
+        return model
 
     def _check_size(self) -> None:
         """Raise ValueError, with the meshes that fit the model, if this machine has no such one."""
@@ -325,7 +233,7 @@ class InferenceRunner:
 
         Raises ValueError that names the field, what it may hold and what it holds.
         """
-        return self._serving.submit(Answering(request, self.config, self.vocabulary))
+        return self._scheduler.submit(Answering(request, self.config, self.vocabulary))
 
     def step(self, tokens: int = 1) -> list[Event]:
         """Do the next piece of work for all requests; returns the tokens that are new.
@@ -336,32 +244,32 @@ class InferenceRunner:
         as well. If it fails, the requests that were being answered are cancelled. Raises ValueError
         if `tokens` is not from 1 to 16.
         """
-        return self._serving.step(tokens)
+        return self._scheduler.step(tokens)
 
     @property
     def busy(self) -> bool:
         """Whether there are requests that have not ended."""
-        return not self._serving.idle
+        return not self._scheduler.idle
 
     @property
     def statistics(self) -> Statistics:
         """What has been done since it was last set to `Statistics()`."""
-        return self._serving.statistics
+        return self._scheduler.statistics
 
     @statistics.setter
     def statistics(self, statistics: Statistics) -> None:
-        self._serving.statistics = statistics
+        self._scheduler.statistics = statistics
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
         """Return an iterator over the tokens of one request; all others go on meanwhile.
 
         tokens: how many come at a time, as in `step`.
         """
-        return self._serving.stream(handle, tokens)
+        return self._scheduler.stream(handle, tokens)
 
     def cancel(self, handle: Handle) -> None:
         """End a request where it is; its slot is free for the next one. Its answer stays."""
-        self._serving.cancel(handle)
+        self._scheduler.cancel(handle)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, in their order. Raises ValueError before the first token.
@@ -392,18 +300,18 @@ class InferenceRunner:
     def _events(
         self, admitted: Sequence[Answering], phase: Callable[[str], object], tokens: int
     ) -> Iterator[Event]:
-        handles = [self._serving.submit(answering) for answering in admitted]
+        handles = [self._scheduler.submit(answering) for answering in admitted]
         index = {handle.number: i for i, handle in enumerate(handles)}
-        self._serving.phase = phase
+        self._scheduler.phase = phase
         try:
             while not all(handle.finished for handle in handles):
-                for event in self._serving.step(tokens):
+                for event in self._scheduler.step(tokens):
                     if event.request in index:
                         yield event._replace(request=index[event.request])
         finally:
-            self._serving.phase = lambda _: None
+            self._scheduler.phase = lambda _: None
             for handle in handles:
-                self._serving.cancel(handle)
+                self._scheduler.cancel(handle)
 
     def encode(self, prompt: str | Sequence[int], parse_special: bool = False) -> list[int]:
         """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
@@ -431,23 +339,7 @@ class InferenceRunner:
 
         Raises ValueError if T exceeds the context or an id is out of range.
         """
-        self._serving.release()
-        try:
-            tokens = np.atleast_2d(np.asarray(token_ids))
-        except ValueError as error:
-            raise ValueError("expected token ids [B, T], got rows of unlike lengths") from error
-        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
-            raise ValueError(
-                f"expected integer token ids [B, T], got {tokens.dtype} {list(tokens.shape)}"
-            )
-        self._check_length(tokens.shape[1])
-        self.encode(tokens.reshape(-1).tolist())
-        rows = []
-        for first in range(0, len(tokens), self.num_slots):
-            batch = tokens[first : first + self.num_slots]
-            parts = [np.asarray(part) for part in self._read(logits_step, batch)]
-            rows.append(np.concatenate(parts, axis=1)[: len(batch), : tokens.shape[1]])
-        return np.concatenate(rows)
+        return scoring.logits(self._model_alone(), token_ids)
 
     def inspect(
         self,
@@ -468,65 +360,12 @@ class InferenceRunner:
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.
         """
-        self._serving.release()
-        ids = self.encode(prompt)
-        if not ids:
-            raise ValueError("the prompt has no tokens; there is nothing to look at")
-        self._check_length(len(ids))
-        capture = check_sites(capture, hooks, self.config.model.num_experts)
-        layers = None
-        if capture_layers is not None:
-            layers = check_layers(capture_layers, self.config.model.num_layers)
-        length = len(ids)
-        if not hooks:
-            # One length for many prompts: each compiles. Pads at the end are seen by no token. A
-            # hook compiles anyway, and would meet them.
-            fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
-            length = min(-(-len(ids) // fine) * fine, self.config.sequence_len)
-        self._check_room(capture, layers, length)
-        tokens = np.full([self._rows, length], self.config.pad_token, np.int32)
-        tokens[:, : len(ids)] = ids
-        logits, captured = inspect_step(
-            self.params, tokens, config=self.config, mesh=self.mesh, capture=capture,
-            capture_layers=layers, hooks=tuple((hooks or {}).items()),
-        )  # fmt: skip
-        pieces = None
-        if self.tokenizer is not None:
-            pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
-        own = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
-        return Inspection(
-            np.array(ids, np.int32), pieces, np.asarray(logits[0, : len(ids)]), Captured(**own)
-        )
-
-    @property
-    def _rows(self) -> int:
-        """The fewest sequences that the mesh takes at once."""
-        return axis_size(self.mesh, self.config.model.data_axis)
-
-    def _check_room(
-        self, capture: Collection[str], layers: Sequence[int] | None, length: int
-    ) -> None:
-        """Raise ValueError if captured arrays take more than a device, or this host, has free."""
-        device = jax.local_devices()[0] if self.mesh is None else self.mesh.local_devices[0]
-        free, rows = _free_memory(device), self._rows
-        shapes = captured_shapes(
-            self.config.model, capture, batch=1, steps=length, positions=length,
-            layers=None if layers is None else len(layers),
-        )  # fmt: skip
-        logits = {"logits": (1, length, self.config.vocab_size)}
-        needed = nbytes(shapes | logits) * rows
-        if device.platform != "cpu":
-            # Each holds its sequence's arrays, and of what there is for each head its own heads.
-            whole = {site: shape for site, shape in shapes.items() if site not in HEAD_SITES}
-            heads = nbytes({site: shapes[site] for site in shapes if site in HEAD_SITES})
-            model = axis_size(self.mesh, all_model_axes(self.mesh, self.config.model.model_axis))
-            needed = nbytes(whole | logits) + heads // model
-        if free is not None and needed > free:
-            raise ValueError(
-                f"what is to be captured of {length} positions takes {needed / 2**30:.1f} GiB, and "
-                f"{free / 2**30:.1f} GiB are free; name fewer sites, fewer layers with "
-                "capture_layers=, or give a shorter prompt"
-            )
+        model, ids = self._model_alone(), self.encode(prompt)
+        found = inspecting.inspect(model, ids, capture, capture_layers, hooks)
+        if self.tokenizer is None:
+            return found
+        pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
+        return found._replace(pieces=pieces)
 
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
         """Return, for each text or list of token ids, the log-probability of each of its tokens.
@@ -541,66 +380,8 @@ class InferenceRunner:
         """Return what `score` does, and whether each token is the likeliest at its place."""
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
-        self._serving.release()
         bos = BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
-        context = self.config.sequence_len
-        scores, windows = [], []
-        for index, text in enumerate(texts):
-            ids = self.encode(text)
-            scores.append(TokenScores(np.zeros([len(ids)], np.float32), np.zeros([len(ids)], bool)))
-            inputs = np.array([bos, *ids[:-1]], np.int32)
-            stride = max(1, context // 2)
-            # The last window is the first one that reaches the end of the text.
-            for start in range(0, max(len(ids) - context, 0) + stride, stride):
-                if not ids:
-                    break
-                end = min(start + context, len(ids))
-                windows.append((index, start, inputs[start:end], np.array(ids[start:end])))
-        windows.sort(key=lambda window: -len(window[2]))  # those of like lengths together
-        for first in range(0, len(windows), self.num_slots):
-            batch = windows[first : first + self.num_slots]
-            longest = max(len(window[2]) for window in batch)
-            tokens, targets = np.zeros([2, len(batch), longest], np.int32)
-            for row, (_, _, inputs, wanted) in enumerate(batch):
-                tokens[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
-            parts = [jax.device_get(part) for part in self._read(score_step, tokens, targets)]
-            found = [np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)]
-            for row, (index, start, inputs, _) in enumerate(batch):
-                new = 0 if start == 0 else context - stride
-                end = start + len(inputs)
-                for whole, part in zip(scores[index], found, strict=True):
-                    whole[start + new : end] = part[row, new : len(inputs)]
-        return scores
-
-    def _check_length(self, length: int) -> None:
-        if length > self.config.sequence_len:
-            raise ValueError(
-                f"expected at most the context of {self.config.sequence_len} tokens, got {length}"
-            )
-
-    def _read(self, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
-        """Run `step` over int arrays [<= B, T] in chunks of one compiled length."""
-        rows, length = arrays[0].shape
-        size = next((s for s in self.pad_sizes if s >= length), self.pad_sizes[-1])
-        padded = -(-length // size) * size
-        whole = np.zeros([len(arrays), self.num_slots, padded], np.int32)
-        whole[:, :rows, :length] = arrays
-        memory = new_memory(config=self.config, batch=self.num_slots, mesh=self.mesh)
-        for first in range(0, padded, size):
-            chunk = whole[:, :, first : first + size]
-            result, memory = step(self.params, memory, *chunk, config=self.config, mesh=self.mesh)
-            yield result
-
-
-def _first_row(site: str, array: jax.Array | None, length: int) -> np.ndarray | None:
-    """Return what a site holds of the first sequence's first positions, without the axis B."""
-    if array is None:
-        return None
-    if site == "embeddings":
-        return np.asarray(array[0, :length])
-    if site == "attention_weights":
-        return np.asarray(array[:, 0, :, :length, :length])
-    return np.asarray(array[:, 0, :length])
+        return scoring.score(self._model_alone(), [self.encode(text) for text in texts], bos)
 
 
 def with_settings(
@@ -618,18 +399,6 @@ def with_settings(
         fprop_dtype=jnp.dtype(dtype).type,
         sequence_len=context or config.sequence_len,
     )
-
-
-@functools.cache
-def has_kernels() -> bool:
-    """Whether there are kernels for the platform that jax runs on; says so, once, if not."""
-    try:
-        chosen.load()
-    except KernelError as error:
-        platform = jax.default_backend().upper()
-        say(f"note: running without the {platform} kernels, which is slower: {error}")
-        return False
-    return True
 
 
 def load_server(
@@ -653,8 +422,8 @@ def load_server(
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
     context: how many tokens a sequence has room for, at most the model's own context, the default.
     pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use
-    those in kernels/, which are compiled when they are first wanted; where that cannot be, one
-    sentence on standard error says so, and the plain form does the same, only slower. On a GPU they
+    those in grok1/kernels, which are compiled when they are first wanted; where that cannot be, a
+    warning in the log says so, and the plain form does the same, only slower. On a GPU they
     are for bfloat16.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
@@ -663,10 +432,10 @@ def load_server(
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
     if slots < 1:
         raise ValueError(f"slots: expected at least 1, got {slots}")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
     config = with_settings(read_model_config(directory), dtype, context)
-    wanted = kernels and (dtype == "bfloat16" or jax.default_backend() == "cpu")
-    if wanted and has_kernels():
+    wanted = kernels and (dtype == "bfloat16" or backend.on_cpu())
+    if wanted and chosen.available():
         inner = dataclasses.replace(config.model, kernels=True)
         config = dataclasses.replace(config, model=inner)
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok1 import backend
 from model import LanguageModelConfig
 from random_models import RANKS, as_loaded
 
@@ -38,7 +39,7 @@ class Machine:
         dtype = config.fprop_dtype
         precision = "highest" if dtype == jnp.float32 else None
         self._multiply = jax.jit(functools.partial(jnp.dot, precision=precision))
-        self._on_cpu = jax.default_backend() == "cpu"
+        self._on_cpu = backend.on_cpu()
         rows, inputs, outputs = (128, 1536, 8192) if self._on_cpu else (4096, 6144, 8192)
         self._product = jnp.ones([rows, inputs], dtype), jnp.ones([inputs, outputs], dtype)
         self._operations = 2 * rows * inputs * outputs

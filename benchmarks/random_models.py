@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok1 import backend
 from grok1.formats.loading import aligned_empty
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving.steps import stored_shapes
@@ -62,7 +63,7 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any
 
     groups: of each matrix' scales, if not as released: a rank of eight has one.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = backend.on_cpu()
     draw = _draw_on_host if on_cpu else _draw_on_device
 
     def leaf(path: Any, shape: Any) -> Any:

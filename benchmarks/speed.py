@@ -54,12 +54,16 @@ import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 
 import baseline  # noqa: E402
+from grok1 import backend  # noqa: E402
 from grok1.cli import compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
+from grok1.kernels import chosen as kernels  # noqa: E402
+from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import Answering, Request  # noqa: E402
-from grok1.serving.scheduler import Serving  # noqa: E402
+from grok1.serving.scheduler import Scheduler  # noqa: E402
 from grok1.serving.steps import (  # noqa: E402
     MOST_TOKENS,
+    LoadedModel,
     State,
     abstract_inputs,
     apply_model,
@@ -80,13 +84,7 @@ from limits import (  # noqa: E402
 )
 from model import LanguageModelConfig  # noqa: E402
 from random_models import grok_1_rank, quarter, random_params  # noqa: E402
-from runner import (  # noqa: E402
-    available_memory,
-    has_kernels,
-    load_server,
-    read_model_config,
-    with_settings,
-)
+from runner import load_server, read_model_config, with_settings  # noqa: E402
 
 CONFIGS = "quarter", "demo", "grok-1-rank"
 FORMS = "baseline", "plain", "kernels"
@@ -113,7 +111,7 @@ def make_config(options: argparse.Namespace) -> LanguageModelConfig:
         config = read_model_config(ROOT / "checkpoints/demo")
     else:
         config = quarter() if options.config == "quarter" else grok_1_rank(options.layers)
-    on_cpu = jax.default_backend() == "cpu" and options.config != "grok-1-rank"
+    on_cpu = backend.on_cpu() and options.config != "grok-1-rank"
     return with_settings(config, "float32" if on_cpu else "bfloat16", None)
 
 
@@ -324,10 +322,11 @@ def draw_first_token(options: argparse.Namespace) -> None:
     """Start as a server does, read a prompt of 128 tokens, and print when the first token came."""
     compile_cache.enable()
     config = make_config(options)
-    if has_kernels():
-        model = dataclasses.replace(config.model, kernels=True)
-        config = dataclasses.replace(config, model=model)
-    engine = Serving(make_params(options, config), config, None, 1, [PROMPT])
+    if kernels.available():
+        inner = dataclasses.replace(config.model, kernels=True)
+        config = dataclasses.replace(config, model=inner)
+    model = LoadedModel(make_params(options, config), config, None, 1, [PROMPT])
+    engine = Scheduler(model)
     prompt = random_prompt(config, PROMPT, 0).tolist()
     request = Request(prompt, temperature=0.7, ignore_eos=True, max_len=2)
     engine.submit(Answering(request, config, None))
@@ -344,7 +343,7 @@ def draw_first_token(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures of a run."""
-    names = [name for name in options.forms if name != "kernels" or has_kernels()]
+    names = [name for name in options.forms if name != "kernels" or kernels.available()]
     if not names:
         raise ValueError("--forms: there are no kernels here, and no other form was asked for")
     config = make_config(options)
@@ -394,7 +393,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _check_memory(config: LanguageModelConfig, batch: int) -> None:
     """Raise ValueError if the model and one form's caches do not fit this machine."""
     free, needed = available_memory(), device_bytes(config, None, batch)
-    if jax.default_backend() == "cpu" and free is not None and needed > free:
+    if backend.on_cpu() and free is not None and needed > free:
         raise ValueError(
             f"the model and {batch} caches take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} "
             "GiB are free; give smaller --batches, or fewer --layers of grok-1-rank"

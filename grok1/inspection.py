@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grok1.checks import is_integer
+
 Hook = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -147,8 +149,7 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
         raise wrong
     found = []
     for layer in layers:
-        whole = hasattr(layer, "__index__") and not isinstance(layer, bool)
-        if not whole or not -num_layers <= layer < num_layers:
+        if not is_integer(layer) or not -num_layers <= layer < num_layers:
             raise wrong
         found.append(int(layer) % num_layers)
     if len({*found}) != len(found) or not found:

@@ -8,6 +8,8 @@ mostly fewer, since a CPU's converts some arrays for its products; the rest is t
 Sizes are in bytes, and per device unless they say otherwise.
 """
 
+from __future__ import annotations
+
 import bisect
 import dataclasses
 import functools
@@ -17,14 +19,13 @@ import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-import checkpoint
 from grok1 import hlo
-from grok1.formats import forms
+from grok1.formats import forms, layout
 from grok1.formats.pickle_file import nbytes
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import (
@@ -34,6 +35,7 @@ from grok1.parallel.sharding import (
     named_shardings,
     parameter_specs,
 )
+from grok1.serving.memory_budget import available_memory
 from grok1.serving.steps import (
     abstract_inputs,
     decode,
@@ -43,8 +45,9 @@ from grok1.serving.steps import (
     prefill,
     stored_shapes,
 )
-from model import LanguageModelConfig, grok_1
-from runner import available_memory, config_in, with_settings
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
@@ -160,17 +163,6 @@ def make_plan(
     return dataclasses.replace(found, verdict=verdict(config, found))
 
 
-def read_config(
-    directory: Path | None, dtype: str | None, context: int | None
-) -> LanguageModelConfig:
-    """Return the configuration to plan for: that of a checkpoint, or else Grok-1's own.
-
-    dtype: of the activations, by default bfloat16. context: at most the model's. Raises ValueError.
-    """
-    config = grok_1() if directory is None else config_in(directory)
-    return with_settings(config, dtype or "bfloat16", context)
-
-
 # ----------------------------------------------------------------------------------- on which mesh
 
 
@@ -276,7 +268,7 @@ def loading_bytes(config: LanguageModelConfig, sizes: Sizes) -> int:
     mesh, shapes = mesh_of(config, sizes), config.param_shapes()
     own = on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
     slices = [
-        nbytes(array) // (array.shape[0] if module.startswith(checkpoint.STACKED) else 1)
+        nbytes(array) // (array.shape[0] if module.startswith(layout.STACKED) else 1)
         for module, leaves in own.items()
         for array in jax.tree.leaves(leaves)
     ]
@@ -400,8 +392,7 @@ def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, An
     form: "released" or "safetensors"; of the first, without a checkpoint, all files are missing.
     problem: what is wrong with files that are all there, else None.
     """
-    shapes = config.param_shapes()
-    records = checkpoint.files(shapes)
+    records = layout.files(config.param_shapes())
     form = forms.form(directory) or forms.RELEASED
     found: dict[str, Any] = {
         "directory": str(directory),
@@ -425,7 +416,7 @@ def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, An
         }
     if not found["missing"] and not found["wrong_size"]:
         try:
-            checkpoint.check_files(directory, shapes)
+            layout.check_files(directory, records)
         except forms.CheckpointError as error:
             found["problem"] = str(error)
     return found

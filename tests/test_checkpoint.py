@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import checkpoint
 import reference
 from checkpoint import CheckpointError
-from grok1.formats import atomic, forms, pickle_file
+from grok1.formats import atomic, pickle_file
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1

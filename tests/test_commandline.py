@@ -131,7 +131,7 @@ def test_an_interrupt_that_wakes_nobody_is_felt_all_the_same() -> None:
     over.set()
 
 
-@pytest.mark.parametrize("command", ["run", "conversion"])
+@pytest.mark.parametrize("command", ["run", "checkpoint"])
 def test_a_second_ctrl_c_ends_a_command_that_is_ending(command: str) -> None:
     program = f"""
 import os, signal, time, {command} as command

@@ -20,13 +20,12 @@ import pytest
 import checkpoint
 import golden
 import run
-from checkpoint import CheckpointError
-from grok1.formats import conversion, forms, safetensors
-from grok1.formats.conversion import convert, verify
+from checkpoint import CheckpointError, convert, verify
+from grok1.formats import forms, safetensors
 from model import LanguageModelConfig, TransformerConfig
 from small import assert_same, random_params
 
-ROOT = pathlib.Path(conversion.__file__).parent
+ROOT = pathlib.Path(checkpoint.__file__).parent
 INDEX, WORK = forms.INDEX, forms.WORK
 
 
@@ -134,7 +133,7 @@ def test_arrays_are_not_held_in_memory(tmp_path: pathlib.Path) -> None:
 import threading, time
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import jax, jax.numpy as jnp, numpy as np
-import checkpoint, conversion, model, runner
+import checkpoint, model
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
@@ -151,9 +150,9 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-there = conversion.convert({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "safetensors")
-conversion.convert({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}, "released")
-conversion.verify({str(tmp_path / "b")!r})
+there = checkpoint.convert({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "safetensors")
+checkpoint.convert({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}, "released")
+checkpoint.verify({str(tmp_path / "b")!r})
 done = True
 thread.join()
 print(there.total, peak - before)
@@ -393,7 +392,7 @@ def test_a_wrong_command_line_is_one_sentence(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        conversion.main(arguments)
+        checkpoint.main(arguments)
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1
@@ -459,7 +458,7 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     shutil.copytree(released, tmp_path / "released")
     arguments = make(tmp_path)
     before = contents(tmp_path)
-    assert conversion.main([str(argument) for argument in arguments]) == 1
+    assert checkpoint.main([str(argument) for argument in arguments]) == 1
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
     assert part in output.err and not output.out
@@ -482,13 +481,11 @@ def test_a_config_that_is_not_the_sources_is_not_left(
     monkeypatch: pytest.MonkeyPatch, released: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Without config.json, a checkpoint is Grok-1: a stale one would make it another model."""
-    import runner
-
     shutil.copytree(released, tmp_path / "source")
     (tmp_path / "source/config.json").unlink()
     (tmp_path / "target").mkdir()
     (tmp_path / "target/config.json").write_text("{}")
-    monkeypatch.setattr(runner, "grok_1", lambda: model(3))
+    monkeypatch.setattr(checkpoint, "grok_1", lambda: model(3))
     with pytest.raises(CheckpointError, match="target/config.json: expected only files that the n"):
         convert(tmp_path / "source", tmp_path / "target", "safetensors")
     (tmp_path / "target/config.json").unlink()
@@ -514,9 +511,9 @@ def test_a_write_that_fails_is_one_sentence_and_can_go_on(
     source, expected = (released, safe) if form == "safetensors" else (safe, released)
     limited = (
         f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); "
-        "from grok1.formats import conversion; "
+        "import checkpoint; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
-        "sys.exit(conversion.main(['convert', *sys.argv[1:]]))"
+        "sys.exit(checkpoint.main(['convert', *sys.argv[1:]]))"
     )
     process = subprocess.run(
         [sys.executable, "-c", limited, source, tmp_path, "--to", form],
@@ -610,8 +607,8 @@ def test_kills_at_random_moments_end_in_the_same_bytes(
 def test_the_command_touches_no_device(safe: pathlib.Path) -> None:
     """On a machine whose accelerators are in use, it must not take their memory."""
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from grok1.formats import conversion; "
-        f"status = conversion.main(['verify', {str(safe)!r}]); "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; "
+        f"status = checkpoint.main(['verify', {str(safe)!r}]); "
         "from jax._src import xla_bridge; sys.exit(status or xla_bridge.backends_are_initialized())"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

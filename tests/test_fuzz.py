@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import checkpoint
-from grok1.formats import conversion, forms, pickle_file
+from grok1.formats import forms, pickle_file
 from grok1.formats.forms import CheckpointError
 from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, TransformerConfig
@@ -110,7 +110,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def safetensors(released: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory = tmp_path_factory.mktemp("safetensors")
-    conversion.convert(released.directory, directory, forms.SAFETENSORS)
+    checkpoint.convert(released.directory, directory, forms.SAFETENSORS)
     return Checkpoint(directory, "*.safetensors*")
 
 
@@ -328,6 +328,6 @@ def test_a_flipped_weight_is_found_by_verify_if_not_by_load(
         content[place] ^= 1 << rng.integers(8)
         copy.write_bytes(content)
         checkpoint.load(tmp_path / "copy", safetensors.shapes)
-        _, problems = conversion.verify(tmp_path / "copy")
+        _, problems = checkpoint.verify(tmp_path / "copy")
         assert len(problems) == 1 and str(copy) in problems[0]
         copy.write_bytes(safetensors.original[path])

@@ -11,9 +11,9 @@ import pytest
 
 import golden
 import reference
-import runner as runner_module
 from grok1 import inspection
 from grok1.inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
+from grok1.serving import memory_budget
 from grok1.serving.steps import apply_model, new_memory
 from model import LanguageModelConfig, Router, TransformerConfig, grok_1
 
@@ -478,7 +478,7 @@ def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):
 
     with pytest.raises(ValueError, match="hooks: 'embeddings' must be a hashable function .*got"):
         server.inspect([5], hooks={"embeddings": Unhashable()})
-    monkeypatch.setattr(runner_module, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(memory_budget, "available_memory", lambda: 2**20)
     server.inspect([5] * 10, ("router_probs",))
     with pytest.raises(ValueError, match=r"takes \d\.\d GiB, and 0\.0 GiB are free; name fewer"):
         server.inspect([5] * 48, CAPTURE_SITES)

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import checkpoint
 import golden
 from checkpoint import CheckpointError
-from grok1.formats import loading
+from grok1.formats import layout, loading
 from grok1.parallel.sharding import make_mesh, named_shardings, parameter_specs
 from model import grok_1
 
@@ -272,14 +272,14 @@ def test_a_file_that_changes_after_the_check_is_named(
 ) -> None:
     tree, _ = one_array(tmp_path, 3, 64, 50)
     path = tmp_path / "ckpt-0" / "tensor00001_000"
-    check = checkpoint._check_files
+    check = layout.check_files
 
     def then_cut(*arguments: Any) -> Any:
         headers = check(*arguments)
         os.truncate(path, 100)
         return headers
 
-    monkeypatch.setattr(checkpoint, "_check_files", then_cut)
+    monkeypatch.setattr(layout, "check_files", then_cut)
     with pytest.raises(CheckpointError, match=f"{path} .*: expected the file that was checked"):
         checkpoint.load(tmp_path, tree)
     assert not loading_threads()

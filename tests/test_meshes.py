@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoint
 import golden
-from grok1.formats import conversion, forms
+from grok1.formats import forms
 from model import LanguageModelConfig, TransformerConfig
 from runner import InferenceRunner, ModelRunner, Request
 
@@ -137,8 +138,8 @@ def test_groups_of_scales_need_not_be_those_of_the_mesh(heads, model, experts):
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_safetensors_and_back_compute_the_same_from_the_same_bytes(name, tmp_path):
     first, second = tmp_path / "safetensors", tmp_path / "released"
-    conversion.convert(golden.DIRECTORY / name, first, forms.SAFETENSORS)
-    conversion.convert(first, second, forms.RELEASED)
+    checkpoint.convert(golden.DIRECTORY / name, first, forms.SAFETENSORS)
+    checkpoint.convert(first, second, forms.RELEASED)
     originals = sorted((golden.DIRECTORY / name / "ckpt-0").iterdir())
     assert [path.name for path in sorted((second / "ckpt-0").iterdir())] == [
         path.name for path in originals

@@ -18,7 +18,7 @@ import pytest
 import checkpoint
 import golden
 from grok1 import plan
-from grok1.formats import conversion, forms
+from grok1.formats import forms
 from grok1.parallel.sharding import make_mesh
 from grok1.serving.steps import abstract_inputs, prefill
 from model import grok_1
@@ -275,7 +275,7 @@ def test_files_that_are_not_there_need_room(tmp_path):
 
 
 def test_safetensors_count_as_files(tmp_path):
-    conversion.convert(golden.DIRECTORY / "three-layers", tmp_path, forms.SAFETENSORS)
+    checkpoint.convert(golden.DIRECTORY / "three-layers", tmp_path, forms.SAFETENSORS)
     found = plan.make_plan(TINY, (1, 1), directory=tmp_path)
     assert found.files["problem"] is None and ";" not in found.verdict
     assert "files     safetensors in " in plan.in_words(found)

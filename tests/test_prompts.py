@@ -12,7 +12,6 @@ import pytest
 import checkpoint
 import test_run
 from grok1.cli import prompts
-from grok1.serving import request
 from grok1.serving.request import Request
 from test_run import PROMPT, Command, assert_one_sentence
 
@@ -149,10 +148,6 @@ def test_a_wrong_number_of_answers_is_told_even_of_the_only_prompt(
     file.write_text('{"prompt": "A", "num_samples": 0}\n')
     result = command("--checkpoint", tiny, "--prompts-file", file, "--output", tmp_path / "out")
     assert_one_sentence(result, 1, f"error: {file}, line 1: num_samples must be", "got 0")
-
-
-def test_the_command_line_and_requests_agree_on_the_most_answers() -> None:
-    assert prompts.MOST_SAMPLES == request.MOST_SAMPLES
 
 
 def test_every_field_of_a_request_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:

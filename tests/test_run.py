@@ -484,7 +484,7 @@ def test_too_little_memory_is_answered_with_one_sentence(
     result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
     sentence = "weights and cache take 954605.6 GiB here, and ", "run.py --plan says what fits"
     assert_one_sentence(result, 1, *sentence)
-    monkeypatch.setattr("runner.available_memory", lambda: None)
+    monkeypatch.setattr("grok1.serving.memory_budget.available_memory", lambda: None)
     result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
     assert_one_sentence(result, 1, "too little memory for the model or its cache", "; use more dev")
 

@@ -545,7 +545,7 @@ def test_a_device_with_too_little_memory_is_told_before_anything_is_loaded(monke
 
     config = golden.config("three-layers", "float32")
     runner = ModelRunner(config, 1, golden.DIRECTORY / "three-layers")
-    monkeypatch.setattr("runner.jax.local_devices", lambda: [Small()])
+    monkeypatch.setattr("grok1.serving.memory_budget.jax.local_devices", lambda: [Small()])
     monkeypatch.setattr("runner.checkpoint.load", None)
     message = r"weights and cache take 0.0 GiB on each device, and 0.0 GiB are free; .*MEM_FRACTION"
     with pytest.raises(ValueError, match=message):

@@ -198,7 +198,7 @@ def test_requests_wait_in_order_and_one_that_waits_can_be_cancelled():
 
 def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(monkeypatch):
     drain()
-    order, deliver = [], scheduler.Serving._deliver
+    order, deliver = [], scheduler.Scheduler._deliver
 
     def dispatched(name):
         step = getattr(scheduler, name)
@@ -215,7 +215,7 @@ def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(
 
     for name in ("prefill", "first_token", "decode"):
         dispatched(name)
-    monkeypatch.setattr(scheduler.Serving, "_deliver", delivered)
+    monkeypatch.setattr(scheduler.Scheduler, "_deliver", delivered)
     list(server().generate_events([Request([5], max_len=4, ignore_eos=True)]))
     # The first token, for which nothing else waits; then one step ahead.
     begin = ["prefill", "first_token", "read"]
@@ -225,13 +225,13 @@ def test_the_next_step_is_on_its_way_before_the_tokens_of_the_last_one_are_read(
 def test_scoring_frees_the_memory_of_slots_that_nobody_uses():
     drain()
     server().generate([Request([5], temperature=0.0, stop_tokens=[1], max_len=3)])
-    assert not server().busy and server()._serving._state is not None
+    assert not server().busy and server()._scheduler._state is not None
     server().score([[5, 6]])
-    assert server()._serving._state is None
+    assert server()._scheduler._state is None
     handle = server().submit(Request([5], max_len=3, ignore_eos=True))
     server().step()
     server().score([[5, 6]])  # which leaves what is running alone
-    assert server()._serving._state is not None
+    assert server()._scheduler._state is not None
     assert len(list(server().stream(handle))) == 3
 
 
@@ -239,7 +239,7 @@ def test_an_answer_that_others_cancel_is_what_there_is_of_it():
     drain()
     events = server().generate_events([Request([5], max_len=30, ignore_eos=True)])
     tokens = [next(events).token_id]
-    handle = next(taken for taken in server()._serving._slots if taken is not None).handle
+    handle = next(taken for taken in server()._scheduler._slots if taken is not None).handle
     server().cancel(handle)
     tokens += [event.token_id for event in events]  # what was drawn before
     assert handle.completion.finish_reason == "cancelled"
@@ -285,7 +285,7 @@ def test_after_one_request_coming_and_going_compiles_nothing_new():
     server.cancel(handles[2])
     while server.busy:
         server.step(8)
-    server._serving.release()
+    server._scheduler.release()
     server.generate([Request([5] * 40, max_len=2, num_samples=3)])
     assert [function._cache_size() for function in functions] == compiled
 

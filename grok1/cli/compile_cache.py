@@ -1,12 +1,13 @@
 """Compiled programs are kept, so that the next start does not compile them again."""
 
-import hashlib
 import os
-import platform
 import warnings
 from pathlib import Path
 
 import jax
+
+from grok1.backend import on_cpu
+from grok1.cache_directory import default_directory
 
 # A file whose time says up to when the entries have been looked at.
 CHECKED = "checked"
@@ -22,7 +23,7 @@ def enable() -> str | None:
     enabled = jax.config.values["jax_enable_compilation_cache"]
     if not enabled or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
-    if jax.__version_info__ < FIRST_QUIET and jax.default_backend() == "cpu":
+    if jax.__version_info__ < FIRST_QUIET and on_cpu():
         return None
     try:
         directory = default_directory()
@@ -36,29 +37,6 @@ def enable() -> str | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return None
-
-
-def default_directory() -> Path:
-    """Return the directory for programs compiled on this kind of machine."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # others are not valid
-        base = Path.home() / ".cache"
-    return base / "grok-1-jax" / machine()
-
-
-def machine() -> str:
-    """Return a name for this kind of processor: code for another one might not run here.
-
-    jax's own keys do not tell them apart, and a home directory may be that of many machines.
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    # As x86 and ARM call what a processor can do.
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    found = f"{platform.system()} {platform.processor()} {features}"
-    return f"{platform.machine()}-{hashlib.sha256(found.encode()).hexdigest()[:8]}"
 
 
 def remove_cut_entries(directory: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grok1.cli.console import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
-from grok1.cli.prompts import MOST_SAMPLES
 from grok1.parallel import multihost
+from grok1.serving.limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_SAMPLES
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -93,14 +93,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--repetition-penalty",
-        type=number(1e-6, 1e6, float, "a number from 1e-06 to 1e+06"),
+        type=number(
+            1 / LARGEST_PENALTY,
+            LARGEST_PENALTY,
+            float,
+            f"a number from {1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}",
+        ),
         default=1.0,
         metavar="X",
         help="above 1 tokens of prompt and answer come back less (1)",
     )
     add(
         "--presence-penalty",
-        type=number(-1e9, 1e9, float, "a number from -1e+09 to 1e+09"),
+        type=number(
+            -LARGEST_BIAS,
+            LARGEST_BIAS,
+            float,
+            f"a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}",
+        ),
         default=0.0,
         metavar="X",
         help="above 0 tokens of the answer come back less (0)",

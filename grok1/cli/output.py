@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grok1.checks import is_integer
+
 Place = tuple[int, int]  # of an answer: which prompt it is to, and which one of that prompt's
 # What every line of an output file begins with.
 BEGINNING = b'{"index": '
@@ -199,7 +201,7 @@ class AnswerFile:
             index, sample, found = fields["index"], fields["sample"], fields["fingerprint"]
         except (ValueError, TypeError, KeyError, RecursionError):
             self._refuse(line, place)
-        if not isinstance(index, int) or not 0 <= index < len(self.fingerprints):
+        if not is_integer(index) or not 0 <= index < len(self.fingerprints):
             raise ValueError(
                 f"{place}: expected the index of one of {len(self.fingerprints)} prompts, got "
                 f"{index!r}; give the prompts that the file was begun with, or name another file"
@@ -210,7 +212,7 @@ class AnswerFile:
                 "another prompt, other settings or another model; give those that the file was "
                 "begun with, or name another file"
             )
-        known = isinstance(sample, int) and (index, sample) in self.places
+        known = is_integer(sample) and (index, sample) in self.places
         if not known or (index, sample) in self.done:
             raise ValueError(
                 f"{place}: expected each answer once, got number {sample!r} of prompt {index + 1} "

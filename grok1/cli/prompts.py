@@ -13,8 +13,10 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from grok1.checks import is_integer
+from grok1.serving.limits import MOST_SAMPLES
+
 STANDARD_INPUT = "-"
-MOST_SAMPLES = 1024  # as in request.py, which takes seconds to import
 
 
 class Line(NamedTuple):
@@ -103,7 +105,7 @@ def _parse(text: str, place: str) -> Line:
     if "prompt" not in fields:
         raise ValueError(f'{place}: expected the key "prompt", got {_short(text)}')
     prompt, name = fields.pop("prompt"), fields.pop("id", None)
-    ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    ids = isinstance(prompt, list) and all(map(is_integer, prompt))
     if not isinstance(prompt, str) and not ids:
         raise ValueError(
             f"{place}: prompt: expected a text or a list of token ids, got {_shown(prompt)}"
@@ -153,7 +155,7 @@ def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
     for index in range(len(options.prompts)):
         wanted = fields_of(options, index)["num_samples"]
         # Any other number is refused when the requests are checked.
-        good = type(wanted) is int and 1 <= wanted <= MOST_SAMPLES
+        good = is_integer(wanted) and 1 <= wanted <= MOST_SAMPLES
         found += [(index, i) for i in range(wanted if good else 1)]
     return found
 

@@ -1,35 +1,30 @@
 """Converts a checkpoint between its two forms, and verifies checksums.
 
-python checkpoint.py convert SRC DST --to safetensors
-python checkpoint.py convert SRC DST --to released
-python checkpoint.py verify DIR
-
 While it lasts, DST/.converting holds the files that are being written and `state.json`: which are
 finished, and from which source. Every finished file is renamed to its place, so that whatever ends
 the command, a power cut included, the same command goes on after the last finished file.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-import checkpoint
-from grok1.cli.console import ByteProgress, Parser, Worker, end_at_next_interrupt, say
-from grok1.formats import atomic, forms, pickle_file, safetensors
+from grok1.formats import atomic, forms, layout, pickle_file, safetensors
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress, map_array
 
 _COPIED = ("config.json", "tokenizer.model")
 _STATE = "state.json"
+_log = logging.getLogger(__name__)
 _THREADS = 4  # that compute checksums
 _HEADER = 256  # bytes, about, of a tensor in a safetensors header
 
@@ -90,9 +85,15 @@ class State:
 
 
 def convert(
-    source: Directory, target: Directory, form: str, progress: Progress | None = None
+    source: Directory,
+    target: Directory,
+    form: str,
+    shapes: layout.Params,
+    progress: Progress | None = None,
 ) -> Job:
     """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
+
+    shapes: what the files of `source` must hold, as in `layout.files`.
 
     Arrays go from file to file without being held in memory. Files that an earlier, interrupted
     call has finished are kept if the source is still the same. The source's checksums are verified
@@ -101,7 +102,7 @@ def convert(
     progress: called as progress(bytes_done, bytes_total). Raises CheckpointError (a ValueError) in
     one sentence; what was finished stays, and the same call goes on from there.
     """
-    job = _plan(os.fspath(source), os.fspath(target), form)
+    job = _plan(os.fspath(source), os.fspath(target), form, shapes)
     with _writing(job.target):
         state = _read_state(job)
         _check_space(job, state)
@@ -122,17 +123,13 @@ def convert(
 _CHANGED = "some that changed meanwhile", "start the same command again when nothing writes there"
 
 
-def _plan(source: str, target: str, form: str) -> Job:
+def _plan(source: str, target: str, form: str, shapes: layout.Params) -> Job:
     """Check all that can be checked before the first byte is written."""
-    from runner import read_model_config  # Takes seconds.
-
-    config = read_model_config(source)
     if forms.form(source) == form:
         remedy = f"name another form than {form} with --to"
         raise error(source, "a checkpoint in another form", f"one that is {form} already", remedy)
-    shapes = config.param_shapes()
-    records = checkpoint.files(shapes)
-    located = _locate(source, shapes)
+    records = layout.files(shapes)
+    located = _locate(source, records)
     if form == forms.SAFETENSORS:
         checksums: Mapping[str, str] = {}
         outputs = [_safe_output(*item) for item in safetensors.layout(records).items()]
@@ -146,11 +143,11 @@ def _plan(source: str, target: str, form: str) -> Job:
     return job
 
 
-def _locate(directory: Directory, shapes: Any) -> dict[str, pickle_file.Located]:
+def _locate(directory: Directory, records: list[TensorFile]) -> dict[str, pickle_file.Located]:
     """Return where each tensor lies in a checkpoint of either form, all headers checked."""
     located: dict[str, pickle_file.Located] = {}
-    leaves = checkpoint.check_files(directory, shapes)
-    for record, leaf in zip(checkpoint.files(shapes), leaves, strict=True):
+    leaves = layout.check_files(directory, records)
+    for record, leaf in zip(records, leaves, strict=True):
         located |= safetensors.tensors(record, leaf)
     return located
 
@@ -165,7 +162,7 @@ def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]
     """Return a digest of what is converted: the names, sizes and times of all files."""
     paths = {array.path for array in located.values()}
     paths |= {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
-    seen: list[Any] = [form, checkpoint.read_config(source)]
+    seen: list[Any] = [form, layout.read_config(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(path)
@@ -203,7 +200,7 @@ def _tensor_files(job: Job) -> set[str]:
     if job.form == forms.SAFETENSORS:
         return {name for name in os.listdir(job.target) if name.endswith(".safetensors")}
     folder = os.path.join(job.target, forms.FOLDER)
-    return {f"{forms.FOLDER}/{name}" for name in checkpoint.tensor_names(folder)}
+    return {f"{forms.FOLDER}/{name}" for name in layout.tensor_names(folder)}
 
 
 def _check_space(job: Job, state: State | None) -> None:
@@ -284,10 +281,10 @@ def _read_state(job: Job) -> State | None:
     except FileNotFoundError:
         return None
     except (TypeError, ValueError, RecursionError):
-        say(f"{path} is damaged: starting anew")
+        _log.warning("%s is damaged: starting anew", path)
         return None
     if state.identity != job.identity:
-        say(f"{job.source} is not what {job.target} was begun with: starting anew")
+        _log.warning("%s is not what %s was begun with: starting anew", job.source, job.target)
         return None
     return state
 
@@ -380,17 +377,18 @@ def _mismatch(
 # ----------------------------------------------------------------------------------------- verify
 
 
-def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
+def verify(
+    directory: Directory, shapes: layout.Params, progress: Progress | None = None
+) -> tuple[str, list[str]]:
     """Check all headers of a checkpoint and, if it holds checksums, every value.
+
+    shapes: what the files must hold, as in `layout.files`.
 
     Returns a sentence that says what was checked, and one for each tensor that is not what it was.
     Raises CheckpointError (a ValueError) if the files cannot be those of a checkpoint.
     """
-    from runner import read_model_config  # Takes seconds.
-
-    shapes = read_model_config(directory).param_shapes()
-    records = checkpoint.files(shapes)
-    located = _locate(directory, shapes)
+    records = layout.files(shapes)
+    located = _locate(directory, records)
     if forms.form(directory) == forms.RELEASED:
         return (
             f"{directory}: the names, sizes and headers of {len(records)} files with "
@@ -429,68 +427,3 @@ def _verify_tensors(
             if found != checksums[name]:
                 problems[name] = str(_mismatch(name, located[name], checksums[name], found))
     return [problems[name] for name in located if name in problems]
-
-
-# ---------------------------------------------------------------------------------------- the shell
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
-    parser = Parser(
-        prog="checkpoint.py",
-        description=(__doc__ or "").splitlines()[0],
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")
-    text = "write a checkpoint in another form; interrupted, the same command goes on"
-    command = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
-    command.add_argument("source", metavar="SRC", help="directory that holds the checkpoint")
-    command.add_argument("target", metavar="DST", help="directory to write to; made if need be")
-    command.add_argument(
-        "--to",
-        choices=(forms.SAFETENSORS, forms.RELEASED),
-        required=True,
-        help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
-    )
-    text = "check all headers and, of safetensors, the checksum of every tensor"
-    command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
-    command.add_argument("directory", metavar="DIR", help="directory that holds the checkpoint")
-    return parser.parse_args(arguments)
-
-
-def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
-    """Carry out the command; returns the exit status."""
-    if options.command == "verify":
-        summary, problems = verify(options.directory, progress)
-        progress.close()
-        for problem in problems:
-            say(f"error: {problem}")
-        print(summary, flush=True)
-        return 1 if problems else 0
-    job = convert(options.source, options.target, options.to, progress)
-    progress.close()
-    print(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors", flush=True)
-    return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    worker = Worker()
-    progress = ByteProgress("checkpoint")
-    try:
-        options = parse_arguments(arguments)
-        return worker.call(_run, options, progress)
-    except KeyboardInterrupt:
-        end_at_next_interrupt()
-        progress.close()
-        say("interrupted; the same command goes on from here")
-        os._exit(130)  # sys.exit would wait for the worker
-    except BrokenPipeError:
-        os._exit(141)  # the reader has gone
-    except (ValueError, OSError) as problem:
-        progress.close()
-        say(f"error: {problem}")
-        return 1
-    except ModuleNotFoundError as problem:
-        say(f"error: {problem.name} is not installed; run: pip install -r requirements.txt")
-        return 1

@@ -4,20 +4,24 @@ Each function equals a plain one, beside which it is tested: `matmul` group by g
 a table, `attention.attend_cached`. The platform that jax runs on decides whose kernels these are.
 """
 
+import functools
+import logging
 from typing import Any
 
 import jax
 
+from grok1 import backend
 from grok1.kernels import cpu
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit, product
 
+_log = logging.getLogger(__name__)
 MOST_TABLE_ROWS = 16  # up to which a CPU multiplies faster by `cpu.table_product` than XLA does
 
 
 def _own() -> Any:
     """Return the module of this platform's kernels."""
-    if jax.default_backend() == "cpu":
+    if backend.on_cpu():
         return cpu
     from grok1.kernels import gpu  # where it is wanted: Pallas takes long to import
 
@@ -27,6 +31,18 @@ def _own() -> Any:
 def load() -> None:
     """Make sure that this platform's kernels are there. Raises cpu.KernelError if they are not."""
     _own().load()
+
+
+@functools.cache
+def available() -> bool:
+    """Return whether this platform's kernels are there; logs, once, why they are not."""
+    try:
+        load()
+    except cpu.KernelError as error:
+        name = backend.platform().upper()
+        _log.warning("note: running without the %s kernels, which is slower: %s", name, error)
+        return False
+    return True
 
 
 def grouped_product(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from grok1.cli import compile_cache
+from grok1.cache_directory import default_directory
 from grok1.ops.quantization import QuantizedWeight8bit
 
 SOURCE = Path(__file__).with_name("cpu.cc")
@@ -179,7 +179,7 @@ def _compile(compiler: Sequence[str], library: Path) -> None:
 def _directory(scratch: Path) -> Path:
     """Return where compiled kernels are kept, or `scratch` if they cannot be."""
     try:
-        directory = compile_cache.default_directory() / "kernels"
+        directory = default_directory() / "kernels"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run
     except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return scratch

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grok1.ops.cache import from_bits
 from grok1.ops.quantization import product
 
 ATTENTION_SOFT_CAP = 30.0
@@ -121,54 +122,3 @@ def _read_block(
     if sequence is None:
         return read(0, cache.shape[1])
     return jnp.concatenate([read(sequence[b], 1) for b in range(sequence.shape[0])])
-
-
-def write_rows(
-    cache: jax.Array,
-    new: jax.Array,
-    layer: jax.Array,
-    start: jax.Array,
-    length: jax.Array,
-    sequence: jax.Array | None = None,
-) -> jax.Array:
-    """Write the first `length` of T new rows of each sequence at its own position.
-
-    cache [L, C, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
-    Rows past a sequence's length, or past the end of the cache, are dropped. sequence: as in
-    `attend_cached`.
-    """
-    rows, slots = new.shape[1], cache.shape[2]
-    if cache.dtype == jnp.uint16:  # the bits of bfloat16
-        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
-    else:
-        new = new.astype(cache.dtype)
-
-    # One update a sequence: a vmapped one copies the stacked cache in every layer.
-    def write(b: jax.Array, cache: jax.Array) -> jax.Array:
-        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
-        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
-        window = jnp.clip(start[b], 0, slots - rows)
-        row = jnp.arange(rows) - (start[b] - window)
-        keep = (row >= 0) & (row < length[b])
-        at = (layer, b if sequence is None else sequence[b], window, 0, 0)
-        old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
-        fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
-        return lax.dynamic_update_slice(cache, fresh[None, None], at)
-
-    return lax.fori_loop(0, new.shape[0], write, cache)
-
-
-def cache_dtype(dtype: Any) -> Any:
-    """Return the type in which a cache of `dtype` is best kept: on a CPU, bfloat16 as its bits.
-
-    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
-    convert the whole cache to float32 and back, in every layer. So the loop over layers carries
-    uint16 there. A cache of bfloat16 works as well, but is converted when a step begins and ends.
-    """
-    bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    return jnp.uint16 if bits else dtype
-
-
-def from_bits(x: jax.Array) -> jax.Array:
-    """See the uint16 of `cache_dtype` as the bfloat16 that it is; anything else as it is."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grok1.backend import on_cpu
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def local_matmul(x: jax.Array, weight: Weight | StackedWeight) -> jax.Array:
     than it multiplies what is in its caches. So a large matrix is taken in blocks that are; or, on
     a processor that multiplies int8 by int8, as it is (`_integer_matmul`).
     """
-    large = math.prod(weight.shape) >= LEAST_WEIGHTS and jax.default_backend() == "cpu"
+    large = math.prod(weight.shape) >= LEAST_WEIGHTS and on_cpu()
     if isinstance(weight, QuantizedWeight8bit) and large:
         weight = StackedWeight(jax.tree.map(lambda w: w[None], weight), jnp.int32(0))
     if not isinstance(weight, StackedWeight):

@@ -29,6 +29,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TextIO
 
+from grok1.checks import is_integer
+
 JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
 BEAT = 0.5  # between signs of life
@@ -389,7 +391,7 @@ class Peers:
             self._serve_jax(link)
             return
         index, count = message.get("hello"), message.get("count")
-        if not isinstance(index, int) or not isinstance(count, int):
+        if not is_integer(index) or not is_integer(count):
             link.socket.close()  # a stranger
             return
         with self._changed:

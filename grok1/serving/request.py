@@ -3,21 +3,25 @@
 Dimension letters: `V` vocabulary.
 """
 
+from __future__ import annotations
+
 import copy
 import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from grok1.serving.sampling import LARGEST_BIAS, SampleSettings, validate_settings
+from grok1.checks import is_integer, is_number
+from grok1.serving.limits import LARGEST_BIAS, MOST_SAMPLES
+from grok1.serving.sampling import SampleSettings, validate_settings
 from grok1.serving.steps import Slots
 from grok1.serving.text import Detokenizer, StopFilter, Vocabulary
-from model import LanguageModelConfig
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
 
 DEFAULT_MAX_LEN = 200
-MOST_SAMPLES = 1024
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty"),
@@ -135,8 +139,7 @@ def encode(
     if not isinstance(prompt, Iterable):
         raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
     for token in prompt:
-        whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-        if not (whole and 0 <= token < config.vocab_size):
+        if not (is_integer(token) and 0 <= token < config.vocab_size):
             raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {token!r}")
     return [int(token) for token in prompt]
 
@@ -167,7 +170,7 @@ class Answering:
             raise ValueError("the prompt is empty; give at least one token")
         ids, self.limit = _fit(request, ids, config.sequence_len)
         samples = request.num_samples
-        if not _is_integer(samples) or not 1 <= samples <= MOST_SAMPLES:
+        if not is_integer(samples) or not 1 <= samples <= MOST_SAMPLES:
             raise ValueError(
                 f"num_samples must be an integer from 1 to {MOST_SAMPLES}, got {samples!r}"
             )
@@ -199,7 +202,7 @@ class Answering:
             prompt_logprobs=[None] if self.request.prompt_logprobs else None,
         )
 
-    def samples(self) -> list["Answering"]:
+    def samples(self) -> list[Answering]:
         """Return all answers that the request wants, of which this is the first."""
         found = [self]
         for index in range(1, self.request.num_samples):
@@ -265,7 +268,7 @@ class Answering:
 def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int]:
     """Return the prompt that is read, and how many tokens may be generated. Raises ValueError."""
     max_len, most = request.max_len, len(ids)
-    if max_len is not None and (not _is_integer(max_len) or max_len < 1):
+    if max_len is not None and (not is_integer(max_len) or max_len < 1):
         raise ValueError(f"max_len must be an integer of at least 1, got {max_len}")
     if request.truncate not in (None, "left"):
         raise ValueError(f'truncate must be None or "left", got {request.truncate!r}')
@@ -283,13 +286,9 @@ def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int
         )
     limit = min(DEFAULT_MAX_LEN, context - len(ids)) if max_len is None else max_len
     min_len = request.min_len
-    if not _is_integer(min_len) or not 0 <= min_len <= limit:
+    if not is_integer(min_len) or not 0 <= min_len <= limit:
         raise ValueError(f"min_len must be an integer from 0 to max_len = {limit}, got {min_len}")
     return ids, limit
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
@@ -326,7 +325,7 @@ def _slot(
     """Return what a slot needs for a request, as numpy arrays; raises ValueError."""
     size = config.vocab_size
     for field in ("rng_seed", "top_logprobs"):
-        if not _is_integer(getattr(request, field)):
+        if not is_integer(getattr(request, field)):
             raise ValueError(f"{field} must be an integer, got {getattr(request, field)!r}")
     for field in NUMBERS:
         if np.ndim(getattr(request, field)):
@@ -388,7 +387,7 @@ def _bias(request: Request, config: LanguageModelConfig) -> np.ndarray:
             )
         for token, value in request.logit_bias.items():
             _ids("logit_bias", [token], config)
-            if not isinstance(value, numbers.Real) or not abs(value) <= LARGEST_BIAS:
+            if not is_number(value) or not abs(value) <= LARGEST_BIAS:
                 raise ValueError(
                     f"logit_bias must map token ids to numbers from -{LARGEST_BIAS:g} to "
                     f"{LARGEST_BIAS:g}, got {value!r} for {token}"

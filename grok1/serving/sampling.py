@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from grok1.serving.limits import LARGEST_BIAS, LARGEST_PENALTY
+
 TOP_K = 8  # how many alternatives are reported beside each token
 TOP_LOGPROBS = 20  # the most log-probabilities that can be asked for beside each token
-LARGEST_BIAS = 1e9  # and the largest presence penalty: logits stay finite
-LARGEST_PENALTY = 1e6  # of repetition, and one over the smallest
 
 
 class SampleSettings(NamedTuple):
@@ -189,7 +189,12 @@ def sample_token(rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSetting
     """
     logits = lm_outputs.logits
     assert logits.ndim == 3 and logits.shape[1] == 1, f"{logits.shape=}, expected [B, 1, V]"
-    logits = logits[:, 0].astype(jnp.float32)  # [B, V]
+    return sample_logits(rngs, logits[:, 0], settings)
+
+
+def sample_logits(rngs: jax.Array, logits: jax.Array, settings: SampleSettings) -> SampleOutput:
+    """`sample_token` by the logits [B, V] alone."""
+    logits = logits.astype(jnp.float32)
     active = settings.active[:, None]
 
     # Temperatures below the normal numbers, which devices may flush to 0, are 0.

@@ -1,9 +1,9 @@
 """Which request is in which slot, and what the next step is: continuous batching.
 
-A request waits in line for a free slot and takes it while the others go on. A step of `Serving` is
-at most one chunk of a prompt and a token, or a few, for all that are decoding, so that no sequence
-waits longer than a chunk. What a sequence gets depends on nothing but itself: its prompt is cut by
-its own length, and the compiled steps keep the slots apart.
+A request waits in line for a free slot and takes it while the others go on. A step of `Scheduler`
+is at most one chunk of a prompt and a token, or a few, for all that are decoding, so that no
+sequence waits longer than a chunk. What a sequence gets depends on nothing but itself: its prompt
+is cut by its own length, and the compiled steps keep the slots apart.
 
 The answers to one request take a slot each. The first reads the prompt, and the others take over
 what it has read.
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from grok1.parallel.sharding import axis_size
 from grok1.serving.request import Answering, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
     Decoded,
+    LoadedModel,
     State,
     decode,
     first_token,
@@ -36,7 +36,6 @@ from grok1.serving.steps import (
     prefill,
     start,
 )
-from model import LanguageModelConfig
 
 
 def chunk_lengths(prompt: int, sizes: Sequence[int]) -> list[int]:
@@ -61,7 +60,7 @@ class Handle:
         self._sequences = [
             _Sequence(self, answering, [] if answering.sample else chunks) for answering in answers
         ]
-        self._events: collections.deque[Event] = collections.deque()  # for `Serving.stream`
+        self._events: collections.deque[Event] = collections.deque()  # for `Scheduler.stream`
 
     @property
     def completions(self) -> list[Completion]:
@@ -164,31 +163,23 @@ class Statistics:
         return 1 - self.waiting / self.seconds if self.seconds else 0.0
 
 
-class Serving:
+class Scheduler:
     """Slots, the requests in them, and the line before them.
 
-    params: the placed parameters. num_slots: B. pad_sizes: the chunk lengths, rising, for which
-    prefill is compiled. The attribute `phase` is called with "prefill" and "decode" as these begin;
-    `statistics` counts.
+    The attribute `phase` is called with "prefill" and "decode" as these begin; `statistics` counts.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        config: LanguageModelConfig,
-        mesh: Mesh | None,
-        num_slots: int,
-        pad_sizes: Sequence[int],
-    ):
-        self._params = params
-        self._mesh = mesh
-        self._where: dict[str, Any] = {"config": config, "mesh": mesh}
-        self._num_slots = num_slots
-        self._parts = axis_size(mesh, config.model.data_axis)  # of the slots, over the data axis
-        self._pad_sizes = pad_sizes
+    def __init__(self, model: LoadedModel):
+        self._params = model.params
+        self._mesh = model.mesh
+        self._where: dict[str, Any] = {"config": model.config, "mesh": model.mesh}
+        self._num_slots = model.num_slots
+        # Of the slots, over the data axis.
+        self._parts = axis_size(model.mesh, model.config.model.data_axis)
+        self._pad_sizes = model.pad_sizes
         self._submitted = 0
         self._waiting: collections.deque[_Sequence] = collections.deque()
-        self._slots: list[_Sequence | None] = [None] * num_slots
+        self._slots: list[_Sequence | None] = [None] * model.num_slots
         # Whose prompt is in the cache of a slot. While answers wait to take one over, it is there:
         # they are first in line for every slot that becomes free.
         self._prompts: dict[int, Handle] = {}

@@ -7,9 +7,12 @@ them; plan.py compiles them ahead of time.
 B is the number of slots: sequences that a step serves at once.
 """
 
+from __future__ import annotations
+
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -19,7 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from grok1.inspection import Captured, Hook
-from grok1.ops.attention import cache_dtype
+from grok1.ops.cache import KVMemory, Memory, cache_dtype
 from grok1.parallel.sharding import (
     AnyMesh,
     axis_size,
@@ -28,10 +31,26 @@ from grok1.parallel.sharding import (
     parameter_specs,
     readable,
 )
-from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token
-from model import KVMemory, LanguageModelConfig, LanguageModelOutput, Memory
+from grok1.serving.sampling import SampleOutput, SampleSettings, sample_logits
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
 
 MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
+
+
+class LoadedModel(NamedTuple):
+    """A model on its devices, and the shapes for which its steps are compiled.
+
+    params: as `stored_shapes` has them, placed on the mesh. num_slots: B. pad_sizes: the chunk
+    lengths, rising, for which prefill is compiled.
+    """
+
+    params: Any
+    config: LanguageModelConfig
+    mesh: Mesh | None
+    num_slots: int
+    pad_sizes: Sequence[int]
 
 
 class Slots(NamedTuple):
@@ -126,7 +145,7 @@ def _sample(
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
         slots.seed, slots.drawn
     )
-    draw = sample_token
+    draw = sample_logits
     if mesh is not None:
         # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
         rows = P(config.model.data_axis)
@@ -134,7 +153,7 @@ def _sample(
     settings, active = slots.settings, slots.settings.active
     early = (slots.drawn < slots.min_len)[:, None]
     allowed = settings._replace(mask=settings.mask & ~(slots.ends & early))
-    sample = draw(keys, LanguageModelOutput(logits[:, None], None), allowed)
+    sample = draw(keys, logits, allowed)
     # bool [B, V], the token that each slot has drawn
     drawn_token = active[:, None] & (jnp.arange(config.vocab_size) == sample.token_id)
     drawn = slots.drawn + active

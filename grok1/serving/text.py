@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import sentencepiece
 
+BOS_TOKEN = 1  # in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
     "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
     "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer"

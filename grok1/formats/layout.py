@@ -1,0 +1,194 @@
+"""Which files a checkpoint has, in which order, and whether those of a directory are these.
+
+The released form is `DIR/ckpt-0/tensorNNNNN_000`, one file per parameter and layer, and perhaps
+`DIR/config.json`. Parameters are `{module: {param: leaf}}`; every leaf of a module under
+`transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. The files are not:
+layer `i` of such a module is stored as `transformer/decoder_layer_{i}/...`, and the file numbers
+follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... What is inside of one file is
+pickle_file.py's to know. A checkpoint of the form that safetensors.py knows is checked just so.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from grok1.formats import forms, pickle_file, safetensors
+from grok1.formats.atomic import open_regular
+from grok1.formats.forms import CheckpointError, Directory, TensorFile
+from grok1.ops.quantization import QuantizedWeight8bit
+
+STACKED = "transformer/decoder_layer/"
+
+_MAX_CONFIG_BYTES = 1 << 20
+
+Params = Mapping[str, Mapping[str, Any]]  # {module: {param: leaf}}
+
+
+def read_config(directory: Directory) -> dict[str, Any] | None:
+    """Return DIR/config.json as a dict, or None if there is no such file.
+
+    Raises CheckpointError if it cannot be read or is not one JSON object.
+    """
+    path = os.path.join(directory, "config.json")
+    remedy = "correct it, or take the file that came with the checkpoint"
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise forms.error(
+            path, "a readable file", f"an error ({error.strerror})", remedy
+        ) from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise forms.error(path, f"at most {_MAX_CONFIG_BYTES} bytes of JSON", "more", remedy)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise forms.error(path, "valid JSON", f"an error ({error})", remedy) from error
+    if not isinstance(config, dict):
+        raise forms.error(path, "a JSON object", f"a {type(config).__name__}", remedy)
+    return config
+
+
+def files(shapes: Params) -> list[TensorFile]:
+    """List the files of a checkpoint in the order of their numbers.
+
+    shapes: {module: {param: leaf}}, a leaf being a jax.ShapeDtypeStruct or a QuantizedWeight8bit
+        of two (int8 weight, bfloat16 scales); stacked [L, ...] under `transformer/decoder_layer/`.
+
+    Raises ValueError if the stacked leaves differ in L, or the layout has no place for a leaf.
+    """
+    entries: list[tuple[str, str, str, int | None, Any, int]] = []
+    depths = set()
+    for module, params in shapes.items():
+        for param, leaf in params.items():
+            pickle_file.check(f"{module}/{param}", leaf)
+            if not module.startswith(STACKED):
+                size = pickle_file.file_size(leaf)
+                entries.append((module, param, module, None, leaf, size))
+                continue
+            layers = {array.shape[0] for array in jax.tree.leaves(leaf)}
+            depths |= layers
+            own = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), leaf)
+            size = pickle_file.file_size(own)
+            for layer in range(max(layers)):
+                name = f"{STACKED[:-1]}_{layer}/{module.removeprefix(STACKED)}"
+                entries.append((name, param, module, layer, own, size))
+    if len(depths) > 1:
+        raise ValueError(f"stacked parameters: expected one number of layers, got {sorted(depths)}")
+    entries.sort(key=lambda entry: entry[:2])
+    return [
+        TensorFile(
+            file=f"tensor{index:05d}_000",
+            name=f"{name}/{param}",
+            module=module,
+            param=param,
+            layer=layer,
+            leaf=leaf,
+            size=size,
+        )
+        for index, (name, param, module, layer, leaf, size) in enumerate(entries)
+    ]
+
+
+def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
+    """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
+
+    If DIR has both, DIR/ckpt-0 counts, and not the safetensors files.
+
+    Returns where the arrays of each parameter lie, in the order of `records`, which are those of
+    `files`. Raises CheckpointError.
+    """
+    if os.path.lexists(os.path.join(directory, forms.WORK)):
+        remedy = f"start the same conversion again, or remove {forms.WORK} and what it made"
+        raise forms.error(
+            str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy
+        )
+    if forms.form(directory) == forms.SAFETENSORS:
+        return safetensors.check_files(directory, records)
+    folder = os.path.join(directory, forms.FOLDER)
+    _check_names(folder, records)
+    return [_read_header(folder, record) for record in records]
+
+
+def tensor_names(folder: str) -> set[str]:
+    """Return the names in a folder that are those of tensor files. Raises OSError."""
+    return {name for name in os.listdir(folder) if re.fullmatch("tensor[0-9]+_[0-9]+", name)}
+
+
+def _check_names(folder: str, records: list[TensorFile]) -> None:
+    """Raise CheckpointError unless the folder's tensor files are exactly those of `records`."""
+    try:
+        found = tensor_names(folder)
+    except OSError as error:
+        raise forms.error(
+            folder,
+            f"a directory of {len(records)} tensor files",
+            f"an error ({error.strerror})",
+            "give the directory that contains ckpt-0",
+        ) from error
+    expected = {record.file: record for record in records}
+    missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
+    if not missing and not extra:
+        return
+    counts = f"{len(records)} tensor files", str(len(found))
+    outer = sum(record.layer is None for record in records)
+    layers = len({record.layer for record in records} - {None})
+    numbered = found == {f"tensor{index:05d}_000" for index in range(len(found))}
+    if layers and numbered and len(found) > outer:
+        depth, remainder = divmod(len(found) - outer, (len(records) - outer) // layers)
+        if not remainder:
+            raise forms.error(
+                folder,
+                f"{counts[0]} ({layers} layers)",
+                f"{counts[1]} ({depth} layers)",
+                "correct the number of layers in the configuration, or download what is missing",
+            )
+    if missing:
+        where = f"{os.path.join(folder, missing[0])} ({expected[missing[0]].name})"
+        raise forms.error(f"{where}: the file is missing", *counts, "download it again")
+    where = f"{os.path.join(folder, extra[0])}: the file belongs to no parameter of the model"
+    raise forms.error(where, *counts, "remove it, or correct the configuration")
+
+
+def _read_header(folder: str, record: TensorFile) -> Any:
+    """Return where the arrays of a file lie, as `pickle_file.read_header` does.
+
+    Raises CheckpointError unless the file holds what `record` says; then it has the right length
+    too, since its arrays have the expected number of bytes, all there, and nothing follows them.
+    """
+    path = os.path.join(folder, record.file)
+    where = f"{path} ({record.name})"
+    size = f"{record.size} bytes"
+    try:
+        with open_regular(path) as file:
+            length = os.fstat(file.fileno()).st_size
+            leaf = pickle_file.read_header(file, length)
+    except OSError as error:
+        got = f"an error ({error.strerror})"
+        remedy = "check its permissions, or download it again"
+        raise forms.error(where, f"a readable file of {size}", got, remedy) from error
+    except pickle_file.LayoutError as error:
+        problem: object = error
+        if error.ended and length < record.size:
+            problem = f"is cut: expected {size}, got {length}"
+        raise CheckpointError(f"{where}: the file {problem}; download it again") from error
+    expected, got = pickle_file.describe(record.leaf), pickle_file.describe(leaf)
+    if got == expected:
+        return jax.tree.map(lambda array: dataclasses.replace(array, path=path), leaf)
+    kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
+    if kinds == (True, False) and "float" in leaf.dtype:
+        remedy = "this checkpoint is not quantised: load it as float, or quantise and save it first"
+    elif kinds == (False, True):
+        remedy = "this checkpoint is quantised: load it as int8 with scales"
+    elif "-" in got:
+        remedy = "save it again, little-endian and in C order"
+    else:
+        remedy = "check that the configuration is that of this checkpoint"
+    raise forms.error(where, expected, got, remedy)

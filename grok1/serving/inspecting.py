@@ -1,0 +1,116 @@
+"""One prompt through the model, and what was captured inside; see grok1/inspection.py."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from grok1.inspection import (
+    HEAD_SITES,
+    Captured,
+    Hook,
+    captured_shapes,
+    check_layers,
+    check_sites,
+    nbytes,
+)
+from grok1.parallel.sharding import all_model_axes, axis_size
+from grok1.serving.memory_budget import free_memory, own_device
+from grok1.serving.scoring import check_length
+from grok1.serving.steps import LoadedModel, inspect_step
+
+
+class Inspection(NamedTuple):
+    """What `InferenceRunner.inspect` finds in one prompt.
+
+    token_ids: int32 [T]. pieces: the text of each token; None without a tokenizer. logits: float32
+    [T, V], after each token. captured: NumPy arrays as in `inspection.Captured`, without axis B.
+    """
+
+    token_ids: np.ndarray
+    pieces: list[str] | None
+    logits: np.ndarray
+    captured: Captured
+
+
+def inspect(
+    model: LoadedModel,
+    ids: list[int],
+    capture: Collection[str],
+    capture_layers: Sequence[int] | None,
+    hooks: Mapping[str, Hook] | None,
+) -> Inspection:
+    """Read one prompt of these token ids -> what happens inside, `pieces` left out.
+
+    The rest, and what is raised, as in `InferenceRunner.inspect`.
+    """
+    config, length = model.config, len(ids)
+    if not ids:
+        raise ValueError("the prompt has no tokens; there is nothing to look at")
+    check_length(config, length)
+    capture = check_sites(capture, hooks, config.model.num_experts)
+    layers = None
+    if capture_layers is not None:
+        layers = check_layers(capture_layers, config.model.num_layers)
+    if not hooks:
+        # One length for many prompts: each compiles. Pads at the end are seen by no token. A
+        # hook compiles anyway, and would meet them.
+        fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
+        length = min(-(-len(ids) // fine) * fine, config.sequence_len)
+    _check_room(model, capture, layers, length)
+    tokens = np.full([_rows(model), length], config.pad_token, np.int32)
+    tokens[:, : len(ids)] = ids
+    logits, captured = inspect_step(
+        model.params, tokens, config=config, mesh=model.mesh, capture=capture,
+        capture_layers=layers, hooks=tuple((hooks or {}).items()),
+    )  # fmt: skip
+    own = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
+    return Inspection(
+        np.array(ids, np.int32), None, np.asarray(logits[0, : len(ids)]), Captured(**own)
+    )
+
+
+def _rows(model: LoadedModel) -> int:
+    """Return the fewest sequences that the mesh takes at once."""
+    return axis_size(model.mesh, model.config.model.data_axis)
+
+
+def _check_room(
+    model: LoadedModel, capture: Collection[str], layers: Sequence[int] | None, length: int
+) -> None:
+    """Raise ValueError if captured arrays take more than a device, or this host, has free."""
+    config, mesh = model.config, model.mesh
+    device = own_device(mesh)
+    free = free_memory(device)
+    shapes = captured_shapes(
+        config.model, capture, batch=1, steps=length, positions=length,
+        layers=None if layers is None else len(layers),
+    )  # fmt: skip
+    logits = {"logits": (1, length, config.vocab_size)}
+    needed = nbytes(shapes | logits) * _rows(model)
+    if device.platform != "cpu":
+        # Each holds its sequence's arrays, and of what there is for each head its own heads.
+        whole = {site: shape for site, shape in shapes.items() if site not in HEAD_SITES}
+        heads = nbytes({site: shapes[site] for site in shapes if site in HEAD_SITES})
+        needed = nbytes(whole | logits)
+        needed += heads // axis_size(mesh, all_model_axes(mesh, config.model.model_axis))
+    if free is not None and needed > free:
+        raise ValueError(
+            f"what is to be captured of {length} positions takes {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free; name fewer sites, fewer layers with "
+            "capture_layers=, or give a shorter prompt"
+        )
+
+
+def _first_row(site: str, array: jax.Array | None, length: int) -> np.ndarray | None:
+    """Return what a site holds of the first sequence's first positions, without the axis B."""
+    if array is None:
+        return None
+    if site == "embeddings":
+        return np.asarray(array[0, :length])
+    if site == "attention_weights":
+        return np.asarray(array[:, 0, :, :length, :length])
+    return np.asarray(array[:, 0, :length])

@@ -1,0 +1,58 @@
+"""Whether weights, cache and captured arrays fit the memory that is free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+from jax.sharding import Mesh
+
+from grok1.serving.steps import device_bytes
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that a process could still take on this host (Linux), or None."""
+    try:
+        with open("/proc/meminfo") as file:
+            text = file.read()
+    except OSError:
+        return None
+    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+
+
+def own_device(mesh: Mesh | None) -> jax.Device:
+    """Return a device of this process, of the mesh if there is one."""
+    return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Return the bytes that this process could still take of a device's memory, or None.
+
+    Virtual CPU devices share the host's.
+    """
+    if device.platform == "cpu":
+        return available_memory()
+    limits = device.memory_stats() or {}
+    limit = limits.get("bytes_limit")
+    return None if limit is None else limit - limits.get("bytes_in_use", 0)
+
+
+def check_memory(config: LanguageModelConfig, mesh: Mesh | None, num_slots: int) -> None:
+    """Raise ValueError if a device has less memory than weights and cache take."""
+    device = own_device(mesh)
+    free = free_memory(device)
+    if device.platform == "cpu":
+        # Virtual devices share the host's memory, and equal weights.
+        needed, where, more = device_bytes(config, None, num_slots), "here", ""
+    else:
+        needed, where = device_bytes(config, mesh, num_slots), "on each device"
+        more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"
+    if free is not None and needed > free:
+        raise ValueError(
+            f"weights and cache take {needed / 2**30:.1f} GiB {where}, and {free / 2**30:.1f} "
+            f"GiB are free; use a mesh with a longer model axis, or a shorter context{more}: "
+            "python run.py --plan says what fits"
+        )
