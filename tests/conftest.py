@@ -1,18 +1,19 @@
 """Tests run on sixteen virtual CPU devices, which must be asked for before jax starts."""
 
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+from paths import ROOT
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 ).strip()
-ROOT = pathlib.Path(__file__).parent.parent
+pytest_plugins = ["commands", "processes"]
 # Programs are compiled, not kept, and no home directory is written to. Only the CPU's kernel, which
 # the first process compiles for all, is kept where pytest keeps things.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,9 +13,10 @@ from jax.sharding import Mesh
 import reference
 from grok1.parallel.sharding import make_mesh
 from model import LanguageModelConfig
+from paths import DATA
 from runner import InferenceRunner, ModelRunner, read_model_config
 
-DIRECTORY = pathlib.Path(__file__).parent / "data" / "golden"
+DIRECTORY = DATA / "golden"
 NAMES = ("three-layers", "twelve-layers")
 MESHES = (None, (1, 8), (2, 4))
 # Decoding compiles longest: on the meshes it is left to the exhaustive proofs.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -13,9 +12,9 @@ import pytest
 
 import reference
 from model import LanguageModelConfig, QuantizedWeight8bit, TransformerConfig, ffn_size, grok_1
+from paths import DATA, ROOT
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
-ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = DATA / "golden"
 
 TRANSFORMER = {
     "emb_size": 64, "key_size": 4, "num_q_heads": 16, "num_kv_heads": 8, "num_layers": 2,

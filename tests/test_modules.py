@@ -5,7 +5,6 @@ Dimension letters as in model.py.
 
 import dataclasses
 import functools
-import pathlib
 import re
 from typing import Any
 
@@ -33,6 +32,7 @@ from model import (
     rotate_half,
     write_rows,
 )
+from paths import ROOT
 from small import normal
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -631,7 +631,7 @@ def test_gradient_descent_learns_to_count():
 
 
 def test_the_snippet_in_the_readme_runs():
-    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if "hk.transf" in s)
     names: dict = {}
     exec(compile(snippet, "README.md", "exec"), names)

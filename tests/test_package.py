@@ -1,10 +1,9 @@
 """What is installed is complete: every module of ours that an installed one imports is, too."""
 
 import ast
-import pathlib
 import tomllib
 
-ROOT = pathlib.Path(__file__).parent.parent
+from paths import ROOT
 
 
 def test_installed_modules_import_only_installed_ones() -> None:

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -22,9 +21,9 @@ from grok1.formats import forms
 from grok1.parallel.sharding import make_mesh
 from grok1.serving.steps import abstract_inputs, prefill
 from model import grok_1
+from paths import ROOT
 
 GIB = 2**30
-ROOT = pathlib.Path(plan.__file__).parent
 TINY = golden.config("three-layers", "bfloat16")
 
 L, D, N, K, H, E, A, F, V, S = 64, 6144, 48, 8, 128, 8, 2, 32768, 131072, 8192

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import reference
+from paths import DATA
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
+GOLDEN = DATA / "golden"
 
 
 class Golden(NamedTuple):

@@ -1,7 +1,6 @@
 """Requests in, tokens out: each request gets what it would get alone."""
 
 import dataclasses
-import pathlib
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from grok1.serving.steps import (
     start,
 )
 from model import LanguageModelConfig, TransformerConfig
+from paths import ROOT
 from runner import (
     InferenceRunner,
     ModelRunner,
@@ -29,7 +29,7 @@ from runner import (
     sample_from_model,
 )
 
-TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
+TOKENIZER = ROOT / "tokenizer.model"
 TINY = LanguageModelConfig(
     vocab_size=4096,
     sequence_len=64,

@@ -2,12 +2,13 @@
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import sentencepiece
 
-MODEL = Path(__file__).resolve().parent.parent / "tokenizer.model"
+from paths import ROOT
+
+MODEL = ROOT / "tokenizer.model"
 
 SPECIAL_PIECES = {
     0: "[PAD]",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
+from test_cpu_kernels import exact_product, plain_product, random_rows, random_weight
 
 import golden
 import model
@@ -22,7 +23,6 @@ from grok1.kernels.cpu import KernelError
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import steps
-from test_kernels import exact_product, plain_product, random_rows, random_weight
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"

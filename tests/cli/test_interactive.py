@@ -13,10 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
-import test_run
-from test_run import LOADED, PROMPT, ROOT, Command, assert_one_sentence
+from commands import LOADED, PROMPT, Command, assert_one_sentence, changed
+from paths import ROOT
 
-tiny, command = test_run.tiny, test_run.command
 # Makes the terminal on standard input that of the process, as Ctrl-C needs it.
 TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
 TAKE_TERMINAL += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -65,7 +64,7 @@ class Terminal:
 @pytest.fixture
 def terminal(tiny: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Terminal]:
     """A session whose answers are long, but not endless."""
-    model = test_run.changed(tiny, tmp_path / "model", sequence_len=1024)
+    model = changed(tiny, tmp_path / "model", sequence_len=1024)
     settings = map(str, ("--max-len", 600, "--temperature", 0))
     session = Terminal("--checkpoint", model, "--interactive", *settings)
     yield session

@@ -1,13 +1,11 @@
 """What README.md shows of the API runs as it stands there."""
 
-import pathlib
 import re
 
 import pytest
 
 from model import CAPTURE_SITES
-
-ROOT = pathlib.Path(__file__).parent.parent
+from paths import ROOT
 
 
 def test_the_examples_of_requests_run(

@@ -10,7 +10,7 @@ import pytest
 
 import golden
 from grok1.ops import quantization
-from grok1.ops.attention import cache_dtype
+from grok1.ops.cache import cache_dtype
 from grok1.serving.steps import apply_model, new_memory
 from runner import Request
 

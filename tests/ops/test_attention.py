@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.attention import BLOCK, attend, attend_cached, cache_dtype
+from grok1.ops.attention import BLOCK, attend, attend_cached
+from grok1.ops.cache import cache_dtype
 from small import normal
 
 LAYERS, HEADS, GROUP, WIDTH = 2, 2, 3, 4

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 
 from lm_eval_grok import GrokLM
+from paths import ROOT
 from runner import Request, load_server
 
-ROOT = pathlib.Path(__file__).parent.parent
 DEMO = ROOT / "checkpoints/demo"
 PAIRS = [
     ("Once upon a", " time"),

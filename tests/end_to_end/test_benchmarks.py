@@ -22,8 +22,7 @@ import random_models
 import speed
 from grok1.serving.steps import MOST_TOKENS, apply_model, stored_shapes
 from model import grok_1
-
-ROOT = pathlib.Path(__file__).parent.parent
+from paths import ROOT
 
 
 def figures(script: str, *arguments: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-ROOT = pathlib.Path(__file__).parent.parent
+from paths import ROOT
+
 NOTEBOOKS = ROOT / "notebooks"
 CHECKS = {
     "inside_grok": """

@@ -23,9 +23,9 @@ import run
 from checkpoint import CheckpointError, convert, verify
 from grok1.formats import forms, safetensors
 from model import LanguageModelConfig, TransformerConfig
+from paths import ROOT
 from small import assert_same, random_params
 
-ROOT = pathlib.Path(checkpoint.__file__).parent
 INDEX, WORK = forms.INDEX, forms.WORK
 
 
@@ -268,7 +268,7 @@ def test_a_finished_file_that_was_touched_is_written_again(
 
 @pytest.mark.parametrize("change", ["touched", "config", "other"])
 def test_another_source_starts_anew(
-    change: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    change: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, target = save(tmp_path / "source", 3, seed=1), tmp_path / "target"
     with pytest.raises(KeyboardInterrupt):
@@ -282,7 +282,7 @@ def test_another_source_starts_anew(
     else:
         save(source, 3, seed=2)
     convert(source, target, "safetensors")
-    assert f"{source} is not what {target} was begun with: starting anew" in capsys.readouterr().err
+    assert f"{source} is not what {target} was begun with: starting anew" in caplog.messages
     assert (target / safetensors.OUTER).stat().st_ino != old
     convert(source, tmp_path / "fresh", "safetensors")
     assert contents(target) == contents(tmp_path / "fresh")

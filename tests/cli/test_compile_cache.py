@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-import test_run
+from commands import COUNTED, LOADED, PROMPT, finish, start_program
+from grok1.cache_directory import default_directory, machine
 from grok1.cli import compile_cache
-from test_run import COUNTED, LOADED, PROMPT, finish
+from paths import ROOT
 
-tiny = test_run.tiny
 # The command, and on its standard error how often jax asked for a program and found it.
 COUNTING = """
 import collections, json, sys
@@ -36,8 +36,8 @@ def entries(home: pathlib.Path) -> dict[pathlib.Path, int]:
 
 def counted(home: pathlib.Path, *arguments: object, **variables: str) -> tuple[list[int], str, str]:
     """What a start asks for, finds and compiles, and what it prints."""
-    process = test_run.start_program(
-        "-c", COUNTING, *arguments, XDG_CACHE_HOME=str(home), PYTHONPATH=str(test_run.ROOT),
+    process = start_program(
+        "-c", COUNTING, *arguments, XDG_CACHE_HOME=str(home), PYTHONPATH=str(ROOT),
         JAX_ENABLE_COMPILATION_CACHE="true", **variables,
     )  # fmt: skip
     result = finish(process)
@@ -122,10 +122,10 @@ def test_the_directory_is_where_such_things_are_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", "/home/somebody")
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        found = compile_cache.default_directory()
-        assert found == pathlib.Path("/home/somebody/.cache/grok-1-jax", compile_cache.machine())
+        found = default_directory()
+        assert found == pathlib.Path("/home/somebody/.cache/grok-1-jax", machine())
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert compile_cache.default_directory().parent == pathlib.Path("/cache/grok-1-jax")
+    assert default_directory().parent == pathlib.Path("/cache/grok-1-jax")
 
 
 def test_a_cut_entry_is_found_the_first_time_it_is_looked_at(tmp_path: pathlib.Path) -> None:

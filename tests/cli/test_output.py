@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 
+import processes
 import run
-import test_multihost
-import test_run
+from commands import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, changed, finish, start
 from grok1.cli import output
 from grok1.cli.output import AnswerFile
 from runner import Completion, Event
-from test_run import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, finish, start
 
-tiny, command = test_run.tiny, test_run.command
-address, start_many = test_multihost.address, test_multihost.start
+start_many = processes.start
 # The seed makes the random model's answers differ in length.
 SETTINGS = ("--temperature", 1, "--batch", 4)
 
@@ -232,7 +230,7 @@ def test_another_model_is_not_resumed_with(
     path = tmp_path / "out"
     arguments = ["--prompt", "A", "--max-len", 1, *SETTINGS, "--output", path, "--checkpoint"]
     assert command(*arguments, tiny).status == 0
-    other = test_run.changed(tiny, tmp_path / "other", eos_token=3)
+    other = changed(tiny, tmp_path / "other", eos_token=3)
     assert_one_sentence(command(*arguments, other, "--resume"), 1, "or another model")
 
 
@@ -287,29 +285,27 @@ def test_a_run_that_is_killed_and_resumed_leaves_what_an_undisturbed_one_does(
 
 @pytest.mark.exhaustive
 def test_several_processes_skip_the_same_answers_and_only_the_first_writes(
-    start_many: test_multihost.Start, address: str, tmp_path: pathlib.Path
+    start_many: processes.Start, address: str, tmp_path: pathlib.Path
 ) -> None:
     """The file of prompts is process 0's: the others have none."""
     prompts, path = tmp_path / "prompts.jsonl", tmp_path / "out"
     lines = [{"prompt": [5, 6, i], "id": i, "logit_bias": {"7": i}} for i in range(5)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    model = test_multihost.MODEL
+    model = processes.MODEL
     options = ["--checkpoint", model, "--max-len", 3, "--prompts-file", prompts, "--mesh", "1,8"]
     options += ["--output", path, "--resume"]
     for rest in (b"", b'{"index": 4'):
-        pair = test_multihost.start_pair(start_many, address, *options)
-        first, second = (test_multihost.finish(process) for process in pair)
+        pair = processes.start_pair(start_many, address, *options)
+        first, second = (processes.finish(process) for process in pair)
         assert (first.status, first.out, second) == (0, "", (0, "", "")), first.err
         assert sorted(indices(path)) == list(range(5))
         whole = path.read_bytes()
         path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]) + rest)
-    pair = test_multihost.start_pair(start_many, address, *options)
-    first, second = (test_multihost.finish(process) for process in pair)
+    pair = processes.start_pair(start_many, address, *options)
+    first, second = (processes.finish(process) for process in pair)
     assert (first.status, second) == (0, (0, "", "")), first.err
     assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
     assert (
         f"{path} holds all"
-        in test_multihost.finish(
-            start_many(test_run.run.__file__, *test_multihost.place(address, 0, 1), *options)
-        ).err
+        in processes.finish(start_many(run.__file__, *processes.place(address, 0, 1), *options)).err
     )

@@ -23,8 +23,9 @@ import reference
 from grok1.formats import pickle_file
 from grok1.formats.pickle_file import LayoutError, Located
 from grok1.ops.quantization import QuantizedWeight8bit
+from paths import DATA
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
+GOLDEN = DATA / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/ckpt-0/tensor*"))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,11 +11,11 @@ import pytest
 
 import evaluate_demo
 from demo_corpus import read_documents
+from paths import DATA, ROOT
 from runner import load_server
 
-ROOT = pathlib.Path(__file__).parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
-VALIDATION = pathlib.Path(__file__).parent / "data" / "stories_valid.txt.gz"
+VALIDATION = DATA / "stories_valid.txt.gz"
 PROMPT = ("--prompt", "Once upon a time", "--max-len", "120")
 COMMAND = (*PROMPT, "--seed", "1", "--temperature", "0.7")
 

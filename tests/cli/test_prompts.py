@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 
 import checkpoint
-import test_run
+import run
+from commands import PROMPT, Command, assert_one_sentence
 from grok1.cli import prompts
 from grok1.serving.request import Request
-from test_run import PROMPT, Command, assert_one_sentence
-
-tiny, command = test_run.tiny, test_run.command
 
 
 def give_input(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
@@ -165,7 +163,7 @@ def test_every_field_of_a_request_is_a_setting(monkeypatch: pytest.MonkeyPatch) 
         "novelty": 5,
     }
     monkeypatch.setattr("grok1.serving.request.Request", Later)
-    options = test_run.run.parse_arguments(["--prompt-ids", "5", "--top-k", "9", "--stop", "b"])
+    options = run.parse_arguments(["--prompt-ids", "5", "--top-k", "9", "--stop", "b"])
     options.settings = [own]
     (request,) = prompts.make_requests(options, [0])
     changed = own | {"logit_bias": {5: 1, 7: -2.5}, "prompt": [5], "top_k": 9, "temperature": 0.7}

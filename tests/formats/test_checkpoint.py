@@ -25,6 +25,7 @@ from grok1.formats import atomic, pickle_file
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1
+from paths import DATA
 from small import (
     LAYER,
     Damage,
@@ -36,7 +37,6 @@ from small import (
     tiny_shapes,
 )
 
-DATA = pathlib.Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 GOLDEN_NAMES = ("three-layers", "twelve-layers")
 

@@ -1,7 +1,6 @@
 """The table of which experts tokens went to: with and without colour, narrow and wide."""
 
 import io
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from rich.cells import cell_len
 
 from grok1.cli import options
 from grok1.cli.routing_table import print_routing
+from paths import ROOT
 from runner import Request, load_server
 
-ROOT = pathlib.Path(__file__).parent.parent
 PIECES = ["Once", " upon\n", "字" * 20, "a" * 40]
 INDEX = np.random.default_rng(0).permuted(np.tile(np.arange(8), (5, 4, 1)), axis=-1)[..., :2]
 

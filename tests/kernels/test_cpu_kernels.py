@@ -23,7 +23,7 @@ from jax import lax
 import golden
 import reference
 import runner
-from grok1.cli import compile_cache
+from grok1.cache_directory import default_directory
 from grok1.kernels import chosen, cpu
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
@@ -321,7 +321,7 @@ def quick(tmp_path):
 
 def libraries():
     """Return what is in the kernels' directory."""
-    return sorted(p.name for p in (compile_cache.default_directory() / "kernels").iterdir())
+    return sorted(p.name for p in (default_directory() / "kernels").iterdir())
 
 
 def test_it_is_compiled_once_and_kept(fresh, monkeypatch, tmp_path_factory):
@@ -339,7 +339,7 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch, tmp_path_factory):
     assert kept == cpu._build(tmp_path)
     assert log.read_text() == "compiled\n"
     assert libraries() == [f"{kept.stem}.sha256", f"{kept.stem}.so"]
-    assert stat.S_IMODE((compile_cache.default_directory() / "kernels").stat().st_mode) == 0o700
+    assert stat.S_IMODE((default_directory() / "kernels").stat().st_mode) == 0o700
     # Other flags are another library.
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-g"))
     cpu._build(tmp_path)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from commands import COUNTED
 from grok1.cli import timing
-from test_run import COUNTED
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Text out of tokens as they come, and tokens out of text that looks like special pieces."""
 
-import pathlib
-
 import numpy as np
 import pytest
 
 from grok1.serving.text import Detokenizer, StopFilter, Vocabulary, load_tokenizer
+from paths import ROOT
 
-TOKENIZER = pathlib.Path(__file__).parent.parent / "tokenizer.model"
+TOKENIZER = ROOT / "tokenizer.model"
 FIRST_BYTE = 69  # the piece of byte 0
 
 

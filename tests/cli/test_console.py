@@ -2,7 +2,6 @@
 
 import _thread
 import argparse
-import pathlib
 import queue
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 import pytest
 
 from grok1.cli.console import ByteProgress, Progress, Worker, byte_rate, byte_size
+from paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,5 @@ def press(*_):
 command.say = command.parse_arguments = press
 command.main()
 """
-    root = pathlib.Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

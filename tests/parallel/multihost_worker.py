@@ -17,7 +17,7 @@ import time
 import traceback
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # At which of its steps a process stops, and the other one waits for it for ever.
