@@ -57,12 +57,9 @@ def exact_greedy(name: str) -> list[tuple[list[int], list[float]]]:
     """Return the float64 reference's own 40 tokens after each prompt, with the logit margins."""
     fields = json.loads((DIRECTORY / name / "config.json").read_text())
     weights = reference.load_weights(DIRECTORY / name / "ckpt-0")
-    steps = len(recorded(name).greedy[0]["greedy"])
-    answers = []
-    for entry in recorded(name).greedy:
-        tokens, margins = reference.greedy(weights, fields, entry["prompt"], steps)
-        answers.append(([int(token) for token in tokens], [float(m) for m in margins]))
-    return answers
+    examples = recorded(name).greedy
+    prompts = [example["prompt"] for example in examples]
+    return reference.greedy(weights, fields, prompts, len(examples[0]["greedy"]))
 
 
 def exact_logits(name: str, tokens: list[int]) -> np.ndarray:

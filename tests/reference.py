@@ -1,22 +1,24 @@
-"""The Grok-1 forward pass in plain NumPy float64: the yardstick for the tests, written to be read.
+"""The yardstick for the tests: grok1/reference.py in float64, and the golden files for it.
 
-Dimension letters: `B` batch, `T` query positions, `S` key positions, `D` model width, `N` query
-heads, `K` key/value heads, `H` head width, `E` experts, `A` experts used per token, `F` expert
-hidden width, `V` vocabulary, `L` layers.
-
-`config` is a dict with the fields of `LanguageModelConfig`, those of `TransformerConfig` under
-`"model"`. `weights` is `{"embeddings": [V, D], "rms_norm": [D], "layers": {name: [L, ...]}}` with
-the names of `LAYER_WEIGHTS` (a stacked array or a list, one entry a layer). A dense model, whose
-`num_experts` is at most 1, has `dense_block/...` [D, F] in place of `moe/...` and no router.
+The files are read by code of their own, so that they judge checkpoint.py too. Results are NumPy
+arrays. `config` is a dict with the fields of config.json.
 """
 
+import collections
+import functools
 import pathlib
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+import grok1.reference
+
+SIZE = 96  # positions of a cache: one for all, as each size is compiled
 
 # One layer's files, in the order in which they are stored.
 LAYER_WEIGHTS = (
@@ -96,113 +98,46 @@ def load_weights(directory: str | pathlib.Path) -> dict[str, Any]:
     }
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
-    x = np.exp(x - x.max(axis=-1, keepdims=True))
-    return x / x.sum(axis=-1, keepdims=True)
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute in float64, from and to NumPy arrays."""
+    compiled = jax.jit(function)
+
+    def call(*arrays: Any) -> Any:
+        with jax.enable_x64(True):
+            given = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
+            return jax.tree.map(np.asarray, compiled(*given))
+
+    return call
 
 
-def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Root-mean-square norm over the last axis: no offset, not `1 + scale`."""
-    return scale * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+softmax = _exactly(functools.partial(jax.nn.softmax, axis=-1))
+rotate = _exactly(grok1.reference.rotate)
+expert = _exactly(functools.partial(grok1.reference.expert, dtype=jnp.float64))
 
 
-def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Rotary embedding of x [B, T, heads, H] at positions [T], in the half form."""
-    width = x.shape[-1]
-    frequencies = 10000.0 ** (-np.arange(0, width, 2) / width)  # [H / 2]
-    phase = positions[:, None] * np.concatenate([frequencies, frequencies])  # [T, H]
-    phase = phase[None, :, None, :]
-    first, second = x[..., : width // 2], x[..., width // 2 :]
-    rotated = np.concatenate([-second, first], axis=-1)
-    return x * np.cos(phase) + rotated * np.sin(phase)
+def mixture(x: Any, layer: Mapping[str, Any], sizes: Mapping[str, int], real: Any) -> np.ndarray:
+    """The mixture of experts of x [B, T, D], [B, T, D]; `real` bool [B, T], False for a pad."""
+    config = _fields(sizes)
+
+    def mix(x: jax.Array, layer: Any) -> jax.Array:
+        nowhere = jnp.zeros([0])
+        call = grok1.reference.Call(
+            config, nowhere, nowhere, jnp.asarray(real), jnp.float64, lambda _, array: array
+        )
+        return grok1.reference.mixture(x, layer, call)
+
+    return _exactly(mix)(x, layer)
 
 
-def gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh approximation."""
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+def _fields(fields: Mapping[str, Any]) -> Any:
+    """Return the values of a dict as attributes, hashable, as compiled functions take them."""
+    values = (_fields(v) if isinstance(v, Mapping) else v for v in fields.values())
+    return _kind(tuple(fields))(*values)
 
 
-def expert(
-    x: np.ndarray, linear: np.ndarray, linear_v: np.ndarray, linear_1: np.ndarray
-) -> np.ndarray:
-    """One gated feed-forward block, x [..., D]."""
-    return (gelu(x @ linear) * (x @ linear_v)) @ linear_1
-
-
-def unchanged(_site: str, array: np.ndarray) -> np.ndarray:
-    """Hand an array of a site on as it is."""
-    return array
-
-
-def attention(
-    x: np.ndarray,
-    layer: dict,
-    model: dict,
-    mask: np.ndarray,
-    past: tuple | None,
-    at: Callable[[str, np.ndarray], np.ndarray] = unchanged,
-) -> tuple[np.ndarray, tuple]:
-    """Attend from x [B, T, D] to the past (keys, values) and to x itself; mask [B, T, S].
-
-    Returns the output [B, T, D] and (keys, values), each [B, S, K, H].
-    """
-    batch, length, _ = x.shape
-    heads, kv_heads, width = model["num_q_heads"], model["num_kv_heads"], model["key_size"]
-    query = (x @ layer["multi_head_attention/query"]).reshape(batch, length, heads, width)
-    key = (x @ layer["multi_head_attention/key"]).reshape(batch, length, kv_heads, width)
-    value = (x @ layer["multi_head_attention/value"]).reshape(batch, length, kv_heads, width)
-    positions = np.arange(mask.shape[-1] - length, mask.shape[-1])
-    query, key = rotate(query, positions), rotate(key, positions)
-    if past is not None:
-        key = np.concatenate([past[0], key], axis=1)
-        value = np.concatenate([past[1], value], axis=1)
-
-    sees_a_key = np.any(mask, axis=-1, keepdims=True)  # [B, T, 1]
-    weights = np.zeros((batch, heads, length, mask.shape[-1]))
-    output = np.zeros((batch, length, heads, width))
-    for head in range(heads):
-        kv_head = head // (heads // kv_heads)
-        scores = np.einsum("bth,bsh->bts", query[:, :, head], key[:, :, kv_head])
-        scores = 30 * np.tanh(scores * model["attn_output_multiplier"] / 30)
-        weights[:, head] = softmax(np.where(mask, scores, -1e30)) * sees_a_key
-    weights = at("attention_weights", weights)
-    for head in range(heads):
-        kv_head = head // (heads // kv_heads)
-        output[:, :, head] = np.einsum("bts,bsh->bth", weights[:, head], value[:, :, kv_head])
-    output = at("head_outputs", output).reshape(batch, length, heads * width)
-    return output @ layer["multi_head_attention/linear"], (key, value)
-
-
-def mixture(
-    x: np.ndarray,
-    layer: dict,
-    model: dict,
-    real: np.ndarray,
-    at: Callable[[str, np.ndarray], np.ndarray] = unchanged,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mixture of experts of x [B, T, D]; tokens outside `real` [B, T] go to no expert.
-
-    That only shows in the logits of the padding itself, where the golden files' exact logits,
-    whose padding went to experts too, differ and do not count.
-
-    Returns the output [B, T, D] and the router's probabilities [B, T, E].
-    """
-    probabilities = at("router_probs", softmax(at("router_logits", x @ layer["router"])))
-    # Largest first; equal probabilities go to the lower expert.
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
-    chosen = order[..., : model["num_selected_experts"]]  # [B, T, A]
-    # As they are: not renormalised over the chosen.
-    gates = np.take_along_axis(probabilities, chosen, axis=-1)
-    gates = at("expert_gates", np.where(real[..., None], gates, 0))
-    chosen = at("expert_index", np.where(real[..., None], chosen, model["num_experts"]))
-    output = np.zeros_like(x)
-    for index in range(model["num_experts"]):
-        weights = (layer[f"moe/{name}"][index] for name in ("linear", "linear_v", "linear_1"))
-        takes = (chosen == index).any(axis=-1)  # [B, T]
-        gate = np.where(chosen == index, gates, 0).sum(axis=-1)[takes]
-        output[takes] += gate[:, None] * expert(x[takes], *weights)
-    return output, probabilities
+@functools.cache
+def _kind(names: tuple[str, ...]) -> Any:
+    return collections.namedtuple("Fields", names)
 
 
 class Result(NamedTuple):
@@ -211,69 +146,67 @@ class Result(NamedTuple):
     logits: [B, T, V].
     router_probs: [L, B, T, E]; None for a dense model.
     attention: [L, B, N, T, S], the weights after the softmax.
-    memory: the keys, values and valid slots, for a call with the tokens that follow.
+    memory: the reference's cache, for a call with the tokens that follow.
     sites: what inspection.py can capture, by name.
     """
 
     logits: np.ndarray
     router_probs: np.ndarray | None
     attention: np.ndarray
-    memory: dict[str, Any]
+    memory: Any
     sites: dict[str, np.ndarray]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "hooks"))
+def _forward(weights: Any, tokens: Any, cache: Any, *, config: Any, hooks: Any) -> Any:
+    """The reference's logits and cache, and what is at its sites."""
+    found: dict[str, list[jax.Array]] = {"hidden_states": []}
+    changes = dict(hooks)
+
+    def at(site: str, array: jax.Array) -> jax.Array:
+        layer = -1 if site == "embeddings" else len(found["hidden_states"])
+        array = changes[site](layer, array) if site in changes else array
+        found.setdefault(site, []).append(array)
+        return array
+
+    logits, cache = grok1.reference.forward(weights, config, tokens, cache, at)
+    (embeddings,) = found.pop("embeddings")
+    sites = {site: jnp.stack(arrays) for site, arrays in found.items()}
+    return logits, cache, {"embeddings": embeddings, **sites}
+
+
+def _placed(weights: dict) -> dict:
+    """The weights as float64 arrays of jax's."""
+    with jax.enable_x64(True):
+        return jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
 
 
 def run(
     weights: dict,
     config: dict,
     tokens: Any,
-    memory: dict | None = None,
-    hooks: Mapping[str, Callable[[int, np.ndarray], np.ndarray]] | None = None,
+    memory: Any = None,
+    hooks: Mapping[str, Callable[[int, jax.Array], jax.Array]] | None = None,
 ) -> Result:
     """The forward pass of tokens [B, T] that follow those which `memory` remembers.
 
     hooks: by site, (layer, array) -> the array to go on with.
     """
-    found: dict[str, list[np.ndarray]] = {}
-    index = -1
-
-    def at(site: str, array: np.ndarray) -> np.ndarray:
-        array = hooks[site](index, array) if hooks and site in hooks else array
-        found.setdefault(site, []).append(array)
-        return array
-
-    model = config["model"]
-    tokens = np.asarray(tokens)
-    batch, length = tokens.shape
-    real = tokens > config["pad_token"]
-    valid = real if memory is None else np.concatenate([memory["valid"], real], axis=1)  # [B, S]
-    total = valid.shape[1]
-    causal = np.arange(total) <= np.arange(total - length, total)[:, None]  # [T, S]
-    mask = causal & valid[:, None, :]
-
-    h = at("embeddings", weights["embeddings"][tokens] * config["embedding_multiplier_scale"])
-    kept = []
-    for index in range(model["num_layers"]):
-        layer = {name: arrays[index] for name, arrays in weights["layers"].items()}
-        past = None if memory is None else memory["layers"][index]
-        x = rms_norm(h, layer["rms_norm"])
-        x, keys_values = attention(x, layer, model, mask, past, at)
-        h = h + at("attention_output", rms_norm(x, layer["rms_norm_1"]))
-        x = rms_norm(h, layer["rms_norm_2"])
-        if model["num_experts"] > 1:
-            x, _ = mixture(x, layer, model, real, at)
-        else:
-            x = expert(x, *(layer[f"dense_block/{w}"] for w in ("linear", "linear_v", "linear_1")))
-        h = h + at("feed_forward_output", rms_norm(x, layer["rms_norm_3"]))
-        h = at("hidden_states", h)
-        kept.append(keys_values)
-    logits = rms_norm(h, weights["rms_norm"]) @ weights["embeddings"].T
-    (embeddings,) = found.pop("embeddings")
-    sites = {"embeddings": embeddings, **{site: np.stack(all_) for site, all_ in found.items()}}
+    fields, tokens = _fields(config), np.asarray(tokens)
+    weights = _placed(weights)
+    with jax.enable_x64(True):
+        if memory is None:
+            memory = grok1.reference.empty_cache(fields, len(tokens), SIZE, jnp.float64)
+        filled = int(memory.filled[0]) + tokens.shape[1]
+        assert filled <= SIZE
+        found = _forward(weights, tokens, memory, config=fields, hooks=tuple((hooks or {}).items()))
+        logits, memory, sites = found[0], found[1], jax.tree.map(np.asarray, found[2])
+    sites["attention_weights"] = sites["attention_weights"][..., :filled]
     return Result(
-        logits=logits * config["output_multiplier_scale"],
+        logits=np.asarray(logits),
         router_probs=sites.get("router_probs"),
         attention=sites["attention_weights"],
-        memory={"layers": kept, "valid": valid},
+        memory=memory,
         sites=sites,
     )
 
@@ -294,18 +227,23 @@ def router_margin(router_probs: np.ndarray, num_selected_experts: int) -> np.nda
 
 
 def greedy(
-    weights: dict, config: dict, prompt: list[int], steps: int
-) -> tuple[list[int], list[float]]:
-    """Continue a prompt by `steps` tokens, each the likeliest; ties go to the lower id.
+    weights: dict, config: dict, prompts: list[list[int]], steps: int
+) -> list[tuple[list[int], list[float]]]:
+    """Continue each prompt by `steps` tokens, each the likeliest; ties go to the lower id.
 
-    Returns the tokens, and for each the gap between the largest and second-largest logit.
+    Returns of each prompt the tokens, and for each of these the gap between the largest and the
+    second-largest logit.
     """
-    tokens, margins = [], []
-    result = run(weights, config, [prompt])
-    for _ in range(steps):
-        logits = result.logits[0, -1]
-        second, first = np.sort(logits)[-2:]
-        tokens.append(int(np.argmax(logits)))
-        margins.append(float(first - second))
-        result = run(weights, config, [tokens[-1:]], result.memory)
-    return tokens, margins
+    weights, memory = _placed(weights), None
+    sequences = [(list(prompt), list[float]()) for prompt in prompts]
+    for place in range(max(map(len, prompts)) + steps - 1):
+        # What has ended goes on with pads, which change nothing of it.
+        tokens = [ids[place : place + 1] or [config["pad_token"]] for ids, _ in sequences]
+        result = run(weights, config, tokens, memory)
+        memory = result.memory
+        for logits, (ids, margins) in zip(result.logits[:, -1], sequences, strict=True):
+            if place == len(ids) - 1 and len(margins) < steps:
+                second, first = np.sort(logits)[-2:]
+                ids.append(int(np.argmax(logits)))
+                margins.append(float(first - second))
+    return [(ids[-steps:], margins) for ids, margins in sequences]

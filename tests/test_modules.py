@@ -18,6 +18,7 @@ from jax import lax
 
 import reference
 from grok1.parallel.sharding import make_mesh
+from grok1.reference import weights_of
 from model import (
     InOutEmbed,
     KVMemory,
@@ -451,21 +452,9 @@ def logits():
     return np.asarray(run(parameters(), TOKENS).logits)
 
 
-def reference_weights(config, params):
-    """Return float parameters under the names that reference.py takes."""
-    own = {k.removeprefix(f"{LAYER}/"): v for k, v in params.items() if k.startswith(LAYER)}
-    block = "moe" if config.model.num_experts > 1 else "dense_block"
-    names = {n: n if "moe" in n else f"{block}/{n}" for n in own if "linear" in n and "/" not in n}
-    return {
-        "embeddings": params["language_model/in_out_embed"]["embeddings"],
-        "rms_norm": params["language_model/rms_norm"]["scale"],
-        "layers": {names.get(name, name): next(iter(v.values())) for name, v in own.items()},
-    }
-
-
 def exact_logits(config, params, tokens):
     """Return the logits in float64; params may be float64 too."""
-    return reference.forward(reference_weights(config, params), config.to_dict(), tokens)
+    return reference.forward(weights_of(params), config.to_dict(), tokens)
 
 
 @pytest.mark.parametrize("with_length", [False, True], ids=["pads", "length"])

@@ -66,11 +66,11 @@ def test_numeric_layer_order_would_not_pass() -> None:
 def test_greedy_follows_the_original_until_a_near_tie(golden: Golden) -> None:
     """The original ran in bfloat16 at temperature 0.01: only a close call may go the other way."""
     agreed = 0
-    for example in golden.greedy:
+    prompts = [example["prompt"] for example in golden.greedy]
+    steps = len(golden.greedy[0]["greedy"])
+    found = reference.greedy(golden.weights, golden.config, prompts, steps)
+    for example, (tokens, margins) in zip(golden.greedy, found, strict=True):
         wanted = example["greedy"]
-        tokens, margins = reference.greedy(
-            golden.weights, golden.config, example["prompt"], len(wanted)
-        )
         differs = [step for step in range(len(wanted)) if tokens[step] != wanted[step]]
         if differs:
             assert margins[differs[0]] < 0.12  # measured: at most 0.116, of logits up to 8
@@ -84,7 +84,7 @@ def test_tokens_fed_in_pieces_give_the_logits_of_one_pass(golden: Golden) -> Non
     tokens[0, 5:9] = golden.config["pad_token"]
     whole = reference.forward(golden.weights, golden.config, tokens)
     memory, pieces = None, []
-    for piece in np.split(tokens, [7, 8, 30], axis=1):
+    for piece in np.split(tokens, [16, 32], axis=1):
         result = reference.run(golden.weights, golden.config, piece, memory)
         memory = result.memory
         pieces.append(result.logits)
@@ -108,7 +108,7 @@ def test_dense_block_is_a_mixture_of_equal_experts(golden: Golden) -> None:
     for name in ("linear", "linear_v", "linear_1"):
         first = mixed[f"moe/{name}"][:, 0]
         mixed[f"moe/{name}"] = np.stack([first, first], axis=1)
-        dense[f"dense_block/{name}"] = first
+        dense[name] = first
     mixed["router"] = np.zeros_like(mixed["router"][..., :2])
 
     def logits(layers: dict[str, np.ndarray], num_experts: int) -> np.ndarray:
