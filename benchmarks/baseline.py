@@ -1,78 +1,93 @@
-"""The obvious form that `speed.py` compares with: all experts, dequantised, for every token.
+"""The obvious form that `speed.py` compares with: grok1/reference.py, compiled as it stands."""
 
-A copy of its own, so that it stays as it is when the model's own products become faster.
-"""
+import functools
+import time
+from typing import Any, NamedTuple
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import haiku as hk
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
-from grok1.ops.quantization import QuantizedWeight8bit
-from model import Linear, MoELayer
+from grok1 import reference
+from model import LanguageModelConfig
 
-
-def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`einsum` of two arrays of one dtype, accumulated in and returned as float32."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+TEMPERATURE = 0.7
 
 
-def matmul(x: jax.Array, weight: QuantizedWeight8bit) -> jax.Array:
-    """`x [..., I] @ weight [I, O]` -> float32: the matrix converted, a product for each group."""
-    rows, columns = weight.shape
-    scales = weight.scales.astype(jnp.float32)  # [J, O]
-    groups = scales.shape[0]
-    steps = weight.weight.astype(x.dtype)
-    if groups == 1:
-        return product("...i,io->...o", x, steps) * scales[0]
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, rows // groups), -2, 0)  # [J, ..., I/J]
-    steps = steps.reshape(groups, rows // groups, columns)
-    partial = product("j...i,jio->j...o", x, steps)
-    scales = scales.reshape(groups, *(1,) * (x.ndim - 2), columns)
-    return jnp.sum(partial * scales, axis=0)
+class State(NamedTuple):
+    """The cache of each sequence, its last token int32 [B, 1], and what its next is drawn with."""
+
+    cache: reference.Cache
+    token: jax.Array
+    key: jax.Array
 
 
-def expert(params: Mapping[str, Mapping[str, Any]], x: jax.Array) -> jax.Array:
-    """`linear_1(gelu(linear(x)) * linear_v(x))`, x [M, D] -> float32 [M, D]."""
-    gate = jax.nn.gelu(matmul(x, params["linear"]["w"]), approximate=True)
-    hidden = gate * matmul(x, params["linear_v"]["w"])
-    return matmul(hidden.astype(x.dtype), params["linear_1"]["w"])
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def step(params: Any, state: State, tokens: jax.Array, *, config: LanguageModelConfig) -> State:
+    """Read tokens [B, T], and draw the one that follows in each sequence."""
+    weights = reference.weights_of(params)
+    h, cache = reference.hidden_states(weights, config, tokens, state.cache)
+    logits = reference.logits(weights, config, h[:, -1:], cache.keys.dtype)[:, 0]
+    key, own = jax.random.split(state.key)
+    token = jax.random.categorical(own, logits / TEMPERATURE)
+    return State(cache, token[:, None].astype(jnp.int32), key)
 
 
-def all_experts(
-    params: Mapping[str, Mapping[str, Any]], x: jax.Array, gates: jax.Array, index: jax.Array
-) -> jax.Array:
-    """All experts of x [M, D], most times a zero gate; gates and index [M, A] -> [M, D]."""
-    outputs = jax.vmap(expert, in_axes=(0, None))(params, x)  # [E, M, D]
-    chosen = jax.nn.one_hot(index, outputs.shape[0])
-    weights = jnp.sum(chosen * gates[..., None], axis=-2)  # [M, E]
-    return jnp.einsum("me,emd->md", weights, outputs, precision=lax.Precision.HIGHEST)
+class Baseline:
+    """The form of the model that has nothing of what makes the others fast; as `speed.Form`."""
 
+    name = "baseline"
+    most_tokens = 1
 
-@contextlib.contextmanager
-def traced() -> Iterator[None]:
-    """Within this, a model with `expert_dispatch="all"` is traced with the products above."""
+    def __init__(self, config: LanguageModelConfig, params: Any):
+        self.config, self.params = config, params
+        self.compile_s: dict[str, float] = {}
+        self._compiled: dict[tuple[int, int], Any] = {}
 
-    def intercept(
-        method: Callable[..., Any], args: Any, kwargs: Any, context: hk.MethodContext
-    ) -> Any:
-        module = context.module
-        if isinstance(module, Linear) and context.method_name == "__call__":
-            (x,) = args
-            return matmul(x, module.weight(x.shape[-1]))
-        if isinstance(module, MoELayer) and context.method_name == "_mixture":
-            params, x, routing, layer = args
-            assert layer is None, "the layer is sliced out first"
-            rows, gates, index = (
-                a.reshape(-1, a.shape[-1]) for a in (x, routing.gates, routing.expert_index)
-            )
-            return all_experts(params, rows, gates, index).reshape(x.shape)
-        return method(*args, **kwargs)
+    def compiled(self, batch: int, length: int) -> Any:
+        """Return the program that reads so many tokens of so many sequences."""
+        if (batch, length) not in self._compiled:
+            tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+            state = jax.eval_shape(lambda: self.empty(batch))
+            began = time.perf_counter()
+            lowered = step.lower(self.params, state, tokens, config=self.config)
+            self._compiled[batch, length] = lowered.compile()
+            name = f"decode {batch}" if length == 1 else f"prefill {length}"
+            self.compile_s.setdefault(name, time.perf_counter() - began)
+        return self._compiled[batch, length]
 
-    with hk.intercept_methods(intercept):
-        yield
+    def empty(self, batch: int) -> State:
+        """Return the state of sequences that have read nothing."""
+        config = self.config
+        cache = reference.empty_cache(config, batch, config.sequence_len, config.fprop_dtype)
+        return State(cache, jnp.zeros([batch, 1], jnp.int32), jax.random.key(0))
+
+    def rewound(self, state: State) -> State:
+        """Return the state with nothing in the cache."""
+        filled = jnp.zeros_like(state.cache.filled)
+        return state._replace(cache=state.cache._replace(filled=filled))
+
+    def filled(self, state: State) -> float:
+        """Return how many positions of a cache are filled, in the mean."""
+        return float(jnp.mean(state.cache.filled))
+
+    def read(self, state: State, tokens: np.ndarray) -> State:
+        """Read a prompt int32 [T] into the only sequence."""
+        return self.compiled(1, len(tokens))(self.params, state, jax.device_put(tokens[None]))
+
+    def ready(self, prompts: list[np.ndarray]) -> State:
+        """Return the state of sequences that have each read a prompt and drawn one token."""
+        states = [self.read(self.empty(1), prompt) for prompt in prompts]
+        caches = [state.cache for state in states]
+        cache = reference.Cache(
+            jnp.concatenate([cache.keys for cache in caches], axis=1),
+            jnp.concatenate([cache.values for cache in caches], axis=1),
+            jnp.concatenate([cache.valid for cache in caches]),
+            jnp.concatenate([cache.filled for cache in caches]),
+        )
+        token = jnp.concatenate([state.token for state in states])
+        return jax.block_until_ready(State(cache, token, states[0].key))
+
+    def draw(self, state: State) -> State:
+        """Draw a token of each sequence."""
+        return self.compiled(len(state.token), 1)(self.params, state, state.token)

@@ -53,7 +53,7 @@ import jax.numpy as jnp  # noqa: E402
 import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 
-import baseline  # noqa: E402
+from baseline import Baseline  # noqa: E402
 from grok1 import backend  # noqa: E402
 from grok1.cli import compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
@@ -129,9 +129,10 @@ def make_params(options: argparse.Namespace, config: LanguageModelConfig) -> Any
 class Form:
     """A form of the model, compiled ahead of time, and what compiling it took."""
 
+    most_tokens = MOST_TOKENS
+
     def __init__(self, name: str, config: LanguageModelConfig, params: Any):
-        how = {"expert_dispatch": "all"} if name == "baseline" else {"kernels": name == "kernels"}
-        model = dataclasses.replace(config.model, **how)
+        model = dataclasses.replace(config.model, kernels=name == "kernels")
         self.name, self.params = name, params
         self.config = dataclasses.replace(config, model=model)
         self.compile_s: dict[str, float] = {}
@@ -144,16 +145,28 @@ class Form:
             step = decode if chunk is None else prefill
             inputs = abstract_inputs(self.config, None, batch, chunk)
             inputs = jax.tree.map(_shape, self.params), *inputs[1:]
-            traced = baseline.traced() if self.name == "baseline" else contextlib.nullcontext()
             began = time.perf_counter()
-            with traced:
-                lowered = step.lower(*inputs, config=self.config, mesh=None)
+            lowered = step.lower(*inputs, config=self.config, mesh=None)
             self._compiled[key] = lowered.compile()
             name = f"decode {batch}" if chunk is None else f"prefill {chunk}"
             self.compile_s.setdefault(name, time.perf_counter() - began)
         return self._compiled[key]
 
-    def read(self, state: State, tokens: np.ndarray, slot: int) -> State:
+    def empty(self, batch: int) -> State:
+        """Return the state of slots that have read nothing."""
+        return new_state(config=self.config, batch=batch, mesh=None)
+
+    def rewound(self, state: State) -> State:
+        """Return the state with nothing in the cache."""
+        layers = state.memory.layers
+        layers = layers._replace(step=jnp.zeros_like(layers.step))
+        return state._replace(memory=state.memory._replace(layers=layers))
+
+    def filled(self, state: State) -> float:
+        """Return how many positions of a cache are filled, in the mean."""
+        return float(jnp.mean(state.memory.layers.step))
+
+    def read(self, state: State, tokens: np.ndarray, slot: int = 0) -> State:
         """Read a prompt int32 [T] into a slot."""
         batch = state.slots.drawn.shape[0]
         length, place = np.array([len(tokens)], np.int32), np.array([slot], np.int32)
@@ -161,12 +174,31 @@ class Form:
         _, state = self.compiled(batch, len(tokens))(self.params, state, *inputs)
         return state
 
-    def draw(self, state: State, count: int) -> State:
-        """Draw `count` tokens for each slot."""
+    def ready(self, prompts: list[np.ndarray]) -> State:
+        """Return the state of slots that have each read a prompt and drawn one token."""
+        where: dict[str, Any] = {"config": self.config, "mesh": None}
+        batch = len(prompts)
+        state = self.empty(batch)
+        for slot, prompt in enumerate(prompts):
+            request = Request(prompt.tolist(), temperature=0.7, rng_seed=slot, ignore_eos=True)
+            row = Answering(request, self.config, None).slot()
+            row = row._replace(limit=jnp.int32(self.config.sequence_len))
+            state = self.read(start(state, np.int32(slot), row, **where), prompt, slot)
+        slots = np.arange(batch, dtype=np.int32)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        _, state = first_token(state, np.ones(batch, bool), slots, lengths, **where)
+        return jax.block_until_ready(state)
+
+    def draw(self, state: State) -> State:
+        """Draw `most_tokens` tokens for each slot."""
         batch = state.slots.drawn.shape[0]
-        inputs = jax.device_put((np.ones(batch, bool), np.int32(count), np.array(False)))
+        count = np.int32(self.most_tokens)
+        inputs = jax.device_put((np.ones(batch, bool), count, np.array(False)))
         _, state = self.compiled(batch)(self.params, state, *inputs)
         return state
+
+
+AnyForm = Form | Baseline
 
 
 def _shape(array: Any) -> Any:
@@ -176,22 +208,6 @@ def _shape(array: Any) -> Any:
 def random_prompt(config: LanguageModelConfig, tokens: int, seed: int) -> np.ndarray:
     """Return token ids int32 [tokens]."""
     return np.random.default_rng(seed).integers(3, config.vocab_size, tokens, dtype=np.int32)
-
-
-def ready_state(form: Form, batch: int, tokens: int) -> State:
-    """Return a state whose slots have all read a prompt and drawn one token."""
-    where: dict[str, Any] = {"config": form.config, "mesh": None}
-    state = new_state(batch=batch, **where)
-    for slot in range(batch):
-        prompt = random_prompt(form.config, tokens, slot)
-        request = Request(prompt.tolist(), temperature=0.7, rng_seed=slot, ignore_eos=True)
-        row = Answering(request, form.config, None).slot()
-        row = row._replace(limit=jnp.int32(form.config.sequence_len))
-        state = form.read(start(state, np.int32(slot), row, **where), prompt, slot)
-    slots = np.arange(batch, dtype=np.int32)
-    lengths = np.full(batch, tokens, np.int32)
-    _, state = first_token(state, np.ones(batch, bool), slots, lengths, **where)
-    return jax.block_until_ready(state)
 
 
 def chosen_experts(form: Form, state: State) -> int:
@@ -230,18 +246,15 @@ def in_turns(
 
 
 def measure_prefill(
-    forms: Sequence[Form], tokens: int, turns: int, machine: Machine
+    forms: Sequence[AnyForm], tokens: int, turns: int, machine: Machine
 ) -> dict[str, Any]:
     """Return the seconds that each form takes to read a prompt, and its share of the rate."""
-    state = new_state(config=forms[0].config, batch=1, mesh=None)
-    states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
+    states: dict[str, Any] = {form.name: form.empty(1) for form in forms}
     prompt = random_prompt(forms[0].config, tokens, 0)
 
-    def read(form: Form) -> None:
-        state = states[form.name]
-        layers = state.memory.layers._replace(step=jnp.zeros([1], jnp.int32))
-        state = state._replace(memory=state.memory._replace(layers=layers))
-        states[form.name] = jax.block_until_ready(form.read(state, prompt, 0))
+    def read(form: Any) -> None:
+        state = form.read(form.rewound(states[form.name]), prompt)
+        states[form.name] = jax.block_until_ready(state)
 
     calls: dict[str, Callable[[], Any]] = {f.name: functools.partial(read, f) for f in forms}
     seconds, limits = in_turns(calls, turns, machine)
@@ -250,27 +263,25 @@ def measure_prefill(
 
 
 def measure_decode(
-    forms: Sequence[Form], batch: int, turns: int, machine: Machine
+    forms: Sequence[AnyForm], batch: int, turns: int, machine: Machine
 ) -> dict[str, Any]:
     """Return the seconds of a step of each form, what it must do, and how near to that it is."""
     fastest = forms[-1]
-    counts = {form.name: 1 if form.name == "baseline" else MOST_TOKENS for form in forms}
-    state = ready_state(fastest, batch, PROMPT)
-    # The baseline has another way to compute all experts, and none to choose.
-    chooser = next((form for form in forms if form.name != "baseline"), None)
-    experts = chosen_experts(chooser or Form("plain", fastest.config, fastest.params), state)
-    states = {form.name: jax.tree.map(jnp.copy, state) for form in forms}
-    del state
+    prompts = [random_prompt(fastest.config, PROMPT, slot) for slot in range(batch)]
+    states: dict[str, Any] = {form.name: form.ready(prompts) for form in forms}
+    # The baseline has all experts, and none to choose.
+    chooser = next((form for form in forms if isinstance(form, Form)), None)
+    chooser = chooser or Form("plain", fastest.config, fastest.params)
+    experts = chosen_experts(chooser, states.get(chooser.name) or chooser.ready(prompts))
 
-    def draw(form: Form) -> None:
-        own = form.draw(states[form.name], counts[form.name])
-        states[form.name] = jax.block_until_ready(own)
+    def draw(form: Any) -> None:
+        states[form.name] = jax.block_until_ready(form.draw(states[form.name]))
 
     calls: dict[str, Callable[[], Any]] = {f.name: functools.partial(draw, f) for f in forms}
     whole, limits = in_turns(calls, turns, machine)
-    seconds = {name: [s / counts[name] for s in all_] for name, all_ in whole.items()}
-    end = float(jnp.mean(states[fastest.name].memory.layers.step))
-    filled = (PROMPT + counts[fastest.name] + end) / 2
+    seconds = {form.name: [s / form.most_tokens for s in whole[form.name]] for form in forms}
+    end = fastest.filled(states[fastest.name])
+    filled = (PROMPT + fastest.most_tokens + end) / 2
     work = decode_work(fastest.config, fastest.params, batch, filled, experts)
     return {"filled": filled, "experts": experts, **_row(seconds, limits, work)}
 
@@ -366,7 +377,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.starts:
         found["start"] = measure_starts(options)
     params = make_params(options, config)
-    forms = [Form(name, config, params) for name in names]
+    forms: list[AnyForm] = [
+        Baseline(config, params) if name == "baseline" else Form(name, config, params)
+        for name in names
+    ]
     machine = Machine(config)
     found["prefill"], found["decode"] = {}, {}
     found["dtype"] = jnp.dtype(config.fprop_dtype).name

@@ -106,6 +106,11 @@ def expert(x: jax.Array, linear: Any, linear_v: Any, linear_1: Any, dtype: Any) 
     return dense(gate * dense(x, linear_v, dtype), linear_1, dtype)
 
 
+def unchanged(_site: str, array: jax.Array) -> jax.Array:
+    """Look at nothing, and change nothing."""
+    return array
+
+
 class Call(NamedTuple):
     """What the layers of one forward pass share.
 
@@ -154,8 +159,8 @@ def attention(
 def mixture(x: jax.Array, layer: Weights, call: Call) -> jax.Array:
     """`sum_a gate_a * expert_a(x)` of x [B, T, D]; pads go to no expert."""
     experts, real = call.config.num_experts, call.real[..., None]
-    logits = call.at("router_logits", product("btd,de->bte", x, layer["router"]))
-    probs = call.at("router_probs", jax.nn.softmax(logits, axis=-1))
+    scores = call.at("router_logits", product("btd,de->bte", x, layer["router"]))
+    probs = call.at("router_probs", jax.nn.softmax(scores, axis=-1))
     # Largest first; ties go to the lower index. As they are, not renormalized.
     gates, index = lax.top_k(probs, call.config.num_selected_experts)  # [B, T, A]
     gates = call.at("expert_gates", jnp.where(real, gates, 0))
@@ -188,9 +193,21 @@ def forward(
     config: LanguageModelConfig,
     tokens: jax.Array,
     cache: Cache,
-    at: Callable[[str, jax.Array], jax.Array] = lambda _, array: array,
+    at: Callable[[str, jax.Array], jax.Array] = unchanged,
 ) -> tuple[jax.Array, Cache]:
     """Tokens int32 [B, T] after those in the cache -> logits [B, T, V], and the cache with them."""
+    h, cache = hidden_states(weights, config, tokens, cache, at)
+    return logits(weights, config, h, cache.keys.dtype), cache
+
+
+def hidden_states(
+    weights: Weights,
+    config: LanguageModelConfig,
+    tokens: jax.Array,
+    cache: Cache,
+    at: Callable[[str, jax.Array], jax.Array] = unchanged,
+) -> tuple[jax.Array, Cache]:
+    """Tokens int32 [B, T] after those in the cache -> h [B, T, D], and the cache with them."""
     rows, length = jnp.arange(tokens.shape[0])[:, None], tokens.shape[1]
     position = cache.filled[:, None] + jnp.arange(length)  # [B, T]
     real = tokens > config.pad_token
@@ -207,6 +224,11 @@ def forward(
         h, own = decoder_layer(h, layer, (cache.keys[index], cache.values[index]), call)
         kept.append(own)
     keys, values = (jnp.stack(arrays) for arrays in zip(*kept, strict=True))
+    return h, Cache(keys, values, valid, cache.filled + length)
+
+
+def logits(weights: Weights, config: LanguageModelConfig, h: jax.Array, dtype: Any) -> jax.Array:
+    """h [B, T, D] behind the last layer -> logits [B, T, V], by the embedding table again."""
     h = rms_norm(h, weights["rms_norm"]).astype(dtype)
-    logits = product("btd,vd->btv", h, table) * config.output_multiplier_scale
-    return logits, Cache(keys, values, valid, cache.filled + length)
+    table = weights["embeddings"].astype(dtype)
+    return product("btd,vd->btv", h, table) * config.output_multiplier_scale
