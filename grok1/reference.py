@@ -1,8 +1,7 @@
 """Grok-1 in plain JAX: the forward pass as its equations stand, with nothing done to make it fast.
 
 What the model is tested against, in float64, and what benchmarks/ measures it against. All experts
-are computed for every token, int8 weights are written out as floats, and attention looks at the
-whole cache.
+are computed for every token, and attention looks at the whole cache.
 
 Dimension letters as in model.py. Weights are
 
@@ -18,7 +17,6 @@ or bfloat16; all else is float64 or float32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.ops.quantization import dequantize
+from grok1.ops.quantization import QuantizedWeight8bit
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig, TransformerConfig
@@ -81,8 +79,15 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def dense(x: jax.Array, weight: Any, dtype: Any) -> jax.Array:
-    """`x [..., I] @ weight [I, O]`, both rounded to `dtype`."""
-    return product("...i,io->...o", x.astype(dtype), dequantize(weight, dtype))
+    """`x [..., I] @ weight [I, O]`, x rounded to `dtype`, the weight float or int8."""
+    x = x.astype(dtype)
+    if not isinstance(weight, QuantizedWeight8bit):
+        return product("...i,io->...o", x, weight.astype(dtype))
+    # An int8 is exact in any dtype. The scales multiply the sums, of each group of rows its own.
+    groups = len(weight.scales)
+    parts = zip(jnp.split(x, groups, -1), jnp.split(weight.weight, groups), strict=True)
+    sums = [product("...i,io->...o", part, rows.astype(dtype)) for part, rows in parts]
+    return sum(total * scale for total, scale in zip(sums, weight.scales, strict=True))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -100,8 +105,9 @@ def rotate(x: jax.Array, position: jax.Array) -> jax.Array:
     return x * jnp.cos(phase) + jnp.concatenate([-b, a], axis=-1) * jnp.sin(phase)
 
 
-def expert(x: jax.Array, linear: Any, linear_v: Any, linear_1: Any, dtype: Any) -> jax.Array:
+def expert(x: jax.Array, matrices: tuple[Any, Any, Any], dtype: Any) -> jax.Array:
     """`linear_1(gelu(linear(x)) * linear_v(x))`, x [..., D], gelu in its tanh approximation."""
+    linear, linear_v, linear_1 = matrices
     gate = jax.nn.gelu(dense(x, linear, dtype), approximate=True)
     return dense(gate * dense(x, linear_v, dtype), linear_1, dtype)
 
@@ -165,9 +171,8 @@ def mixture(x: jax.Array, layer: Weights, call: Call) -> jax.Array:
     gates, index = lax.top_k(probs, call.config.num_selected_experts)  # [B, T, A]
     gates = call.at("expert_gates", jnp.where(real, gates, 0))
     index = call.at("expert_index", jnp.where(real, index, experts))
-    matrices = [layer[f"moe/{name}"] for name in ("linear", "linear_v", "linear_1")]
-    compute = jax.vmap(functools.partial(expert, x, dtype=call.dtype))
-    outputs = compute(*matrices)  # [E, B, T, D]
+    matrices = tuple(layer[f"moe/{name}"] for name in ("linear", "linear_v", "linear_1"))
+    outputs = lax.map(lambda own: expert(x, own, call.dtype), matrices)  # [E, B, T, D]
     of_expert = index[..., None] == jnp.arange(experts)  # [B, T, A, E]
     share = jnp.sum(jnp.where(of_expert, gates[..., None], 0), axis=2)  # [B, T, E]
     return product("bte,ebtd->btd", share, outputs)
@@ -183,7 +188,7 @@ def decoder_layer(
     if call.config.num_experts > 1:
         x = mixture(x, layer, call)
     else:
-        x = expert(x, layer["linear"], layer["linear_v"], layer["linear_1"], call.dtype)
+        x = expert(x, (layer["linear"], layer["linear_v"], layer["linear_1"]), call.dtype)
     h = h + call.at("feed_forward_output", rms_norm(x, layer["rms_norm_3"]))
     return call.at("hidden_states", h), cache
 

@@ -112,7 +112,7 @@ def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 softmax = _exactly(functools.partial(jax.nn.softmax, axis=-1))
 rotate = _exactly(grok1.reference.rotate)
-expert = _exactly(functools.partial(grok1.reference.expert, dtype=jnp.float64))
+expert = _exactly(lambda x, *matrices: grok1.reference.expert(x, matrices, jnp.float64))
 
 
 def mixture(x: Any, layer: Mapping[str, Any], sizes: Mapping[str, int], real: Any) -> np.ndarray:
