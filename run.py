@@ -33,7 +33,8 @@ from grok1.parallel import multihost
 
 ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
-DEMO = ROOT / "checkpoints" / "demo"
+# Where the package was installed, and not cloned, it holds the demo.
+DEMO = RELEASED / "demo" if RELEASED.is_dir() else ROOT / "grok1" / "demo"
 MOST_SLOTS = 8
 # What process 0 decides for all; the files may lie elsewhere on each host.
 SHARED = (
@@ -49,12 +50,15 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     if directory is None:
         directory = RELEASED if forms.form(RELEASED) else DEMO
         if directory == DEMO:
-            say("checkpoints/ckpt-0 is not there: using the small bundled demo model")
+            why = (
+                "checkpoints/ckpt-0 is not there" if RELEASED.is_dir() else "no --checkpoint given"
+            )
+            say(f"{why}: using the small bundled demo model")
     forms.require_form(directory, "name the right one with --checkpoint")
     tokenizer = options.tokenizer
     if tokenizer is None and needs_words(options):
         own = directory / "tokenizer.model"
-        tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
+        tokenizer = own if own.is_file() else DEMO / "tokenizer.model"
     return directory, tokenizer
 
 

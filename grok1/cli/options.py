@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="SentencePiece model; by default DIR/tokenizer.model, else the one beside run.py",
+        help="SentencePiece model; by default DIR/tokenizer.model, else the demo's",
     )
     add(
         "--prompt",

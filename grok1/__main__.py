@@ -1,0 +1,15 @@
+"""python -m grok1 does what python run.py does, from any directory."""
+
+import sys
+from pathlib import Path
+
+# As of a script: where run.py lies comes first, and not the current directory, in which a file
+# model.py may be another one.
+if not sys.flags.safe_path:
+    del sys.path[0]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from run import main  # noqa: E402  (found by the line above)
+
+if __name__ == "__main__":
+    sys.exit(main())
