@@ -125,7 +125,7 @@ class TransformerConfig:
     possible number and skips the empty ones (training); "all" computes every expert for every
     token, as a reference.
     scan_unroll: layers per iteration of the compiled loop.
-    kernels: compute by the device's own kernels, see kernels/, where they are faster (inference).
+    kernels: compute by the device's own kernels, grok1/kernels, where they are faster (inference).
     router: what makes a layer's router, called with num_selected_experts; None: Router. The place
         to give a subclass of it.
     """

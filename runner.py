@@ -376,12 +376,17 @@ class InferenceRunner:
         """
         return [scores.logprobs for scores in self.score_tokens(texts)]
 
+    @property
+    def bos_token(self) -> int:
+        """The id of [BOS], which a text that is scored begins with."""
+        return BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
+
     def score_tokens(self, texts: Sequence[str | Sequence[int]]) -> list[TokenScores]:
         """Return what `score` does, and whether each token is the likeliest at its place."""
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
-        bos = BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
-        return scoring.score(self._model_alone(), [self.encode(text) for text in texts], bos)
+        ids = [self.encode(text) for text in texts]
+        return scoring.score(self._model_alone(), ids, self.bos_token)
 
 
 def with_settings(

@@ -3,8 +3,8 @@
 python benchmarks/speed.py [--config quarter|demo|grok-1-rank] [--json]
 
 Three forms of one model run in turns, in one process: `baseline` (benchmarks/baseline.py), `plain`
-(what JAX offers, but only the chosen experts) and `kernels` (kernels/). Ratios are medians over the
-turns.
+(what JAX offers, but only the chosen experts) and `kernels` (grok1/kernels). Ratios are medians
+over the turns.
 
 quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model that comes along.
 grok-1-rank: exactly what one of eight devices holds and computes of the full model, 39.9 GB made on

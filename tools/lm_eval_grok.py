@@ -139,7 +139,7 @@ class GrokLM(LM):
             raise ValueError(f"generation: expected settings from {known}, got {name!r}")
         length = min(int(most[0]) if most else MOST_GENERATED, self.server.config.sequence_len - 1)
         stop = [text for text in stops if text]
-        prompt = context or [self.server.tokenizer.bos_id()]
+        prompt = context or [self.server.bos_token]
         return Request(prompt, max_len=length, stop=stop, truncate="left", **sampled)
 
 

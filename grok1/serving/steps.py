@@ -1,8 +1,8 @@
 """The compiled steps: state in, state out, and what they take, with or without any data.
 
 Functional core: pure functions, jitted at module level. A sequence's result depends on its own row
-only, so a request gives the same tokens alone and in a batch. serving.py and runner.py drive
-them; plan.py compiles them ahead of time.
+only, so a request gives the same tokens alone and in a batch. scheduler.py, scoring.py and
+inspecting.py drive them; plan.py compiles them ahead of time.
 
 B is the number of slots: sequences that a step serves at once.
 """

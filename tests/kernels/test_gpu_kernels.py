@@ -1,6 +1,6 @@
 """The GPU's kernels, interpreted on a CPU: what they compute, what they read, and that they lower.
 
-Dimension letters as in `kernels/gpu.py`. No GPU is needed; none has timed them.
+Dimension letters as in `grok1/kernels/gpu.py`. No GPU is needed; none has timed them.
 """
 
 import collections
