@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
 # Where the package was installed, and not cloned, it holds the demo.
 DEMO = RELEASED / "demo" if RELEASED.is_dir() else ROOT / "grok1" / "demo"
+TOKENIZER = DEMO / "tokenizer.model"
 MOST_SLOTS = 8
 # What process 0 decides for all; the files may lie elsewhere on each host.
 SHARED = (
@@ -58,7 +59,7 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     tokenizer = options.tokenizer
     if tokenizer is None and needs_words(options):
         own = directory / "tokenizer.model"
-        tokenizer = own if own.is_file() else DEMO / "tokenizer.model"
+        tokenizer = own if own.is_file() else TOKENIZER
     return directory, tokenizer
 
 

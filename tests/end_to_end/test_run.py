@@ -132,7 +132,7 @@ def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
 def test_token_ids_need_no_tokenizer(
     tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "TOKENIZER", tmp_path / "tokenizer.model")
     arguments = ["--checkpoint", tiny, "--prompt-ids", "5 6 7", "--max-len", 4]
     (answer,) = command(*arguments, "--json").answers
     assert answer["prompt"] is answer["text"] is None
