@@ -41,7 +41,7 @@ from grok1.inspection import (
     check_layers,
     check_sites,
 )
-from grok1.kernels import chosen as kernels
+from grok1.kernels import dispatch as kernels
 from grok1.ops.attention import attend, attend_cached, attention_weights, weigh
 from grok1.ops.cache import KVMemory, Memory, cache_dtype, from_bits, write_rows
 from grok1.ops.mixture import (

@@ -185,7 +185,7 @@ def make_server(
 
     from grok1 import backend
     from grok1.cli import compile_cache
-    from grok1.kernels import chosen as kernels
+    from grok1.kernels import dispatch as kernels
     from runner import RequestError, load_server
 
     # Not with others: where one process compiles, XLA may wait for all to do so.

@@ -21,7 +21,7 @@ import checkpoint
 from checkpoint import read_model_config
 from grok1 import backend
 from grok1.inspection import Hook
-from grok1.kernels import chosen
+from grok1.kernels import dispatch
 from grok1.parallel.sharding import (
     axis_size,
     make_mesh,
@@ -440,7 +440,7 @@ def load_server(
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
     config = with_settings(read_model_config(directory), dtype, context)
     wanted = kernels and (dtype == "bfloat16" or backend.on_cpu())
-    if wanted and chosen.available():
+    if wanted and dispatch.available():
         inner = dataclasses.replace(config.model, kernels=True)
         config = dataclasses.replace(config, model=inner)
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())

@@ -57,7 +57,7 @@ from baseline import Baseline  # noqa: E402
 from grok1 import backend  # noqa: E402
 from grok1.cli import compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
-from grok1.kernels import chosen as kernels  # noqa: E402
+from grok1.kernels import dispatch as kernels  # noqa: E402
 from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import Answering, Request  # noqa: E402
 from grok1.serving.scheduler import Scheduler  # noqa: E402

@@ -1,4 +1,4 @@
-"""What the commands have in common: messages, parsers of numbers and sizes, and a progress bar."""
+"""What the commands share: Ctrl-C, messages, parsers of numbers and sizes, and a progress bar."""
 
 import argparse
 import contextlib

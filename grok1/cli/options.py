@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grok1.cli.console import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
 from grok1.parallel import multihost
-from grok1.serving.limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_SAMPLES
+from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_SAMPLES
 
 DEFAULT_PROMPT = "Once upon a time"
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from grok1.checks import is_integer
-from grok1.serving.limits import MOST_SAMPLES
+from grok1.serving.request_limits import MOST_SAMPLES
 
 STANDARD_INPUT = "-"
 

@@ -1,1 +1,1 @@
-"""What the modules of model.py compute, as pure functions in plain JAX."""
+"""What the modules of model.py compute, as pure functions of JAX."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.kernels import chosen as kernels
+from grok1.kernels import dispatch as kernels
 from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, local_matmul, matmul
 
 Params = Mapping[str, Mapping[str, Any]]

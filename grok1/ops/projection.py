@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from grok1.kernels import chosen as kernels
+from grok1.kernels import dispatch as kernels
 from grok1.ops.quantization import (
     QuantizedWeight8bit,
     StackedWeight,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from grok1.checks import is_integer, is_number
-from grok1.serving.limits import LARGEST_BIAS, MOST_SAMPLES
+from grok1.serving.request_limits import LARGEST_BIAS, MOST_SAMPLES
 from grok1.serving.sampling import SampleSettings, validate_settings
 from grok1.serving.steps import Slots
 from grok1.serving.text import Detokenizer, StopFilter, Vocabulary

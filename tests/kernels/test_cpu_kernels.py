@@ -24,7 +24,7 @@ import golden
 import reference
 import runner
 from grok1.cache_directory import default_directory
-from grok1.kernels import chosen, cpu
+from grok1.kernels import cpu, dispatch
 from grok1.ops import attention
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
 
@@ -291,11 +291,11 @@ def test_newer_processors_have_forms_that_compile(processor, tmp_path, monkeypat
 def fresh(monkeypatch, tmp_path):
     """An empty cache, and nothing loaded in this process; what is loaded stays registered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (cpu.load, chosen.available):
+    for cached in (cpu.load, dispatch.available):
         cached.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    for cached in (cpu.load, chosen.available):
+    for cached in (cpu.load, dispatch.available):
         cached.cache_clear()
 
 
@@ -370,7 +370,7 @@ def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, caplog, com
     if compiler is not None:
         script(path, compiler)
     monkeypatch.setenv("CXX", str(path))
-    assert not chosen.available() and not chosen.available()
+    assert not dispatch.available() and not dispatch.available()
     lines = caplog.messages
     assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernels")
     assert said.format(path=path) in lines[0]
@@ -379,7 +379,7 @@ def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, caplog, com
 def load_in_a_new_process(**environment):
     """Return what a process that loads the kernels leaves on standard error; it must not fail."""
     done = subprocess.run(
-        [sys.executable, "-c", "from grok1.kernels import chosen; assert chosen.available()"],
+        [sys.executable, "-c", "from grok1.kernels import dispatch; assert dispatch.available()"],
         cwd=golden.DIRECTORY.parents[2], capture_output=True, text=True,
         env={**os.environ, **environment},
     )  # fmt: skip

@@ -17,7 +17,7 @@ from test_cpu_kernels import exact_product, plain_product, random_rows, random_w
 
 import golden
 import model
-from grok1.kernels import chosen as kernels
+from grok1.kernels import dispatch as kernels
 from grok1.kernels import gpu
 from grok1.kernels.cpu import KernelError
 from grok1.ops import attention
