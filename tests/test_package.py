@@ -70,8 +70,8 @@ def installed(wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def elsewhere(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A directory whose files have the names of ours and another content."""
-    for name in ("model", "text", "request", "runner", "checkpoint", "kernels"):
+    """A directory whose files have names of ours, or of what we need, and another content."""
+    for name in ("model", "text", "request", "runner", "checkpoint", "kernels", "haiku"):
         (tmp_path / f"{name}.py").write_text('raise SystemExit("the wrong file was imported")')
     return tmp_path
 
