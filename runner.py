@@ -20,8 +20,10 @@ from jax.sharding import Mesh
 import checkpoint
 from checkpoint import read_model_config
 from grok1 import backend
+from grok1.execution import Execution, Executions, fastest
 from grok1.inspection import Hook
 from grok1.kernels import dispatch
+from grok1.parallel.mesh_checks import check_devices
 from grok1.parallel.sharding import (
     axis_size,
     make_mesh,
@@ -71,6 +73,8 @@ class ModelRunner:
     bs_per_device: sequences per device; the number of slots is their product with the devices of
     the mesh, at least one, rounded up to a multiple of the data axis.
     checkpoint_path: a directory that holds a checkpoint; None: random int8 weights, `rng_seed`.
+    kernels: use compiled kernels, which must have been loaded. execution: how every step is run,
+    but for its mesh, which the runner makes; None: what is fastest, for each kind of step.
     """
 
     def __init__(
@@ -79,6 +83,9 @@ class ModelRunner:
         bs_per_device: float,
         checkpoint_path: str | os.PathLike | None,
         rng_seed: int = 42,
+        *,
+        kernels: bool = False,
+        execution: Execution | None = None,
     ):
         if not bs_per_device > 0:
             raise ValueError(f"bs_per_device: expected a number above 0, got {bs_per_device!r}")
@@ -86,6 +93,15 @@ class ModelRunner:
         self.bs_per_device = bs_per_device
         self.checkpoint_path = checkpoint_path
         self.rng_seed = rng_seed
+        self.kernels = kernels
+        self.execution = execution
+
+    def executions(self, mesh: Mesh | None) -> Executions:
+        """Return how each kind of step is run on this mesh."""
+        if self.execution is None:
+            return fastest(self.model, mesh, compiled=self.kernels)
+        execution = dataclasses.replace(self.execution, mesh=mesh)
+        return Executions(execution, execution)
 
     def num_slots(self, mesh: Mesh | None) -> int:
         """Return B, the number of sequences served at once on this mesh."""
@@ -100,6 +116,8 @@ class ModelRunner:
             self.model.check_mesh(mesh)
         if self.checkpoint_path is not None:
             checkpoint.check_files(self.checkpoint_path, self.model.param_shapes())
+        for execution in self.executions(mesh):
+            dispatch.check(execution.kernels)
         check_memory(self.model, mesh, self.num_slots(mesh))
 
     def load_or_init(
@@ -160,6 +178,7 @@ class InferenceRunner:
         self.tokenizer: sentencepiece.SentencePieceProcessor | None = None
         self.vocabulary: Vocabulary | None = None
         self.mesh: Mesh | None = None
+        self.executions: Executions | None = None
         self.params: Any = None
         self.num_slots = 0
         self._loaded: tuple[LoadedModel, Scheduler] | None = None
@@ -175,7 +194,9 @@ class InferenceRunner:
         progress(bytes_done, bytes_total). Raises ValueError with the reason in one sentence.
         """
         if self.mesh_config != ((1, 1), (1, 1)):
-            self._check_size()
+            sizes, between = self.mesh_config
+            if between == (1, 1):
+                check_devices(self.config.model_axis_sizes(), *sizes, jax.local_device_count())
             heads = self.config.model.num_kv_heads
             self.mesh = make_mesh(*self.mesh_config, num_kv_heads=heads)
         self.runner.check(self.mesh)
@@ -185,7 +206,10 @@ class InferenceRunner:
         self.num_slots = self.runner.num_slots(self.mesh)
         self._admit_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
-        model = LoadedModel(self.params, self.config, self.mesh, self.num_slots, self.pad_sizes)
+        self.executions = self.runner.executions(self.mesh)
+        model = LoadedModel(
+            self.params, self.config, self.executions, self.num_slots, self.pad_sizes
+        )
         self._loaded = model, Scheduler(model)
 
     @property
@@ -202,19 +226,6 @@ class InferenceRunner:
         model, scheduler = self._get_loaded()
         scheduler.release()
         return model
-
-    def _check_size(self) -> None:
-        """Raise ValueError, with the meshes that fit the model, if this machine has no such one."""
-        (data, model), between = self.mesh_config
-        available = jax.local_device_count()
-        if between == (1, 1) and data * model > available:
-            sizes = (n for n in self.config.model_axis_sizes() if available % n == 0)
-            fitting = " ".join(f"{available // n},{n}" for n in sizes)
-            raise ValueError(
-                f"a mesh of {data},{model} needs {data * model} devices, but this machine has "
-                f"{available}, for which the model can take the meshes {fitting}; on a CPU start "
-                f"with XLA_FLAGS=--xla_force_host_platform_device_count={data * model}"
-            )
 
     # ---------------------------------------------------------------------------- generation
 
@@ -418,6 +429,7 @@ def load_server(
     requests: Sequence[Request] = (),
     progress: Callable[[int, int], object] | None = None,
     kernels: bool = True,
+    execution: Execution | None = None,
 ) -> InferenceRunner:
     """Load the checkpoint in `directory` and return an initialised runner: the short way in.
 
@@ -429,7 +441,8 @@ def load_server(
     pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use
     those in grok1/kernels, which are compiled when they are first wanted; where that cannot be, a
     warning in the log says so, and the plain form does the same, only slower. On a GPU they
-    are for bfloat16.
+    are for bfloat16. execution: how every step is run, but for its mesh; None: what is fastest, for
+    each kind of step.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
@@ -439,14 +452,18 @@ def load_server(
         raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
     config = with_settings(read_model_config(directory), dtype, context)
-    wanted = kernels and (dtype == "bfloat16" or backend.on_cpu())
-    if wanted and dispatch.available():
-        inner = dataclasses.replace(config.model, kernels=True)
-        config = dataclasses.replace(config, model=inner)
+    wanted = execution is None and kernels and (dtype == "bfloat16" or backend.on_cpu())
+    compiled = wanted and dispatch.available()
     local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())
     server = InferenceRunner(
         name=str(directory),
-        runner=ModelRunner(config, slots / (mesh[0] * mesh[1]), directory),
+        runner=ModelRunner(
+            config,
+            slots / (mesh[0] * mesh[1]),
+            directory,
+            kernels=compiled,
+            execution=execution,
+        ),
         load=None,
         tokenizer_path=tokenizer_path,
         local_mesh_config=local,

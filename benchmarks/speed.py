@@ -57,6 +57,7 @@ from baseline import Baseline  # noqa: E402
 from grok1 import backend  # noqa: E402
 from grok1.cli import compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
+from grok1.execution import fastest  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402
 from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import Answering, Request  # noqa: E402
@@ -132,9 +133,8 @@ class Form:
     most_tokens = MOST_TOKENS
 
     def __init__(self, name: str, config: LanguageModelConfig, params: Any):
-        model = dataclasses.replace(config.model, kernels=name == "kernels")
-        self.name, self.params = name, params
-        self.config = dataclasses.replace(config, model=model)
+        self.name, self.params, self.config = name, params, config
+        self.executions = fastest(config, None, compiled=name == "kernels")
         self.compile_s: dict[str, float] = {}
         self._compiled: dict[tuple[int, int | None], Any] = {}
 
@@ -143,10 +143,11 @@ class Form:
         key = batch, chunk
         if key not in self._compiled:
             step = decode if chunk is None else prefill
-            inputs = abstract_inputs(self.config, None, batch, chunk)
+            execution = self.executions.decode if chunk is None else self.executions.prefill
+            inputs = abstract_inputs(self.config, execution, batch, chunk)
             inputs = jax.tree.map(_shape, self.params), *inputs[1:]
             began = time.perf_counter()
-            lowered = step.lower(*inputs, config=self.config, mesh=None)
+            lowered = step.lower(*inputs, config=self.config, execution=execution)
             self._compiled[key] = lowered.compile()
             name = f"decode {batch}" if chunk is None else f"prefill {chunk}"
             self.compile_s.setdefault(name, time.perf_counter() - began)
@@ -154,7 +155,7 @@ class Form:
 
     def empty(self, batch: int) -> State:
         """Return the state of slots that have read nothing."""
-        return new_state(config=self.config, batch=batch, mesh=None)
+        return new_state(config=self.config, batch=batch, execution=self.executions.decode)
 
     def rewound(self, state: State) -> State:
         """Return the state with nothing in the cache."""
@@ -176,7 +177,7 @@ class Form:
 
     def ready(self, prompts: list[np.ndarray]) -> State:
         """Return the state of slots that have each read a prompt and drawn one token."""
-        where: dict[str, Any] = {"config": self.config, "mesh": None}
+        where: dict[str, Any] = {"config": self.config, "execution": self.executions.decode}
         batch = len(prompts)
         state = self.empty(batch)
         for slot, prompt in enumerate(prompts):
@@ -215,7 +216,7 @@ def chosen_experts(form: Form, state: State) -> int:
     length = jnp.ones(state.slots.drawn.shape, jnp.int32)
     route = jax.jit(
         lambda params, state: apply_model(
-            form.config, None, params, state.slots.token, state.memory, length,
+            form.config, form.executions.decode, params, state.slots.token, state.memory, length,
             capture=("router_probs",),
         ).captured.router_probs
     )  # fmt: skip
@@ -332,10 +333,8 @@ def draw_first_token(options: argparse.Namespace) -> None:
     """Start as a server does, read a prompt of 128 tokens, and print when the first token came."""
     compile_cache.enable()
     config = make_config(options)
-    if kernels.available():
-        inner = dataclasses.replace(config.model, kernels=True)
-        config = dataclasses.replace(config, model=inner)
-    model = LoadedModel(make_params(options, config), config, None, 1, [PROMPT])
+    executions = fastest(config, None, compiled=kernels.available())
+    model = LoadedModel(make_params(options, config), config, executions, 1, [PROMPT])
     engine = Scheduler(model)
     prompt = random_prompt(config, PROMPT, 0).tolist()
     request = Request(prompt, temperature=0.7, ignore_eos=True, max_len=2)

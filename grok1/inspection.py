@@ -1,12 +1,22 @@
 """Looking inside the model: which arrays can be captured or changed, by name.
 
-A site is a place in the model where an array is handed on. `capture=` of a LanguageModel's call
-names those whose arrays it returns; `hooks={site: function}` changes them as they are made. What is
-not asked for is not in the compiled program.
+A site is a place in the model where an array passes `tap`. `capture=` of a LanguageModel's call
+names those whose arrays it returns; `hooks={site: function}` changes them as they are made. What a
+call does not name is not in the compiled program.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +28,7 @@ Hook = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Captured(NamedTuple):
-    """Arrays from inside the model, in the order in which a layer makes them; None: not asked for.
+    """Arrays from inside the model, in the order in which a layer makes them; None: not captured.
 
     Float32 but for `expert_index`. `L` is the layers, or those of `capture_layers` in their order;
     `S` is `T` without a memory, else the memory's length; the others as in model.py. What a hook
@@ -58,32 +68,32 @@ OUTSIDE_LAYERS = ("embeddings",)
 
 
 class Probe:
-    """Sees the arrays of one layer as they are made: hooks change them, `found` keeps them.
+    """What a call of the model asks for: hooks change arrays, `found` holds those captured.
 
-    capture: the sites to keep. hooks: functions (layer, array) -> array by site. layer: int32 [],
-    handed to hooks; -1 outside the layers.
+    capture: the sites to capture. layers: of which layers, as indices from 0; None: all.
+    hooks: functions (layer, array) -> array by site. layer: int32 [], handed to hooks; -1 outside
+    the layers.
     """
 
     def __init__(
         self,
         capture: Collection[str] = (),
+        layers: Sequence[int] | None = None,
         hooks: Mapping[str, Hook] | None = None,
         layer: Any = -1,
     ):
         self.capture = capture
+        self.layers = layers
         self.hooks = hooks or {}
         self.layer = layer
         self.found: dict[str, jax.Array] = {}
 
-    def wants(self, site: str) -> bool:
-        """Whether anything is done with what this site hands over."""
-        return site in self.capture or site in self.hooks
+    def within(self, layer: jax.Array) -> "Probe":
+        """Return a probe that asks for the same in one layer, and has found nothing."""
+        return Probe(self.capture, self.layers, self.hooks, layer)
 
     def __call__(self, site: str, array: jax.Array) -> jax.Array:
-        """Hand over a site's array -> the array to go on with.
-
-        Raises ValueError if a hook fails on traced arrays, or returns another shape or dtype.
-        """
+        """Change the array by the hook of its site, capture it, and return it; see `tap`."""
         if site in self.hooks:
             array = self._changed(site, array)
         if site in self.capture:
@@ -108,13 +118,47 @@ class Probe:
         return new
 
 
-NO_PROBE = Probe()
+# What the call that is being traced asks for: a context, so that each thread has its own.
+_asked: ContextVar[Probe | None] = ContextVar("asked", default=None)
+
+
+def tap(site: str, array: jax.Array) -> jax.Array:
+    """Return the array of a site, as the model goes on with it.
+
+    It is captured, or changed by a hook, if the call that is being traced asks for that. Else this
+    is the identity, and nothing of it is in the compiled program.
+
+    Raises ValueError if a hook fails on traced arrays, or returns another shape or dtype.
+    """
+    probe = _asked.get()
+    return array if probe is None else probe(site, array)
+
+
+def tapped(site: str) -> bool:
+    """Return whether the call that is being traced asks for a site."""
+    probe = _asked.get()
+    return probe is not None and (site in probe.capture or site in probe.hooks)
+
+
+def asked() -> Probe | None:
+    """Return the probe that `tap` calls now, or None."""
+    return _asked.get()
+
+
+@contextlib.contextmanager
+def asking(probe: Probe | None) -> Iterator[None]:
+    """Let `tap` call this probe, in this thread."""
+    token = _asked.set(probe)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def check_sites(
     capture: Collection[str], hooks: Mapping[str, Hook] | None, num_experts: int
 ) -> tuple[str, ...]:
-    """Return the sites to capture, of a model of so many experts.
+    """Return the sites to capture, of a model of `num_experts` experts.
 
     Raises ValueError for a site that is not there, or what is no collection, dict or function.
     """
@@ -143,7 +187,7 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
     Raises ValueError for a layer that is not there, or twice there, or no layer.
     """
-    wanted = f"one or more whole numbers from {-num_layers} to {num_layers - 1}, each layer once"
+    wanted = f"one or more integers from {-num_layers} to {num_layers - 1}, each layer once"
     wrong = ValueError(f"capture_layers: expected {wanted}, got {layers!r}")
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise wrong
@@ -155,6 +199,19 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     if len({*found}) != len(found) or not found:
         raise wrong
     return tuple(found)
+
+
+def make_probe(
+    config: Any,
+    capture: Collection[str],
+    layers: Sequence[int] | None,
+    hooks: Mapping[str, Hook] | None,
+) -> Probe:
+    """Return the probe that asks for this, of a model of a TransformerConfig. Raises ValueError."""
+    capture = check_sites(capture, hooks, config.num_experts)
+    if layers is not None:
+        layers = check_layers(layers, config.num_layers)
+    return Probe(capture, layers, hooks)
 
 
 def captured_shapes(

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from grok1 import hlo
+from grok1.execution import fastest
 from grok1.formats import forms, layout
 from grok1.formats.pickle_file import nbytes
 from grok1.ops.quantization import QuantizedWeight8bit
@@ -349,12 +350,14 @@ def compile_steps(
 ) -> tuple[dict[str, Step], dict[int, int]]:
     """Compile both steps -> what they take, and the temporaries of decode by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
+    executions = fastest(config, mesh, compiled=False)
     chunk = min(PREFILL_CHUNK, config.sequence_len)
 
     def compile_step(rows: int, chunk: int | None) -> Step:
-        inputs = abstract_inputs(config, mesh, rows, chunk)
+        execution = executions.decode if chunk is None else executions.prefill
+        inputs = abstract_inputs(config, execution, rows, chunk)
         step = decode if chunk is None else prefill
-        program = hlo.compile_to_look_at(step.lower(*inputs, config=config, mesh=mesh))
+        program = hlo.compile_to_look_at(step.lower(*inputs, config=config, execution=execution))
         return _read_step(program, fixed_bytes(config, sizes, rows))
 
     batches = sorted({sizes[0], batch, MANY * batch})

@@ -84,12 +84,11 @@ def runner(
 ) -> InferenceRunner:
     """Return a runner of a golden model, shared by all tests that ask for the same one."""
     sizes, settings = mesh or (1, 1), config(name, dtype)
-    if kernel:
-        inner = dataclasses.replace(settings.model, kernels=True)
-        settings = dataclasses.replace(settings, model=inner)
     server = InferenceRunner(
         name=name,
-        runner=ModelRunner(settings, slots / (sizes[0] * sizes[1]), DIRECTORY / name),
+        runner=ModelRunner(
+            settings, slots / (sizes[0] * sizes[1]), DIRECTORY / name, kernels=kernel
+        ),
         load=None,
         tokenizer_path=None,
         local_mesh_config=sizes,

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+import reference
 from grok1.ops.quantization import QuantizedWeight8bit
 
 LAYER = "transformer/decoder_layer/"
@@ -19,6 +21,23 @@ Damage = Callable[[pathlib.Path], Any]
 def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
     """Normal numbers of this shape."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def random_weight(
+    lead: tuple[int, ...], rows: int, columns: int, groups: int, seed: int = 0
+) -> QuantizedWeight8bit:
+    """Any valid int8 weight, its scales spread over six octaves."""
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-127, 128, (*lead, rows, columns)).astype(np.int8)
+    scales = np.exp2(rng.uniform(-9, -3, (*lead, groups, columns))).astype(ml_dtypes.bfloat16)
+    return QuantizedWeight8bit(weight, scales)
+
+
+def exact_weight(weight: Any) -> np.ndarray:
+    """The values of a float or int8 weight in float64."""
+    if isinstance(weight, QuantizedWeight8bit):
+        return reference.dequantize(np.asarray(weight.weight), np.asarray(weight.scales))
+    return np.asarray(weight).astype(np.float64)
 
 
 def stacked(layers: int, *shape: int, groups: int = 0) -> Any:

@@ -15,8 +15,9 @@ MODULES = ("checkpoint", "model", "run", "runner")
 # Within grok1 a module imports those of its own layer and of the layers before it.
 LAYERS = (
     {"backend", "cache_directory", "checks", "inspection"},
-    {"kernels", "ops", "parallel"},
-    {"formats", "reference"},
+    {"ops"},
+    {"config_checks", "kernels", "parallel"},
+    {"execution", "formats", "parameters", "reference"},
     {"serving"},
     {"hlo", "plan"},
     {"cli"},

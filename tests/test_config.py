@@ -1,7 +1,9 @@
 """The configuration: the published call, what it refuses, and the parameters that it describes."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -92,7 +94,7 @@ NOT_A_SIZE = (0, -1, 8.0, True, "8", None)
 NOT_A_NUMBER = (0, -1.0, float("nan"), float("inf"), "1", True, None)
 SIZES = (
     "emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers", "num_selected_experts",
-    "scan_unroll", "vocab_size", "sequence_len",
+    "vocab_size", "sequence_len",
 )  # fmt: skip
 NUMBERS = (
     "widening_factor", "attn_output_multiplier", "embedding_init_scale",
@@ -114,9 +116,6 @@ REFUSED = [
     ("data_axis", 5, "the name of a mesh axis"),
     ("model_axis", None, "the name of a mesh axis"),
     ("model_axis", "data", "another name than data_axis"),
-    ("expert_dispatch", "fast", "one of ('dynamic', 'static', 'all')"),
-    ("expert_dispatch", None, "one of ('dynamic', 'static', 'all')"),
-    ("kernels", 1, "true or false"),
     ("fprop_dtype", jnp.float16, "bfloat16 or float32"),
     ("fprop_dtype", jnp.int8, "bfloat16 or float32"),
     ("fprop_dtype", "nonsense", "bfloat16 or float32"),
@@ -159,8 +158,26 @@ def test_plain_fields_say_what_the_model_is_and_not_how_to_run_it():
     for config in (grok_1(), MIXTURE, DENSE):
         fields = json.loads(json.dumps(config.to_dict()))
         assert LanguageModelConfig.from_dict(fields) == config
-    how = changed(expert_dispatch="static", scan_unroll=2, fprop_dtype=jnp.float32)
-    assert how.to_dict() == changed().to_dict()
+    assert changed(fprop_dtype=jnp.float32).to_dict() == changed().to_dict()
+
+
+@pytest.mark.parametrize("field", ["expert_dispatch", "scan_unroll", "kernels", "router"])
+def test_fields_of_execution_are_refused_with_their_new_place(field):
+    message = rf"^{field}: expected a field of the model, .*grok1.execution.Execution\({field}="
+    fields = grok_1().to_dict()
+    fields["model"][field] = None
+    for make in (
+        lambda: TransformerConfig(8, 4, 2, 1, 1, **{field: None}),
+        lambda: dataclasses.replace(grok_1().model, **{field: None}),
+        lambda: LanguageModelConfig.from_dict(fields),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_configurations_are_copied_and_pickled():
+    for config in (grok_1(), grok_1().model):
+        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
 
 
 def test_from_dict_leaves_its_argument_alone():

@@ -12,22 +12,31 @@ import pytest
 import golden
 import reference
 from grok1 import inspection
+from grok1.execution import ONE_DEVICE, Execution
 from grok1.inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
 from grok1.serving import memory_budget
 from grok1.serving.steps import apply_model, new_memory
 from model import LanguageModelConfig, Router, TransformerConfig, grok_1
 
 SITES = tuple(site for site in CAPTURE_SITES if site != "embeddings")
-STATIC = ("config", "mesh", "capture", "capture_layers", "hooks")
+STATIC = ("config", "how", "capture", "capture_layers", "hooks")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def look(
-    params, tokens, memory=None, *, config, mesh=None, capture=(), capture_layers=None, hooks=()
+    params,
+    tokens,
+    memory=None,
+    *,
+    config,
+    how=ONE_DEVICE,
+    capture=(),
+    capture_layers=None,
+    hooks=(),
 ):
     """Run a model; hooks: ((site, function), ...)."""
     options = {"capture": capture, "capture_layers": capture_layers, "hooks": dict(hooks)}
-    return apply_model(config, mesh, params, tokens, memory, **options)
+    return apply_model(config, how, params, tokens, memory, **options)
 
 
 @functools.cache
@@ -90,7 +99,7 @@ def server_and_tokens(name, **options):
 def test_all_sites_hold_what_the_reference_computes(name, mesh, kernel):
     server, tokens = server_and_tokens(name, mesh=mesh, kernel=kernel)
     tokens = np.concatenate([tokens, tokens[:1]])  # for a data axis of two
-    got = look(server.params, tokens, config=server.config, mesh=server.mesh, capture=CAPTURE_SITES)
+    got = look(server.params, tokens, **where(server), capture=CAPTURE_SITES)
     result, sure = exact(name, tokens)
     assert sure.mean() > 0.5
     assert_sites(got.captured, result.sites, sure, 1e-4)
@@ -104,14 +113,20 @@ def test_all_sites_hold_what_the_reference_computes(name, mesh, kernel):
             assert list(array.sharding.shard_shape(array.shape)) == own, site
 
 
+def where(server):
+    """Return the configuration of a runner, and how it reads prompts."""
+    return {"config": server.config, "how": server.executions.prefill}
+
+
 def read_and_draw(server, tokens, split, **options):
     """Read `split` tokens into a memory, then the others one by one -> what each call returns."""
-    memory = new_memory(config=server.config, batch=len(tokens), mesh=server.mesh)
-    where = {"config": server.config, "mesh": server.mesh, **options}
-    outputs = [look(server.params, tokens[:, :split], memory, **where)]
+    execution = server.executions.prefill
+    memory = new_memory(config=server.config, batch=len(tokens), execution=execution)
+    options |= where(server)
+    outputs = [look(server.params, tokens[:, :split], memory, **options)]
     for place in range(split, tokens.shape[1]):
         memory = outputs[-1].model_state
-        outputs.append(look(server.params, tokens[:, place : place + 1], memory, **where))
+        outputs.append(look(server.params, tokens[:, place : place + 1], memory, **options))
     return outputs
 
 
@@ -179,7 +194,7 @@ def params():
 def test_what_is_not_asked_for_is_not_in_the_program():
     def program(**options):
         def call(params, tokens):
-            return apply_model(TINY, None, params, tokens, **options)
+            return apply_model(TINY, ONE_DEVICE, params, tokens, **options)
 
         lowered = jax.jit(call).lower(params(), TOKENS)
         return lowered.as_text(), lowered.out_info
@@ -271,8 +286,7 @@ def test_hooks_act_in_decoding_as_in_one_pass(mesh):
     server, tokens = server_and_tokens("three-layers", mesh=mesh)
     tokens = tokens[:2, :16]
     hooks = tuple(HOOKS["all heads attend evenly"].items())
-    where = {"config": server.config, "mesh": server.mesh}
-    whole = look(server.params, tokens, **where, hooks=hooks).logits
+    whole = look(server.params, tokens, **where(server), hooks=hooks).logits
     parts = [output.logits for output in read_and_draw(server, tokens, 13, hooks=hooks)]
     assert errors(np.concatenate(parts, axis=1), whole).max() < 1e-4
 
@@ -286,7 +300,7 @@ def test_a_run_patched_with_itself_is_the_same_run():
             return lambda at, x: array if array.ndim == x.ndim else array[at]
 
         hooks = {site: hook(x) for site, x in captured._asdict().items()}
-        return apply_model(TINY, None, params, tokens, hooks=hooks).logits
+        return apply_model(TINY, ONE_DEVICE, params, tokens, hooks=hooks).logits
 
     assert errors(patched(params(), TOKENS, got.captured), got.logits).max() <= 1e-6
     other = look(params(), TOKENS[::-1], config=TINY, capture=CAPTURE_SITES)
@@ -309,43 +323,35 @@ class Renormalising(Router):
         return gates / jnp.sum(gates, axis=-1, keepdims=True), index
 
 
-def with_router(router):
-    return dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, router=router))
-
-
 def test_forbidding_an_expert_by_hook_is_minus_infinity_in_its_logit():
     hooks = (("router_logits", lambda _, x: x.at[..., 0].set(-jnp.inf)),)
     where = {"capture": ("router_probs", "expert_index")}
     hooked = look(params(), TOKENS, config=TINY, hooks=hooks, **where)
-    subclass = look(params(), TOKENS, config=with_router(Forbidding), **where)
+    subclass = look(params(), TOKENS, config=TINY, how=Execution(router=Forbidding), **where)
     assert np.array_equal(hooked.logits, subclass.logits)
     for output in (hooked, subclass):
         assert np.all(output.captured.router_probs[..., 0] == 0)
         assert np.all(output.captured.expert_index != 0)
 
 
-def test_another_router_is_a_subclass_given_to_the_configuration():
-    config = with_router(Renormalising)
-    got = look(params(), TOKENS, config=config, capture=("expert_gates",)).captured.expert_gates
-    np.testing.assert_allclose(np.sum(got, axis=-1), 1, atol=1e-6)
-    assert config.to_dict() == TINY.to_dict()  # a checkpoint holds none of it
-    assert jax.tree.structure(config.param_shapes()) == jax.tree.structure(TINY.param_shapes())
+def test_another_router_is_a_subclass_given_to_the_execution():
+    how = Execution(router=Renormalising)
+    got = look(params(), TOKENS, config=TINY, how=how, capture=("expert_gates",)).captured
+    np.testing.assert_allclose(np.sum(got.expert_gates, axis=-1), 1, atol=1e-6)
     with pytest.raises(ValueError, match="router: expected a subclass of Router, or None, got 'x'"):
-        with_router("x")
+        Execution(router="x")
 
 
 def test_gradients_flow_through_hooks():
     """The slope of the logits' sum along a shift of the stream, against a finite difference."""
-    config = dataclasses.replace(
-        TINY, model=dataclasses.replace(TINY.model, expert_dispatch="static")
-    )
+    how = Execution(expert_dispatch="static")
     direction = np.random.default_rng(2).standard_normal((2, 6, 16)).astype(np.float32)
     own = params()
 
     @jax.jit
     def total(size):
         shift = lambda at, x: x + jnp.where(at == 0, size, 0) * direction  # noqa: E731
-        output = apply_model(config, None, own, TOKENS, hooks={"hidden_states": shift})
+        output = apply_model(TINY, how, own, TOKENS, hooks={"hidden_states": shift})
         return jnp.sum(jnp.sin(output.logits))
 
     slope = jax.jit(jax.grad(total))(0.0)
@@ -392,12 +398,12 @@ def given(array):
             r"'expert_index' must return int32 \[2, 6, 2\].*got float32 \[2, 6, 2\]",
         ),
         ({"hooks": {"embeddings": given(None)}}, "'embeddings' must return .*got NoneType"),
-        ({"capture": (), "capture_layers": (9,)}, r"numbers from -3 to 2, .*, got \(9,\)"),
-        ({"capture_layers": (3,)}, r"capture_layers: expected one or more whole .*, got \(3,\)"),
+        ({"capture": (), "capture_layers": (9,)}, r"integers from -3 to 2, .*, got \(9,\)"),
+        ({"capture_layers": (3,)}, r"capture_layers: expected one or more integers .*, got \(3,\)"),
         ({"capture_layers": (-4,)}, r"from -3 to 2, each layer once, got \(-4,\)"),
         ({"capture_layers": (1.5,)}, r"each layer once, got \(1.5,\)"),
         ({"capture_layers": (1, -2)}, r"each layer once, got \(1, -2\)"),
-        ({"capture_layers": ()}, r"expected one or more whole numbers .* got \(\)"),
+        ({"capture_layers": ()}, r"expected one or more integers .* got \(\)"),
         ({"capture_layers": 2}, "each layer once, got 2"),
         ({"capture_layers": "0"}, "each layer once, got '0'"),
         ({"last_hid_only": True}, "capture: expected none with last_hid_only"),
@@ -406,13 +412,13 @@ def given(array):
 def test_what_cannot_be_looked_at_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         options = {"capture": ("hidden_states",), **options}
-        jax.eval_shape(lambda p: apply_model(TINY, None, p, TOKENS, **options), params())
+        jax.eval_shape(lambda p: apply_model(TINY, ONE_DEVICE, p, TOKENS, **options), params())
 
 
 def test_a_dense_model_has_no_router_to_look_at():
     shapes = DENSE.param_shapes()
     run = lambda name: jax.eval_shape(  # noqa: E731
-        lambda p: apply_model(DENSE, None, p, TOKENS, capture=(name,)).captured, shapes
+        lambda p: apply_model(DENSE, ONE_DEVICE, p, TOKENS, capture=(name,)).captured, shapes
     )
     assert run("feed_forward_output").feed_forward_output.shape == (3, 2, 6, 16)
     for name in inspection.ROUTER_SITES:

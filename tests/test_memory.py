@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import golden
+from grok1.execution import Execution
 from grok1.ops import mixture
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving.steps import abstract_inputs, apply_model, decode, new_memory
@@ -17,6 +18,7 @@ from grok1.serving.steps import abstract_inputs, apply_model, decode, new_memory
 PROMPT = [17, 300, 44, 9, 0, 250, 7, 7, 121, 480, 5, 0, 33, 402, 2, 91]  # two pads inside
 MORE = [64, 200, 11, 0, 350]
 SLOTS = 16
+EXECUTION = Execution(kernels="xla_cpu")
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def step(dtype: str = "float32"):
 
     @jax.jit
     def run(memory, tokens, length):
-        output = apply_model(config, None, params, tokens, memory, length)
+        output = apply_model(config, EXECUTION, params, tokens, memory, length)
         return output.logits, output.model_state
 
     return run
@@ -40,7 +42,7 @@ def whole():
 
 
 def empty(slots: int = SLOTS, dtype: str = "float32"):
-    return new_memory(config=golden.config("three-layers", dtype), batch=slots)
+    return new_memory(config=golden.config("three-layers", dtype), batch=slots, execution=EXECUTION)
 
 
 def chunks(rows, width):
@@ -167,7 +169,7 @@ def test_a_query_that_sees_no_key_attends_to_nothing():
 
     @jax.jit
     def run(params, tokens):
-        return apply_model(one_layer, None, params, tokens).logits
+        return apply_model(one_layer, EXECUTION, params, tokens).logits
 
     name = "transformer/decoder_layer/multi_head_attention/value"
     value = params[name]["w"]
@@ -182,8 +184,10 @@ def test_a_query_that_sees_no_key_attends_to_nothing():
 def test_a_step_writes_its_rows_and_copies_no_cache(dtype):
     """XLA's CPU backend converted a bfloat16 cache to float32 and back for every row written."""
     config = dataclasses.replace(golden.config("three-layers", dtype), sequence_len=8192)
-    memory = jax.eval_shape(lambda: new_memory(config=config, batch=4))
-    compiled = decode.lower(*abstract_inputs(config, None, batch=4), config=config).compile()
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=4, execution=EXECUTION))
+    compiled = decode.lower(
+        *abstract_inputs(config, EXECUTION, batch=4), config=config, execution=EXECUTION
+    ).compile()
     shape = ",".join(map(str, memory.layers.k.shape))
     made = re.findall(rf"= (\w+)\[{shape}\]\S* ([\w-]+)\(", compiled.as_text())
     kinds = {kind for _, kind in made}
@@ -207,7 +211,7 @@ def test_padding_is_sent_to_no_expert(monkeypatch):
     tokens = jnp.where(tokens == 0, 55, tokens)  # padding that looks like text
     params = golden.runner("three-layers").params
     # A function of its own, so that nothing traced without the recorder is used again.
-    run = jax.jit(lambda m: apply_model(config, None, params, tokens, m, length).logits)
+    run = jax.jit(lambda m: apply_model(config, EXECUTION, params, tokens, m, length).logits)
     jax.block_until_ready(run(empty(3)))
     jax.effects_barrier()
     assert len(seen) == config.model.num_layers

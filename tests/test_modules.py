@@ -17,6 +17,9 @@ import pytest
 from jax import lax
 
 import reference
+from grok1.execution import Execution
+from grok1.kernels import xla_cpu
+from grok1.ops.mixture import largest
 from grok1.parallel.sharding import make_mesh
 from grok1.reference import weights_of
 from model import (
@@ -29,7 +32,6 @@ from model import (
     RotaryEmbedding,
     TransformerConfig,
     attend,
-    largest,
     rotate_half,
     write_rows,
 )
@@ -190,13 +192,13 @@ MULTIPLIER = 3.0  # scores of tens: the soft cap matters
 
 
 def attention(**options):
-    """Return (init, apply) of an attention of query, key, value, mask, kv_memory and length."""
+    """Return (init, apply) of an attention of query, key, value, mask and kv_memory."""
     options = {"attn_output_multiplier": MULTIPLIER} | options
     mesh = options.pop("mesh", None)
 
-    def run(query, key, value, mask=None, kv_memory=None, length=None):
+    def run(query, key, value, mask=None, kv_memory=None):
         module = MultiHeadAttention(HEADS, KV_HEADS, WIDTH, **options, name="attention")
-        return module(query, key, value, mask, kv_memory, mesh, length=length)
+        return module(query, key, value, mask, kv_memory, mesh)
 
     return jax.jit(hk.transform(run).init), pure(run)
 
@@ -320,9 +322,8 @@ def test_attention_in_pieces_equals_attention_at_once(mesh):
         real = np.arange(chunk) < np.array(length)[:, None]
         piece = np.where(real[..., None], x[np.arange(batch)[:, None], rows % total], 99.0)
         mask = np.arange(total) <= rows[..., None]
-        out, memory = apply(
-            params, *(piece.astype(np.float32),) * 3, mask, memory, np.array(length, np.int32)
-        )
+        memory = memory._replace(length=np.array(length, np.int32))
+        out, memory = apply(params, *(piece.astype(np.float32),) * 3, mask, memory)
         assert np.array_equal(memory.step, step + length)
         for b, t in zip(*np.nonzero(real), strict=True):
             np.testing.assert_allclose(out[b, t], expected[b, rows[b, t]], rtol=0, atol=5e-5)
@@ -342,10 +343,14 @@ SLOTS, ROWS = 7, 3
 
 
 @pytest.mark.parametrize(
-    ("stored", "given"),
-    [("float32", "float32"), ("bfloat16", "float32"), ("bits", "bfloat16"), ("bits", "float32")],
+    ("stored", "given", "write"),
+    [
+        *(("float32", "float32", f) for f in (write_rows, xla_cpu.write_rows)),
+        *(("bfloat16", "float32", f) for f in (write_rows, xla_cpu.write_rows)),
+        *(("bits", given, xla_cpu.write_rows) for given in ("bfloat16", "float32")),
+    ],
 )
-def test_new_rows_go_to_their_own_slots_and_nowhere_else(stored, given):
+def test_new_rows_go_to_their_own_slots_and_nowhere_else(stored, given, write):
     """dynamic_update_slice clamps: a chunk past the end would be shifted over earlier slots."""
     dtypes = {"float32": np.float32, "bfloat16": BFLOAT16, "bits": BFLOAT16}
     cases = [(s, n) for s in (0, 1, 3, 4, 5, 6, 7, 9) for n in range(ROWS + 1)]
@@ -357,15 +362,16 @@ def test_new_rows_go_to_their_own_slots_and_nowhere_else(stored, given):
         if t < length[b] and start[b] + t < SLOTS:
             expected[1, b, start[b] + t] = new[b, t].astype(dtypes[stored])
     given_cache = cache.view(np.uint16) if stored == "bits" else cache
-    got = np.asarray(jax.jit(write_rows)(given_cache, new, np.int32(1), start, length))
+    got = np.asarray(jax.jit(write)(given_cache, new, np.int32(1), start, length))
     assert got.dtype == given_cache.dtype
     assert np.array_equal(got.view(expected.dtype), expected)
 
 
-def test_a_chunk_as_long_as_the_memory_fills_it():
+@pytest.mark.parametrize("write", [write_rows, xla_cpu.write_rows])
+def test_a_chunk_as_long_as_the_memory_fills_it(write):
     cache, new = np.zeros((1, 2, 3, 2, 2), np.float32), normal(2, 3, 2, 2)
     start, length = np.array([0, 1], np.int32), np.array([3, 3], np.int32)
-    got = jax.jit(write_rows)(cache, new, np.int32(0), start, length)
+    got = jax.jit(write)(cache, new, np.int32(0), start, length)
     assert np.array_equal(got[0, 0], new[0])
     assert np.array_equal(got[0, 1], [np.zeros((2, 2)), *new[1, :2]])
 
@@ -398,7 +404,6 @@ def changed(config=TINY, **fields):
 
 
 DENSE = changed(num_experts=1, num_selected_experts=1)
-STATIC = changed(expert_dispatch="static")
 TOKENS = np.random.default_rng(5).integers(3, 64, (8, 6)).astype(np.int32)
 TOKENS[1, 3:] = TOKENS[2, 5:] = TOKENS[4, 1:] = 0  # sequences that end in pads
 TOKENS[3, 2] = TOKENS[5, 0] = 0  # and pads inside and at the start
@@ -427,13 +432,18 @@ def parameters(config=TINY, quantized=True):
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "last_hid_only"))
-def run(params, tokens, memory=None, length=None, *, config=TINY, mesh=None, last_hid_only=False):
+def execution(config, mesh=None, **how):
+    """Return the obvious execution on a mesh, with other fields."""
+    return dataclasses.replace(config.model.execution(mesh and make_mesh(mesh)), **how)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "how", "last_hid_only"))
+def run(params, tokens, memory=None, length=None, *, config=TINY, how=None, last_hid_only=False):
     """Run the language model; each way to run it compiles once for all tests."""
-    mesh = mesh and make_mesh(mesh)
 
     def call(tokens, memory, length):
-        return config.make(mesh)(tokens, memory, last_hid_only=last_hid_only, length=length)
+        model = config.make(execution=how)
+        return model(tokens, memory, last_hid_only=last_hid_only, length=length)
 
     return hk.transform(call).apply(params, None, tokens, memory, length)
 
@@ -503,7 +513,7 @@ def test_sequences_of_a_memory_are_chosen_one_a_row_and_only_of_a_memory():
 def test_a_batch_that_the_data_axis_does_not_divide_is_refused():
     """It would be replicated without a word, and every device would compute all of it."""
     with pytest.raises(ValueError, match="a multiple of the mesh's data axis 4, got 6; pad it"):
-        run(parameters(), TOKENS[:6], mesh=(4, 2))
+        run(parameters(), TOKENS[:6], how=execution(TINY, (4, 2)))
 
 
 # ---------------------------------------------------------------------- one function in many ways
@@ -522,11 +532,15 @@ def test_a_dense_model_is_exact_and_remembers():
 
 @pytest.mark.parametrize(
     "how",
-    [{"expert_dispatch": "all"}, {"expert_dispatch": "static"}, {"scan_unroll": 2}],
+    [
+        *({"expert_dispatch": name} for name in ("all", "static")),
+        *({"kernels": name} for name in ("xla_cpu", "cpu")),
+        {"scan_unroll": 2},
+    ],
     ids=str,
 )
 def test_how_the_layers_are_run_does_not_change_the_logits(logits, how):
-    assert_close(run(parameters(), TOKENS, config=changed(**how)).logits, logits)
+    assert_close(run(parameters(), TOKENS, how=execution(TINY, **how)).logits, logits)
 
 
 WHOLE = [(1, 1), (1, 2), (1, 8), (2, 4), (4, 2), (8, 1)]
@@ -540,8 +554,8 @@ SPREAD = [(1, 2), (2, 4)]
 )
 def test_every_mesh_gives_the_same_logits(logits, mesh, sharded):
     """With shard_activations the residual stream lies over the model axis too."""
-    config = changed(shard_activations=sharded)
-    assert_close(run(parameters(), TOKENS, config=config, mesh=mesh).logits, logits)
+    how = execution(TINY, mesh, shard_activations=sharded)
+    assert_close(run(parameters(), TOKENS, how=how).logits, logits)
 
 
 # ------------------------------------------------------------------------------------- gradients
@@ -554,10 +568,13 @@ def cross_entropy(logits, tokens, xp):
     return xp.mean(xp.log(xp.sum(xp.exp(logits), axis=-1)) - chosen)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def loss_and_gradients(params, tokens, *, config=STATIC, mesh=None):
+TRAINING = Execution(expert_dispatch="static")
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def loss_and_gradients(params, tokens, *, how=TRAINING):
     def loss(params):
-        return cross_entropy(run(params, tokens, config=config, mesh=mesh).logits, tokens, jnp)
+        return cross_entropy(run(params, tokens, how=how).logits, tokens, jnp)
 
     return jax.value_and_grad(loss)(params)
 
@@ -575,7 +592,7 @@ def test_gradients_are_the_slopes_of_the_exact_loss(gradients):
 
     def exact(module, name, move):
         moved = {**params, module: {name: params[module][name] + move}}
-        return cross_entropy(exact_logits(STATIC, moved, TOKENS), TOKENS, np)
+        return cross_entropy(exact_logits(TINY, moved, TOKENS), TOKENS, np)
 
     rng = np.random.default_rng(7)
     for module, leaves in params.items():
@@ -596,8 +613,8 @@ def test_gradients_are_the_slopes_of_the_exact_loss(gradients):
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "spread"])
 def test_gradients_are_the_same_on_a_mesh(gradients, sharded):
     """Sums over a mesh axis have transposes that are easily counted twice."""
-    config = changed(STATIC, shard_activations=sharded)
-    got = loss_and_gradients(parameters(quantized=False), TOKENS, config=config, mesh=(2, 4))
+    how = execution(TINY, (2, 4), shard_activations=sharded, expert_dispatch="static")
+    got = loss_and_gradients(parameters(quantized=False), TOKENS, how=how)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()),
         got,

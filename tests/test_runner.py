@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import golden
+from grok1.execution import ONE_DEVICE
 from grok1.serving.request import Answering
 from grok1.serving.scheduler import chunk_lengths
 from grok1.serving.steps import (
@@ -465,7 +466,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused():
 @pytest.mark.parametrize("length", [1, 8, 9, 31, 64])
 def test_logits_are_those_of_one_forward_pass(length, tiny):
     ids = np.random.default_rng(0).integers(3, 4096, [2, length])
-    expected = jax.jit(lambda p, t: apply_model(TINY, None, p, t).logits)(tiny.params, ids)
+    expected = jax.jit(lambda p, t: apply_model(TINY, ONE_DEVICE, p, t).logits)(tiny.params, ids)
     got = tiny.logits(ids)
     assert got.shape == (2, length, 4096)
     assert got.dtype == np.float32

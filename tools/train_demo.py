@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402  (after the path)
 from demo_corpus import encode_documents, read_documents, train_tokenizer  # noqa: E402
+from grok1.execution import Execution  # noqa: E402
 from model import LanguageModelConfig, TransformerConfig  # noqa: E402
 
 CONFIG = LanguageModelConfig(
@@ -53,7 +54,6 @@ CONFIG = LanguageModelConfig(
         shard_activations=True,
         num_experts=8,
         num_selected_experts=2,
-        expert_dispatch="static",
     ),
 )
 TOKENS_PER_STEP = 4096
@@ -99,8 +99,11 @@ def _ends(parts: Sequence[float], steps: int) -> np.ndarray:
 
 def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
+    execution = Execution(expert_dispatch="static")  # which has a gradient
     model: Any = hk.without_apply_rng(
-        hk.transform(lambda tokens: CONFIG.make()(tokens, capture=("router_probs",)))
+        hk.transform(
+            lambda tokens: CONFIG.make(execution=execution)(tokens, capture=("router_probs",))
+        )
     )
     output = model.apply(params, rows[:, :-1])
     nats = optax.softmax_cross_entropy_with_integer_labels(output.logits, rows[:, 1:]).mean()

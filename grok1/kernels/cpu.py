@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,12 @@ import jaxlib
 import numpy as np
 
 from grok1.cache_directory import default_directory
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.kernels import xla_cpu
+from grok1.kernels.error import KernelError
+from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
+from grok1.ops.mixture import Params
+from grok1.ops.operations import table_product as plain_table_product
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "lanes.h"))
@@ -33,12 +39,9 @@ HANDLERS = {
     TABLE_PRODUCT: "TableProduct",
     ATTEND: "Attend",
 }
+MOST_TABLE_ROWS = 16  # up to which `table_product` is faster than XLA's
 FASTEST, DOTS, FLOATS = range(3)  # how int8 is multiplied, as cpu.cc numbers it
 form = FASTEST  # the tests try the others
-
-
-class KernelError(Exception):
-    """Why there is no kernel on this machine, in a few words."""
 
 
 def grouped_product(
@@ -49,7 +52,7 @@ def grouped_product(
     x: float [M, I], sorted by group. weight: [L, E, I, O], of which `layer` int32 [] is used.
     starts: int32 [E + 1], where in x each group begins, and at last where all end.
     Returns float32 [M, O], zero in the rows after the last group. A processor with AMX multiplies
-    whole numbers of 27 bits, as `quantization.local_matmul` does; another one accumulates in
+    integers of 27 bits, as `xla_cpu.matmul` does; another one accumulates in
     float32. A row's result depends on no other row. Only what is used of the weight is read, as
     int8, once for up to 64 rows.
 
@@ -101,7 +104,7 @@ def attend_one(
     layer: jax.Array,
     filled: jax.Array,
 ) -> jax.Array:
-    """`attention.attend_cached` for one position of each sequence, T = 1 and B = C.
+    """`cache.attend_cached` for one position of each sequence, T = 1 and B = C.
 
     keys, values: float32, bfloat16 or its bits. What is not filled is not read.
 
@@ -221,3 +224,39 @@ def _compiler() -> tuple[str, ...]:
         if path := shutil.which(command[0]):
             return path, *command[1:]
     raise KernelError(f"no C++ compiler was found: {' '.join(named) or ', '.join(COMPILERS)}")
+
+
+# --------------------------------------------------------------------- which form is used for what
+
+
+def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    if isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight8bit):
+        return one_group(grouped_product, x, weight)
+    return xla_cpu.matmul(x, weight)
+
+
+def _table_product(x: jax.Array, table: jax.Array) -> jax.Array:
+    few = x.shape[0] <= MOST_TABLE_ROWS
+    return table_product(x, table) if few else plain_table_product(x, table)
+
+
+def _mixture(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    if not is_int8(params):
+        return xla_cpu.chosen_experts(params, x, gates, index)
+    return grouped_experts(gated_product, grouped_product, params, x, gates, index)
+
+
+def _attend_cached(query: jax.Array, *cached: Any) -> jax.Array:
+    *arrays, sequence = cached
+    if query.shape[1] == 1 and sequence is None:
+        return attend_one(query, *arrays)
+    return xla_cpu.attend_cached(query, *cached)
+
+
+OPERATIONS = xla_cpu.OPERATIONS._replace(
+    matmul=_matmul,
+    table_product=_table_product,
+    mixture=_mixture,
+    attend_cached=_attend_cached,
+    takes_stacked=True,
+)

@@ -1,27 +1,65 @@
-"""What a device computes faster by its own means than as XLA compiles it.
+"""Which forms of the operations there are, and which this machine has.
 
-Each function equals a plain one, beside which it is tested: `matmul` group by group, `product` with
-a table, `attention.attend_cached`. The platform that jax runs on decides whose kernels these are.
+`plain`: grok1/ops, on any platform. `xla_cpu`: plain JAX as XLA compiles it well for a CPU. `cpu`:
+compiled from C++. `gpu`: Pallas. Each equals the plain form, beside which it is tested.
 """
 
 import functools
 import logging
 from typing import Any
 
-import jax
-
 from grok1 import backend
-from grok1.kernels import cpu
-from grok1.ops import attention
-from grok1.ops.quantization import QuantizedWeight8bit, product
+from grok1.kernels.error import KernelError
+from grok1.ops.operations import Operations
 
 _log = logging.getLogger(__name__)
-MOST_TABLE_ROWS = 16  # up to which a CPU multiplies faster by `cpu.table_product` than XLA does
+NAMES = "plain", "xla_cpu", "cpu", "gpu"
 
 
-def _own() -> Any:
-    """Return the module of this platform's kernels."""
+def operations(name: str) -> Operations:
+    """Return the forms of this name; those that a form has no own of are the plain ones."""
+    if name == "plain":
+        return Operations()
+    if name == "xla_cpu":
+        from grok1.kernels import xla_cpu
+
+        return xla_cpu.OPERATIONS
+    return _compiled(name).OPERATIONS
+
+
+def fastest(*, compiled: bool) -> str:
+    """Return the name of the fastest forms for the platform that jax runs on.
+
+    compiled: of those too that have to be compiled, which `load` does.
+    """
     if backend.on_cpu():
+        return "cpu" if compiled else "xla_cpu"
+    return "gpu" if compiled else "plain"
+
+
+def check(name: str) -> None:
+    """Raise ValueError if the forms of this name cannot be used on this machine."""
+    if name in ("plain", "xla_cpu"):
+        return
+    here = backend.platform()
+    if name != here:
+        raise ValueError(
+            f'kernels: expected "plain" or kernels for the platform {here!r}, got {name!r}'
+        )
+    try:
+        _compiled(name).load()
+    except KernelError as error:
+        raise ValueError(
+            f'kernels: {name!r} cannot be used here ({error}); use "plain", which computes the '
+            "same, only slower"
+        ) from error
+
+
+def _compiled(name: str) -> Any:
+    """Return the module of compiled kernels."""
+    if name == "cpu":
+        from grok1.kernels import cpu
+
         return cpu
     from grok1.kernels import gpu  # where it is wanted: Pallas takes long to import
 
@@ -29,67 +67,17 @@ def _own() -> Any:
 
 
 def load() -> None:
-    """Make sure that this platform's kernels are there. Raises cpu.KernelError if they are not."""
-    _own().load()
+    """Make sure that this platform's compiled kernels are there. Raises KernelError if not."""
+    _compiled(fastest(compiled=True)).load()
 
 
 @functools.cache
 def available() -> bool:
-    """Return whether this platform's kernels are there; logs, once, why they are not."""
+    """Return whether this platform's compiled kernels are there; logs, once, why they are not."""
     try:
         load()
-    except cpu.KernelError as error:
+    except KernelError as error:
         name = backend.platform().upper()
         _log.warning("note: running without the %s kernels, which is slower: %s", name, error)
         return False
     return True
-
-
-def grouped_product(
-    x: jax.Array, weight: QuantizedWeight8bit, starts: jax.Array, layer: jax.Array
-) -> jax.Array:
-    """Multiply each row with the matrix of its group; see `cpu.grouped_product`."""
-    return _own().grouped_product(x, weight, starts, layer)
-
-
-def gated_product(
-    x: jax.Array,
-    gate: QuantizedWeight8bit,
-    value: QuantizedWeight8bit,
-    starts: jax.Array,
-    layer: jax.Array,
-) -> jax.Array:
-    """`gelu(x @ gate) * (x @ value)`, each row with the matrices of its group -> float32."""
-    own = _own()
-    if own is cpu:
-        return cpu.gated_product(x, gate, value, starts, layer)
-    gates = jax.nn.gelu(own.grouped_product(x, gate, starts, layer), approximate=True)
-    return gates * own.grouped_product(x, value, starts, layer)
-
-
-def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x [M, D] @ table.T`, table [V, D] of x's dtype -> float32 [M, V]."""
-    if _own() is cpu and x.shape[0] <= MOST_TABLE_ROWS:
-        return cpu.table_product(x, table)
-    return product("md,vd->mv", x, table)
-
-
-def attend_cached(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
-    multiplier: float,
-    layer: jax.Array,
-    filled: jax.Array,
-    sequence: jax.Array | None = None,
-) -> jax.Array:
-    """`attention.attend_cached`. A CPU has a kernel of its own for one query a sequence."""
-    own = _own()
-    if own is not cpu:
-        attend = own.attend_cached
-    elif query.shape[1] == 1 and sequence is None:
-        return cpu.attend_one(query, keys, values, mask, multiplier, layer, filled)
-    else:
-        attend = attention.attend_cached
-    return attend(query, keys, values, mask, multiplier, layer, filled, sequence)

@@ -27,9 +27,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from grok1.kernels.cpu import KernelError
-from grok1.ops.attention import ATTENTION_SOFT_CAP
-from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
+from grok1.kernels.error import KernelError
+from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
+from grok1.ops.cache import SOFT_CAP
+from grok1.ops.mixture import Params, chosen_experts
+from grok1.ops.operations import Operations
+from grok1.ops.quantization import (
+    QuantizedWeight8bit,
+    StackedWeight,
+    Weight,
+    matmul,
+    product,
+)
 
 Ref = Any  # what a kernel loads from and stores to; its type has no public name
 
@@ -458,7 +467,7 @@ def attend_cached(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.attend_cached` in one kernel, which reads no more of a cache than is filled.
+    """`cache.attend_cached` in one kernel, which reads no more of a cache than is filled.
 
     query [B, T, K, G, H]. keys, values: [L, C, S, K, H], of which `layer` int32 [] is read. All are
     bfloat16, or float32, which is multiplied as such, without tensor cores. mask: bool, broadcast
@@ -566,7 +575,7 @@ def _attention_kernel(
         else:
             seen = _load(mask_ref.at[own, pl.ds(0, 1), positions], present[None, :])  # [1, block]
         scores = product("rh,sh->rs", query, key) * multiplier  # [R, block]
-        scores = ATTENTION_SOFT_CAP * jnp.tanh(scores / ATTENTION_SOFT_CAP)
+        scores = SOFT_CAP * jnp.tanh(scores / SOFT_CAP)
         weights = jnp.where(seen, jnp.exp(scores), 0.0)
         out += product("rs,sh->rh", weights.astype(value.dtype), value)
         return out, total + jnp.sum(weights, axis=1)
@@ -590,3 +599,38 @@ def _columns(width: int) -> tuple[Any, jax.Array | None]:
 def _and(mask: jax.Array, other: jax.Array | None) -> jax.Array:
     """Combine two masks, the second of which may be that all is there."""
     return mask if other is None else mask & other
+
+
+# --------------------------------------------------------------------- which form is used for what
+
+
+def gated_product(
+    x: jax.Array,
+    gate: QuantizedWeight8bit,
+    value: QuantizedWeight8bit,
+    starts: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    """`gelu(x @ gate) * (x @ value)`, both as `grouped_product` multiplies -> float32 [M, O]."""
+    gates = jax.nn.gelu(grouped_product(x, gate, starts, layer), approximate=True)
+    return gates * grouped_product(x, value, starts, layer)
+
+
+def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    if isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight8bit):
+        return one_group(grouped_product, x, weight)
+    return matmul(x, weight)
+
+
+def _mixture(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    if not is_int8(params):
+        return chosen_experts(params, x, gates, index)
+    return grouped_experts(gated_product, grouped_product, params, x, gates, index)
+
+
+OPERATIONS = Operations(
+    matmul=_matmul,
+    mixture=_mixture,
+    attend_cached=attend_cached,
+    takes_stacked=True,
+)

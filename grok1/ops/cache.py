@@ -1,42 +1,143 @@
-"""The cache of keys and values: what a model remembers between calls, and how rows are written.
+"""The cache of keys and values: what a model remembers between calls.
 
-Dimension letters: `B` batch, or the sequences whose rows are written; `C` sequences of a cache, `T`
-new positions, `S` positions of a cache, `K` key/value heads, `H` head width, `L` layers.
+Dimension letters: `B` batch, or the sequences that a call reads and writes; `C` sequences of a
+cache, `T` new positions, `S` positions of a cache, `K` key/value heads, `H` head width, `L` layers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.backend import on_cpu
+from grok1.ops.quantization import product
+
+SOFT_CAP = 30.0  # of attention's scores
+BLOCK = 128  # positions of the cache that are attended to at a time
 
 
 class KVMemory(NamedTuple):
-    """Keys and values of past positions.
+    """Keys and values of past positions, and which of them a call reads and writes.
 
-    k, v: [L, B, S, K, H] for all layers, or [B, S, K, H] for one.
+    k, v: [L, C, S, K, H] for all layers, or [C, S, K, H] for one.
     step: int32 [B], the positions that each sequence has filled.
-    sequence: int32 [R], while R of the B sequences are read, one a row: which ones. `step` is then
-        theirs, [R]. None: all, in order.
+    length: int32 [B], during a call, how many of its T positions are written; None: all.
+    sequence: int32 [B], during a call for B of the C sequences: which ones; None: B = C, in order.
+    layer: int32 [], during a layer's call, which of the L layers is its own; None: there is one.
     """
 
     k: jax.Array
     v: jax.Array
     step: jax.Array
+    length: jax.Array | None = None
     sequence: jax.Array | None = None
+    layer: jax.Array | None = None
 
 
 class Memory(NamedTuple):
     """What a model must remember between calls.
 
     layers: one KVMemory for all layers.
-    valid: bool [B, S], whether the slot holds a real key: a pad token is masked for good.
+    valid: bool [B, S], whether the position holds a key: a pad token is masked for good.
     """
 
     layers: KVMemory
     valid: jax.Array
+
+
+class Place(NamedTuple):
+    """Where in a stack of caches [L, C, S, K, H] one layer's call writes and reads; see KVMemory.
+
+    start: int32 [B], the position of each sequence's first new row. No field but `sequence` is
+    None.
+    """
+
+    layer: jax.Array
+    start: jax.Array
+    length: jax.Array
+    sequence: jax.Array | None
+
+
+def place_of(memory: KVMemory, rows: int) -> Place:
+    """Return the place of `rows` new positions."""
+    layer = jnp.int32(0) if memory.layer is None else memory.layer
+    length = memory.length
+    if length is None:
+        length = jnp.full(memory.step.shape, rows, jnp.int32)
+    return Place(layer, memory.step, length, memory.sequence)
+
+
+def caches(memory: KVMemory) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values as stacks [L, C, S, K, H], of one layer if there is one."""
+    k, v = memory.k, memory.v
+    return (k[None], v[None]) if memory.layer is None else (k, v)
+
+
+def with_caches(memory: KVMemory, k: jax.Array, v: jax.Array) -> KVMemory:
+    """Undo `caches`: return the memory with these stacks."""
+    return memory._replace(k=k[0], v=v[0]) if memory.layer is None else memory._replace(k=k, v=v)
+
+
+def step_on(memory: KVMemory, rows: int) -> KVMemory:
+    """Return the memory after `rows` new positions: `step` counts those that were written."""
+    place = place_of(memory, rows)
+    return memory._replace(step=place.start + place.length)
+
+
+# ------------------------------------------------------------------------- around a call of a model
+
+
+class Context(NamedTuple):
+    """What the new tokens of one call can see.
+
+    layers: of the sequences read; None without a memory. start: int32 [B], the position of each
+    sequence's first new token. valid: bool [B, S], which positions hold a key, the new ones
+    included; without a memory S = T.
+    """
+
+    layers: KVMemory | None
+    start: jax.Array
+    valid: jax.Array
+
+
+def prepare(
+    memory: Memory | None, new: jax.Array, length: jax.Array, sequence: jax.Array | None
+) -> Context:
+    """Prepare a memory for new tokens; those of `new` bool [B, T] hold keys.
+
+    length, sequence: as in KVMemory.
+    """
+    if memory is None:
+        return Context(None, jnp.zeros_like(length), new)
+    layers, valid = memory
+    step = layers.step
+    if sequence is not None:
+        step, valid = step[sequence], valid[sequence]
+    row = jnp.arange(valid.shape[1]) - step[:, None]  # [B, S], a position's index among the T
+    at_row = jnp.take_along_axis(new, jnp.clip(row, 0, new.shape[1] - 1), axis=1)
+    valid = jnp.where((row >= 0) & (row < length[:, None]), at_row, valid)
+    layers = layers._replace(step=step, length=length, sequence=sequence)
+    return Context(layers, step, valid)
+
+
+def advance(memory: Memory | None, context: Context, written: KVMemory | None) -> Memory | None:
+    """Return the memory after a call: `step` moved on, with the caches that have been written.
+
+    memory: that of all sequences, before `prepare`, which returned `context`.
+    """
+    if memory is None or context.layers is None or written is None:
+        return None
+    _, _, step, length, sequence, _ = context.layers
+    assert length is not None  # `prepare` set it
+    step, valid = step + length, context.valid
+    if sequence is not None:
+        step = memory.layers.step.at[sequence].set(step)
+        valid = memory.valid.at[sequence].set(valid)
+    return Memory(KVMemory(written.k, written.v, step), valid)
+
+
+# --------------------------------------------------------------------------------- within a layer
 
 
 def write_rows(
@@ -50,41 +151,96 @@ def write_rows(
     """Write the first `length` of T new rows of each sequence at its own position.
 
     cache [L, C, S, K, H], new [B, T, K, H], layer scalar, start [B], length [B] -> the cache.
-    Rows past a sequence's length, or past the end of the cache, are dropped. sequence: as in
-    `attend_cached`.
+    Rows past a sequence's length, or past the end of the cache, are dropped. sequence: int32 [B],
+    as in KVMemory.
     """
-    rows, slots = new.shape[1], cache.shape[2]
-    if cache.dtype == jnp.uint16:  # the bits of bfloat16
-        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
-    else:
-        new = new.astype(cache.dtype)
-
-    # One update a sequence: a vmapped one copies the stacked cache in every layer.
-    def write(b: jax.Array, cache: jax.Array) -> jax.Array:
-        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
-        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
-        window = jnp.clip(start[b], 0, slots - rows)
-        row = jnp.arange(rows) - (start[b] - window)
-        keep = (row >= 0) & (row < length[b])
-        at = (layer, b if sequence is None else sequence[b], window, 0, 0)
-        old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
-        fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
-        return lax.dynamic_update_slice(cache, fresh[None, None], at)
-
-    return lax.fori_loop(0, new.shape[0], write, cache)
+    batch, rows = new.shape[:2]
+    row = jnp.arange(rows)
+    position = start[:, None] + row  # [B, T]
+    position = jnp.where(row < length[:, None], position, cache.shape[2])  # past the end: dropped
+    sequence = jnp.arange(batch) if sequence is None else sequence
+    return cache.at[layer, sequence[:, None], position].set(new.astype(cache.dtype), mode="drop")
 
 
-def cache_dtype(dtype: Any) -> Any:
-    """Return the type in which a cache of `dtype` is best kept: on a CPU, bfloat16 as its bits.
+def weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Weights [B, K, G, T, S], value [B, S, K, H], of one dtype -> float32 [B, T, K, G, H]."""
+    return product("bkgts,bskh->btkgh", weights, value)
 
-    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
-    convert the whole cache to float32 and back, in every layer. So the loop over layers carries
-    uint16 there. A cache of bfloat16 works as well, but is converted when a step begins and ends.
+
+def read_rows(memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the keys and values [B, S, K, H] of all positions, and which are there, bool [B, S].
+
+    rows: T of the call, whose new positions have been written.
     """
-    bits = dtype == jnp.bfloat16 and on_cpu()
-    return jnp.uint16 if bits else dtype
+    place = place_of(memory, rows)
+    k, v = (lax.dynamic_index_in_dim(c, place.layer, 0, False) for c in caches(memory))
+    if place.sequence is not None:
+        k, v = k[place.sequence], v[place.sequence]
+    filled = place.start + place.length
+    return k, v, jnp.arange(k.shape[1]) < filled[:, None]
 
 
-def from_bits(x: jax.Array) -> jax.Array:
-    """See the uint16 of `cache_dtype` as the bfloat16 that it is; anything else as it is."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+def attend_cached(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    multiplier: float,
+    layer: jax.Array,
+    filled: jax.Array,
+    sequence: jax.Array | None = None,
+    *,
+    view: Callable[[jax.Array], jax.Array] = lambda cache: cache,
+    weigh: Callable[[jax.Array, jax.Array], jax.Array] = weigh,
+) -> jax.Array:
+    """Attend to the first positions of a cache, in blocks, as many as the longest sequence needs.
+
+    query [B, T, K, G, H]; keys, values [L, C, S, K, H], of which `layer` is read; mask bool,
+    broadcast to [B, T, S] (True: may see) -> float32 [B, T, K, G, H], zero for a query that sees no
+    key. Equal to `model.attend`. filled: int32 [B], how many positions of each sequence hold a key.
+    sequence: int32 [B], as in KVMemory. view, weigh: for a processor that stores keys otherwise, or
+    sums otherwise.
+
+    Scores are capped at 30, so their exponentials lie between 1e-13 and 1e13 and a softmax needs no
+    maximum to be subtracted: it is two sums, which can be taken block by block. A block that holds
+    no key of a sequence adds zero to both, exactly: how long the longest sequence of a batch is
+    changes no bit of the others.
+    """
+    size = keys.shape[2]
+    block = min(BLOCK, size)
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], size))
+    batch, rows, *heads, _ = query.shape
+
+    def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, total = sums
+        start = jnp.minimum(i * block, size - block)  # the last block may overlap the one before it
+        key, value = (view(_read_block(c, layer, start, block, sequence)) for c in (keys, values))
+        position = start + jnp.arange(block)
+        seen = lax.dynamic_slice_in_dim(mask, start, block, axis=-1)  # [B, T, block]
+        seen &= (position >= i * block) & (position < filled[:, None, None])
+        scores = product("btkgh,bskh->bkgts", query, key) * multiplier
+        scores = SOFT_CAP * jnp.tanh(scores / SOFT_CAP)
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores), 0.0)
+        out += weigh(weights.astype(value.dtype), value)
+        return out, total + jnp.sum(weights, axis=-1)
+
+    out = jnp.zeros([batch, rows, *heads, values.shape[-1]], jnp.float32)
+    total = jnp.zeros([batch, *heads, rows], jnp.float32)
+    blocks = (jnp.max(filled) + block - 1) // block
+    out, total = lax.fori_loop(0, blocks, add, (out, total))
+    total = jnp.moveaxis(total, -1, 1)[..., None]  # [B, T, K, G, 1]
+    return jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
+
+
+def _read_block(
+    cache: jax.Array, layer: jax.Array, start: jax.Array, block: int, sequence: jax.Array | None
+) -> jax.Array:
+    """Return positions start ... start + block of a cache [L, C, S, K, H] -> [B, block, K, H]."""
+
+    def read(first: Any, count: int) -> jax.Array:
+        shape = (1, count, block, *cache.shape[3:])
+        return lax.dynamic_slice(cache, (layer, first, start, 0, 0), shape)[0]
+
+    if sequence is None:
+        return read(0, cache.shape[1])
+    return jnp.concatenate([read(sequence[b], 1) for b in range(sequence.shape[0])])

@@ -1,17 +1,17 @@
-"""Device meshes and where each parameter lies on them: a table of rules, and `constrain`.
+"""Device meshes, and how parameters are split over them: a table of rules, and `constrain`.
 
-Model code is written as for one device. It calls `constrain` at the few places where the layout is
-a decision; without a mesh that does nothing. Only what a compiler cannot split by itself (the
-mixture of experts and the cache write) runs inside `shard_map`.
+`constrain` is called at the few places where the layout is a decision; without a mesh it does
+nothing. Only what a compiler cannot split by itself (the mixture of experts, the cache and kernels)
+runs inside `shard_map`, through `on_shards`.
 
 The model axis can be longer than there are key/value heads. The mesh then has a third axis: model
-(one key/value head each) and replica (so many devices share it). Keys, values, their cache and
-scale groups that do not divide further lie over the first, everything else over both.
+(one key/value head each) and replica (the devices that share it). Keys, values, their cache and
+scale groups that do not divide further are split over the first, everything else over both.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, split_groups
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
@@ -80,7 +80,7 @@ def make_mesh(
 def split_over_hosts(
     data: int, model: int, hosts: int, per_host: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return local_mesh_config and between_hosts_config, as in `make_mesh`, of a whole mesh.
+    """Return local_mesh_config and between_hosts_config of a mesh over all hosts; see `make_mesh`.
 
     data, model: the mesh over all hosts. hosts, per_host: how many there are, and the devices of
     each, all of which are used. The model axis, along which every layer talks, stays within a host
@@ -128,18 +128,54 @@ def all_model_axes(mesh: AnyMesh | None, model_axis: str) -> str | tuple[str, st
     return (model_axis, REPLICA_AXIS) if replicated else model_axis
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, *spec: Axes) -> jax.Array:
+def constrain(x: jax.Array, mesh: AnyMesh | None, *spec: Axes) -> jax.Array:
     """Lay `x` out as `spec` says, a mesh axis or more a dimension; without a mesh do nothing."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
 
-def readable(tree: Any, mesh: Mesh | None) -> Any:
-    """Lay results out so that every process can read them: whole on each, if there are several."""
+def on_shards(
+    function: Callable[..., Any], mesh: AnyMesh | None, in_specs: Any, out_specs: Any
+) -> Any:
+    """Return the function that runs on each device's own part; without a mesh, the function."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def sum_over(x: jax.Array, mesh: AnyMesh | None, axes: Axes) -> jax.Array:
+    """Sum over the devices along mesh axes, within `on_shards`; without a mesh, x."""
+    return x if mesh is None or axes is None else jax.lax.psum(x, axes)
+
+
+def readable(tree: Any, mesh: AnyMesh | None) -> Any:
+    """Lay results out so that every process can read them: replicated, if there are several."""
     if mesh is None or not mesh.is_multi_process:
         return tree
     return jax.tree.map(lambda x: constrain(x, mesh), tree)
+
+
+def partition_rules(model_axis: str, mesh: AnyMesh | None = None) -> Rules:
+    """Return (pattern, spec) for every parameter, the first match holding, without the layer axis.
+
+    mesh: the mesh they are for, if it may have a replica axis.
+    """
+    model = all_model_axes(mesh, model_axis)
+    return (
+        (r"in_out_embed/embeddings$", P(model, None)),
+        (r"multi_head_attention/(key|value)/w$", P(None, model_axis)),
+        (r"multi_head_attention/query/w$", P(None, model)),
+        (r"multi_head_attention/linear/w$", P(model, None)),
+        (r"moe/(linear|linear_v)/w$", P(None, None, model)),
+        (r"moe/linear_1/w$", P(None, model, None)),
+        (r"decoder_layer/(linear|linear_v)/w$", P(None, model)),
+        (r"decoder_layer/linear_1/w$", P(model, None)),
+        (r"router/\w+$", P()),
+        (r"rms_norm(_\d)?/scale$", P()),
+    )
 
 
 def match_rule(rules: Rules, name: str) -> P:
@@ -171,13 +207,34 @@ def scales_spec(spec: P, shape: Sequence[int], mesh: AnyMesh | None = None) -> P
     return P(*(of(axes, size) for axes, size in zip(spec, shape, strict=True)))
 
 
+def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, Any]:
+    """Return a weight of any type, and its specs for `on_shards`, so that a shard has its scales.
+
+    spec: that of the matrix [..., I, O]. Scales that do not divide as their rows do are repeated.
+    """
+    if mesh is None:
+        return weight, None
+    if isinstance(weight, StackedWeight):
+        stack, specs = local_groups(weight.stack, P(None, *spec), mesh)
+        return StackedWeight(stack, weight.layer), StackedWeight(specs, P())
+    if not isinstance(weight, QuantizedWeight8bit):
+        return weight, spec
+    rows = spec[-2]
+    # As released, on eight key/value heads and several devices for each: one group for
+    # these, replicated. To repeat it in all layers would cost more memory than it takes.
+    first = rows[0] if isinstance(rows, tuple) else rows
+    if weight.scales.shape[-2] != axis_size(mesh, first):
+        weight = split_groups(weight, axis_size(mesh, rows))
+    return weight, QuantizedWeight8bit(spec, scales_spec(spec, weight.scales.shape, mesh))
+
+
 def parameter_specs(
     shapes: Mapping[str, Mapping[str, Any]], rules: Rules, mesh: AnyMesh | None = None
 ) -> dict[str, Any]:
     """Return the PartitionSpec of every array of a two-level parameter tree.
 
     The rules speak of one layer; stacked parameters get None for their leading layer axis. Scales
-    lie as `scales_spec` says; without the mesh, as if their groups could be divided like rows.
+    are split as `scales_spec` says; without a mesh, as if their groups could be divided like rows.
     """
 
     def of(name: str, leaf: Any) -> Any:

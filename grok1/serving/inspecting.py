@@ -64,8 +64,8 @@ def inspect(
     tokens = np.full([_rows(model), length], config.pad_token, np.int32)
     tokens[:, : len(ids)] = ids
     logits, captured = inspect_step(
-        model.params, tokens, config=config, mesh=model.mesh, capture=capture,
-        capture_layers=layers, hooks=tuple((hooks or {}).items()),
+        model.params, tokens, config=config, execution=model.executions.prefill,
+        capture=capture, capture_layers=layers, hooks=tuple((hooks or {}).items()),
     )  # fmt: skip
     own = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
     return Inspection(

@@ -172,7 +172,7 @@ class Scheduler:
     def __init__(self, model: LoadedModel):
         self._params = model.params
         self._mesh = model.mesh
-        self._where: dict[str, Any] = {"config": model.config, "mesh": model.mesh}
+        self._config, self._executions = model.config, model.executions
         self._num_slots = model.num_slots
         # Of the slots, over the data axis.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
@@ -278,7 +278,9 @@ class Scheduler:
 
     def _current(self) -> State:
         if self._state is None:
-            self._state = new_state(batch=self._num_slots, **self._where)
+            self._state = new_state(
+                config=self._config, batch=self._num_slots, execution=self._executions.decode
+            )
             if self._mesh is None:
                 # Bound to the device, as what steps return is: else they are compiled again.
                 device = jax.tree.leaves(self._params)[0].sharding
@@ -364,7 +366,9 @@ class Scheduler:
         the device of one are not, and sent by jax's own call in less time than by hand.
         """
         self._known.add((step, kind))
-        return step(*inputs, **self._where)
+        how = self._executions
+        execution = how.prefill if step is prefill else how.decode
+        return step(*inputs, config=self._config, execution=execution)
 
     def _note(
         self, found: Decoded, count: int, drawing: dict[int, _Sequence], *, first: bool

@@ -95,9 +95,9 @@ def _read(model: LoadedModel, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
     padded = -(-length // size) * size
     whole = np.zeros([len(arrays), model.num_slots, padded], np.int32)
     whole[:, :rows, :length] = arrays
-    config, mesh = model.config, model.mesh
-    memory = new_memory(config=config, batch=model.num_slots, mesh=mesh)
+    where = {"config": model.config, "execution": model.executions.prefill}
+    memory = new_memory(**where, batch=model.num_slots)
     for first in range(0, padded, size):
         chunk = whole[:, :, first : first + size]
-        result, memory = step(model.params, memory, *chunk, config=config, mesh=mesh)
+        result, memory = step(model.params, memory, *chunk, **where)
         yield result

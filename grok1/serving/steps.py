@@ -18,16 +18,18 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from grok1.execution import ONE_DEVICE, Execution, Executions
 from grok1.inspection import Captured, Hook
-from grok1.ops.cache import KVMemory, Memory, cache_dtype
+from grok1.ops.cache import KVMemory, Memory
 from grok1.parallel.sharding import (
     AnyMesh,
     axis_size,
     constrain,
     named_shardings,
+    on_shards,
     parameter_specs,
     readable,
 )
@@ -42,15 +44,23 @@ MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
 class LoadedModel(NamedTuple):
     """A model on its devices, and the shapes for which its steps are compiled.
 
-    params: as `stored_shapes` has them, placed on the mesh. num_slots: B. pad_sizes: the chunk
-    lengths, rising, for which prefill is compiled.
+    params: as `stored_shapes` has them, placed on the mesh. executions: how each kind of step is
+    run, all on one mesh. num_slots: B. pad_sizes: the chunk lengths, rising, for which prefill is
+    compiled.
     """
 
     params: Any
     config: LanguageModelConfig
-    mesh: Mesh | None
+    executions: Executions
     num_slots: int
     pad_sizes: Sequence[int]
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices, or None for one."""
+        mesh = self.executions.decode.mesh
+        assert not isinstance(mesh, AbstractMesh)
+        return mesh
 
 
 class Slots(NamedTuple):
@@ -117,7 +127,7 @@ def memory_specs(config: LanguageModelConfig) -> Any:
 
 def apply_model(
     config: LanguageModelConfig,
-    mesh: Mesh | None,
+    execution: Execution,
     params: Any,
     tokens: jax.Array,
     memory: Memory | None = None,
@@ -125,31 +135,32 @@ def apply_model(
     **options: Any,
 ) -> Any:
     """Run the model on tokens [B, T], outside `hk.transform` -> LanguageModelOutput."""
-    model: Any = hk.without_apply_rng(
-        hk.transform(lambda: config.make(mesh)(tokens, memory, length=length, **options))
-    )
-    output = model.apply(params)
-    if mesh is not None and memory is not None:
-        # The memory comes back as it lay, so that its donated buffers can be used again.
-        state = jax.tree.map(
-            lambda x, spec: constrain(x, mesh, *spec), output.model_state, memory_specs(config)
-        )
-        output = output._replace(model_state=state)
-    return output
+
+    def run(tokens: jax.Array, memory: Memory | None, length: jax.Array | None) -> Any:
+        return config.make(execution=execution)(tokens, memory, length=length, **options)
+
+    model: Any = hk.without_apply_rng(hk.transform(run))
+    output = model.apply(params, tokens, memory, length)
+    if memory is None:
+        return output
+    # The memory comes back as it was laid out, so that its donated buffers can be used again.
+    return output._replace(model_state=_place_memory(output.model_state, config, execution.mesh))
+
+
+def _place_memory(memory: Memory, config: LanguageModelConfig, mesh: AnyMesh | None) -> Memory:
+    return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
 
 
 def _sample(
-    config: LanguageModelConfig, mesh: Mesh | None, logits: jax.Array, slots: Slots
+    config: LanguageModelConfig, mesh: AnyMesh | None, logits: jax.Array, slots: Slots
 ) -> tuple[SampleOutput, Slots]:
     """Draw the next token of the active slots from logits [B, V]; the others keep theirs."""
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
         slots.seed, slots.drawn
     )
-    draw = sample_logits
-    if mesh is not None:
-        # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
-        rows = P(config.model.data_axis)
-        draw = jax.shard_map(draw, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
+    rows = P(config.model.data_axis)
+    draw = on_shards(sample_logits, mesh, rows, rows)
     settings, active = slots.settings, slots.settings.active
     early = (slots.drawn < slots.min_len)[:, None]
     allowed = settings._replace(mask=settings.mask & ~(slots.ends & early))
@@ -166,7 +177,7 @@ def _sample(
 
 def _draw(
     config: LanguageModelConfig,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     logits: jax.Array,
     slots: Slots,
     drawing: jax.Array,
@@ -180,7 +191,7 @@ def _draw(
     return sample, slots._replace(settings=settings._replace(active=still))
 
 
-def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: Mesh | None) -> jax.Array:
+def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
     """Logits [B, 1, V] -> [B, V], each row on one device.
 
     Sampling looks at whole rows: gathering them once is cheaper than many reductions.
@@ -188,20 +199,18 @@ def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: Mesh | Non
     return constrain(logits[:, 0], mesh, config.model.data_axis, None)
 
 
-def _placed(state: State, config: LanguageModelConfig, mesh: Mesh | None) -> State:
+def _placed(state: State, config: LanguageModelConfig, mesh: AnyMesh | None) -> State:
     """Lay the state out alike after every step: else the next one compiles anew."""
-    memory = state.memory
-    if mesh is not None:
-        memory = jax.tree.map(
-            lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config)
-        )
+    memory = _place_memory(state.memory, config, mesh)
     rows = jax.tree.map(
         lambda x: constrain(x, mesh, config.model.data_axis), (state.slots, state.logits)
     )
     return State(memory, *rows)
 
 
-_step = functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
+_step = functools.partial(
+    jax.jit, static_argnames=("config", "execution"), donate_argnames=("state",)
+)
 
 
 @_step
@@ -211,7 +220,7 @@ def start(
     row: Slots,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> State:
     """Give the slot `index` int32 [] to a new sequence, `row` (without the axis of slots)."""
     memory, slots, logits = state
@@ -221,7 +230,7 @@ def start(
     )
     step = jnp.where(chosen, 0, memory.layers.step)
     memory = memory._replace(layers=memory.layers._replace(step=step))
-    return _placed(State(memory, slots, logits), config, mesh)
+    return _placed(State(memory, slots, logits), config, execution.mesh)
 
 
 @_step
@@ -234,7 +243,7 @@ def prefill(
     following: jax.Array | None = None,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[jax.Array | None, State]:
     """Read one chunk of a prompt, one for each part of the data axis.
 
@@ -245,17 +254,17 @@ def prefill(
     """
     memory, slots, before = state
     output = apply_model(
-        config, mesh, params, tokens, memory, length,
+        config, execution, params, tokens, memory, length,
         sequence=slot, every_position=following is not None,
     )  # fmt: skip
     logits, scores = output.logits, None
     if following is not None:
-        scores = readable(_log_probabilities(logits, following), mesh)
+        scores = readable(_log_probabilities(logits, following), execution.mesh)
         last = jnp.maximum(length - 1, 0)[:, None, None]
         logits = jnp.take_along_axis(logits, last, axis=1)
-    rows = _whole_rows(logits, config, mesh)
+    rows = _whole_rows(logits, config, execution.mesh)
     rows = before.at[slot].set(jnp.where(length[:, None] > 0, rows, before[slot]))
-    return scores, _placed(State(output.model_state, slots, rows), config, mesh)
+    return scores, _placed(State(output.model_state, slots, rows), config, execution.mesh)
 
 
 @_step
@@ -266,7 +275,7 @@ def first_token(
     length: jax.Array,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[Decoded, State]:
     """Draw the first token of the slots `drawing` bool [B], whose prompts have been read.
 
@@ -276,10 +285,12 @@ def first_token(
     """
     memory, slots, logits = state
     logits = jnp.where(drawing[:, None], logits[source], logits)
-    memory = _take_over(memory, drawing, source, length, config, mesh)
-    sample, slots = _draw(config, mesh, logits, slots, drawing)
-    state = _placed(State(memory, slots, logits), config, mesh)
-    return jax.tree.map(lambda x: x[None], readable(Decoded(sample, drawing), mesh)), state
+    memory = _take_over(memory, drawing, source, length, config, execution.mesh)
+    sample, slots = _draw(config, execution.mesh, logits, slots, drawing)
+    state = _placed(State(memory, slots, logits), config, execution.mesh)
+    return jax.tree.map(
+        lambda x: x[None], readable(Decoded(sample, drawing), execution.mesh)
+    ), state
 
 
 def _take_over(
@@ -288,7 +299,7 @@ def _take_over(
     source: jax.Array,
     length: jax.Array,
     config: LanguageModelConfig,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
 ) -> Memory:
     """Give the slots `taking` bool [B] the first `length` [B] positions of the slots `source`."""
     layers = memory.layers
@@ -321,12 +332,9 @@ def _take_over(
 
         return lax.fori_loop(0, source.shape[0], visit, cache)
 
-    if mesh is not None:
-        cache = memory_specs(config).layers.k
-        local = jax.shard_map(
-            local, mesh=mesh, in_specs=(cache, P(), P()), out_specs=cache, check_vma=False
-        )
-    k, v = (local(x, copying, source) for x in (layers.k, layers.v))
+    cache = memory_specs(config).layers.k
+    copy_all = on_shards(local, mesh, (cache, P(), P()), cache)
+    k, v = (copy_all(x, copying, source) for x in (layers.k, layers.v))
     return Memory(layers._replace(k=k, v=v, step=step), valid)
 
 
@@ -339,7 +347,7 @@ def decode(
     until_free: jax.Array,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[Decoded, State]:
     """Draw the next tokens of the slots that are active and `running` bool [B], in one dispatch.
 
@@ -363,15 +371,15 @@ def decode(
         # Else what is made of a weight, such as the table in float32 for a CPU's product, would be
         # made once before the loop, and held.
         own, token = lax.optimization_barrier((params, slots.token))
-        output = apply_model(config, mesh, own, token, memory, length)
-        rows = _whole_rows(output.logits, config, mesh)
-        sample, slots = _draw(config, mesh, rows, slots, drawing)
-        state = _placed(State(output.model_state, slots, logits), config, mesh)
-        new = readable(Decoded(sample, drawing), mesh)
+        output = apply_model(config, execution, own, token, memory, length)
+        rows = _whole_rows(output.logits, config, execution.mesh)
+        sample, slots = _draw(config, execution.mesh, rows, slots, drawing)
+        state = _placed(State(output.model_state, slots, logits), config, execution.mesh)
+        new = readable(Decoded(sample, drawing), execution.mesh)
         return i + 1, jax.tree.map(lambda all, x: all.at[i].set(x), decoded, new), state
 
     sample, _ = jax.eval_shape(
-        functools.partial(_draw, config, mesh), state.logits, state.slots, running
+        functools.partial(_draw, config, execution.mesh), state.logits, state.slots, running
     )
     nothing = jax.tree.map(
         lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), Decoded(sample, running)
@@ -380,21 +388,21 @@ def decode(
     return decoded, state
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+@functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames=("memory",))
 def logits_step(
     params: Any,
     memory: Memory,
     tokens: jax.Array,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[jax.Array, Memory]:
     """Read one chunk of tokens [B, T] -> the logits [B, T, V] at each, and the memory."""
-    output = apply_model(config, mesh, params, tokens, memory)
-    return readable(output.logits, mesh), output.model_state
+    output = apply_model(config, execution, params, tokens, memory)
+    return readable(output.logits, execution.mesh), output.model_state
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("memory",))
+@functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames=("memory",))
 def score_step(
     params: Any,
     memory: Memory,
@@ -402,37 +410,37 @@ def score_step(
     targets: jax.Array,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[tuple[jax.Array, jax.Array], Memory]:
     """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each.
 
     And whether each target is the likeliest token there, bool [B, T].
     """
-    output = apply_model(config, mesh, params, tokens, memory)
+    output = apply_model(config, execution, params, tokens, memory)
     greedy = jnp.argmax(output.logits, axis=-1) == targets
     found = _log_probabilities(output.logits, targets), greedy
-    return readable(found, mesh), output.model_state
+    return readable(found, execution.mesh), output.model_state
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "mesh", "capture", "capture_layers", "hooks")
+    jax.jit, static_argnames=("config", "execution", "capture", "capture_layers", "hooks")
 )
 def inspect_step(
     params: Any,
     tokens: jax.Array,
     *,
     config: LanguageModelConfig,
-    mesh: Mesh | None,
+    execution: Execution,
     capture: tuple[str, ...],
     capture_layers: tuple[int, ...] | None,
     hooks: tuple[tuple[str, Hook], ...],
 ) -> tuple[jax.Array, Captured]:
     """Read whole sequences [B, T], without a memory -> logits [B, T, V] and what is captured."""
     output = apply_model(
-        config, mesh, params, tokens, capture=capture, capture_layers=capture_layers,
+        config, execution, params, tokens, capture=capture, capture_layers=capture_layers,
         hooks=dict(hooks),
     )  # fmt: skip
-    return readable((output.logits, output.captured), mesh)
+    return readable((output.logits, output.captured), execution.mesh)
 
 
 def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -441,12 +449,14 @@ def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
-def new_memory(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> Memory:
+@functools.partial(jax.jit, static_argnames=("config", "batch", "execution"))
+def new_memory(
+    *, config: LanguageModelConfig, batch: int, execution: Execution = ONE_DEVICE
+) -> Memory:
     """Return an empty memory for `batch` sequences of the whole context."""
-    dtype = cache_dtype(config.fprop_dtype)
+    dtype = execution.operations.cache_dtype(config.fprop_dtype)
     memory = config.model.init_memory(batch, config.sequence_len, dtype)
-    return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
+    return _place_memory(memory, config, execution.mesh)
 
 
 def _idle_slots(config: LanguageModelConfig, batch: int) -> Slots:
@@ -474,22 +484,25 @@ def _idle_logits(config: LanguageModelConfig, batch: int) -> jax.Array:
     return jnp.zeros([batch, config.vocab_size], jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "mesh"))
-def new_state(*, config: LanguageModelConfig, batch: int, mesh: Mesh | None = None) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "batch", "execution"))
+def new_state(
+    *, config: LanguageModelConfig, batch: int, execution: Execution = ONE_DEVICE
+) -> State:
     """Return the state of slots that serve nothing."""
-    memory = new_memory(config=config, batch=batch, mesh=mesh)
+    memory = new_memory(config=config, batch=batch, execution=execution)
     state = State(memory, _idle_slots(config, batch), _idle_logits(config, batch))
-    return _placed(state, config, mesh)
+    return _placed(state, config, execution.mesh)
 
 
 def abstract_inputs(
-    config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, chunk: int | None = None
+    config: LanguageModelConfig, execution: Execution, batch: int, chunk: int | None = None
 ) -> tuple[Any, ...]:
     """Return what `prefill` of a chunk length, or `decode`, takes, without any data.
 
     Leaves are jax.ShapeDtypeStruct with shardings, to compile a step ahead of time:
-    `decode.lower(*abstract_inputs(config, mesh, 1), config=config, mesh=mesh).compile()`.
+    `decode.lower(*abstract_inputs(config, how, 1), config=config, execution=how).compile()`.
     """
+    mesh = execution.mesh
 
     def place(tree: Any, specs: Any) -> Any:
         if mesh is None:
@@ -501,7 +514,7 @@ def abstract_inputs(
 
     shapes = stored_shapes(config)
     params = place(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh))
-    memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch, execution=execution))
     memory = place(memory, memory_specs(config))
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -518,7 +531,7 @@ def abstract_inputs(
 
 def device_bytes(config: LanguageModelConfig, mesh: AnyMesh | None, batch: int) -> int:
     """Return the bytes that one device holds between steps: parameters, and `batch` memories."""
-    params, state, *_ = abstract_inputs(config, mesh, batch)
+    params, state, *_ = abstract_inputs(config, config.model.execution(mesh), batch)
 
     def own(array: Any) -> int:
         shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)

@@ -262,8 +262,9 @@ config = LanguageModelConfig(model=model, vocab_size=1024, sequence_len=256)
 mesh = make_mesh((1, 8))
 began = time.perf_counter()
 for step, chunk in ((prefill, 128), (decode, None)):
-    inputs = abstract_inputs(config, mesh, 1, chunk)
-    step.lower(*inputs, config=config, mesh=mesh).compile()
+    how = config.model.execution(mesh)
+    inputs = abstract_inputs(config, how, 1, chunk)
+    step.lower(*inputs, config=config, execution=how).compile()
 print(time.perf_counter() - began)
 """
 IMPORT = """

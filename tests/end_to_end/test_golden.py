@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import golden
-from grok1.ops import quantization
-from grok1.ops.cache import cache_dtype
+from grok1.execution import Execution
+from grok1.kernels import xla_cpu
+from grok1.kernels.xla_cpu import cache_dtype
 from grok1.serving.steps import apply_model, new_memory
 from runner import Request
 
 name = pytest.mark.parametrize("name", golden.NAMES)
+EXECUTION = Execution(kernels="xla_cpu")
 # On every mesh by what XLA offers, and by the CPU's own product.
 MESHES = [(None, False), (None, True), ((1, 8), False)]
 LATER = pytest.param((2, 4), False, marks=pytest.mark.slow)
@@ -46,7 +48,7 @@ def test_bfloat16_mode_multiplies_and_remembers_bfloat16():
     """Of all products only the router's is float32, and the cache is bfloat16."""
     config = golden.config("three-layers", "bfloat16")
     params = config.param_shapes()
-    memory = jax.eval_shape(lambda: new_memory(config=config, batch=2))
+    memory = jax.eval_shape(lambda: new_memory(config=config, batch=2, execution=EXECUTION))
     # On a CPU kept as the uint16 of its bits; as itself when asked for by its type.
     assert memory.layers.k.dtype == memory.layers.v.dtype == cache_dtype(jnp.bfloat16)
     assert memory.layers.k.dtype == jnp.uint16
@@ -54,7 +56,7 @@ def test_bfloat16_mode_multiplies_and_remembers_bfloat16():
     assert plain.layers.k.dtype == jnp.bfloat16
 
     def step(params, memory, tokens):
-        return apply_model(config, None, params, tokens, memory)
+        return apply_model(config, EXECUTION, params, tokens, memory)
 
     tokens = jax.ShapeDtypeStruct([2, 16], jnp.int32)
     text = jax.jit(step).lower(params, memory, tokens).as_text()
@@ -112,16 +114,16 @@ def test_greedy_tokens_differ_from_the_originals_only_at_near_ties(name, greedy)
         assert agree >= 4
 
 
-@pytest.mark.parametrize("whole_numbers", [True, False])
-def test_float32_logits_are_exact_in_the_forms_for_large_matrices(whole_numbers, monkeypatch):
+@pytest.mark.parametrize("int8_digits", [True, False])
+def test_float32_logits_are_exact_in_the_forms_for_large_matrices(int8_digits, monkeypatch):
     """A CPU's, on these small ones."""
-    monkeypatch.setattr(quantization, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(quantization, "multiplies_int8", lambda: whole_numbers)
+    monkeypatch.setattr(xla_cpu, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(xla_cpu, "multiplies_int8", lambda: int8_digits)
     recorded, server = golden.recorded("three-layers"), golden.runner("three-layers")
-    read = jax.jit(functools.partial(apply_model, server.config, None))
+    read = jax.jit(functools.partial(apply_model, server.config, EXECUTION))
     text = read.lower(server.params, recorded.tokens).as_text()
     integers = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
-    assert (len(integers) > 10) == whole_numbers
+    assert (len(integers) > 10) == int8_digits
     error = golden.relative_error(read(server.params, recorded.tokens).logits, recorded.exact)
     clear = (recorded.margin > 1e-4) & recorded.real
-    assert error[clear].max() <= 1e-5  # measured: 1.7e-6 in whole numbers
+    assert error[clear].max() <= 1e-5  # measured: 1.7e-6 with int8 digits

@@ -24,8 +24,7 @@ import golden
 import reference
 import runner
 from grok1.cache_directory import default_directory
-from grok1.kernels import cpu, dispatch
-from grok1.ops import attention
+from grok1.kernels import cpu, dispatch, xla_cpu
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
 
 LAYERS = 2
@@ -185,7 +184,7 @@ def test_a_query_attends_to_what_is_filled_and_seen(case, dtype):
     arrays = query, keys, values, jnp.asarray(seen), 0.4, jnp.int32(1), jnp.array(filled)
     out = np.asarray(jax.jit(cpu.attend_one, static_argnums=4)(*arrays))
     clean = (jnp.nan_to_num(c) for c in jnp.asarray(caches, dtype))
-    plain = attention.attend_cached(query, *clean, *arrays[3:])
+    plain = xla_cpu.attend_cached(query, *clean, *arrays[3:])
     exact = exact_attention(query, caches[:, 1], seen, 0.4, filled, dtype)
     error, scale = np.linalg.norm(out - exact), np.linalg.norm(exact)
     assert out.dtype == np.float32 and out.shape == query.shape
@@ -412,7 +411,8 @@ def test_a_damaged_library_is_compiled_anew(quick, fresh):
 def test_a_server_on_a_cpu_uses_it_unless_told_otherwise():
     for kernels in (True, False):
         server = runner.load_server(golden.DIRECTORY / "three-layers", kernels=kernels)
-        assert server.config.model.kernels == kernels
+        name = "cpu" if kernels else "xla_cpu"
+        assert [execution.kernels for execution in server.executions] == [name, name]
 
 
 @pytest.mark.parametrize("options", [(), ("--no-kernels",)], ids=str)

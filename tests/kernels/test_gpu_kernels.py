@@ -16,11 +16,11 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from test_cpu_kernels import exact_product, plain_product, random_rows, random_weight
 
 import golden
-import model
+from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels import gpu
-from grok1.kernels.cpu import KernelError
-from grok1.ops import attention
+from grok1.kernels.error import KernelError
+from grok1.ops import cache
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import steps
 
@@ -264,7 +264,7 @@ def test_attention_to_a_cache_equals_the_plain_form(case, dtype):
     out, exact = attend(*arrays), exact_attention(*arrays)
     # The plain form weighs what is not filled by zero, which no NaN outlasts.
     plain = [jnp.nan_to_num(a) if a is not None and a.dtype == dtype else a for a in arrays]
-    plain = attention.attend_cached(*plain[:4], MULTIPLIER, *plain[4:])
+    plain = cache.attend_cached(*plain[:4], MULTIPLIER, *plain[4:])
     assert out.dtype == np.float32 and out.shape == plain.shape
     assert np.all(out[np.all(exact == 0, axis=-1)] == 0)
     scale = np.linalg.norm(exact)
@@ -506,21 +506,21 @@ def interpret(monkeypatch):
     for name in ("grouped_product", "attend_cached"):
         kernel = functools.partial(getattr(gpu, name), interpret=True)
         monkeypatch.setattr(gpu, name, kernel)
-    monkeypatch.setattr(kernels, "_own", lambda: gpu)
-    # A CPU keeps the bits of bfloat16 in its cache.
-    monkeypatch.setattr(model, "cache_dtype", lambda dtype: dtype)
+    operations = gpu.OPERATIONS._replace(attend_cached=gpu.attend_cached)
+    monkeypatch.setattr(gpu, "OPERATIONS", operations)
+    monkeypatch.setattr(kernels, "fastest", lambda **_: "gpu")
     gpu.load.cache_clear()
 
 
 def test_a_model_computes_the_same_with_them(monkeypatch):
-    interpret(monkeypatch)
-    plain = golden.config("three-layers", "bfloat16")
-    own = dataclasses.replace(plain, model=dataclasses.replace(plain.model, kernels=True))
+    config = golden.config("three-layers", "bfloat16")
     params = golden.runner("three-layers", "bfloat16").params
+    interpret(monkeypatch)
     tokens = golden.recorded("three-layers").tokens[:2, :7]
     outputs = []
-    for config in (own, plain):
-        read = jax.jit(functools.partial(steps.apply_model, config, None))
+    for name in ("gpu", "plain"):
+        execution = Execution(kernels=name)
+        read = jax.jit(functools.partial(steps.apply_model, config, execution))
         # A prompt, and one position more.
         memory = config.model.init_memory(2, 16, jnp.bfloat16)
         first = read(params, tokens[:, :6], memory)

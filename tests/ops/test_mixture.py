@@ -16,18 +16,18 @@ import pytest
 from jax import lax
 
 import reference
-from grok1.inspection import Probe
-from grok1.ops import mixture
+from grok1.execution import Execution
+from grok1.inspection import Probe, asking
+from grok1.kernels import cpu, xla_cpu
 from grok1.ops.mixture import (
     all_experts,
     block_rows,
-    by_size,
     chosen_experts,
+    differentiable_experts,
     expert,
-    kernel_experts,
     sort_by_expert,
 )
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight
 from grok1.parallel.sharding import make_mesh
 from model import DenseBlock, MoELayer, Router, RouterOutput
 
@@ -116,28 +116,35 @@ def routings(tokens, experts, chosen):
     yield "all masked", masked(plain, slice(None), experts)
 
 
-FORMS = (
-    *("all", "dynamic", "static", "dynamic, whole", "static, whole"),
-    *("kernel", "kernel, whole", "by size, whole"),
-)
+FORMS = {
+    "all": all_experts,
+    "chosen": chosen_experts,
+    "differentiable": differentiable_experts,
+    "xla_cpu": xla_cpu.chosen_experts,
+    "by size": xla_cpu.by_size,
+    "cpu": cpu.OPERATIONS.mixture,
+}
 
 
-@functools.partial(jax.jit, static_argnames="experts")
-def every_form(params, layer, tokens, *, experts):
-    """Run each of FORMS on one layer of params [L, E, ...] -> float32 [8, M, D]."""
+def mix(form, params, tokens):
+    """Run a form on tokens [M, D], each a sequence of its own -> [M, D]."""
+    return form(params, *(jnp.asarray(a)[:, None] for a in tokens))[:, 0]
+
+
+def stack(params, layer):
+    """Leave the weights of one layer among those of all, [L, E, ...]."""
+    return {name: {"w": StackedWeight(leaf["w"], layer)} for name, leaf in params.items()}
+
+
+@jax.jit
+def every_form(params, layer, tokens):
+    """Run each of FORMS on one layer of params [L, E, ...], sliced and stacked.
+
+    Returns float32 [2 * len(FORMS), M, D], `all` first.
+    """
     own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, 0, False), params)
-    return jnp.stack(
-        [
-            all_experts(own, *tokens, experts),
-            chosen_experts(own, *tokens, experts),
-            chosen_experts(own, *tokens, experts, differentiable=True),
-            chosen_experts(params, *tokens, experts, layer=layer),
-            chosen_experts(params, *tokens, experts, layer=layer, differentiable=True),
-            kernel_experts(own, *tokens, experts),
-            kernel_experts(params, *tokens, experts, layer=layer),
-            by_size(params, *tokens, experts, layer=layer),
-        ]
-    )
+    given = own, stack(params, layer)
+    return jnp.stack([mix(form, p, tokens) for p in given for form in FORMS.values()])
 
 
 SIZES = [(1, 8, 2), (2, 4, 1), (5, 3, 3), (33, 8, 2), (300, 4, 2)]  # M, E, A
@@ -157,8 +164,8 @@ def test_every_form_of_the_mixture_is_the_sum_over_the_chosen_experts(
     for number, (name, inputs) in enumerate(routings(tokens, experts, chosen)):
         layer = number % LAYERS
         expected = exact_mixture(of_layer(params, layer), *inputs)
-        got = np.asarray(every_form(params, jnp.int32(layer), inputs, experts=experts))
-        for form, y in zip(FORMS, got, strict=True):
+        got = np.asarray(every_form(params, jnp.int32(layer), inputs))
+        for form, y in zip([*FORMS, *FORMS], got, strict=True):
             np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6, err_msg=f"{name}, {form}")
         off = inputs.index[:, 0] == experts
         assert np.all(got[:, off] == 0), f"{name}: a masked token's output is not zero"
@@ -169,7 +176,7 @@ def test_in_bfloat16_the_forms_agree_as_closely_as_their_sums_do():
     params = expert_weights((LAYERS, 8), "int8")
     plain = random_tokens(33, 8, 2)
     inputs = plain._replace(x=plain.x.astype(BFLOAT16))
-    y = np.asarray(every_form(params, jnp.int32(1), inputs, experts=8))
+    y = np.asarray(every_form(params, jnp.int32(1), inputs))
     exact = exact_mixture(of_layer(params, 1), *inputs)
     assert np.linalg.norm(y[0] - exact) < 4e-3 * np.linalg.norm(exact)
     for form in y[1:]:
@@ -182,7 +189,7 @@ def test_a_token_that_chooses_one_expert_twice_gets_it_twice():
     params = expert_weights((LAYERS, 8), "float32")
     inputs = random_tokens(33, 8, 2)
     inputs.index[:] = inputs.index[:, :1]
-    y = every_form(params, jnp.int32(0), inputs, experts=8)
+    y = every_form(params, jnp.int32(0), inputs)
     expected = exact_mixture(of_layer(params, 0), *inputs)
     np.testing.assert_allclose(y, np.broadcast_to(expected, y.shape), rtol=0, atol=3e-6)
 
@@ -242,16 +249,12 @@ def test_the_worst_routing_fits_the_blocks_that_are_allotted():
 # ------------------------------------------------------------------------------------- gradients
 
 
-@functools.partial(jax.jit, static_argnames=("form", "experts"))
-def gradients(params, x, gates, index, cotangent, *, form, experts):
+@functools.partial(jax.jit, static_argnames="form")
+def gradients(params, x, gates, index, cotangent, *, form):
     """Return the gradients of sum(cotangent * mixture) with respect to params, x and gates."""
 
     def loss(params, x, gates):
-        if form == "all":
-            y = all_experts(params, x, gates, index, experts)
-        else:
-            y = chosen_experts(params, x, gates, index, experts, differentiable=form == "static")
-        return jnp.sum(y * cotangent)
+        return jnp.sum(mix(FORMS[form], params, (x, gates, index)) * cotangent)
 
     return jax.grad(loss, argnums=(0, 1, 2))(params, x, gates)
 
@@ -265,8 +268,7 @@ def test_gradients_are_those_of_the_sum():
     cotangent = rng.standard_normal(x.shape).astype(np.float32)
     inputs = (params, x, gates)
     found = {
-        form: gradients(*inputs, index, cotangent, form=form, experts=experts)
-        for form in ("all", "static")
+        form: gradients(*inputs, index, cotangent, form=form) for form in ("all", "differentiable")
     }
     leaves, structure = jax.tree.flatten(inputs)
     for number, leaf in enumerate(leaves):
@@ -292,33 +294,33 @@ def test_an_expert_that_nobody_chooses_gets_a_gradient_of_zero():
     params = expert_weights((4,), "float32")
     x, gates, index = random_tokens(9, 4, 2)
     index[:] = [2, 0]
-    d_params, _, _ = gradients(params, x, gates, index, np.ones_like(x), form="static", experts=4)
+    d_params, _, _ = gradients(params, x, gates, index, np.ones_like(x), form="differentiable")
     for leaf in jax.tree.leaves(d_params):
         assert np.any(leaf, axis=(1, 2)).tolist() == [True, False, True, False]
 
 
 def test_the_dynamic_loop_has_no_reverse_mode():
-    """Why the static form exists: were this to pass one day, the static form could go."""
+    """Why the differentiable form exists: were this to pass one day, that form could go."""
     params = expert_weights((4,), "float32")
     x, gates, index = random_tokens(9, 4, 2)
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-        gradients(params, x, gates, index, np.ones_like(x), form="dynamic", experts=4)
+        gradients(params, x, gates, index, np.ones_like(x), form="chosen")
 
 
 # ----------------------------------------------------------------- one row and the other rows
 
 
-@functools.partial(jax.jit, static_argnames=("form", "experts"))
-def serve(params, tokens, *, form, experts):
-    return form(params, *tokens, experts)
+@functools.partial(jax.jit, static_argnames="form")
+def serve(params, tokens, *, form):
+    return mix(FORMS[form], params, tokens)
 
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [(chosen_experts, "float32"), (chosen_experts, "int8"), (kernel_experts, "int8")],
+    [("chosen", "float32"), ("chosen", "int8"), ("xla_cpu", "int8"), ("cpu", "int8")],
 )
 @pytest.mark.parametrize(("tokens", "experts", "chosen"), [(8, 8, 2), (37, 4, 1), (128, 8, 2)])
-def test_a_row_is_the_same_bit_for_bit_in_any_company(tokens, experts, chosen, form, kind):
+def test_a_row_does_not_depend_on_the_others(tokens, experts, chosen, form, kind):
     """A request's answer must not depend on which others are served beside it.
 
     The other rows decide which block a row falls in, at which place of it, and how many there are.
@@ -337,7 +339,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_company(tokens, experts, chosen, f
         row = int(rng.integers(tokens))
         for theirs, own in zip(others, mine, strict=True):
             theirs[row] = own[0]
-        seen.add(np.asarray(serve(params, others, form=form, experts=experts))[row].tobytes())
+        seen.add(np.asarray(serve(params, others, form=form))[row].tobytes())
         blocks.add(int(np.sum(np.asarray(others.index)[:row] == mine.index[0, 0])))
     assert len(blocks) > 3  # it did stand at different places
     assert len(seen) == 1
@@ -352,8 +354,9 @@ def test_what_masked_tokens_hold_never_changes_the_others():
     for content in (0.0, 1e30, np.inf, np.nan):
         x = inputs.x.copy()
         x[rows] = content
-        y = every_form(params, jnp.int32(0), inputs._replace(x=x), experts=8)
-        results.append(np.asarray(y)[1:])  # the obvious form multiplies a NaN by zero
+        y = every_form(params, jnp.int32(0), inputs._replace(x=x))
+        chosen = [i for i, form in enumerate([*FORMS, *FORMS]) if form != "all"]
+        results.append(np.asarray(y)[chosen])  # the obvious form multiplies a NaN by zero
     for y in results:
         assert np.all(y[:, rows] == 0)
         assert np.array_equal(y, results[0])
@@ -373,11 +376,11 @@ def custom_expert(x):
 def make_layer(layer_fn, **options):
     """Return MoELayer's (init, apply) for inputs [B, T, D] and padding_mask [B, T]."""
 
-    def run(x, padding_mask, layer=None):
+    def run(x, padding_mask):
         moe = MoELayer(EXPERTS, layer_fn, Router(2), **options)
         probe = Probe(("expert_gates", "expert_index"))
-        y = moe(x, padding_mask, layer=layer, probe=probe)
-        return y, probe.found
+        with asking(probe):
+            return moe(x, padding_mask), probe.found
 
     return hk.without_apply_rng(hk.transform(run))
 
@@ -397,6 +400,14 @@ def layer_params(kind, lead=()):
     return params | {"router": {"w": router.astype(np.float32)}}
 
 
+def in_layer(params, layer):
+    """Leave the experts' weights among those of all layers."""
+    return {
+        name: {"w": StackedWeight(leaf["w"], layer)} if "moe" in name else leaf
+        for name, leaf in params.items()
+    }
+
+
 def exact_layer(params, x, padding_mask):
     """MoELayer in float64, [B, T, D]."""
     weights = {name: exact_values(leaf["w"]) for name, leaf in params.items()}
@@ -405,7 +416,7 @@ def exact_layer(params, x, padding_mask):
 
 
 LAYER_FORMS = [
-    {"kernels": True},
+    *({"kernels": name} for name in ("xla_cpu", "cpu")),
     *({"expert_dispatch": name} for name in ("dynamic", "static", "all")),
 ]
 
@@ -413,37 +424,38 @@ LAYER_FORMS = [
 @pytest.mark.parametrize("form", LAYER_FORMS, ids=str)
 def test_the_layer_is_the_sum_over_the_chosen_experts(inputs, form):
     params = layer_params("int8")
-    y, _ = jax.jit(make_layer(GELU_BLOCK, **form).apply)(params, *inputs)
+    layer = make_layer(GELU_BLOCK, execution=Execution(**form))
+    y, _ = jax.jit(layer.apply)(params, *inputs)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, exact_layer(params, *inputs), rtol=0, atol=3e-6)
     assert np.all(np.asarray(y)[~inputs[1]] == 0)
 
 
-def test_the_layer_can_take_the_parameters_of_all_layers_and_an_index(inputs):
+def test_the_layer_takes_weights_left_among_those_of_all_layers(inputs):
     """Slicing a layer first would copy all its experts to use two."""
     params = layer_params("int8", (LAYERS,))
     apply = jax.jit(make_layer(GELU_BLOCK).apply)
     for layer in range(LAYERS):
         router = {"router": {"w": params["router"]["w"]}}
-        y, _ = apply(params, *inputs, jnp.int32(layer))
+        y, _ = apply(in_layer(params, jnp.int32(layer)), *inputs)
         own = of_layer({k: v for k, v in params.items() if "moe" in k}, layer) | router
         np.testing.assert_allclose(y, exact_layer(own, *inputs), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 4)], ids=str)
-def test_the_layer_lets_rounding_depend_on_company_only_where_all_is_one_sequence(
-    inputs, mesh, monkeypatch
-):
-    """Large experts: a prompt that is read alone is read faster."""
-    monkeypatch.setattr(mixture, "SMALL_EXPERT", 0)
+def test_experts_go_by_size_only_within_one_sequence(inputs, mesh, monkeypatch):
+    """There rounding depends on the other tokens: a prompt that is read alone is read faster."""
+    monkeypatch.setattr(xla_cpu, "SMALL_EXPERT", 0)
+    by_size = xla_cpu.by_size
     used = []
 
     def recorded(*arguments):
         used.append(True)
         return by_size(*arguments)
 
-    monkeypatch.setattr(mixture, "by_size", recorded)
-    layer = make_layer(GELU_BLOCK, mesh=mesh and make_mesh(mesh))
+    monkeypatch.setattr(xla_cpu, "by_size", recorded)
+    execution = Execution(mesh and make_mesh(mesh), kernels="xla_cpu")
+    layer = make_layer(GELU_BLOCK, execution=execution)
     params = layer_params("int8")
     shards = mesh[0] if mesh else 1
     x, padding_mask = (a[:shards] for a in inputs)
@@ -504,7 +516,7 @@ def test_a_function_around_a_dense_block_equals_the_dense_block(inputs, kind):
 
     @jax.jit
     def both(params, layer):
-        args = (params, *inputs, layer)
+        args = (in_layer(params, layer), *inputs)
         return [make_layer(fn).apply(*args)[0] for fn in (GELU_BLOCK, lambda x: GELU_BLOCK(x))]
 
     for layer in range(LAYERS):
@@ -518,7 +530,7 @@ def test_the_layer_is_the_same_on_every_mesh(inputs, mesh, sharded):
     """Each data shard lays out its own tokens; the experts' halves are summed over `model`."""
     params = layer_params("int8", (LAYERS,))
     layer = make_layer(GELU_BLOCK, mesh=make_mesh(mesh), shard_activations=sharded)
-    y, _ = jax.jit(layer.apply)(params, *inputs, jnp.int32(1))
+    y, _ = jax.jit(layer.apply)(in_layer(params, jnp.int32(1)), *inputs)
     own = of_layer({k: v for k, v in params.items() if "moe" in k}, 1)
     expected = exact_layer(own | {"router": params["router"]}, *inputs)
     np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6)

@@ -8,16 +8,15 @@ import pytest
 from jax import lax
 
 import model
-import reference
-from grok1.ops import quantization
 from grok1.ops.quantization import (
     QuantizedWeight8bit,
     dequantize,
-    local_matmul,
     matmul,
     quantize,
     split_groups,
 )
+from small import exact_weight as exact
+from small import random_weight
 
 BFLOAT16 = ml_dtypes.bfloat16
 # (leading axes, rows, columns, groups)
@@ -26,21 +25,6 @@ SHAPES = [((), 8, 5, 1), ((), 24, 7, 8), ((3,), 10, 3, 5), ((2, 3), 16, 1, 8), (
 quantize_jit = jax.jit(quantize, static_argnums=1)
 dequantize_jit = jax.jit(dequantize, static_argnums=1)
 matmul_jit = jax.jit(matmul)
-
-
-def random_weight(lead, rows, columns, groups, seed=0):
-    """Return any valid int8 weight, its scales spread over six octaves."""
-    rng = np.random.default_rng(seed)
-    weight = rng.integers(-127, 128, (*lead, rows, columns)).astype(np.int8)
-    scales = np.exp2(rng.uniform(-9, -3, (*lead, groups, columns))).astype(BFLOAT16)
-    return QuantizedWeight8bit(weight, scales)
-
-
-def exact(weight):
-    """Return the values of a float or int8 weight in float64."""
-    if isinstance(weight, QuantizedWeight8bit):
-        return reference.dequantize(np.asarray(weight.weight), np.asarray(weight.scales))
-    return np.asarray(weight).astype(np.float64)
 
 
 # ------------------------------------------------------------------------------- the weight itself
@@ -244,107 +228,3 @@ def test_the_product_does_not_depend_on_how_the_groups_are_split():
     for parts in (3, 16):
         split = np.asarray(matmul_jit(x, split_groups(weight, parts)))
         np.testing.assert_allclose(split, y, rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------------- as a CPU is fast at it
-
-
-local_matmul_jit = jax.jit(local_matmul)
-
-
-@pytest.fixture(params=["blocks", "whole numbers"])
-def form(request, monkeypatch):
-    """Let local_matmul take either form, whatever the size of a matrix and the processor."""
-    monkeypatch.setattr(quantization, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(quantization, "BLOCK_COLUMNS", 128)
-    monkeypatch.setattr(quantization, "BLOCK_WEIGHTS", 128 * 16)  # 16 rows
-    monkeypatch.setattr(quantization, "multiplies_int8", lambda: request.param == "whole numbers")
-    local_matmul_jit.clear_cache()
-    yield request.param
-    local_matmul_jit.clear_cache()
-
-
-@pytest.fixture
-def whole_numbers(monkeypatch):
-    """Let local_matmul take whole numbers."""
-    monkeypatch.setattr(quantization, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(quantization, "multiplies_int8", lambda: True)
-    local_matmul_jit.clear_cache()
-    yield
-    local_matmul_jit.clear_cache()
-
-
-def assert_as_near_as_float32(x, weight):
-    """local_matmul's error is within twice that of `matmul`, or of a float32's rounding."""
-    values = exact(weight)
-    true = np.asarray(x, np.float64) @ values
-    got, plain = (np.asarray(f(x, weight)) for f in (local_matmul_jit, matmul_jit))
-    assert got.dtype == np.float32 and got.shape == true.shape
-    for error, other, size in zip(
-        *(np.linalg.norm(a, axis=-1).reshape(-1) for a in (got - true, plain - true, true)),
-        strict=True,
-    ):
-        assert error <= 2 * other + 1.2e-7 * size
-
-
-@pytest.mark.parametrize("columns", [24, 300])  # less than a block, several that overlap
-@pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("lead", [(1,), (2, 3)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.usefixtures("form")
-def test_either_form_gives_the_product(lead, groups, columns, dtype):
-    x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(dtype)
-    assert_as_near_as_float32(x, random_weight((), 512, columns, groups))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        np.r_[1e4, np.full(511, 1e-3)],
-        np.full(512, 127.0),
-        np.exp2(np.arange(512) % 40 - 20.0),
-        np.r_[np.float32(1) - 2.0**-24, -1.0, np.zeros(510)],
-        np.full(512, 2e-30),
-        np.full(512, -2e35),
-    ],
-    ids=["one outlier", "equal", "of all sizes", "just below a power of two", "tiny", "huge"],
-)
-@pytest.mark.usefixtures("form")
-def test_either_form_holds_any_row(row):
-    assert_as_near_as_float32(row[None].astype(np.float32), random_weight((), 512, 9, 8))
-
-
-@pytest.mark.usefixtures("whole_numbers")
-def test_whole_numbers_keep_zero_and_what_is_no_number():
-    weight = random_weight((), 16, 3, 1)
-    x = np.zeros((3, 16), np.float32)
-    x[1, 2], x[2, 3] = np.nan, np.inf
-    y = np.asarray(local_matmul_jit(x, weight))
-    assert np.all(y[0] == 0) and np.all(np.isnan(y[1:]))
-
-
-@pytest.mark.usefixtures("whole_numbers")
-def test_a_row_of_whole_numbers_does_not_depend_on_the_others():
-    x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
-    weight = random_weight((), 64, 10, 8)
-    together = np.asarray(local_matmul_jit(x, weight))
-    for row in (0, 33, 69):
-        assert np.array_equal(local_matmul_jit(x[row : row + 1], weight)[0], together[row])
-
-
-@pytest.mark.usefixtures("form")
-def test_either_form_has_the_slope_of_the_product_that_is_meant():
-    """The rounding of whole numbers has none: a gradient would silently be zero."""
-    weight = random_weight((), 16, 5, 8)
-    x = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)
-    got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(local_matmul(x, weight)))))(x)
-    expected = np.cos(x.astype(np.float64) @ exact(weight)) @ exact(weight).T
-    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
-
-
-def test_a_matrix_is_never_written_out_as_float32(form):
-    """That takes a CPU an order longer than to multiply with it."""
-    weight = random_weight((), 64, 320, 1)
-    text = local_matmul_jit.lower(np.ones((4, 64), np.float32), weight).as_text()
-    assert "tensor<64x320xf32>" not in text
-    assert ("xi8>, tensor<64x320xi8>" in text) == (form == "whole numbers")

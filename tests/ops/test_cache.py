@@ -8,16 +8,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.attention import BLOCK, attend, attend_cached
-from grok1.ops.cache import cache_dtype
+from grok1.kernels import dispatch, xla_cpu
+from grok1.ops.cache import BLOCK, attend_cached
+from model import attend
 from small import normal
 
 LAYERS, HEADS, GROUP, WIDTH = 2, 2, 3, 4
 
 
+FORMS = {"plain": attend_cached, "xla_cpu": xla_cpu.attend_cached}
+
+
 @functools.cache
-def compiled(multiplier=0.5):
-    return jax.jit(functools.partial(attend_cached, multiplier=multiplier))
+def compiled(form="plain"):
+    return jax.jit(functools.partial(FORMS[form], multiplier=0.5))
 
 
 def exact(query, key, value, mask, multiplier=0.5):
@@ -42,20 +46,19 @@ def inputs(filled, rows, size, dtype=np.float32):
     return query, keys, values, mask, np.array(filled, np.int32)
 
 
-def attended(query, keys, values, mask, filled, multiplier=0.5):
-    return compiled(multiplier)(
-        query, keys, values, mask, layer=jnp.int32(1), filled=jnp.asarray(filled)
-    )
+def attended(query, keys, values, mask, filled, form="plain"):
+    return compiled(form)(query, keys, values, mask, layer=jnp.int32(1), filled=jnp.asarray(filled))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [5, BLOCK, BLOCK + 1, 2 * BLOCK + 100])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_blocks_add_up_to_the_definition(size, rows):
+def test_blocks_add_up_to_the_definition(size, rows, form):
     """A last block that is not whole overlaps the one before it, and counts nothing twice."""
     filled = [rows, max(rows, size // 2), size - 1, size]
     query, keys, values, mask, filled = inputs(filled, rows, size)
     expected = exact(query, keys[1], values[1], mask)
-    found = attended(query, keys, values, mask, filled)
+    found = attended(query, keys, values, mask, filled, form)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
     at_once = jax.jit(attend, static_argnums=4)(query, keys[1], values[1], mask, 0.5)
@@ -66,19 +69,20 @@ def test_a_cache_of_bfloat16_may_lie_there_as_its_bits():
     size = BLOCK + 20
     query, keys, values, mask, filled = inputs([size, 9], 2, size, dtype=ml_dtypes.bfloat16)
     bits = [x.view(np.uint16) for x in (keys, values)]
-    found = attended(query, *bits, mask, filled)
-    assert np.array_equal(found, attended(query, keys, values, mask, filled))
+    found = attended(query, *bits, mask, filled, "xla_cpu")
+    assert np.array_equal(found, attended(query, keys, values, mask, filled, "xla_cpu"))
     expected = exact(query, keys[1], values[1], mask)
     assert np.linalg.norm(found - expected) < 0.005 * np.linalg.norm(expected)
 
 
-def test_longer_company_changes_no_bit():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_longer_sequence_changes_no_bit_of_others(form):
     """Of the blocks that only a longer sequence needs, each adds exactly zero to the others."""
     size = 4 * BLOCK
     query, keys, values, mask, _ = inputs([40, BLOCK], 1, size)
-    short = attended(query, keys, values, mask, np.int32([40, BLOCK]))
+    short = attended(query, keys, values, mask, np.int32([40, BLOCK]), form)
     for longer in (BLOCK + 1, 3 * BLOCK, size):
-        found = attended(query, keys, values, mask, np.int32([40, longer]))
+        found = attended(query, keys, values, mask, np.int32([40, longer]), form)
         assert np.array_equal(found[0], short[0])
 
 
@@ -122,8 +126,9 @@ def test_temporaries_do_not_grow_with_the_cache():
     assert temporaries(16 * BLOCK) < 1.5 * temporaries(2 * BLOCK)
 
 
-def test_only_a_cpu_keeps_bfloat16_as_bits(monkeypatch):
-    assert cache_dtype(jnp.float32) == jnp.float32
-    assert cache_dtype(jnp.bfloat16) == jnp.uint16
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert cache_dtype(jnp.bfloat16) == jnp.bfloat16
+def test_only_a_cpu_stores_bfloat16_as_bits():
+    for name in dispatch.NAMES:
+        operations = dispatch.operations(name)
+        assert operations.cache_dtype(jnp.float32) == jnp.float32
+        bits = name in ("xla_cpu", "cpu")
+        assert operations.cache_dtype(jnp.bfloat16) == (jnp.uint16 if bits else jnp.bfloat16)

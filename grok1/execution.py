@@ -1,0 +1,320 @@
+"""How a model is run: on which devices, and with which forms of its operations.
+
+The modules in model.py say what Grok-1 is and ask an Execution for the rest. Without a mesh, and
+with the plain forms, each of its methods is the function of grok1/ops with the same name: whoever
+reads the model for its mathematics may read them so.
+
+Dimension letters as in model.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from grok1.checks import require, require_integers
+from grok1.kernels import dispatch
+from grok1.ops import mixture
+from grok1.ops.cache import KVMemory, Place, caches, place_of, read_rows, with_caches
+from grok1.ops.layers import Layer, scan_layers
+from grok1.ops.operations import Operations
+from grok1.ops.quantization import QuantizedWeight8bit, matmul, split_groups
+from grok1.parallel.sharding import (
+    DATA_AXIS,
+    MODEL_AXIS,
+    REPLICA_AXIS,
+    AnyMesh,
+    Axes,
+    all_model_axes,
+    axis_size,
+    constrain,
+    local_groups,
+    on_shards,
+    sum_over,
+)
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
+
+Split = Literal["inputs", "outputs", "kv_outputs"]
+DISPATCH = "dynamic", "static", "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is run. Raises ValueError naming the field, expected and got.
+
+    mesh: the devices, or None for one. data_axis, model_axis: the names of its axes: batches are
+    split over the first; heads, hidden widths and the vocabulary over the second.
+    shard_activations: split the residual stream over the model axis as well. That takes less
+    memory and more, smaller exchanges between devices.
+    kernels: the forms of the operations: "plain", on any platform; "xla_cpu", plain JAX as XLA
+    compiles it well for a CPU; "cpu" and "gpu", compiled kernels, which have no gradient.
+    expert_dispatch: how a mixture computes the chosen experts. "dynamic" loops over as many blocks
+    of tokens as exist, without a reverse-mode gradient; "static", for training, over the largest
+    possible number, and skips the empty ones; "all" computes every expert for every token.
+    scan_unroll: layers per iteration of the compiled loop.
+    router: makes a layer's router, called with num_selected_experts; None: `model.Router`. The
+    place to give a subclass of it.
+    """
+
+    mesh: AnyMesh | None = None
+    data_axis: str = DATA_AXIS
+    model_axis: str = MODEL_AXIS
+    shard_activations: bool = False
+    kernels: str = "plain"
+    expert_dispatch: str = "dynamic"
+    scan_unroll: int = 1
+    router: Callable[[int], Any] | None = None
+
+    def __post_init__(self):
+        names, how = dispatch.NAMES, self.expert_dispatch
+        require(self.kernels in names, "kernels", f"one of {names}", self.kernels)
+        require(how in DISPATCH, "expert_dispatch", f"one of {DISPATCH}", how)
+        plain = self.kernels == "plain" or how == "dynamic"
+        require(plain, "kernels", '"plain" unless expert_dispatch is "dynamic"', self.kernels)
+        require_integers(self, 1, "scan_unroll")
+        flag = self.shard_activations
+        require(isinstance(flag, bool), "shard_activations", "true or false", flag)
+        given = self.router is None or callable(self.router)
+        require(given, "router", "a subclass of Router, or None", self.router)
+
+    @property
+    def operations(self) -> Operations:
+        """The forms of the operations on one device."""
+        return dispatch.operations(self.kernels)
+
+    @property
+    def _all_model_axes(self) -> Axes:
+        return all_model_axes(self.mesh, self.model_axis)
+
+    @property
+    def _shared_axis(self) -> str | None:
+        """The mesh axis along which devices share a key/value head, if there is one."""
+        return REPLICA_AXIS if self.mesh is not None and REPLICA_AXIS in self.mesh.shape else None
+
+    @property
+    def data_size(self) -> int:
+        """The number of parts in which a batch is split."""
+        return axis_size(self.mesh, self.data_axis)
+
+    # ------------------------------------------------------------------------------ activations
+
+    def residual(self, x: jax.Array) -> jax.Array:
+        """Lay out [B, T, D] as it is between blocks: split over D if `shard_activations`."""
+        last = self._all_model_axes if self.shard_activations else None
+        return constrain(x, self.mesh, self.data_axis, None, last)
+
+    def block_input(self, x: jax.Array) -> jax.Array:
+        """Lay out [B, T, D] as a block reads it: all of D on every device of the model axis."""
+        return constrain(x, self.mesh, self.data_axis, None, None)
+
+    # --------------------------------------------------------------------------------- products
+
+    def matmul(self, x: jax.Array, weight: Any, split: Split | None = None) -> jax.Array:
+        """`x [..., I] @ weight [I, O]` -> float32 [..., O].
+
+        split: which axis of the weight, if one, is split over devices. x is then [B, T, I].
+        """
+        every = self._all_model_axes
+        contracted = every if split == "inputs" else None
+        produced = {"outputs": every, "kv_outputs": self.model_axis}.get(split or "")
+        if self.mesh is not None and not self.operations.takes_stacked:
+            # A compiler splits plain products by itself; scale groups must allow it.
+            if contracted is not None:
+                x = constrain(x, self.mesh, self.data_axis, None, contracted)
+            y = matmul(x, split_groups(weight, axis_size(self.mesh, contracted)))
+            return self._laid_out(y, produced)
+        weight, spec = local_groups(weight, P(contracted, produced), self.mesh)
+
+        def local(x: jax.Array, weight: Any) -> jax.Array:
+            return sum_over(self.operations.matmul(x, weight), self.mesh, contracted)
+
+        in_specs = P(self.data_axis, None, contracted), spec
+        out_specs = P(self.data_axis, None, produced)
+        return self._laid_out(on_shards(local, self.mesh, in_specs, out_specs)(x, weight), produced)
+
+    def _laid_out(self, y: jax.Array, produced: Axes) -> jax.Array:
+        """Lay out the result [B, T, O] of a product; one that is not split is a block's."""
+        if produced is None:
+            return self.residual(y)
+        return constrain(y, self.mesh, self.data_axis, None, produced)
+
+    def logits(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """`x [B, T, D] @ table.T`, table [V, D] of x's dtype -> float32 [B, T, V]."""
+
+        def local(x: jax.Array, table: jax.Array) -> jax.Array:
+            y = self.operations.table_product(x.reshape(-1, x.shape[-1]), table)
+            return y.reshape(*x.shape[:-1], -1)
+
+        every = self._all_model_axes
+        in_specs = P(self.data_axis, None, None), P(every, None)
+        return on_shards(local, self.mesh, in_specs, P(self.data_axis, None, every))(x, table)
+
+    # -------------------------------------------------------------------------------- attention
+
+    def write(self, memory: KVMemory, k: jax.Array, v: jax.Array) -> KVMemory:
+        """Write new rows k, v [B, T, K, H] at the memory's `step` -> the memory, `step` unchanged.
+
+        Raises ValueError if they do not fit the memory's length.
+        """
+        size = memory.k.shape[-3]
+        if k.shape[1] > size:
+            raise ValueError(
+                f"{k.shape[1]} new positions do not fit a memory of {size}; "
+                "prefill in smaller chunks"
+            )
+
+        def local(cache: jax.Array, new: jax.Array, place: Place) -> jax.Array:
+            return self.operations.write_rows(cache, new, *self._local(place, cache))
+
+        cache, rows = self._cache_specs
+        write = on_shards(local, self.mesh, (cache, rows, self._place_specs), cache)
+        place, (keys, values) = place_of(memory, k.shape[1]), caches(memory)
+        return with_caches(memory, write(keys, k, place), write(values, v, place))
+
+    def attend_cached(
+        self, query: jax.Array, memory: KVMemory, mask: jax.Array, multiplier: float
+    ) -> jax.Array:
+        """Attend from query [B, T, K, G, H] to what the memory holds, the new rows included.
+
+        mask: bool [B or 1, T or 1, S or 1] -> float32 [B, T, K, G, H]. Equal to `model.attend`, and
+        reads only what is filled.
+        """
+
+        def local(query: jax.Array, k: Any, v: Any, mask: jax.Array, place: Place) -> jax.Array:
+            layer, start, length, sequence = self._local(place, k)
+            where = layer, start + length, sequence
+            return self.operations.attend_cached(query, k, v, mask, multiplier, *where)
+
+        batch, rows = query.shape[:2]
+        mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
+        cache, _ = self._cache_specs
+        queries = P(self.data_axis, None, self.model_axis, self._shared_axis, None)
+        in_specs = queries, cache, cache, P(self.data_axis), self._place_specs
+        attend = on_shards(local, self.mesh, in_specs, queries)
+        return attend(query, *caches(memory), mask, place_of(memory, rows))
+
+    def read(self, memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return what `cache.read_rows` does, in the activation dtype."""
+        k, v, filled = read_rows(memory, rows)
+        return self.operations.view(k), self.operations.view(v), filled
+
+    def _local(self, place: Place, cache: jax.Array) -> Place:
+        """Number sequences among a device's own, within `on_shards`."""
+        if self.mesh is None or place.sequence is None:
+            return place
+        first = lax.axis_index(self.data_axis) * cache.shape[1]
+        return place._replace(sequence=place.sequence - first)
+
+    @property
+    def _place_specs(self) -> Any:
+        rows: Any = P(self.data_axis)
+        return Place(P(), rows, rows, rows)  # type: ignore[arg-type]
+
+    @property
+    def _cache_specs(self) -> tuple[P, P]:
+        """Those of a cache [L, C, S, K, H] and of rows [B, T, K, H]."""
+        rows = P(self.data_axis, None, self.model_axis, None)
+        return P(None, *rows), rows
+
+    # ------------------------------------------------------------------------------- the mixture
+
+    def mixture(self, params: Any, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+        """Return `sum_a gates[a] * expert_{index[a]}(x)` for each token, float32 [B, T, D].
+
+        params: of all experts, as in grok1/ops/mixture.py; x [B, T, D] in the activation dtype;
+        gates, index [B, T, A], index being E for a masked token. Each part of the data axis sorts
+        its own tokens; one sum goes over the model axis.
+        """
+        forms: dict[str, Callable[..., jax.Array]] = {
+            "dynamic": self.operations.mixture,
+            "static": mixture.differentiable_experts,
+            "all": mixture.all_experts,
+        }
+        every, scatter = self._all_model_axes, self.shard_activations and self.mesh is not None
+
+        def local(params: Any, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+            out = forms[self.expert_dispatch](params, x, gates, index)
+            if scatter:
+                return lax.psum_scatter(out, every, scatter_dimension=2, tiled=True)
+            return sum_over(out, self.mesh, every)
+
+        by_column, by_row = P(None, None, every), P(None, every, None)
+        split = {"linear": by_column, "linear_v": by_column, "linear_1": by_row}
+        pairs = {n: local_groups(params[n]["w"], spec, self.mesh) for n, spec in split.items()}
+        params = {name: {"w": weight} for name, (weight, _) in pairs.items()}
+        specs = {name: {"w": spec} for name, (_, spec) in pairs.items()}
+        tokens = P(self.data_axis, None, None)
+        out = P(self.data_axis, None, every if scatter else None)
+        run = on_shards(local, self.mesh, (specs, tokens, tokens, tokens), out)
+        return run(params, x, gates, index)
+
+    # -------------------------------------------------------------------------------- the layers
+
+    def scan_layers(
+        self, layer_fn: Layer, num_layers: int, h: jax.Array, memory: KVMemory | None
+    ) -> tuple[jax.Array, KVMemory | None]:
+        """Apply `layer_fn`, (h, memory) -> (h, memory), with each layer's parameters in turn."""
+
+        def layer(h: jax.Array, memory: KVMemory | None) -> tuple[jax.Array, KVMemory | None]:
+            h, memory = layer_fn(h, memory)
+            return self.residual(h), memory
+
+        stored = None if memory is None else memory.k.dtype
+        if memory is not None:
+            memory = _recast(memory, self.operations.cache_dtype(stored))
+        h, memory = scan_layers(
+            layer, num_layers, self.block_input(h), memory,
+            keep_stacked=self._keeps_stacked, unroll=self.scan_unroll,
+        )  # fmt: skip
+        return h, None if memory is None else _recast(memory, stored)
+
+    def _keeps_stacked(self, module: str, weight: Any) -> bool:
+        """Whether a layer reads a weight where it is: slicing would copy eight experts to use two.
+
+        Training wants the slices: its gradients are theirs.
+        """
+        if "/moe/" in module:
+            return self.expert_dispatch == "dynamic"
+        int8 = isinstance(weight, QuantizedWeight8bit)
+        return self.operations.takes_stacked and int8 and "/multi_head_attention/" in module
+
+
+ONE_DEVICE = Execution()
+
+
+def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
+    """Return the memory with caches of another dtype of the same size: the same bits."""
+    if memory.k.dtype == dtype:
+        return memory
+    k, v = (lax.bitcast_convert_type(cache, dtype) for cache in (memory.k, memory.v))
+    return memory._replace(k=k, v=v)
+
+
+# -------------------------------------------------------------------------------- the fastest one
+
+
+class Executions(NamedTuple):
+    """How each kind of step is run."""
+
+    prefill: Execution
+    decode: Execution
+
+
+def fastest(config: LanguageModelConfig, mesh: AnyMesh | None, *, compiled: bool) -> Executions:
+    """Return what is fastest for each kind of step on this platform.
+
+    compiled: with compiled kernels, which must have been loaded. Decoding exchanges so little that
+    the number of exchanges counts: with a split residual stream there are eight a layer in place of
+    two.
+    """
+    kernels = dispatch.fastest(compiled=compiled)
+    prefill = dataclasses.replace(config.model.execution(mesh), kernels=kernels)
+    return Executions(prefill, dataclasses.replace(prefill, shard_activations=False))

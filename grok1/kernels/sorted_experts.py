@@ -1,0 +1,78 @@
+"""The mixture with the tokens sorted by expert, for products that take groups of rows.
+
+Dimension letters as in grok1/ops/mixture.py.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from grok1.ops.mixture import Params, expert_count, flat
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, stacked
+
+Product = Callable[..., jax.Array]
+
+
+def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """Sort the token copies by expert; index int32 [M, A], `num_experts` for a masked copy.
+
+    Returns the order of the copies, int32 [M * A], masked ones last; and int32 [E + 1], the places
+    in it where each expert's copies begin, and where all end.
+    """
+    flat = index.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    return order, starts
+
+
+def unsorted(out: jax.Array, order: jax.Array, starts: jax.Array, gates: jax.Array) -> jax.Array:
+    """Sum by gates [B, T, A] what the experts made of `sorted_copies`, [M * A, D] -> [B, T, D].
+
+    What they made of masked copies counts as zero.
+    """
+    masked = jnp.arange(out.shape[0]) >= starts[-1]
+    out = jnp.where(masked[:, None], 0, out)
+    copies = jnp.zeros_like(out).at[order].set(out)
+    # Tokens are the first axis: XLA divides the work of that axis among a CPU's cores.
+    copies = copies.reshape(-1, gates.shape[-1], out.shape[-1])  # [M, A, D]
+    mixed = jnp.sum(copies * flat(gates)[..., None], axis=1)
+    return mixed.reshape(*gates.shape[:2], -1)
+
+
+def grouped_experts(
+    gated_product: Product,
+    grouped_product: Product,
+    params: Params,
+    x: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
+) -> jax.Array:
+    """`mixture.chosen_experts` by products whose rows are grouped by the matrix that they meet.
+
+    params: of int8. gated_product, grouped_product: as in `kernels.cpu`.
+    """
+    order, starts = sorted_copies(flat(index), expert_count(params))
+    rows = flat(x)[order // index.shape[-1]]
+    weights = [stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1")]
+    (gate, value, out), layer = [w.stack for w in weights], weights[0].layer
+    hidden = gated_product(rows, gate, value, starts, layer)
+    y = grouped_product(hidden.astype(x.dtype), out, starts, layer)
+    return unsorted(y, order, starts, gates)
+
+
+def is_int8(params: Params) -> bool:
+    """Return whether all weights of a mixture are int8."""
+    return all(
+        isinstance(stacked(leaves["w"]).stack, QuantizedWeight8bit) for leaves in params.values()
+    )
+
+
+def one_group(grouped_product: Product, x: jax.Array, weight: StackedWeight) -> jax.Array:
+    """`x [..., I] @ weight [I, O]` -> float32 [..., O], as a grouped product of one group."""
+    rows = x.reshape(-1, x.shape[-1])
+    starts = jnp.array([0, rows.shape[0]], jnp.int32)
+    stack = jax.tree.map(lambda w: w[:, None], weight.stack)  # [L, 1, I, O]
+    y = grouped_product(rows, stack, starts, weight.layer)
+    return y.reshape(*x.shape[:-1], -1)

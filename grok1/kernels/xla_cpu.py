@@ -1,0 +1,260 @@
+"""Forms of the operations that XLA compiles well for a CPU: plain JAX, no compiler needed.
+
+Dimension letters as in grok1/ops. Each function equals the one of that name in grok1/ops, to
+float32's rounding.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grok1.kernels.sorted_experts import sorted_copies, unsorted
+from grok1.ops import cache, mixture
+from grok1.ops.mixture import Params, expert, expert_count, flat
+from grok1.ops.operations import Operations
+from grok1.ops.quantization import (
+    QuantizedWeight8bit,
+    StackedWeight,
+    Weight,
+    matrix,
+    product,
+    stacked,
+)
+from grok1.ops.quantization import matmul as plain_matmul
+
+LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster in one product
+BLOCK_WEIGHTS, BLOCK_COLUMNS = 1 << 21, 8192  # of a block at most: 8 MiB of float32, read in order
+DIGITS, DIGIT_BITS = 4, 7
+LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
+SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
+SIZES = 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128  # rows that are compiled for
+
+
+# --------------------------------------------------------------------------------- int8 products
+
+
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """`quantization.matmul`, of a large int8 matrix in blocks, or of int8 by int8.
+
+    XLA's CPU backend writes a matrix of int8 out as float32 before it multiplies, an order slower
+    than it multiplies what is in its caches. So a large matrix is taken in blocks that are; or, on
+    a processor that multiplies int8 by int8, as it is stored (`_integer_matmul`).
+    """
+    one, large = stacked(weight), math.prod(weight.shape) >= LEAST_WEIGHTS
+    if not large or not isinstance(one.stack, QuantizedWeight8bit):
+        return plain_matmul(x, weight)
+    y = _large_matmul(x.reshape(-1, x.shape[-1]), one)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@functools.cache
+def multiplies_int8() -> bool:
+    """Return whether this processor has Intel's products of int8 (AMX), which XLA uses."""
+    try:
+        return "amx_int8" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+@jax.custom_jvp
+def _large_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
+    """`matmul` of x [M, I] by int8 [I, O] -> float32 [M, O], fast on a CPU."""
+    if x.dtype == jnp.float32 and multiplies_int8():
+        one = weight.sliced()
+        return _integer_matmul(x, one.weight, one.scales)
+    return _blocked_matmul(x, weight)
+
+
+@_large_matmul.defjvp
+def _large_matmul_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Differentiate the product that is meant, by x: rounding to integers has no slope."""
+    x, weight = primals
+    return _large_matmul(x, weight), plain_matmul(tangents[0], weight.sliced())
+
+
+def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
+    """`_large_matmul`, block by block, each of which is converted to float32 within the caches.
+
+    In float32 whatever the dtype of x: products of bfloat16 are exact in it.
+    """
+    rows, columns = weight.shape
+    values, scales = weight.stack.weight, weight.stack.scales
+    of_group = rows // scales.shape[1]
+    width = min(columns, BLOCK_COLUMNS)
+    most = BLOCK_WEIGHTS // width
+    even = [n for n in range(max(1, most // 8), most + 1) if of_group % n == 0]
+    depth = max(even, default=of_group)  # rows without such divisors are taken together
+    deep = rows // depth
+    x = x.astype(jnp.float32)
+
+    def add(i: jax.Array, out: jax.Array) -> jax.Array:
+        row, column = i % deep * depth, i // deep * width
+        # The last columns may overlap the ones before: a slice ends where the matrix does.
+        block = lax.dynamic_slice(values, (weight.layer, row, column), (1, depth, width))[0]
+        scale = lax.dynamic_slice(scales, (weight.layer, row // of_group, column), (1, 1, width))[0]
+        part = lax.dynamic_slice(x, (0, row), (x.shape[0], depth))
+        y = product("mi,io->mo", part, block.astype(jnp.float32)) * scale.astype(jnp.float32)
+        before = lax.dynamic_slice(out, (0, column), y.shape)
+        return lax.dynamic_update_slice(out, jnp.where(row > 0, before + y, y), (0, column))
+
+    out = jnp.zeros([x.shape[0], columns], jnp.float32)
+    return lax.fori_loop(0, deep * -(-columns // width), add, out)
+
+
+def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
+    """`_large_matmul` of float32 x in integers.
+
+    Each row of x is a power of two times integers of 27 bits, and these are four digits of
+    seven bits, each an int8. Their products with the weights are summed exactly: a row's result
+    depends neither on other rows nor on an order.
+    """
+    (rows, inputs), groups = x.shape, scales.shape[0]
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    bits = DIGITS * DIGIT_BITS - 2  # the highest digit must not be full: digits have signs
+    _, exponent = jnp.frexp(largest)
+    exponent = jnp.maximum(exponent, bits - 124)  # a unit below float32's normal ones would be zero
+    number = jnp.round(jnp.ldexp(x, bits - exponent)).astype(jnp.int32)
+    digits = []  # of [M, I], the lowest first
+    for _ in range(DIGITS - 1):
+        half = 1 << (DIGIT_BITS - 1)
+        digits.append(((number + half) & (2 * half - 1)) - half)
+        number = (number - digits[-1]) >> DIGIT_BITS
+    lines = jnp.concatenate([*digits, number]).astype(jnp.int8)  # [DIGITS * M, I]
+    lines = jnp.pad(lines, ((0, max(0, LEAST_ROWS - DIGITS * rows)), (0, 0)))
+    total = jnp.zeros([], jnp.float32)
+    for group in range(groups):  # one product for all, with an axis of groups, is slow
+        own = slice(group * inputs // groups, (group + 1) * inputs // groups)
+        sums = jnp.matmul(lines[:, own], weight[own], preferred_element_type=jnp.int32)
+        sums = sums[: DIGITS * rows].reshape(DIGITS, rows, -1).astype(jnp.float32)
+        y = sums[-1]
+        for digit in range(DIGITS - 2, -1, -1):
+            y = y * 2.0**DIGIT_BITS + sums[digit]
+        total += y * scales[group].astype(jnp.float32)
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent - bits)
+    return total * jnp.where(jnp.isfinite(largest), unit, jnp.nan)
+
+
+# ----------------------------------------------------------------------------- mixture of experts
+
+
+def chosen_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    """`mixture.chosen_experts`: two blocks at a time, or of large experts in one prompt, by size.
+
+    Two blocks of small experts keep two cores busy, where one matrix would not.
+    """
+    elements = sum(math.prod(leaves["w"].shape[-2:]) for leaves in params.values())
+    small = elements * x.dtype.itemsize <= SMALL_EXPERT
+    if x.shape[0] == 1 and not small:
+        return by_size(params, x, gates, index)
+    together = 2 if small else 1
+    return mixture.chosen_experts(params, x, gates, index, multiply=matmul, together=together)
+
+
+def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    """`chosen_experts`, each expert's rows together, up to the next of the sizes that are compiled.
+
+    So its matrices are read and converted once, and few rows are multiplied in vain.
+    Rounding may depend on the size: with several sequences, one's would on the others.
+    """
+    experts, tokens, chosen = expert_count(params), *flat(index).shape
+    order, starts = sorted_copies(flat(index), experts)
+    # The smallest size that holds all, and those below it.
+    fitting = [size for size in SIZES if size < tokens * chosen]
+    sizes = (0, *SIZES[: len(fitting) + 1])
+    rows = jnp.pad(flat(x)[order // chosen], ((0, sizes[-1]), (0, 0)))
+
+    def multiply(size: int) -> Callable[..., jax.Array]:
+        def write(e: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
+            own = {name: {"w": matrix(leaves["w"], e)} for name, leaves in params.items()}
+            y = expert(own, lax.dynamic_slice_in_dim(rows, row, size), matmul)
+            # What is more than the expert's is written anew by those to whom it belongs.
+            return lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+        return write if size else lambda _e, _row, out: out
+
+    branches = [multiply(size) for size in sizes]
+
+    def body(state: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        e, row, out = state
+        which = jnp.searchsorted(jnp.array(sizes[:-1]), starts[e + 1] - row)
+        out = lax.switch(which, branches, e, row, out)
+        row = jnp.minimum(row + jnp.array(sizes)[which], starts[e + 1])
+        return e + (row == starts[e + 1]), row, out
+
+    state = jnp.int32(0), jnp.int32(0), jnp.zeros(rows.shape, jnp.float32)
+    _, _, out = lax.while_loop(lambda state: state[0] < experts, body, state)
+    return unsorted(out[: tokens * chosen], order, starts, gates)
+
+
+# --------------------------------------------------------------------------------------- the cache
+
+
+def cache_dtype(dtype: Any) -> Any:
+    """Return the dtype in which a cache of `dtype` is best stored: bfloat16 as its bits.
+
+    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
+    convert all of the cache to float32 and back, in every layer. So the loop over layers carries
+    uint16. A cache of bfloat16 works as well, but is converted when a step begins and ends.
+    """
+    return jnp.uint16 if dtype == jnp.bfloat16 else dtype
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """See the uint16 of `cache_dtype` as the bfloat16 that it is; anything else unchanged."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def write_rows(
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    sequence: jax.Array | None = None,
+) -> jax.Array:
+    """`cache.write_rows`, one sequence at a time: all at once would copy the stacked cache."""
+    rows, slots = new.shape[1], cache.shape[2]
+    if cache.dtype == jnp.uint16:  # the bits of bfloat16
+        new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
+    else:
+        new = new.astype(cache.dtype)
+
+    def write(b: jax.Array, cache: jax.Array) -> jax.Array:
+        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
+        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
+        window = jnp.clip(start[b], 0, slots - rows)
+        row = jnp.arange(rows) - (start[b] - window)
+        keep = (row >= 0) & (row < length[b])
+        at = (layer, b if sequence is None else sequence[b], window, 0, 0)
+        old = lax.dynamic_slice(cache, at, (1, 1, rows, *cache.shape[3:]))
+        fresh = jnp.where(keep[:, None, None], new[b][jnp.maximum(row, 0)], old[0, 0])
+        return lax.dynamic_update_slice(cache, fresh[None, None], at)
+
+    return lax.fori_loop(0, new.shape[0], write, cache)
+
+
+def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """`cache.weigh`; for one query a product would first transpose the values."""
+    if weights.shape[3] > 1:
+        return cache.weigh(weights, value)
+    by_position = jnp.moveaxis(weights[:, :, :, 0], -1, 1).astype(jnp.float32)  # [B, S, K, G]
+    out = jnp.sum(by_position[..., None] * value[:, :, :, None].astype(jnp.float32), axis=1)
+    return out[:, None]
+
+
+attend_cached = functools.partial(cache.attend_cached, view=from_bits, weigh=_weigh)
+
+OPERATIONS = Operations(
+    matmul=matmul,
+    mixture=chosen_experts,
+    write_rows=write_rows,
+    attend_cached=attend_cached,
+    cache_dtype=cache_dtype,
+    view=from_bits,
+)

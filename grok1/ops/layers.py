@@ -1,0 +1,128 @@
+"""The loop over layers: one function, scanned over parameters that have a leading layer axis."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grok1.inspection import Probe, asked, asking
+from grok1.ops.cache import KVMemory
+from grok1.ops.quantization import StackedWeight
+
+Layer = Callable[[jax.Array, KVMemory | None], tuple[jax.Array, KVMemory | None]]
+
+
+def transform_stacked(
+    function: Callable[..., Any], count: int, *example: Any
+) -> tuple[dict[str, dict[str, Any]], Callable[..., Any]]:
+    """Make a function that calls Haiku modules pure, with `count` sets of their parameters.
+
+    example: arguments of the function, for initialization.
+    Returns the parameters, which belong to the module that calls, each with a leading axis of
+    `count`; and `apply(params, *arguments)`, which takes one set.
+    """
+    transformed: Any = hk.without_apply_rng(hk.transform(function))
+    init, apply = transformed
+    keys = jax.random.split(hk.next_rng_key(), count) if hk.running_init() else None
+    axes = (0, *(None for _ in example))
+    with asking(None):
+        params: Any = hk.transparent_lift(jax.vmap(init, in_axes=axes))(keys, *example)
+    return params, apply
+
+
+def scan_layers(
+    layer_fn: Layer,
+    num_layers: int,
+    h: jax.Array,
+    memory: KVMemory | None,
+    *,
+    keep_stacked: Callable[[str, Any], bool],
+    unroll: int = 1,
+) -> tuple[jax.Array, KVMemory | None]:
+    """Apply `layer_fn`, a function of Haiku modules, `num_layers` times to h and the memory.
+
+    layer_fn: (h, memory) -> (h, memory), where the memory's `layer` says which layer this is.
+    memory: of all layers; its caches are updated in place, and its `step` stays.
+    keep_stacked: (module name, weight) -> whether a layer gets a weight as StackedWeight, left
+    among those of all layers, instead of its own slice. unroll: layers per iteration.
+
+    What is captured is stacked over the layers, or over those that the call names.
+    """
+    params, apply = transform_stacked(layer_fn, num_layers, h, None)
+    if hk.running_init():
+        return h, memory
+    kept, own = _split(params, keep_stacked)
+    probe = asked() or Probe()
+
+    def one_layer(index: jax.Array, own: Any, h: jax.Array, caches: Any) -> Any:
+        within = probe.within(index)
+        given = None if memory is None else memory._replace(**caches, layer=index)
+        with asking(within):
+            h, new = apply(_join(own, kept, index), h, given)
+        caches = {} if new is None else {"k": new.k, "v": new.v}
+        return h, caches, within.found
+
+    selected = probe.layers if probe.capture else None
+
+    def body(carry: tuple[Any, ...], xs: tuple[jax.Array, Any]) -> Any:
+        h, caches, chosen = carry
+        index, own = xs
+        h, caches, found = one_layer(index, own, h, caches)
+        if selected is None:
+            return (h, caches, chosen), found
+        return (h, caches, _put(chosen, found, index, selected)), {}
+
+    caches = {} if memory is None else {"k": memory.k, "v": memory.v}
+    chosen: dict[str, jax.Array] = {}
+    if selected is not None:
+        first = jax.tree.map(lambda w: w[0], own)
+        shapes = jax.eval_shape(one_layer, jnp.int32(0), first, h, caches)[2]
+        chosen = {n: jnp.zeros((len(selected), *x.shape), x.dtype) for n, x in shapes.items()}
+    (h, caches, chosen), found = lax.scan(
+        body, (h, caches, chosen), (jnp.arange(num_layers), own), unroll=min(unroll, num_layers)
+    )
+    probe.found.update(chosen or found)
+    return h, None if memory is None else memory._replace(**caches)
+
+
+def _split(params: Any, keep_stacked: Callable[[str, Any], bool]) -> tuple[Any, Any]:
+    """Divide a parameter tree in what is kept stacked and what is sliced."""
+    kept: dict[str, dict[str, Any]] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for module, leaves in params.items():
+        for name, leaf in leaves.items():
+            part = kept if keep_stacked(module, leaf) else own
+            part.setdefault(module, {})[name] = leaf
+    return kept, own
+
+
+def _join(own: Any, kept: Any, layer: jax.Array) -> dict[str, dict[str, Any]]:
+    """Undo `_split` for one layer."""
+    return {
+        module: {
+            **own.get(module, {}),
+            **{name: StackedWeight(w, layer) for name, w in kept.get(module, {}).items()},
+        }
+        for module in {**own, **kept}
+    }
+
+
+def _put(
+    chosen: Mapping[str, jax.Array],
+    found: Mapping[str, jax.Array],
+    layer: jax.Array,
+    selected: Sequence[int],
+) -> dict[str, jax.Array]:
+    """Put what was captured in a layer at its index among the selected layers, if it is one."""
+    matches = jnp.array(selected) == layer
+    index = jnp.argmax(matches)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        before = lax.dynamic_index_in_dim(old, index, 0, False)
+        new = jnp.where(jnp.any(matches), new, before)
+        return lax.dynamic_update_index_in_dim(old, new, index, 0)
+
+    return {name: put(chosen[name], array) for name, array in found.items()}

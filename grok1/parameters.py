@@ -1,0 +1,48 @@
+"""Parameter trees of a model: random ones, and float ones rounded to int8."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from grok1.ops.quantization import quantize
+from grok1.parallel.sharding import match_rule
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
+
+RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
+
+ParamTree = dict[str, dict[str, Any]]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "quantized"))
+def random_params(key: jax.Array, *, config: LanguageModelConfig, quantized: bool) -> ParamTree:
+    """Return random parameters: float32, or int8 with the released scale groups."""
+    tokens = jnp.zeros([1, 1], jnp.int32)
+    params: Any = hk.transform(lambda: config.make()(tokens)).init(key)
+    return quantize_params(config, params) if quantized else params
+
+
+def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
+    """Round the weight matrices of a float parameter tree to int8.
+
+    The embedding, norms and router stay float32, as released; matrices that are split along
+    their contracted axis get `RELEASED_SCALE_GROUPS` groups, the others one.
+    """
+    rules, model = config.partition_rules(), config.model.model_axis
+
+    def convert(name: str, leaf: jax.Array) -> Any:
+        spec = match_rule(rules, name)
+        if model not in spec or name.endswith("embeddings"):
+            return leaf
+        return quantize(leaf, RELEASED_SCALE_GROUPS if spec[-2] == model else 1)
+
+    return {
+        module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
+        for module, leaves in params.items()
+    }

@@ -1,0 +1,112 @@
+"""The forms that XLA compiles well for a CPU equal the plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.kernels import xla_cpu
+from grok1.ops.quantization import matmul
+from small import exact_weight as exact
+from small import random_weight
+
+matmul_jit = jax.jit(matmul)
+xla_cpu_matmul = jax.jit(xla_cpu.matmul)
+
+
+@pytest.fixture(params=["blocks", "int8 digits"])
+def form(request, monkeypatch):
+    """Let xla_cpu.matmul take either form, whatever the size of a matrix and the processor."""
+    monkeypatch.setattr(xla_cpu, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(xla_cpu, "BLOCK_COLUMNS", 128)
+    monkeypatch.setattr(xla_cpu, "BLOCK_WEIGHTS", 128 * 16)  # 16 rows
+    monkeypatch.setattr(xla_cpu, "multiplies_int8", lambda: request.param == "int8 digits")
+    xla_cpu_matmul.clear_cache()
+    yield request.param
+    xla_cpu_matmul.clear_cache()
+
+
+@pytest.fixture
+def integers(monkeypatch):
+    """Let xla_cpu.matmul take int8 by int8."""
+    monkeypatch.setattr(xla_cpu, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(xla_cpu, "multiplies_int8", lambda: True)
+    xla_cpu_matmul.clear_cache()
+    yield
+    xla_cpu_matmul.clear_cache()
+
+
+def assert_as_near_as_float32(x, weight):
+    """xla_cpu.matmul's error is within twice that of `matmul`, or of a float32's rounding."""
+    values = exact(weight)
+    true = np.asarray(x, np.float64) @ values
+    got, plain = (np.asarray(f(x, weight)) for f in (xla_cpu_matmul, matmul_jit))
+    assert got.dtype == np.float32 and got.shape == true.shape
+    for error, other, size in zip(
+        *(np.linalg.norm(a, axis=-1).reshape(-1) for a in (got - true, plain - true, true)),
+        strict=True,
+    ):
+        assert error <= 2 * other + 1.2e-7 * size
+
+
+@pytest.mark.parametrize("columns", [24, 300])  # less than a block, several that overlap
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("lead", [(1,), (2, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("form")
+def test_either_form_gives_the_product(lead, groups, columns, dtype):
+    x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(dtype)
+    assert_as_near_as_float32(x, random_weight((), 512, columns, groups))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        np.r_[1e4, np.full(511, 1e-3)],
+        np.full(512, 127.0),
+        np.exp2(np.arange(512) % 40 - 20.0),
+        np.r_[np.float32(1) - 2.0**-24, -1.0, np.zeros(510)],
+        np.full(512, 2e-30),
+        np.full(512, -2e35),
+    ],
+    ids=["one outlier", "equal", "of all sizes", "just below a power of two", "tiny", "huge"],
+)
+@pytest.mark.usefixtures("form")
+def test_either_form_holds_any_row(row):
+    assert_as_near_as_float32(row[None].astype(np.float32), random_weight((), 512, 9, 8))
+
+
+@pytest.mark.usefixtures("integers")
+def test_int8_digits_keep_zero_nan_and_infinity():
+    weight = random_weight((), 16, 3, 1)
+    x = np.zeros((3, 16), np.float32)
+    x[1, 2], x[2, 3] = np.nan, np.inf
+    y = np.asarray(xla_cpu_matmul(x, weight))
+    assert np.all(y[0] == 0) and np.all(np.isnan(y[1:]))
+
+
+@pytest.mark.usefixtures("integers")
+def test_a_row_in_int8_digits_does_not_depend_on_the_others():
+    x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
+    weight = random_weight((), 64, 10, 8)
+    together = np.asarray(xla_cpu_matmul(x, weight))
+    for row in (0, 33, 69):
+        assert np.array_equal(xla_cpu_matmul(x[row : row + 1], weight)[0], together[row])
+
+
+@pytest.mark.usefixtures("form")
+def test_either_form_has_the_slope_of_the_product_that_is_meant():
+    """Rounding to integers has none: a gradient would silently be zero."""
+    weight = random_weight((), 16, 5, 8)
+    x = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)
+    got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(xla_cpu.matmul(x, weight)))))(x)
+    expected = np.cos(x.astype(np.float64) @ exact(weight)) @ exact(weight).T
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_a_matrix_is_never_written_out_as_float32(form):
+    """That takes a CPU an order longer than to multiply with it."""
+    weight = random_weight((), 64, 320, 1)
+    text = xla_cpu_matmul.lower(np.ones((4, 64), np.float32), weight).as_text()
+    assert "tensor<64x320xf32>" not in text
+    assert ("xi8>, tensor<64x320xi8>" in text) == (form == "int8 digits")
