@@ -5,6 +5,7 @@ Dimension letters, one meaning each in every file:
     B batch   T query positions   S key positions   D model width (emb_size)   V vocabulary
     N query heads   K key/value heads   G = N / K queries per key/value head   H head width
     E experts   A experts used per token   F expert hidden width   L layers
+    I, O widths of the input and output of a product
 
 The layers are stacked: parameters keep the released names with `transformer/decoder_layer` in place
 of `transformer/decoder_layer_0` ... `_63`, and have a leading layer axis. One layer body is scanned
@@ -37,9 +38,9 @@ from grok1 import config_checks, parameters
 from grok1.checks import require
 from grok1.execution import ONE_DEVICE, Execution, Split
 from grok1.inspection import CAPTURE_SITES, Captured, Hook, asking, make_probe, tap, tapped
-from grok1.ops.cache import SOFT_CAP, KVMemory, Memory, advance, prepare, step_on, write_rows
+from grok1.ops.cache import KVMemory, Memory, advance, prepare, step_on, write_rows
 from grok1.ops.layers import transform_stacked
-from grok1.ops.mixture import combine, largest
+from grok1.ops.mixture import gated_sum, top_k
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product, sliced
 from grok1.parallel import mesh_checks
 from grok1.parallel.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, Rules, partition_rules
@@ -369,7 +370,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array, multiplier: floa
     see) -> float32 [B, T, K, G, H']. A query that sees no key gets zero.
     """
     scores = product("btkgh,bskh->bkgts", query, key) * multiplier
-    scores = SOFT_CAP * jnp.tanh(scores / SOFT_CAP)
+    scores = 30.0 * jnp.tanh(scores / 30.0)  # the soft cap
     # No maximum is subtracted: the scores are capped.
     weights = jnp.where(mask[:, None, None], jnp.exp(scores), 0.0)  # [B, K, G, T, S]
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -557,7 +558,7 @@ class Router(hk.Module):
 
         As in Grok-1: the chosen probabilities are not renormalized to sum to one.
         """
-        return largest(probs, self.num_selected_experts)
+        return top_k(probs, self.num_selected_experts)
 
     def __call__(self, inputs: Array, padding_mask: Array | None, num_experts: int) -> RouterOutput:
         """inputs [..., D], padding_mask bool [...] (False: masked) -> RouterOutput."""
@@ -602,7 +603,7 @@ class MoELayer(hk.Module):
         if isinstance(self.layer_fn, DenseBlock):
             return execution.mixture(params, inputs.astype(self.layer_fn.dtype), gates, index)
         outputs = jax.vmap(expert, in_axes=(0, None))(sliced(params), inputs)  # [E, B, T, D]
-        return combine(outputs.astype(jnp.float32), gates, index)
+        return gated_sum(outputs.astype(jnp.float32), gates, index)
 
 
 # -------------------------------------------------------------------------------------- the decoder
@@ -707,6 +708,8 @@ class LanguageModel(hk.Module):
     ) -> LanguageModelOutput | Array:
         """Tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
 
+        Pads, the tokens not above `pad_token`, have positions, but are not seen as keys, by later
+        calls neither, and go to no expert.
         memory: past positions, which these tokens continue; None: they start at position 0 and
         nothing is remembered.
         length: int32 [B], how many of the T tokens to read. The others change nothing: they are

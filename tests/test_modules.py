@@ -18,8 +18,9 @@ from jax import lax
 
 import reference
 from grok1.execution import Execution
+from grok1.inspection import Probe, asking
 from grok1.kernels import xla_cpu
-from grok1.ops.mixture import largest
+from grok1.ops.mixture import top_k
 from grok1.parallel.sharding import make_mesh
 from grok1.reference import weights_of
 from model import (
@@ -180,7 +181,7 @@ def test_the_largest_are_those_of_top_k_and_of_equal_ones_the_lower():
     ties = rng.integers(0, 3, (4, 30, 8)).astype(np.float32)
     for x in (distinct, ties, np.zeros_like(ties)):
         for count in (1, 2, 8):
-            got, expected = largest(jnp.asarray(x), count), lax.top_k(x, count)
+            got, expected = top_k(jnp.asarray(x), count), lax.top_k(x, count)
             assert got[1].dtype == jnp.int32
             assert np.array_equal(got[0], expected[0]) and np.array_equal(got[1], expected[1])
 
@@ -327,6 +328,28 @@ def test_attention_in_pieces_equals_attention_at_once(mesh):
         assert np.array_equal(memory.step, step + length)
         for b, t in zip(*np.nonzero(real), strict=True):
             np.testing.assert_allclose(out[b, t], expected[b, rows[b, t]], rtol=0, atol=5e-5)
+
+
+def test_attention_to_a_memory_is_the_same_with_its_weights_captured():
+    """Of a cache that holds other numbers, only what is filled is seen, without a mask too."""
+    x, params = normal(2, 3, 10), attention_params((10, 10, 10))
+    cache = normal(2, 6, KV_HEADS, WIDTH, seed=1)
+    memory = KVMemory(cache, cache[::-1].copy(), jnp.array([0, 2], jnp.int32))
+
+    def run(capture):
+        probe = Probe(capture)
+        with asking(probe):
+            module = MultiHeadAttention(
+                HEADS, KV_HEADS, WIDTH, with_bias=False, model_size=12, name="attention"
+            )
+            return module(x, x, x, None, memory).embeddings, probe.found
+
+    plain, _ = pure(lambda: run(()))(params)
+    captured, found = pure(lambda: run(("attention_weights",)))(params)
+    np.testing.assert_allclose(captured, plain, rtol=0, atol=1e-5)
+    weights = np.asarray(found["attention_weights"])
+    assert not weights[0, ..., 3:].any() and not weights[1, ..., 5:].any()
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
 def test_a_chunk_longer_than_the_memory_is_refused():

@@ -159,7 +159,8 @@ def write_rows(
     position = start[:, None] + row  # [B, T]
     position = jnp.where(row < length[:, None], position, cache.shape[2])  # past the end: dropped
     sequence = jnp.arange(batch) if sequence is None else sequence
-    return cache.at[layer, sequence[:, None], position].set(new.astype(cache.dtype), mode="drop")
+    at = jnp.asarray(cache).at[layer, sequence[:, None], position]
+    return at.set(new.astype(cache.dtype), mode="drop")
 
 
 def weigh(weights: jax.Array, value: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from grok1.ops.quantization import Weight, matmul, matrix, sliced
 Params = Mapping[str, Mapping[str, Any]]
 
 
-def largest(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Return the `count` largest of x [..., E] and their indices, ties go to the lower index.
 
     As `lax.top_k`, which makes a compiler gather a batch that is split over several devices.
@@ -56,10 +56,10 @@ def all_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array
     masked token) -> float32 [B, T, D], `sum_a gates[a] * expert_{index[a]}(x)`.
     """
     outputs = jax.vmap(expert, in_axes=(0, None))(sliced(params), x)  # [E, B, T, D]
-    return combine(outputs, gates, index)
+    return gated_sum(outputs, gates, index)
 
 
-def combine(outputs: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+def gated_sum(outputs: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     """Sum all experts' outputs [E, B, T, D] by gates and index [B, T, A] -> float32 [B, T, D]."""
     chosen = jax.nn.one_hot(index, outputs.shape[0])  # [B, T, A, E]
     weights = jnp.sum(chosen * gates[..., None], axis=-2)  # [B, T, E]
