@@ -11,10 +11,11 @@ The layers are stacked: parameters keep the released names with `transformer/dec
 of `transformer/decoder_layer_0` ... `_63`, and have a leading layer axis. One layer body is scanned
 over them, so that 64 layers compile as fast as one.
 
-Precision. In bfloat16 mode the inputs of matrix products are rounded to bfloat16, and the cache of
-keys and values stores bfloat16. Products return float32, and everything else is float32: the
-residual stream, norms, rotary phases, router, scores, softmax, gates and logits. In float32 mode
-all is float32. Weights are float or int8 (`QuantizedWeight8bit`) in either mode.
+Precision. In bfloat16 mode the inputs of matrix products, but for the router's, are rounded to
+bfloat16. Products return float32, and everything else is float32: the residual stream, norms,
+rotary phases, router, scores, softmax, gates and logits. In float32 mode all is float32. The cache
+of keys and values has the dtype that `init_memory` is given. Weights are float or int8
+(`QuantizedWeight8bit`) in either mode.
 
 An `Execution` says how the model is run: on which devices, with which kernels. Its methods compute
 what their names say (`matmul`, `mixture`, `attend_cached`), or only lay an array out over devices
@@ -375,7 +376,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array, multiplier: floa
     weights = jnp.where(mask[:, None, None], jnp.exp(scores), 0.0)  # [B, K, G, T, S]
     total = jnp.sum(weights, axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1.0)
-    if tapped("attention_weights"):  # they are normalized before the product, else after it
+    if tapped("attention_weights"):  # shown so that they sum to one; else divided after the product
         weights, total = _tap_weights(weights / total), jnp.ones_like(total)
     out = product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
     return out / jnp.moveaxis(total, 3, 1)
@@ -656,7 +657,7 @@ class Transformer(hk.Module):
     ) -> tuple[Array, KVMemory | None]:
         """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory.
 
-        The memory then has the new rows of all layers. LanguageModel moves its `step` on.
+        The memory then has the new rows of all layers, and the `step` that it came with.
         """
 
         def layer(h: Array, memory: KVMemory | None) -> tuple[Array, KVMemory | None]:
