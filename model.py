@@ -132,7 +132,7 @@ class TransformerConfig:
         execution: Execution | None = None,
     ) -> "Transformer":
         """Return the module; to be called inside `hk.transform`."""
-        return Transformer(self, execution or self.execution(mesh), dtype)
+        return Transformer(self, mesh, dtype, execution=execution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,15 +193,13 @@ class LanguageModelConfig:
 
         execution: how it is run, its mesh included; None: the obvious way on `mesh`.
         """
-        execution = execution or self.model.execution(mesh)
+        execution = self.model.execution(mesh) if execution is None else execution
+        given = isinstance(execution, Execution)
+        require(given, "execution", "a grok1.execution.Execution, or None", execution)
         require(mesh in (None, execution.mesh), "mesh", "that of `execution`, or None", mesh)
-        if execution.mesh is not None:
-            self.check_mesh(execution.mesh)
-            axes, own = (execution.data_axis, execution.model_axis), self.model
-            expected = f"axes named as the configuration's, {own.data_axis!r}, {own.model_axis!r}"
-            require(axes == (own.data_axis, own.model_axis), "execution", expected, axes)
-        model = Transformer(self.model, execution, self.fprop_dtype)
-        return LanguageModel(model, self, execution)
+        mesh_checks.check_execution(self, execution)
+        model = self.model.make(dtype=self.fprop_dtype, execution=execution)
+        return LanguageModel(model, self, execution=execution)
 
     def init_params(self, seed: int = 0, *, quantized: bool = False) -> dict[str, dict[str, Any]]:
         """Return random parameters: float32, or int8 with the released scale groups.
@@ -480,11 +478,12 @@ class MHABlock:
     """Attention sized by the configuration. Adds no name of its own, as in the released files."""
 
     config: TransformerConfig
-    execution: Execution = ONE_DEVICE
+    mesh: Mesh | None = None
+    execution: Execution | None = None
 
     def __call__(self, x: Array, mask: Array, kv_memory: KVMemory | None) -> MHAOutput:
         """x [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
-        config = self.config
+        config, execution = self.config, self.execution or self.config.execution(self.mesh)
         attention = MultiHeadAttention(
             config.num_q_heads,
             config.num_kv_heads,
@@ -493,9 +492,9 @@ class MHABlock:
             model_size=config.emb_size,
             attn_output_multiplier=config.attn_output_multiplier,
             name="multi_head_attention",
-            execution=self.execution,
+            execution=execution,
         )
-        x = self.execution.block_input(x)
+        x = execution.block_input(x)
         return attention(x, x, x, mask, kv_memory)
 
 
@@ -615,15 +614,20 @@ class DecoderLayer(hk.Module):
     """One layer: attention and mixture, each between two norms ("sandwich")."""
 
     config: TransformerConfig
-    execution: Execution = ONE_DEVICE
+    mesh: Mesh | None = None
     dtype: Any = jnp.float32
     name: str = "decoder_layer"
+    _: dataclasses.KW_ONLY
+    execution: Execution | None = None
 
     def __call__(
         self, h: Array, mask: Array, padding_mask: Array, kv_memory: KVMemory | None
     ) -> tuple[Array, KVMemory | None]:
         """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory."""
-        attention, feed_forward = MHABlock(self.config, self.execution), self._feed_forward()
+        execution = self.execution or self.config.execution(self.mesh)
+        attention = MHABlock(self.config, execution=execution)
+        feed_forward = self._feed_forward(execution)
+
         x = RMSNorm("rms_norm")(h).astype(self.dtype)
         attended, kv_memory = attention(x, mask, kv_memory)
         h += tap("attention_output", RMSNorm("rms_norm_1")(attended))
@@ -632,9 +636,9 @@ class DecoderLayer(hk.Module):
         return tap("hidden_states", h), kv_memory
 
     @hk.transparent
-    def _feed_forward(self) -> Callable[[Array, Array], Array]:
+    def _feed_forward(self, execution: Execution) -> Callable[[Array, Array], Array]:
         """The mixture, or one dense block where there are no experts to choose from."""
-        config, execution = self.config, self.execution
+        config = self.config
         if config.num_experts <= 1:
             block = DenseBlock(config.widening_factor, self.dtype, execution)
             return lambda x, _: block(x)
@@ -648,9 +652,11 @@ class Transformer(hk.Module):
     """The stack of decoder layers: one layer body, scanned over stacked parameters."""
 
     config: TransformerConfig
-    execution: Execution = ONE_DEVICE
+    mesh: Mesh | None = None
     dtype: Any = jnp.bfloat16
     name: str = "transformer"
+    _: dataclasses.KW_ONLY
+    execution: Execution | None = None
 
     def __call__(
         self, h: Array, mask: Array, padding_mask: Array, memory: KVMemory | None = None
@@ -659,12 +665,13 @@ class Transformer(hk.Module):
 
         The memory then has the new rows of all layers, and the `step` that it came with.
         """
+        execution = self.execution or self.config.execution(self.mesh)
 
         def layer(h: Array, memory: KVMemory | None) -> tuple[Array, KVMemory | None]:
-            decoder_layer = DecoderLayer(self.config, self.execution, self.dtype)
+            decoder_layer = DecoderLayer(self.config, dtype=self.dtype, execution=execution)
             return decoder_layer(h, mask, padding_mask, memory)
 
-        return self.execution.scan_layers(layer, self.config.num_layers, h, memory)
+        return execution.scan_layers(layer, self.config.num_layers, h, memory)
 
 
 # --------------------------------------------------------------------------- the language model
@@ -687,8 +694,10 @@ class LanguageModel(hk.Module):
 
     model: Transformer
     config: LanguageModelConfig
-    execution: Execution = ONE_DEVICE
+    mesh: Mesh | None = None
     name: str = "language_model"
+    _: dataclasses.KW_ONLY
+    execution: Execution | None = None
 
     def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> Memory:
         """Return an empty memory; see TransformerConfig.init_memory."""
@@ -734,7 +743,8 @@ class LanguageModel(hk.Module):
         without a memory; or for a capture with last_hid_only.
         """
         config = self.config
-        _check_batch(self.execution, tokens, memory, sequence)
+        execution = self.execution or config.model.execution(self.mesh)
+        _check_batch(execution, tokens, memory, sequence)
         probe = make_probe(config.model, capture, capture_layers, hooks)
         both = bool(probe.capture) and last_hid_only
         require(not both, "capture", "none with last_hid_only", probe.capture)
@@ -753,7 +763,7 @@ class LanguageModel(hk.Module):
             config.model.emb_size,
             config.embedding_init_scale,
             name="in_out_embed",
-            execution=self.execution,
+            execution=execution,
         )
         with asking(probe):
             h = embed(tokens, config.fprop_dtype) * config.embedding_multiplier_scale

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 import checkpoint
 from checkpoint import read_model_config
 from grok1 import backend
+from grok1.checks import require
 from grok1.execution import Execution, Executions, fastest
 from grok1.inspection import Hook
 from grok1.kernels import dispatch
-from grok1.parallel.mesh_checks import check_devices
+from grok1.parallel.mesh_checks import check_devices, check_execution
 from grok1.parallel.sharding import (
     axis_size,
     make_mesh,
@@ -73,8 +74,8 @@ class ModelRunner:
     bs_per_device: sequences per device; the number of slots is their product with the devices of
     the mesh, at least one, rounded up to a multiple of the data axis.
     checkpoint_path: a directory that holds a checkpoint; None: random int8 weights, `rng_seed`.
-    kernels: use compiled kernels, which must have been loaded. execution: how every step is run,
-    but for its mesh, which the runner makes; None: what is fastest, for each kind of step.
+    kernels: use compiled kernels. execution: how every step is run; its mesh must be None, since
+    the runner makes it, and `kernels` is not read; None: what is fastest, for each kind of step.
     """
 
     def __init__(
@@ -92,6 +93,11 @@ class ModelRunner:
         self.model = model
         self.bs_per_device = bs_per_device
         self.checkpoint_path = checkpoint_path
+        if execution is not None:
+            given = isinstance(execution, Execution)
+            require(given, "execution", "a grok1.execution.Execution, or None", execution)
+            expected = "one without a mesh; give the sizes of the mesh instead"
+            require(execution.mesh is None, "execution", expected, execution.mesh)
         self.rng_seed = rng_seed
         self.kernels = kernels
         self.execution = execution
@@ -111,13 +117,12 @@ class ModelRunner:
         return -(-wanted // data) * data
 
     def check(self, mesh: Mesh | None) -> None:
-        """Raise ValueError if mesh, checkpoint or memory do not fit; loads nothing."""
-        if mesh is not None:
-            self.model.check_mesh(mesh)
+        """Raise ValueError if mesh, kernels, checkpoint or memory do not fit; loads no weights."""
+        for execution in self.executions(mesh):
+            check_execution(self.model, execution)
+            dispatch.check(execution.kernels)
         if self.checkpoint_path is not None:
             checkpoint.check_files(self.checkpoint_path, self.model.param_shapes())
-        for execution in self.executions(mesh):
-            dispatch.check(execution.kernels)
         check_memory(self.model, mesh, self.num_slots(mesh))
 
     def load_or_init(
@@ -152,7 +157,8 @@ class InferenceRunner:
     pad_sizes: the chunk lengths for which prefill is compiled. A prompt is read in chunks of the
     largest, the rest in the smallest that holds it.
 
-    `initialize()` loads everything; the other methods need it.
+    `initialize()` loads everything; the other methods need it. Then `executions` says how each kind
+    of step is run.
     """
 
     def __init__(
@@ -441,8 +447,7 @@ def load_server(
     pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use
     those in grok1/kernels, which are compiled when they are first wanted; where that cannot be, a
     warning in the log says so, and the plain form does the same, only slower. On a GPU they
-    are for bfloat16. execution: how every step is run, but for its mesh; None: what is fastest, for
-    each kind of step.
+    are for bfloat16. execution: as in ModelRunner.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from grok1.checks import require, require_integers
@@ -54,8 +55,8 @@ class Execution:
     split over the first; heads, hidden widths and the vocabulary over the second.
     shard_activations: split the residual stream over the model axis as well. That takes less
     memory and more, smaller exchanges between devices.
-    kernels: the forms of the operations: "plain", on any platform; "xla_cpu", plain JAX as XLA
-    compiles it well for a CPU; "cpu" and "gpu", compiled kernels, which have no gradient.
+    kernels: the forms of the operations: "plain", on any platform; "xla_cpu", in JAX, written
+    so that XLA makes fast code of it for a CPU; "cpu" and "gpu", compiled, without a gradient.
     expert_dispatch: how a mixture computes the chosen experts. "dynamic" loops over as many blocks
     of tokens as exist, without a reverse-mode gradient; "static", for training, over the largest
     possible number, and skips the empty ones; "all" computes every expert for every token.
@@ -74,7 +75,12 @@ class Execution:
     router: Callable[[int], Any] | None = None
 
     def __post_init__(self):
-        names, how = dispatch.NAMES, self.expert_dispatch
+        mesh, names, how = self.mesh, dispatch.NAMES, self.expert_dispatch
+        is_mesh = mesh is None or isinstance(mesh, Mesh | AbstractMesh)
+        require(is_mesh, "mesh", "a jax.sharding.Mesh, or None", mesh)
+        for field in ("data_axis", "model_axis"):
+            axis = getattr(self, field)
+            require(isinstance(axis, str), field, "the name of a mesh axis", axis)
         require(self.kernels in names, "kernels", f"one of {names}", self.kernels)
         require(how in DISPATCH, "expert_dispatch", f"one of {DISPATCH}", how)
         plain = self.kernels == "plain" or how == "dynamic"

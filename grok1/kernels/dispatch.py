@@ -1,7 +1,7 @@
 """Which forms of the operations there are, and which this machine has.
 
-`plain`: grok1/ops, on any platform. `xla_cpu`: plain JAX as XLA compiles it well for a CPU. `cpu`:
-compiled from C++. `gpu`: Pallas. Each equals the plain form, beside which it is tested.
+`plain`: grok1/ops, on any platform. `xla_cpu`: in JAX, written so that XLA makes fast code of it
+for a CPU. `cpu`: compiled from C++. `gpu`: Pallas. Each is tested to equal the plain form.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Forms of the operations that XLA compiles well for a CPU: plain JAX, no compiler needed.
+"""Forms of the operations of which XLA makes fast code for a CPU: in JAX, no compiler needed.
 
 Dimension letters as in grok1/ops. Each function equals the one of that name in grok1/ops, to
 float32's rounding.

@@ -49,8 +49,8 @@ class Memory(NamedTuple):
 class Place(NamedTuple):
     """Where in a stack of caches [L, C, S, K, H] one layer's call writes and reads; see KVMemory.
 
-    start: int32 [B], the position of each sequence's first new row. No field but `sequence` is
-    None.
+    start: int32 [B], the position of each sequence's first new row. Only `sequence` may
+    be None.
     """
 
     layer: jax.Array

@@ -50,7 +50,7 @@ def expert(
 
 
 def all_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    """Compute every expert for every token, most times a zero gate: the obvious form.
+    """Compute every expert for every token, mostly with a gate of zero: the definition.
 
     x [B, T, D] in the activation dtype, gates float32 [B, T, A], index int32 [B, T, A] (E for a
     masked token) -> float32 [B, T, D], `sum_a gates[a] * expert_{index[a]}(x)`.

@@ -8,7 +8,8 @@ from grok1.checks import require
 from grok1.parallel.sharding import AnyMesh, all_model_axes, axis_size
 
 if TYPE_CHECKING:
-    from model import TransformerConfig
+    from grok1.execution import Execution
+    from model import LanguageModelConfig, TransformerConfig
 
 
 def check_mesh(config: TransformerConfig, mesh: AnyMesh, **others: int) -> None:
@@ -42,6 +43,19 @@ def model_axis_sizes(config: TransformerConfig, **others: int) -> list[int]:
         for size in range(1, config.num_q_heads + 1)
         if all(n % size == 0 for n in (*_split_widths(config, size).values(), *others.values()))
     ]
+
+
+def check_execution(config: LanguageModelConfig, execution: Execution) -> None:
+    """Raise ValueError unless the model can be run so: its mesh, if any, must divide the widths."""
+    mesh, model = execution.mesh, config.model
+    if mesh is None:
+        return
+    axes, own = (execution.data_axis, execution.model_axis), (model.data_axis, model.model_axis)
+    require(axes == own, "execution", f"the configuration's axes {own}", axes)
+    others = {"vocab_size": config.vocab_size}
+    if execution.shard_activations:
+        others["emb_size"] = model.emb_size
+    check_mesh(model, mesh, **others)
 
 
 def check_devices(model_axis_sizes: list[int], data: int, model: int, available: int) -> None:

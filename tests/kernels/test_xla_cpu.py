@@ -1,4 +1,4 @@
-"""The forms that XLA compiles well for a CPU equal the plain ones."""
+"""The forms of which XLA makes fast code for a CPU equal the plain ones."""
 
 import jax
 import jax.numpy as jnp
