@@ -24,8 +24,9 @@ from grok1.kernels import dispatch
 from grok1.ops import mixture
 from grok1.ops.cache import KVMemory, Place, caches, place_of, read_rows, with_caches
 from grok1.ops.layers import Layer, scan_layers
+from grok1.ops.mixture import Params
 from grok1.ops.operations import Operations
-from grok1.ops.quantization import QuantizedWeight8bit, matmul, split_groups
+from grok1.ops.quantization import QuantizedWeight8bit, Weight, matmul, sliced, split_groups
 from grok1.parallel.sharding import (
     DATA_AXIS,
     MODEL_AXIS,
@@ -123,7 +124,7 @@ class Execution:
 
     # --------------------------------------------------------------------------------- products
 
-    def matmul(self, x: jax.Array, weight: Any, split: Split | None = None) -> jax.Array:
+    def matmul(self, x: jax.Array, weight: Weight, split: Split | None = None) -> jax.Array:
         """`x [..., I] @ weight [I, O]` -> float32 [..., O].
 
         split: which axis of the weight, if one, is split over devices. x is then [B, T, I].
@@ -135,11 +136,11 @@ class Execution:
             # A compiler splits plain products by itself; scale groups must allow it.
             if contracted is not None:
                 x = constrain(x, self.mesh, self.data_axis, None, contracted)
-            y = matmul(x, split_groups(weight, axis_size(self.mesh, contracted)))
+            y = matmul(x, split_groups(sliced(weight), axis_size(self.mesh, contracted)))
             return self._laid_out(y, produced)
         weight, spec = local_groups(weight, P(contracted, produced), self.mesh)
 
-        def local(x: jax.Array, weight: Any) -> jax.Array:
+        def local(x: jax.Array, weight: Weight) -> jax.Array:
             return sum_over(self.operations.matmul(x, weight), self.mesh, contracted)
 
         in_specs = P(self.data_axis, None, contracted), spec
@@ -232,7 +233,9 @@ class Execution:
 
     # ------------------------------------------------------------------------------- the mixture
 
-    def mixture(self, params: Any, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    def mixture(
+        self, params: Params, x: jax.Array, gates: jax.Array, index: jax.Array
+    ) -> jax.Array:
         """Return `sum_a gates[a] * expert_{index[a]}(x)` for each token, float32 [B, T, D].
 
         params: of all experts, as in grok1/ops/mixture.py; x [B, T, D] in the activation dtype;
@@ -246,7 +249,7 @@ class Execution:
         }
         every, scatter = self._all_model_axes, self.shard_activations and self.mesh is not None
 
-        def local(params: Any, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+        def local(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
             out = forms[self.expert_dispatch](params, x, gates, index)
             if scatter:
                 return lax.psum_scatter(out, every, scatter_dimension=2, tiled=True)

@@ -162,7 +162,7 @@ def test_plain_fields_say_what_the_model_is_and_not_how_to_run_it():
 
 
 @pytest.mark.parametrize("field", ["expert_dispatch", "scan_unroll", "kernels", "router"])
-def test_fields_of_execution_are_refused_with_their_new_place(field):
+def test_moved_fields_are_refused_with_their_new_place(field):
     message = rf"^{field}: expected a field of the model, .*grok1.execution.Execution\({field}="
     fields = grok_1().to_dict()
     fields["model"][field] = None

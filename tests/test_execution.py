@@ -91,7 +91,7 @@ def test_a_split_stream_needs_a_width_that_divides():
         config.make(execution=Execution(mesh, shard_activations=True))
 
 
-def test_a_runner_refuses_a_wrong_execution_before_it_loads():
+def test_a_runner_refuses_a_wrong_execution():
     mesh, demo = make_mesh((1, 2)), golden.DIRECTORY / "three-layers"
     for execution, message in (
         (Execution(mesh), "execution: expected one without a mesh; give the sizes of the mesh"),
@@ -160,7 +160,7 @@ def test_whatever_is_chosen_gives_the_same_answers(kernels):
 # ------------------------------------------------------------------------------------------- taps
 
 
-def test_taps_are_not_in_a_program_that_asks_for_nothing(monkeypatch):
+def test_unused_taps_are_not_in_the_program(monkeypatch):
     """The lowered text is that of a model with the identity in their place."""
 
     def text():

@@ -334,7 +334,7 @@ def test_forbidding_an_expert_by_hook_is_minus_infinity_in_its_logit():
         assert np.all(output.captured.expert_index != 0)
 
 
-def test_another_router_is_a_subclass_given_to_the_execution():
+def test_another_router_is_given_to_the_execution():
     how = Execution(router=Renormalising)
     got = look(params(), TOKENS, config=TINY, how=how, capture=("expert_gates",)).captured
     np.testing.assert_allclose(np.sum(got.expert_gates, axis=-1), 1, atol=1e-6)

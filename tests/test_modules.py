@@ -330,7 +330,7 @@ def test_attention_in_pieces_equals_attention_at_once(mesh):
             np.testing.assert_allclose(out[b, t], expected[b, rows[b, t]], rtol=0, atol=5e-5)
 
 
-def test_attention_to_a_memory_is_the_same_with_its_weights_captured():
+def test_capturing_weights_changes_no_cached_attention():
     """Of a cache that holds other numbers, only what is filled is seen, without a mask too."""
     x, params = normal(2, 3, 10), attention_params((10, 10, 10))
     cache = normal(2, 6, KV_HEADS, WIDTH, seed=1)
@@ -373,7 +373,7 @@ SLOTS, ROWS = 7, 3
         *(("bits", given, xla_cpu.write_rows) for given in ("bfloat16", "float32")),
     ],
 )
-def test_new_rows_go_to_their_own_slots_and_nowhere_else(stored, given, write):
+def test_new_rows_go_only_to_their_own_slots(stored, given, write):
     """dynamic_update_slice clamps: a chunk past the end would be shifted over earlier slots."""
     dtypes = {"float32": np.float32, "bfloat16": BFLOAT16, "bits": BFLOAT16}
     cases = [(s, n) for s in (0, 1, 3, 4, 5, 6, 7, 9) for n in range(ROWS + 1)]

@@ -115,7 +115,7 @@ def test_greedy_tokens_differ_from_the_originals_only_at_near_ties(name, greedy)
 
 
 @pytest.mark.parametrize("int8_digits", [True, False])
-def test_float32_logits_are_exact_in_the_forms_for_large_matrices(int8_digits, monkeypatch):
+def test_forms_for_large_matrices_are_exact(int8_digits, monkeypatch):
     """A CPU's, on these small ones."""
     monkeypatch.setattr(xla_cpu, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(xla_cpu, "multiplies_int8", lambda: int8_digits)

@@ -86,7 +86,7 @@ def test_int8_digits_keep_zero_nan_and_infinity():
 
 
 @pytest.mark.usefixtures("integers")
-def test_a_row_in_int8_digits_does_not_depend_on_the_others():
+def test_int8_digits_of_a_row_ignore_the_others():
     x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
     weight = random_weight((), 64, 10, 8)
     together = np.asarray(xla_cpu_matmul(x, weight))
@@ -95,7 +95,7 @@ def test_a_row_in_int8_digits_does_not_depend_on_the_others():
 
 
 @pytest.mark.usefixtures("form")
-def test_either_form_has_the_slope_of_the_product_that_is_meant():
+def test_either_form_has_the_gradient_of_the_product():
     """Rounding to integers has none: a gradient would silently be zero."""
     weight = random_weight((), 16, 5, 8)
     x = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)

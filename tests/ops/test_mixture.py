@@ -431,7 +431,7 @@ def test_the_layer_is_the_sum_over_the_chosen_experts(inputs, form):
     assert np.all(np.asarray(y)[~inputs[1]] == 0)
 
 
-def test_the_layer_takes_weights_left_among_those_of_all_layers(inputs):
+def test_the_layer_takes_stacked_weights(inputs):
     """Slicing a layer first would copy all its experts to use two."""
     params = layer_params("int8", (LAYERS,))
     apply = jax.jit(make_layer(GELU_BLOCK).apply)
