@@ -16,7 +16,8 @@ from typing import Any, NoReturn, Self, TextIO
 
 def say(message: str, file: TextIO | None = None) -> None:
     """Print a message for the person, apart from the output."""
-    print(message, file=file or sys.stderr, flush=True)
+    # In one write: unbuffered, print makes two, between which another thread may end the process.
+    print(f"{message}\n", end="", file=file or sys.stderr, flush=True)
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 import _thread
 import argparse
+import io
 import queue
 import subprocess
 import sys
@@ -10,8 +11,21 @@ import time
 
 import pytest
 
-from grok1.cli.console import ByteProgress, Progress, Worker, byte_rate, byte_size
+from grok1.cli.console import ByteProgress, Progress, Worker, byte_rate, byte_size, say
 from paths import ROOT
+
+
+def test_a_message_and_its_newline_are_one_write() -> None:
+    """Unbuffered, two would let another thread's last words come between."""
+    written: list[str] = []
+
+    class Recorder(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    say("loaded", Recorder())
+    assert [text for text in written if text] == ["loaded\n"]
 
 
 @pytest.mark.parametrize(
