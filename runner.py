@@ -6,6 +6,7 @@ request runs when is in grok1/serving/scheduler.py, what runs on devices in step
 B is the number of slots: sequences that the compiled steps serve at once.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -35,15 +36,24 @@ from grok1.parallel.sharding import (
 from grok1.serving import inspecting, scoring
 from grok1.serving.inspecting import Inspection
 from grok1.serving.memory_budget import check_memory
-from grok1.serving.request import Answering, Completion, Event, Request, RequestError, encode
+from grok1.serving.request import (
+    AnswerError,
+    CheckedRequest,
+    Completion,
+    Event,
+    Request,
+    RequestError,
+    encode,
+)
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from grok1.serving.scheduler import Handle, Scheduler, Statistics
+from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics
 from grok1.serving.scoring import TokenScores
 from grok1.serving.steps import EMBEDDINGS, MOST_TOKENS, LoadedModel
 from grok1.serving.text import BOS_TOKEN, Vocabulary, load_tokenizer
 from model import LanguageModelConfig
 
 __all__ = [
+    "AnswerError",
     "Completion",
     "Event",
     "Handle",
@@ -159,6 +169,12 @@ class InferenceRunner:
 
     `initialize()` loads everything; the other methods need it. Then `executions` says how each kind
     of step is run.
+
+    Any thread may call any method, and each gets what it asked for, whichever thread's call lets
+    the devices work on it; so may a loop over `generate_events` or `stream` ask for more. `logits`,
+    `inspect` and `score` each keep other threads waiting until they are done. Several processes
+    must all make the same calls in one order, and so from one thread. In a forked process
+    everything raises RuntimeError: jax does not work there.
     """
 
     def __init__(
@@ -210,7 +226,7 @@ class InferenceRunner:
             self.tokenizer = load_tokenizer(self.tokenizer_path, self.config.vocab_size)
             self.vocabulary = Vocabulary(self.tokenizer)
         self.num_slots = self.runner.num_slots(self.mesh)
-        self._admit_all(requests)
+        self._check_all(requests)
         self.params = self.runner.load_or_init(self.mesh, progress)
         self.executions = self.runner.executions(self.mesh)
         model = LoadedModel(
@@ -227,11 +243,13 @@ class InferenceRunner:
             raise ValueError(f"{self.name}: nothing is loaded yet; call initialize() first")
         return self._loaded
 
-    def _model_alone(self) -> LoadedModel:
-        """Return the model, with the memory of idle slots given up for what comes."""
+    @contextlib.contextmanager
+    def _model_alone(self) -> Iterator[LoadedModel]:
+        """The model while no slot works with it, the memory of idle ones given up."""
         model, scheduler = self._get_loaded()
-        scheduler.release()
-        return model
+        with scheduler.alone():
+            scheduler.release()
+            yield model
 
     # ---------------------------------------------------------------------------- generation
 
@@ -250,23 +268,26 @@ class InferenceRunner:
 
         Raises ValueError that names the field, what it may hold and what it holds.
         """
-        return self._scheduler.submit(Answering(request, self.config, self.vocabulary))
+        return self._scheduler.submit(self._check(request))
 
     def step(self, tokens: int = 1) -> list[Event]:
         """Do the next piece of work for all requests; returns the tokens that are new.
 
         At most one chunk of a prompt, and `tokens` for each request that is being answered, or one
         while a prompt is read: several, up to 16, cost the host less, and come all at once. No
-        events do not mean that all is done: `busy` says so. `stream` returns its request's tokens
-        as well. If it fails, the requests that were being answered are cancelled. Raises ValueError
-        if `tokens` is not from 1 to 16.
+        events do not mean that all is done: `busy` says so.
+
+        Each token of a submitted request comes once: from `stream` if that is called for it, else
+        from `step`, those that other calls have drawn meanwhile from the next `step`. If it fails,
+        the requests that were being answered end with an error. Raises ValueError if `tokens` is
+        not from 1 to 16.
         """
         return self._scheduler.step(tokens)
 
     @property
     def busy(self) -> bool:
-        """Whether there are requests that have not ended."""
-        return not self._scheduler.idle
+        """Whether there are requests that have not ended, or tokens that `step` has to return."""
+        return self._scheduler.busy
 
     @property
     def statistics(self) -> Statistics:
@@ -291,44 +312,35 @@ class InferenceRunner:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, in their order. Raises ValueError before the first token.
 
-        A request that wants several answers has as many in the list, one after another.
+        A request that wants several answers has as many in the list, one after another. Raises
+        AnswerError (a ValueError), which holds all answers, if one ended by an error.
         """
-        admitted = self._admit_all(requests)
         found: dict[tuple[int, int], Completion] = {}
-        for event in self._events(admitted, lambda _: None, MOST_TOKENS):
-            found[event.request, event.sample] = event.completion
-        return [found[place] for place in sorted(found)]
+        for event in self.generate_events(requests, tokens=MOST_TOKENS):
+            if event.finish_reason is not None:
+                found[event.request, event.sample] = event.completion
+        answers = [found[place] for place in sorted(found)]
+        for index, sample in sorted(found):
+            if (error := found[index, sample].error) is not None:
+                raise AnswerError(index, error, answers)
+        return answers
 
     def generate_events(
         self,
         requests: Sequence[Request],
-        phase: Callable[[str], object] = lambda _: None,
+        phase: Phase = lambda _: None,
         tokens: int = 1,
     ) -> Iterator[Event]:
         """Return an iterator over each token of each request as it is drawn.
 
         All requests are checked at once: ValueError names the request and what is wrong with it.
         Requests beyond the number of slots wait in order. One that is given up, by leaving the
-        iterator, is cancelled with all others. phase: called with "prefill" and "decode" as these
-        begin. tokens: how many come at a time, as in `step`.
+        iterator, is cancelled with all others. An answer that ends by an error has a last event
+        that says so. phase: called with "prefill" and "decode" as these begin. tokens: how many
+        come at a time, as in `step`.
         """
-        return self._events(self._admit_all(requests), phase, tokens)
-
-    def _events(
-        self, admitted: Sequence[Answering], phase: Callable[[str], object], tokens: int
-    ) -> Iterator[Event]:
-        handles = [self._scheduler.submit(answering) for answering in admitted]
-        index = {handle.number: i for i, handle in enumerate(handles)}
-        self._scheduler.phase = phase
-        try:
-            while not all(handle.finished for handle in handles):
-                for event in self._scheduler.step(tokens):
-                    if event.request in index:
-                        yield event._replace(request=index[event.request])
-        finally:
-            self._scheduler.phase = lambda _: None
-            for handle in handles:
-                self._scheduler.cancel(handle)
+        scheduler, requests = self._scheduler, self._check_all(requests)
+        return scheduler.answer(map(self._check, requests), tokens, phase)
 
     def encode(self, prompt: str | Sequence[int], parse_special: bool = False) -> list[int]:
         """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
@@ -337,17 +349,24 @@ class InferenceRunner:
         """
         return encode(prompt, self.config, self.vocabulary, parse_special)
 
-    def _admit_all(self, requests: Sequence[Request]) -> list[Answering]:
-        """Check all requests."""
+    def _check(self, request: Request) -> CheckedRequest:
+        return CheckedRequest(request, self.config, self.vocabulary)
+
+    def _check_all(self, requests: Sequence[Request]) -> list[Request]:
+        """Return the requests, all of which are right. Raises RequestError.
+
+        What is known of them is found out again when they are answered: kept for a million
+        requests it would take gigabytes.
+        """
         if isinstance(requests, str | Request):
             raise ValueError(f"expected a list of requests, got {requests!r}; put it in a list")
-        admitted = []
+        requests = list(requests)
         for index, request in enumerate(requests):
             try:
-                admitted.append(Answering(request, self.config, self.vocabulary))
+                self._check(request)
             except ValueError as error:
                 raise RequestError(index, str(error)) from error
-        return admitted
+        return requests
 
     # ------------------------------------------------------------------------------ research
 
@@ -356,7 +375,8 @@ class InferenceRunner:
 
         Raises ValueError if T exceeds the context or an id is out of range.
         """
-        return scoring.logits(self._model_alone(), token_ids)
+        with self._model_alone() as model:
+            return scoring.logits(model, token_ids)
 
     def inspect(
         self,
@@ -377,8 +397,9 @@ class InferenceRunner:
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.
         """
-        model, ids = self._model_alone(), self.encode(prompt)
-        found = inspecting.inspect(model, ids, capture, capture_layers, hooks)
+        ids = self.encode(prompt)
+        with self._model_alone() as model:
+            found = inspecting.inspect(model, ids, capture, capture_layers, hooks)
         if self.tokenizer is None:
             return found
         pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
@@ -389,7 +410,8 @@ class InferenceRunner:
 
         float32 [tokens] each, the first token given [BOS]; their sum is that of the whole text,
         every byte counted once. A text longer than the context is read in windows that overlap by
-        half, so that each token sees at least half a context of text before it.
+        half, so that each token sees at least half a context of text before it. Raises ValueError
+        if one of them is NaN or infinite.
         """
         return [scores.logprobs for scores in self.score_tokens(texts)]
 
@@ -403,7 +425,8 @@ class InferenceRunner:
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
         ids = [self.encode(text) for text in texts]
-        return scoring.score(self._model_alone(), ids, self.bos_token)
+        with self._model_alone() as model:
+            return scoring.score(model, ids, self.bos_token)
 
 
 def with_settings(

@@ -60,7 +60,7 @@ from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.execution import fastest  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402
 from grok1.serving.memory_budget import available_memory  # noqa: E402
-from grok1.serving.request import Answering, Request  # noqa: E402
+from grok1.serving.request import CheckedRequest, Request  # noqa: E402
 from grok1.serving.scheduler import Scheduler  # noqa: E402
 from grok1.serving.steps import (  # noqa: E402
     MOST_TOKENS,
@@ -182,7 +182,7 @@ class Form:
         state = self.empty(batch)
         for slot, prompt in enumerate(prompts):
             request = Request(prompt.tolist(), temperature=0.7, rng_seed=slot, ignore_eos=True)
-            row = Answering(request, self.config, None).slot()
+            row = CheckedRequest(request, self.config, None).slot()
             row = row._replace(limit=jnp.int32(self.config.sequence_len))
             state = self.read(start(state, np.int32(slot), row, **where), prompt, slot)
         slots = np.arange(batch, dtype=np.int32)
@@ -338,7 +338,7 @@ def draw_first_token(options: argparse.Namespace) -> None:
     engine = Scheduler(model)
     prompt = random_prompt(config, PROMPT, 0).tolist()
     request = Request(prompt, temperature=0.7, ignore_eos=True, max_len=2)
-    engine.submit(Answering(request, config, None))
+    engine.submit(CheckedRequest(request, config, None))
     while not engine.step():
         pass
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -8,7 +8,7 @@ import pytest
 
 import golden
 from grok1.execution import ONE_DEVICE
-from grok1.serving.request import Answering
+from grok1.serving.request import CheckedRequest
 from grok1.serving.scheduler import chunk_lengths
 from grok1.serving.steps import (
     EMBEDDINGS,
@@ -50,16 +50,15 @@ TINY = LanguageModelConfig(
 )
 
 
-def make(config=TINY, slots=4, mesh=(1, 1), **options):
+def make(config=TINY, slots=4, mesh=(1, 1), execution=None, pad_sizes=(8, 32)):
     devices = mesh[0] * mesh[1]
     server = InferenceRunner(
         name="tiny",
-        runner=ModelRunner(config, slots / devices, None, rng_seed=1),
+        runner=ModelRunner(config, slots / devices, None, rng_seed=1, execution=execution),
         load=None,
         tokenizer_path=TOKENIZER,
         local_mesh_config=mesh,
-        pad_sizes=(8, 32),
-        **options,
+        pad_sizes=pad_sizes,
     )
     server.initialize()
     return server
@@ -129,7 +128,7 @@ def test_a_prompt_is_read_in_the_largest_chunks_and_its_rest_in_the_smallest_tha
 
 def test_a_decode_step_does_no_work_for_slots_that_are_not_active(tiny):
     state = new_state(config=TINY, batch=4)
-    row = Answering(Request([5], ignore_eos=True), TINY, None).slot()
+    row = CheckedRequest(Request([5], ignore_eos=True), TINY, None).slot()
     state = start(state, np.int32(0), row, config=TINY)
     everybody = np.ones(4, bool)
     given = everybody, np.int32(3), np.bool_(False)
@@ -147,7 +146,7 @@ def test_several_tokens_of_a_dispatch_end_with_the_first_answer_if_others_wait_f
 ):
     state = new_state(config=TINY, batch=4)
     for slot, limit in enumerate((2, 40)):
-        row = Answering(Request([5], max_len=limit, ignore_eos=True), TINY, None).slot()
+        row = CheckedRequest(Request([5], max_len=limit, ignore_eos=True), TINY, None).slot()
         state = start(state, np.int32(slot), row, config=TINY)
     given = np.ones(4, bool), np.int32(MOST_TOKENS), np.bool_(until_free)
     found, state = decode(tiny.params, state, *given, config=TINY)
@@ -381,7 +380,9 @@ WRONG = {
     "a fraction": (Request([5], top_k=1.5), "top_k must be .* got 1.5"),
     "a fractional id": (Request([1.7]), "expected token ids from 0 to 4095, got 1.7"),
     "a fractional max_len": (Request([5], max_len=2.5), "max_len must be an integer"),
-    "a seed in words": (Request([5], rng_seed="x"), "rng_seed must be an integer, got 'x'"),
+    "a seed in words": (Request([5], rng_seed="x"), "rng_seed must be .* 0 to 4294967295, got 'x'"),
+    "a seed of 33 bits": (Request([5], rng_seed=2**32), "rng_seed must be .* got 4294967296"),
+    "a prompt in bytes": (Request(b"cat"), "expected a text or a list of token ids, got b'cat'"),
     "no samples": (Request([5], num_samples=0), "num_samples must be .* 1 to 1024, got 0"),
     "too many samples": (Request([5], num_samples=1025), "num_samples must be .* got 1025"),
     "half a sample": (Request([5], num_samples=1.5), "num_samples must be .* got 1.5"),

@@ -5,7 +5,6 @@ Dimension letters: `V` vocabulary.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
     from model import LanguageModelConfig
 
 DEFAULT_MAX_LEN = 200
+NOT_FINITE = (
+    "expected finite logits, got NaN or infinity, so the weights are damaged; look for the file "
+    "with `python checkpoint.py verify DIRECTORY`"
+)
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty"),
@@ -37,11 +40,13 @@ FIELD_TYPES = (
 class Request:
     """One prompt and how to continue it.
 
+    What is given as a list, an iterator or a dictionary is copied.
+
     prompt: text, or token ids; nothing is put before it. Token 0 is padding: it takes a position,
         but no other token sees it.
     temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all. top_k: 0 keeps all. min_p: keeps the
         tokens at least so probable, beside the most probable one; 0 keeps all.
-    rng_seed: the same request with the same seed gives the same tokens.
+    rng_seed: from 0 to 2**32 - 1; the same request with the same seed gives the same tokens.
     max_len: how many tokens to generate at most; prompt and max_len must fit the context. None:
         200, or as many as fit.
     min_len: no token and no stop string ends the answer before so many tokens.
@@ -52,7 +57,7 @@ class Request:
         do. ignore_eos: the end-of-sequence token ends nothing.
     top_logprobs: how many of the model's own first choices to report beside each token.
     num_samples: how many answers, up to 1024; the prompt is read once. Answer i, from 0, is that
-        of the same request with rng_seed + i.
+        of the same request with rng_seed + i, modulo 2**32.
     prompt_logprobs: report the log-probability of each token of the prompt.
     parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
         name; else they are text like any other.
@@ -79,6 +84,15 @@ class Request:
     num_samples: int = 1
     prompt_logprobs: bool = False
 
+    def __post_init__(self) -> None:
+        # Whoever made a list may change it later, and an iterator can be read only once.
+        for field in ("prompt", "allowed_tokens", "stop", "stop_tokens"):
+            value = getattr(self, field)
+            if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+                object.__setattr__(self, field, tuple(value))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
 
 @dataclasses.dataclass
 class Completion:
@@ -88,10 +102,11 @@ class Completion:
     that ended the answer included. logprobs: the model's own log-probability of each, before
     penalties, temperature and filters. text: what the ids add to the prompt, without the stop;
     None without a tokenizer. finish_reason: "eos", "stop", "length" (max_len reached), "context"
-    (the context is full), "cancelled", or None while it goes on. top_logprobs: for each token, as
-    many as asked for of the model's own first choices, (token id, log-probability).
+    (the context is full), "cancelled", "error", or None while it goes on. top_logprobs: for each
+    token, as many as asked for of the model's own first choices, (token id, log-probability).
     prompt_logprobs: the log-probability of each token of the prompt, None for the first one, which
-    follows nothing; None if not asked for.
+    follows nothing; None if not asked for. error: of an answer that ended by an error, what went
+    wrong, in one sentence.
     """
 
     prompt: str | None
@@ -102,20 +117,21 @@ class Completion:
     finish_reason: str | None
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
+    error: str | None = None
 
 
 class Event(NamedTuple):
     """One new token of one request.
 
-    request: which one, its place in the list that was asked, or the number of its handle. text:
-    what is new of its text and final: a character whose bytes are not all there yet, or what may
-    begin a stop string, stays out. completion: the answer so far, which may be further than this
-    token. sample: which one of the request's answers. finish_reason: of its last token, why it is
-    the last; else None.
+    request: which one, its place in the list that was asked, or the number of its handle. token_id:
+    None if the answer ended by an error. text: what is new of its text and final: a character whose
+    bytes are not all there yet, or what may begin a stop string, stays out. completion: the answer
+    so far, which may be further than this token. sample: which one of the request's answers.
+    finish_reason: of its last token, why it is the last; else None.
     """
 
     request: int
-    token_id: int
+    token_id: int | None
     text: str
     completion: Completion
     sample: int = 0
@@ -136,7 +152,7 @@ def encode(
         if vocabulary is None:
             raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
         return vocabulary.encode(prompt, parse_special)
-    if not isinstance(prompt, Iterable):
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
         raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
     for token in prompt:
         if not (is_integer(token) and 0 <= token < config.vocab_size):
@@ -153,11 +169,19 @@ class RequestError(ValueError):
         self.reason = reason
 
 
-class Answering:
-    """One answer to a request, in the making, on the host.
+class AnswerError(ValueError):
+    """An answer ended by an error. completions: all that were asked for, this one among them."""
 
-    completion: the answer so far. limit: the most tokens it may have. Raises ValueError if the
-    request is wrong, in one sentence.
+    def __init__(self, index: int, reason: str, completions: list[Completion]):
+        super().__init__(f"request {index + 1}: {reason}")
+        self.completions = completions
+
+
+class CheckedRequest:
+    """A request that can be answered: a copy of it, and what is known before its first token.
+
+    ids: the token ids that are read. limit: the most tokens that an answer may have. Raises
+    ValueError if the request is wrong, in one sentence.
     """
 
     def __init__(
@@ -165,60 +189,72 @@ class Answering:
     ):
         if not isinstance(request, Request):
             raise ValueError(f"expected a Request, got {request!r}; write Request(prompt)")
+        self.request = request = dataclasses.replace(request)
+        self.config = config
+        self.vocabulary = vocabulary
         ids = encode(request.prompt, config, vocabulary, request.parse_special)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
-        ids, self.limit = _fit(request, ids, config.sequence_len)
-        samples = request.num_samples
-        if not is_integer(samples) or not 1 <= samples <= MOST_SAMPLES:
-            raise ValueError(
-                f"num_samples must be an integer from 1 to {MOST_SAMPLES}, got {samples!r}"
-            )
+        self.ids, self.limit = _fit(request, ids, config.sequence_len)
+        _check_range("num_samples", request.num_samples, range(1, MOST_SAMPLES + 1))
+        _check_range("rng_seed", request.rng_seed, range(2**32))
         for field in FLAGS:
             if not isinstance(getattr(request, field), bool):
                 raise ValueError(f"{field} must be True or False, got {getattr(request, field)!r}")
-        self.request = request
-        self.sample = 0
-        self._ids = ids
-        self._config = config
-        self._vocabulary = vocabulary
-        self._stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
-        self._stops = _stops(request, vocabulary)
-        self._begin()
-        self.slot()  # to find what is wrong with it
+        self.stops = _stops(request, vocabulary)
+        self.stop_tokens = frozenset(_ids("stop_tokens", request.stop_tokens, config))
+        self.ends = self.stop_tokens | (set() if request.ignore_eos else {config.eos_token})
+        _check_settings(self)
 
-    def _begin(self) -> None:
-        """Have nothing yet."""
-        vocabulary, prompt = self._vocabulary, self.request.prompt
-        self._words = None if vocabulary is None else Detokenizer(vocabulary, self._ids)
-        self._filter = StopFilter(self._stops)
+    def slot(self, sample: int = 0) -> Slots:
+        """Return what a slot needs for one answer, as numpy arrays without the axis of slots.
+
+        Made when it is needed: for Grok-1's vocabulary it is a megabyte.
+        """
+        request, size = self.request, self.config.vocab_size
+        bias = np.zeros([size], np.float32)
+        for token, value in (request.logit_bias or {}).items():
+            bias[token] = value
+        allowed = request.allowed_tokens
+        settings = {name: getattr(request, name) for name in (*NUMBERS, "top_logprobs")} | {
+            "mask": np.ones([size], bool) if allowed is None else _marked(allowed, size),
+            "active": True,
+            "bias": bias,
+            "in_prompt": _marked(self.ids, size),
+            "in_answer": np.zeros([size], bool),
+        }
+        pairs = zip(SampleSettings(**settings), FIELD_TYPES, strict=True)
+        fields: list[Any] = [np.asarray(value).astype(dtype) for value, dtype in pairs]
+        slot: dict[str, Any] = {
+            "token": np.zeros([1], np.int32),
+            "drawn": np.int32(0),
+            "seed": np.uint32((request.rng_seed + sample) % 2**32),
+            "settings": SampleSettings(*fields),
+            "ends": _marked(self.ends, size),
+            "min_len": np.int32(request.min_len),
+            "limit": np.int32(self.limit),
+        }
+        return Slots(**slot)
+
+
+class Answer:
+    """One answer to a request, in the making, on the host. completion: the answer so far."""
+
+    def __init__(self, checked: CheckedRequest, sample: int = 0):
+        request, vocabulary = checked.request, checked.vocabulary
+        self.checked = checked
+        self.sample = sample
+        self._words = None if vocabulary is None else Detokenizer(vocabulary, checked.ids)
+        self._filter = StopFilter(checked.stops)
         self.completion = Completion(
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_ids=list(self._ids),
+            prompt=request.prompt if isinstance(request.prompt, str) else None,
+            prompt_ids=list(checked.ids),
             token_ids=[],
             logprobs=[],
             text=None if vocabulary is None else "",
             finish_reason=None,
-            prompt_logprobs=[None] if self.request.prompt_logprobs else None,
+            prompt_logprobs=[None] if request.prompt_logprobs else None,
         )
-
-    def samples(self) -> list[Answering]:
-        """Return all answers that the request wants, of which this is the first."""
-        found = [self]
-        for index in range(1, self.request.num_samples):
-            other = copy.copy(self)
-            other.sample = index
-            other._begin()
-            found.append(other)
-        return found
-
-    def slot(self) -> Slots:
-        """Return what a slot needs for the request, as numpy arrays without the axis of slots.
-
-        Made when it is needed: for Grok-1's vocabulary it is a megabyte.
-        """
-        request, limit = self.request, self.limit
-        return _slot(request, self.sample, self._ids, self._stop_tokens, limit, self._config)
 
     def take_prompt(self, logprobs: Sequence[float]) -> None:
         """Append to the log-probabilities of the prompt's tokens."""
@@ -230,39 +266,46 @@ class Answering:
 
         top_ids, top_logprobs: [at least as many as asked for], as in SampleOutput.
         """
-        answer = self.completion
+        answer, request = self.completion, self.checked.request
         answer.token_ids.append(token)
         answer.logprobs.append(logprob)
-        if wanted := self.request.top_logprobs:
+        if wanted := request.top_logprobs:
             first = zip(top_ids[:wanted].tolist(), top_logprobs[:wanted].tolist(), strict=True)
             answer.top_logprobs.append(list(first))
-        answer.finish_reason = self._reason(token)
+        reason = self._reason(token)
+        new = self._text(token, reason)
+        # Last: whoever looks at a finished answer, from another thread too, sees all of it.
+        answer.finish_reason = "stop" if self._filter.stopped else reason
+        return new
+
+    def _text(self, token: int, reason: str | None) -> str:
+        """Append what a token adds to the text, and return it; reason: why it is the last one."""
+        answer = self.completion
         if self._words is None or answer.text is None:
             return ""
         # The token that ends an answer is none of its text.
-        new = "" if answer.finish_reason in ("eos", "stop") else self._words.push(token)
-        if answer.finish_reason is not None:
+        new = "" if reason in ("eos", "stop") else self._words.push(token)
+        if reason is not None:
             new += self._words.finish()
-        if len(answer.token_ids) >= self.request.min_len:
+        if len(answer.token_ids) >= self.checked.request.min_len:
             new = self._filter.push(new)
-        if self._filter.stopped:
-            answer.finish_reason = "stop"
-        elif answer.finish_reason is not None:
+        if reason is not None:
             new += self._filter.finish()
         answer.text += new
         return new
 
     def _reason(self, token: int) -> str | None:
         """Return why the answer ends with its last token, or None."""
-        if token in self._stop_tokens:
+        checked = self.checked
+        if token in checked.stop_tokens:
             return "stop"
-        if token == self._config.eos_token and not self.request.ignore_eos:
+        if token in checked.ends:
             return "eos"
         count = len(self.completion.token_ids)
-        if count < self.limit:
+        if count < checked.limit:
             return None
-        wanted = DEFAULT_MAX_LEN if self.request.max_len is None else self.request.max_len
-        return "length" if count >= wanted else "context"
+        max_len = checked.request.max_len
+        return "length" if count >= (max_len or DEFAULT_MAX_LEN) else "context"
 
 
 def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int]:
@@ -291,6 +334,13 @@ def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int
     return ids, limit
 
 
+def _check_range(field: str, value: Any, allowed: range) -> None:
+    if not is_integer(value) or value not in allowed:
+        raise ValueError(
+            f"{field} must be an integer from {allowed[0]} to {allowed[-1]}, got {value!r}"
+        )
+
+
 def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
     """Check the token ids of a field, which may be numpy's."""
     try:
@@ -314,61 +364,28 @@ def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
     return stops
 
 
-def _slot(
-    request: Request,
-    sample: int,
-    ids: list[int],
-    stop_tokens: Iterable[int],
-    limit: int,
-    config: LanguageModelConfig,
-) -> Slots:
-    """Return what a slot needs for a request, as numpy arrays; raises ValueError."""
-    size = config.vocab_size
-    for field in ("rng_seed", "top_logprobs"):
-        if not is_integer(getattr(request, field)):
-            raise ValueError(f"{field} must be an integer, got {getattr(request, field)!r}")
+def _check_settings(checked: CheckedRequest) -> None:
+    """Raise ValueError if a request cannot be sampled as it says."""
+    request, config = checked.request, checked.config
+    if not is_integer(request.top_logprobs):
+        raise ValueError(f"top_logprobs must be an integer, got {request.top_logprobs!r}")
     for field in NUMBERS:
         if np.ndim(getattr(request, field)):
             raise ValueError(f"{field} must be one number, got {getattr(request, field)!r}")
-    mask = np.ones([size], bool)
+    allowed: Any = range(config.vocab_size)
     if request.allowed_tokens is not None:
-        mask = _marked(_ids("allowed_tokens", request.allowed_tokens, config), size)
-        if not np.any(mask):
+        allowed = _ids("allowed_tokens", request.allowed_tokens, config)
+        if not allowed:
             raise ValueError("allowed_tokens must hold at least one token, got none")
-    ends = _marked(stop_tokens, size)
-    ends[config.eos_token] |= not request.ignore_eos
-    if request.min_len > 0 and not np.any(mask & ~ends):
+    if request.min_len > 0 and not any(token not in checked.ends for token in allowed):
         raise ValueError(
             f"min_len = {request.min_len} needs a token in allowed_tokens that does not end the "
             "answer; add one"
         )
-    values: dict[str, Any] = {
-        "temperature": request.temperature,
-        "nucleus_p": request.nucleus_p,
-        "mask": mask,
-        "active": True,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
-        "presence_penalty": request.presence_penalty,
-        "bias": _bias(request, config),
-        "in_prompt": _marked(ids, size),
-        "in_answer": np.zeros([size], bool),
-        "top_logprobs": request.top_logprobs,
-    }
-    validate_settings(SampleSettings(**values))
-    pairs = zip(SampleSettings(**values), FIELD_TYPES, strict=True)
-    fields: list[Any] = [np.asarray(value).astype(dtype) for value, dtype in pairs]
-    slot: dict[str, Any] = {
-        "token": np.zeros([1], np.int32),
-        "drawn": np.int32(0),
-        "seed": np.uint32((request.rng_seed + sample) % 2**32),
-        "settings": SampleSettings(*fields),
-        "ends": ends,
-        "min_len": np.int32(request.min_len),
-        "limit": np.int32(limit),
-    }
-    return Slots(**slot)
+    _check_bias(request, config)
+    settings: dict[str, Any] = {name: getattr(request, name) for name in (*NUMBERS, "top_logprobs")}
+    settings |= {"mask": np.ones([1], bool), "active": True}
+    validate_settings(SampleSettings(**settings))
 
 
 def _marked(ids: Iterable[int], size: int) -> np.ndarray:
@@ -378,19 +395,16 @@ def _marked(ids: Iterable[int], size: int) -> np.ndarray:
     return marks
 
 
-def _bias(request: Request, config: LanguageModelConfig) -> np.ndarray:
-    bias = np.zeros([config.vocab_size], np.float32)
-    if request.logit_bias is not None:
-        if not isinstance(request.logit_bias, Mapping):
+def _check_bias(request: Request, config: LanguageModelConfig) -> None:
+    """Raise ValueError unless logit_bias maps token ids to numbers."""
+    if request.logit_bias is None:
+        return
+    if not isinstance(request.logit_bias, Mapping):
+        raise ValueError(f"logit_bias must map token ids to numbers, got {request.logit_bias!r}")
+    for token, value in request.logit_bias.items():
+        _ids("logit_bias", [token], config)
+        if not is_number(value) or not abs(value) <= LARGEST_BIAS:
             raise ValueError(
-                f"logit_bias must map token ids to numbers, got {request.logit_bias!r}"
+                f"logit_bias must map token ids to numbers from -{LARGEST_BIAS:g} to "
+                f"{LARGEST_BIAS:g}, got {value!r} for {token}"
             )
-        for token, value in request.logit_bias.items():
-            _ids("logit_bias", [token], config)
-            if not is_number(value) or not abs(value) <= LARGEST_BIAS:
-                raise ValueError(
-                    f"logit_bias must map token ids to numbers from -{LARGEST_BIAS:g} to "
-                    f"{LARGEST_BIAS:g}, got {value!r} for {token}"
-                )
-            bias[token] = value
-    return bias

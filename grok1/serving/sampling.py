@@ -112,7 +112,8 @@ def validate_settings(settings: SampleSettings) -> None:
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{field} must be {allowed}, got {value!r}") from None
         wrong = active & ~holds(numbers)
-        for index in np.argwhere(wrong)[:1]:
+        if np.any(wrong):
+            index = np.argwhere(wrong)[0]
             got = np.broadcast_to(numbers, wrong.shape)[tuple(index)]
             place = f" in sequence {index[0]}" if len(index) else ""
             raise ValueError(f"{field} must be {allowed}, got {got:g}{place}")

@@ -12,19 +12,26 @@ The devices are a step ahead of the host: a step is dispatched before the tokens
 it are read, but for the first token where no other sequence is going on. A slot knows itself when
 it has drawn its last token; what only the host can see, a stop string, costs tokens that are thrown
 away.
+
+Any thread may call, at any time. A lock is held while a step is dispatched and the tokens of the
+one before are delivered, each to the queue of whoever asked for it, whichever thread does the step.
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from grok1.parallel.sharding import axis_size
-from grok1.serving.request import Answering, Completion, Event
+from grok1.serving.fair_lock import FairLock
+from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
     Decoded,
@@ -37,15 +44,45 @@ from grok1.serving.steps import (
     start,
 )
 
+# Dispatched and not known to be done. XLA's CPU client takes no more than a number of its own, and
+# devices that wait for each other in a collective then wait for ever.
+MOST_IN_FLIGHT = 16
+
 
 def chunk_lengths(prompt: int, sizes: Sequence[int]) -> list[int]:
     """Return the chunks, of lengths from `sizes`, rising, in which a prompt is read.
 
-    A function of its own length only: company must not change how a prompt is cut, or its rounding
-    would depend on it.
+    A function of its own length only: the other prompts in the batch must not change how one is
+    cut, or its rounding would depend on them.
     """
     whole, rest = divmod(prompt, sizes[-1])
     return [sizes[-1]] * whole + [size for size in sizes if size >= rest > 0][:1]
+
+
+class EventQueue:
+    """The events of some requests, until whoever asked for them takes them.
+
+    open: the requests that have not ended. read_by_step: whether `Scheduler.step` returns them.
+    """
+
+    def __init__(self, read_by_step: bool = False) -> None:
+        self.open: set[Handle] = set()
+        self.read_by_step = read_by_step
+        self._events: collections.deque[Event] = collections.deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._events)
+
+    def put(self, event: Event) -> None:
+        """Append an event."""
+        self._events.append(event)
+
+    def take(self) -> Event | None:
+        """Remove the first event and return it; None if there is none. From any thread."""
+        try:
+            return self._events.popleft()
+        except IndexError:
+            return None
 
 
 class Handle:
@@ -55,44 +92,78 @@ class Handle:
     request's num_samples; the finish_reason of one that goes on is None. completion: the first.
     """
 
-    def __init__(self, number: int, answers: Sequence[Answering], chunks: Sequence[int]):
+    def __init__(self, number: int, name: int, checked: CheckedRequest, queue: EventQueue):
         self.number = number
-        self._sequences = [
-            _Sequence(self, answering, [] if answering.sample else chunks) for answering in answers
-        ]
-        self._events: collections.deque[Event] = collections.deque()  # for `Scheduler.stream`
+        self._name = name  # in its events
+        self._checked = checked
+        self._queue = queue
+        self._answers: dict[int, Answer] = {0: Answer(checked)}  # the others when they are needed
+        self._begun = 0  # answers that have been given a slot
+        self._going_on = checked.request.num_samples
+        self._ended: tuple[str, str | None] | None = None  # how all ended that had not before
+        queue.open.add(self)
 
     @property
     def completions(self) -> list[Completion]:
         """The answers so far."""
-        return [sequence.completion for sequence in self._sequences]
+        return [self._answer(i).completion for i in range(self._checked.request.num_samples)]
 
     @property
     def completion(self) -> Completion:
         """The first answer so far."""
-        return self._sequences[0].completion
+        return self._answers[0].completion
 
     @property
     def finished(self) -> bool:
         """Whether all its answers have ended."""
-        return all(sequence.finished for sequence in self._sequences)
+        return self._going_on == 0
 
     def __repr__(self) -> str:
         reasons = [answer.finish_reason or "in progress" for answer in self.completions]
         return f"<request {self.number}: {', '.join(reasons)}>"
 
+    def _answer(self, sample: int) -> Answer:
+        answer = self._answers.get(sample)
+        if answer is None:
+            answer = Answer(self._checked, sample)
+            # One list, as there was one prompt.
+            answer.completion.prompt_logprobs = self.completion.prompt_logprobs
+            answer = self._answers.setdefault(sample, answer)  # another thread may make it, too
+        if self._ended and answer.completion.finish_reason is None:
+            answer.completion.finish_reason, answer.completion.error = self._ended
+        return answer
+
+    def _next_answer(self) -> Answer:
+        """Return the first answer that has no slot yet."""
+        self._begun += 1
+        return self._answer(self._begun - 1)
+
+    def _end(self, reason: str, error: str | None) -> list[int]:
+        """End all answers that have not ended; returns which these are."""
+        answers = [self._answers.get(i) for i in range(self._checked.request.num_samples)]
+        found = [
+            i for i, answer in enumerate(answers)
+            if answer is None or answer.completion.finish_reason is None
+        ]  # fmt: skip
+        self._ended, self._going_on = (reason, error), 0
+        for sample in list(self._answers):
+            self._answer(sample)
+        return found
+
 
 class _Sequence:
     """One answer of a request: what a slot serves.
 
-    source: the slot whose prompt it answers, once that has been read. in_flight: tokens that may
-    have been drawn for it and are not read yet.
+    chunks: lengths of the parts of the prompt that it still has to read. source: the slot whose
+    prompt it answers, once that has been read. in_flight: tokens that may have been drawn for it
+    and are not read yet.
     """
 
-    def __init__(self, handle: Handle, answering: Answering, chunks: Sequence[int]):
+    def __init__(self, handle: Handle, answer: Answer, slot: int, chunks: Sequence[int]):
         self.handle = handle
-        self.answering = answering
-        self.chunks = collections.deque(chunks)  # lengths that it still has to read
+        self.answer = answer
+        self.slot = slot
+        self.chunks = collections.deque(chunks)
         self.read = 0  # prompt tokens that have been read
         self.source: int | None = None
         self.begun = False  # its first token is on its way
@@ -100,7 +171,7 @@ class _Sequence:
 
     @property
     def completion(self) -> Completion:
-        return self.answering.completion
+        return self.answer.completion
 
     @property
     def finished(self) -> bool:
@@ -110,7 +181,7 @@ class _Sequence:
     def decoding(self) -> bool:
         """Whether it may need more tokens than are on their way."""
         due = len(self.completion.token_ids) + self.in_flight
-        return self.begun and due < self.answering.limit
+        return self.begun and due < self.answer.checked.limit
 
     def next_chunk(self) -> tuple[int, list[int], list[int]]:
         """Return a chunk: its compiled length, its tokens, and the token after each."""
@@ -122,9 +193,11 @@ class _Sequence:
 class _Tokens(NamedTuple):
     """Tokens that are on their way: up to `most` for each of the sequences, by slot.
 
-    first: they are the first ones, for which the model need not be run.
+    number: of the step that draws them. first: they are the first ones, for which the model need
+    not be run.
     """
 
+    number: int
     found: Decoded
     most: int
     drawing: dict[int, _Sequence]
@@ -134,8 +207,9 @@ class _Tokens(NamedTuple):
 class _Scores(NamedTuple):
     """Log-probabilities [R, T] of a prompt's tokens that are on their way: by row, whose."""
 
+    number: int
     found: Any
-    scored: dict[int, tuple[_Sequence, int]]
+    scored: dict[int, tuple[Handle, int]]
 
 
 @dataclasses.dataclass
@@ -163,10 +237,13 @@ class Statistics:
         return 1 - self.waiting / self.seconds if self.seconds else 0.0
 
 
-class Scheduler:
-    """Slots, the requests in them, and the line before them.
+Phase = Callable[[str], object]  # is called with "prefill" and "decode" as these begin
 
-    The attribute `phase` is called with "prefill" and "decode" as these begin; `statistics` counts.
+
+class Scheduler:
+    """Slots, the requests in them, and the line before them. The attribute `statistics` counts.
+
+    RuntimeError in a process that was forked after the model was loaded, where jax does not work.
     """
 
     def __init__(self, model: LoadedModel):
@@ -177,48 +254,160 @@ class Scheduler:
         # Of the slots, over the data axis.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
         self._pad_sizes = model.pad_sizes
+        self._process = os.getpid()
+        self._lock = FairLock()
         self._submitted = 0
-        self._waiting: collections.deque[_Sequence] = collections.deque()
+        self._line: collections.deque[Handle] = collections.deque()  # with answers without a slot
         self._slots: list[_Sequence | None] = [None] * model.num_slots
         # Whose prompt is in the cache of a slot. While answers wait to take one over, it is there:
         # they are first in line for every slot that becomes free.
         self._prompts: dict[int, Handle] = {}
         self._dispatched: list[_Tokens | _Scores] = []
+        self._unread: dict[EventQueue, None] = {}  # those with events that `step` returns
         self._state: State | None = None
+        self._dispatches = self._done = 0  # steps, and how many of them are known to be done
         self._waited = 0.0  # seconds, for the devices
         self._known: set[Any] = set()  # programs that have been run
-        self.phase: Callable[[str], object] = lambda _: None
         self.statistics = Statistics()
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do: what the devices may still be at is thrown away."""
-        return not self._waiting and not any(self._slots)
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads from what this one does with the devices, for `with`."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this process was forked after the model was loaded, and jax does not work in it; "
+                'load the model in the process that uses it, started by "spawn"'
+            )
+        with self._lock.held():
+            yield
 
-    def submit(self, answering: Answering) -> Handle:
+    @property
+    def busy(self) -> bool:
+        """Whether there are requests that have not ended, or events that `step` has to return."""
+        with self.alone():
+            return not self._idle() or any(self._unread)
+
+    def submit(self, checked: CheckedRequest) -> Handle:
         """Put a request in line."""
-        chunks = chunk_lengths(len(answering.completion.prompt_ids), self._pad_sizes)
-        handle = Handle(self._submitted, answering.samples(), chunks)
-        self._submitted += 1
-        self._waiting.extend(handle._sequences)
-        return handle
+        with self.alone():
+            return self._submit(checked, EventQueue(read_by_step=True), self._submitted)
 
     def cancel(self, handle: Handle) -> None:
         """End a request where it is. What has ended stays as it is."""
-        for sequence in handle._sequences:
-            if not sequence.finished:
-                sequence.completion.finish_reason = "cancelled"
-                self._free(sequence)
-        if any(sequence.handle is handle for sequence in self._waiting):
-            self._waiting = collections.deque(s for s in self._waiting if s.handle is not handle)
+        with self.alone():
+            self._end(handle, "cancelled")
 
     def step(self, tokens: int = 1) -> list[Event]:
-        """Let the devices do the next step; returns the tokens of the one before it.
+        """Let the devices do the next step; returns what came of the one before it.
 
         tokens: how many to draw at a time for all that are decoding, where none reads its prompt.
-        If it fails, the requests in the slots are cancelled; those in line stay there. Raises
-        ValueError if `tokens` is not from 1 to MOST_TOKENS.
+        The events are those of all submitted requests that are not streamed, steps that other calls
+        have done since the last time included. If the step fails, the requests in the slots end
+        with an error; those in line stay there. Raises ValueError if `tokens` is not from 1 to
+        MOST_TOKENS.
         """
+        with self.alone():
+            self._step(tokens)
+            unread, self._unread = self._unread, {}
+            return [event for queue in unread for event in iter(queue.take, None)]
+
+    def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
+        """Return an iterator over the tokens of one request, which lets all others go on, too."""
+        with self.alone():
+            handle._queue.read_by_step = False
+            self._unread.pop(handle._queue, None)
+        yield from self._read(handle._queue, tokens)
+
+    def answer(
+        self, requests: Iterable[CheckedRequest], tokens: int = 1, phase: Phase = lambda _: None
+    ) -> Iterator[Event]:
+        """Return an iterator over the tokens of many requests, which are cancelled when it is left.
+
+        They are taken one after another, as slots become free for them: their number costs neither
+        time nor memory. In their events they are numbered from 0.
+        """
+        queue, pending = EventQueue(), enumerate(requests)
+
+        def refill() -> None:
+            # One more for each slot, all of which may become free in the next step.
+            room = max(0, 2 * self._num_slots - len(queue.open))
+            for name, checked in itertools.islice(pending, room):
+                self._submit(checked, queue, name)
+
+        try:
+            yield from self._read(queue, tokens, phase, refill)
+        finally:
+            for handle in list(queue.open):
+                self.cancel(handle)
+
+    def release(self) -> None:
+        """Give up the memory of the slots, if nothing uses it. Called with the lock held."""
+        if self._idle():
+            self._forget()
+
+    # ------------------------------------------------------------------------------ the requests
+
+    def _submit(self, checked: CheckedRequest, queue: EventQueue, name: int) -> Handle:
+        handle = Handle(self._submitted, name, checked, queue)
+        self._submitted += 1
+        self._line.append(handle)
+        return handle
+
+    def _read(
+        self,
+        queue: EventQueue,
+        tokens: int,
+        phase: Phase = lambda _: None,
+        refill: Callable[[], object] = lambda: None,
+    ) -> Iterator[Event]:
+        """Return an iterator over the events of a queue, with steps until its requests have ended.
+
+        refill: called after each step.
+        """
+        going_on = True
+        while going_on:
+            with self.alone():
+                if not queue and queue.open:
+                    if self._idle():
+                        raise ValueError("the request was submitted to another server")
+                    self._step(tokens, phase)
+                refill()
+                going_on = bool(queue.open)
+            yield from iter(queue.take, None)
+
+    def _first_in_line(self) -> Handle | None:
+        while self._line and self._line[0].finished:
+            self._line.popleft()
+        return self._line[0] if self._line else None
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to do: what the devices may still be at is thrown away."""
+        return not self._first_in_line() and not any(self._slots)
+
+    def _end(self, handle: Handle, reason: str, error: str | None = None) -> None:
+        """End all answers to a request that have not ended, and tell of it if it is an error."""
+        if handle.finished:
+            return
+        samples = handle._end(reason, error)
+        for slot, sequence in enumerate(self._slots):
+            if sequence is not None and sequence.handle is handle:
+                self._slots[slot] = None
+        for sample in samples if error else ():
+            self._put(handle, handle._answer(sample), None, "")
+        handle._queue.open.discard(handle)
+
+    def _put(self, handle: Handle, answer: Answer, token: int | None, text: str) -> None:
+        """Tell whoever asked for it of a token, or that there are no more."""
+        found = answer.completion
+        event = Event(handle._name, token, text, found, answer.sample, found.finish_reason)
+        handle._queue.put(event)
+        if handle._queue.read_by_step:
+            self._unread[handle._queue] = None
+
+    # ---------------------------------------------------------------------------- scheduling
+
+    def _step(self, tokens: int, phase: Phase = lambda _: None) -> None:
+        """Dispatch the next step, and deliver the tokens of the one before it."""
         if tokens not in range(1, MOST_TOKENS + 1):
             raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
         began, waited, known = time.perf_counter(), self._waited, len(self._known)
@@ -226,50 +415,41 @@ class Scheduler:
         try:
             others = any(sequence.decoding for sequence in self._slots if sequence)
             self._fill()
-            self._read_prompts()
+            self._read_prompts(phase)
             if others or before or not self._dispatched:
-                self._decode(tokens)
+                self._decode(tokens, phase)
             else:
                 # Nobody waits for the devices, which may have to compile: the first token at once.
                 before, self._dispatched = self._dispatched, []
-            return [event for done in before for event in self._deliver(done)]
-        except BaseException:
-            self._abandon()  # memory that was given to a failed step is lost
+            for found in before:
+                self._deliver(found)
+        except BaseException as error:
+            self._abandon(error)  # memory that was given to a failed step is lost
             raise
         finally:
             if len(self._known) == known:
                 self.statistics.seconds += time.perf_counter() - began
                 self.statistics.waiting += self._waited - waited
 
-    def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
-        """Return an iterator over the tokens of one request, which lets all others go on, too."""
-        while True:
-            while handle._events:
-                yield handle._events.popleft()
-            if handle.finished:
-                return
-            assert not self.idle, f"{handle!r} is in no slot"
-            self.step(tokens)
-
-    def release(self) -> None:
-        """Give up the memory of the slots, if nothing uses it."""
-        if self.idle:
-            self._forget()
-
-    # ---------------------------------------------------------------------------- scheduling
-
     def _fill(self) -> None:
         """Give free slots to those that wait, in their order."""
         for slot, taken in enumerate(self._slots):
-            if taken is None and self._waiting:
-                sequence = self._waiting.popleft()
-                self._slots[slot] = sequence
-                sequence.source = self._find_prompt(sequence.handle, slot)
-                if self._prompts.get(slot) is not sequence.handle:
-                    self._prompts.pop(slot, None)
-                row = sequence.answering.slot()
-                self._state = self._run(start, self._current(), np.int32(slot), row)
+            if taken is None and (handle := self._first_in_line()):
+                self._start(slot, handle)
         self._begin()
+
+    def _start(self, slot: int, handle: Handle) -> None:
+        """Give a slot to the next answer of a request."""
+        answer = handle._next_answer()
+        if handle._begun == handle._checked.request.num_samples:
+            self._line.popleft()
+        chunks = () if answer.sample else chunk_lengths(len(handle._checked.ids), self._pad_sizes)
+        self._slots[slot] = sequence = _Sequence(handle, answer, slot, chunks)
+        sequence.source = self._find_prompt(handle, slot)
+        if self._prompts.get(slot) is not handle:
+            self._prompts.pop(slot, None)
+        row = handle._checked.slot(answer.sample)
+        self._state = self._run(start, self._current(), np.int32(slot), row)
 
     def _find_prompt(self, handle: Handle, slot: int) -> int | None:
         """Return a slot that holds the prompt of a request, `slot` itself if that does."""
@@ -287,7 +467,7 @@ class Scheduler:
                 self._state = jax.device_put(self._state, device)
         return self._state
 
-    def _read_prompts(self) -> None:
+    def _read_prompts(self, phase: Phase) -> None:
         """Dispatch a chunk of the prompt that came first.
 
         Each part of the data axis reads one, those of the others being as long.
@@ -295,7 +475,7 @@ class Scheduler:
         reading = {i: s for i, s in enumerate(self._slots) if s is not None and s.chunks}
         if not reading:
             return
-        self.phase("prefill")
+        phase("prefill")
         order = sorted(reading, key=lambda slot: reading[slot].handle.number)
         size, scored = _kind(reading[order[0]])
         per_part = self._num_slots // self._parts
@@ -311,12 +491,12 @@ class Scheduler:
             _, chunk, after = reading[slot].next_chunk()
             length[part] = len(chunk)
             tokens[part, : len(chunk)], following[part, : len(after)] = chunk, after
-            counts[part] = reading[slot], len(after)
+            counts[part] = reading[slot].handle, len(after)
         inputs = [tokens, length, places, *([following] if scored else [])]
         state = self._current()
         scores, self._state = self._run(prefill, self._params, state, *inputs, kind=(size, scored))
         if scores is not None:
-            self._dispatched.append(_Scores(scores, counts))
+            self._dispatched.append(_Scores(self._dispatches, scores, counts))
         for slot in chosen.values():
             if not reading[slot].chunks:
                 self._prompts[slot] = reading[slot].handle
@@ -345,17 +525,17 @@ class Scheduler:
             self._prompts[slot] = sequence.handle
         self._note(found, 1, beginning, first=True)
 
-    def _decode(self, tokens: int) -> None:
+    def _decode(self, tokens: int, phase: Phase) -> None:
         """Dispatch the next tokens of all that are decoding."""
         decoding = {i: s for i, s in enumerate(self._slots) if s is not None and s.decoding}
         if not decoding:
             return
-        self.phase("decode")
+        phase("decode")
         ready = all(sequence is None or sequence.begun for sequence in self._slots)
         count = tokens if ready else 1
         running = np.zeros([self._num_slots], bool)
         running[list(decoding)] = True
-        given = running, np.int32(count), np.bool_(bool(self._waiting))
+        given = running, np.int32(count), np.bool_(self._first_in_line() is not None)
         found, self._state = self._run(decode, self._params, self._current(), *given)
         self._note(found, count, decoding, first=False)
 
@@ -365,6 +545,10 @@ class Scheduler:
         What the host gives are numpy arrays: legal on the mesh of many processes, which arrays on
         the device of one are not, and sent by jax's own call in less time than by hand.
         """
+        if self._dispatches - self._done >= MOST_IN_FLIGHT:
+            self._wait(self._state)
+            self._done = self._dispatches
+        self._dispatches += 1
         self._known.add((step, kind))
         how = self._executions
         execution = how.prefill if step is prefill else how.decode
@@ -375,64 +559,92 @@ class Scheduler:
     ) -> None:
         for sequence in drawing.values():
             sequence.in_flight += count
-        self._dispatched.append(_Tokens(found, count, drawing, first))
+        self._dispatched.append(_Tokens(self._dispatches, found, count, drawing, first))
 
     # ---------------------------------------------------------------------------- what comes back
 
-    def _deliver(self, done: _Tokens | _Scores) -> Iterator[Event]:
-        """Take what a step has found, for those that have not ended since it was dispatched."""
+    def _deliver(self, done: _Tokens | _Scores) -> None:
+        """Give what a step has found to those that have not ended since it was dispatched."""
         if isinstance(done, _Scores):
-            scores = self._fetch(done.found)
-            for row, (sequence, count) in done.scored.items():
-                for other in sequence.handle._sequences:
-                    other.answering.take_prompt(scores[row, :count].tolist())
+            self._deliver_scores(done)
             return
         for sequence in done.drawing.values():
             sequence.in_flight -= done.most
         if all(sequence.finished for sequence in done.drawing.values()):
             return
-        asked = any(s.answering.request.top_logprobs for s in done.drawing.values())
+        asked = any(s.answer.checked.request.top_logprobs for s in done.drawing.values())
         sample = done.found.sample
-        wanted: list[Any] = [sample.token_id, sample.logprob, done.found.drawn]
+        wanted: list[Any] = [sample.token_id, sample.logprob, done.found.drawn, done.found.finite]
         if asked:
             wanted += [sample.top_logprob_ids, sample.top_logprobs]
-        tokens, logprobs, drawn, *top = self._fetch(wanted)
+        tokens, logprobs, drawn, finite, *top = self._fetch(done.number, wanted)
         if not done.first:
             self.statistics.tokens += int(drawn.sum())
             self.statistics.steps += int(drawn.any(axis=1).sum())
         for i, slot in np.argwhere(drawn).tolist():
             sequence = done.drawing[slot]
-            if not sequence.finished:
+            if sequence.finished:
+                continue
+            if finite[i, slot]:
                 first = [x[i, slot] for x in top] if asked else ([], [])
-                token, logprob = int(tokens[i, slot, 0]), float(logprobs[i, slot, 0])
-                yield self._take(sequence, token, logprob, *first)
+                self._take(sequence, int(tokens[i, slot, 0]), float(logprobs[i, slot, 0]), *first)
+            else:
+                self._fail(sequence, NOT_FINITE)
 
-    def _take(self, sequence: _Sequence, token: int, logprob: float, *first: Any) -> Event:
+    def _deliver_scores(self, done: _Scores) -> None:
+        scores = self._fetch(done.number, done.found)
+        for row, (handle, count) in done.scored.items():
+            if np.all(np.isfinite(scores[row, :count])):
+                handle._answers[0].take_prompt(scores[row, :count].tolist())
+            else:
+                self._end(handle, "error", NOT_FINITE)
+
+    def _take(self, sequence: _Sequence, token: int, logprob: float, *first: Any) -> None:
         """Give a token to a sequence."""
-        handle, answering = sequence.handle, sequence.answering
-        text = answering.take(token, logprob, *first)
+        try:
+            text = sequence.answer.take(token, logprob, *first)
+        except Exception as error:  # of the tokenizer, which ends no other sequence
+            self._fail(sequence, f"token {token} could not be turned into text ({error})")
+            return
         if sequence.finished:
             self._free(sequence)
-        answer = sequence.completion
-        event = Event(handle.number, token, text, answer, answering.sample, answer.finish_reason)
-        handle._events.append(event)
-        return event
+        self._put(sequence.handle, sequence.answer, token, text)
+        self._close(sequence.handle)
 
-    def _fetch(self, arrays: Any) -> Any:
-        """Return arrays as numpy's, when the devices have them."""
+    def _fail(self, sequence: _Sequence, error: str) -> None:
+        """End one answer by an error."""
+        sequence.completion.finish_reason, sequence.completion.error = "error", error
+        self._free(sequence)
+        self._put(sequence.handle, sequence.answer, None, "")
+        self._close(sequence.handle)
+
+    def _free(self, sequence: _Sequence) -> None:
+        self._slots[sequence.slot] = None
+        sequence.handle._going_on -= 1
+
+    def _close(self, handle: Handle) -> None:
+        """Note that a request has ended, if it has; after its last event."""
+        if handle.finished:
+            handle._queue.open.discard(handle)
+
+    def _fetch(self, number: int, arrays: Any) -> Any:
+        """Return arrays of a step as numpy's, when the devices have them."""
+        self._wait(arrays)
+        self._done = max(self._done, number)
+        return jax.device_get(arrays)
+
+    def _wait(self, arrays: Any) -> None:
         began = time.perf_counter()
         jax.block_until_ready(arrays)
         self._waited += time.perf_counter() - began
-        return jax.device_get(arrays)
 
-    def _free(self, sequence: _Sequence) -> None:
-        self._slots = [None if taken is sequence else taken for taken in self._slots]
-
-    def _abandon(self) -> None:
+    def _abandon(self, error: BaseException) -> None:
         """End all that is in the slots."""
+        reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
+        message = f"the step that worked on it did not come to its end ({reason}); ask again"
         for sequence in self._slots:
             if sequence is not None:
-                self.cancel(sequence.handle)
+                self._end(sequence.handle, "error", message)
         self._forget()
 
     def _forget(self) -> None:
@@ -441,4 +653,4 @@ class Scheduler:
 
 def _kind(sequence: _Sequence) -> tuple[int, bool]:
     """Return the length of its next chunk, and whether its tokens are scored."""
-    return sequence.chunks[0], sequence.answering.request.prompt_logprobs
+    return sequence.chunks[0], sequence.answer.checked.request.prompt_logprobs

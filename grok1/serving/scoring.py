@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from grok1.serving.request import encode
+from grok1.serving.request import NOT_FINITE, encode
 from grok1.serving.steps import LoadedModel, logits_step, new_memory, score_step
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[Toke
     """Return the log-probability of each token of each text, the first given `bos`.
 
     texts: token ids. A text longer than the context is read in windows that overlap by half, so
-    that each token sees at least half a context of text before it.
+    that each token sees at least half a context of text before it. Raises ValueError if one of
+    them is NaN or infinite.
     """
     context = model.config.sequence_len
     scores, windows = [], []
@@ -77,6 +78,8 @@ def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[Toke
             end = start + len(inputs)
             for whole, part in zip(scores[index], found, strict=True):
                 whole[start + new : end] = part[row, new : len(inputs)]
+    if not all(np.all(np.isfinite(score.logprobs)) for score in scores):
+        raise ValueError(NOT_FINITE)
     return scores
 
 

@@ -98,11 +98,13 @@ class Decoded(NamedTuple):
     """The tokens of one dispatch, in the order in which they were drawn.
 
     sample: SampleOutput, each field with an axis before its own: MOST_TOKENS in `decode`, 1 in
-    `first_token`. drawn: bool [MOST_TOKENS or 1, B], for whom a token was drawn each time.
+    `first_token`. drawn: bool [MOST_TOKENS or 1, B], for whom a token was drawn each time. finite:
+    the same shape, whether the logits that it was drawn from are; else it means nothing.
     """
 
     sample: SampleOutput
     drawn: jax.Array
+    finite: jax.Array
 
 
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
@@ -172,7 +174,7 @@ def _sample(
     assert settings.in_answer is not None
     settings = settings._replace(active=active & ~over, in_answer=settings.in_answer | drawn_token)
     token = jnp.where(active[:, None], sample.token_id, slots.token)
-    return readable(sample, mesh), slots._replace(token=token, drawn=drawn, settings=settings)
+    return sample, slots._replace(token=token, drawn=drawn, settings=settings)
 
 
 def _draw(
@@ -181,14 +183,16 @@ def _draw(
     logits: jax.Array,
     slots: Slots,
     drawing: jax.Array,
-) -> tuple[SampleOutput, Slots]:
+) -> tuple[Decoded, Slots]:
     """`_sample` for the slots that are active and `drawing` bool [B]; the others stay."""
     active = slots.settings.active
     chosen = slots._replace(settings=slots.settings._replace(active=active & drawing))
     sample, slots = _sample(config, mesh, logits, chosen)
     settings = slots.settings
     still = jnp.where(drawing, settings.active, active)
-    return sample, slots._replace(settings=settings._replace(active=still))
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    decoded = readable(Decoded(sample, drawing, finite), mesh)
+    return decoded, slots._replace(settings=settings._replace(active=still))
 
 
 def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
@@ -286,11 +290,9 @@ def first_token(
     memory, slots, logits = state
     logits = jnp.where(drawing[:, None], logits[source], logits)
     memory = _take_over(memory, drawing, source, length, config, execution.mesh)
-    sample, slots = _draw(config, execution.mesh, logits, slots, drawing)
+    decoded, slots = _draw(config, execution.mesh, logits, slots, drawing)
     state = _placed(State(memory, slots, logits), config, execution.mesh)
-    return jax.tree.map(
-        lambda x: x[None], readable(Decoded(sample, drawing), execution.mesh)
-    ), state
+    return jax.tree.map(lambda x: x[None], decoded), state
 
 
 def _take_over(
@@ -373,17 +375,14 @@ def decode(
         own, token = lax.optimization_barrier((params, slots.token))
         output = apply_model(config, execution, own, token, memory, length)
         rows = _whole_rows(output.logits, config, execution.mesh)
-        sample, slots = _draw(config, execution.mesh, rows, slots, drawing)
+        new, slots = _draw(config, execution.mesh, rows, slots, drawing)
         state = _placed(State(output.model_state, slots, logits), config, execution.mesh)
-        new = readable(Decoded(sample, drawing), execution.mesh)
         return i + 1, jax.tree.map(lambda all, x: all.at[i].set(x), decoded, new), state
 
-    sample, _ = jax.eval_shape(
+    one, _ = jax.eval_shape(
         functools.partial(_draw, config, execution.mesh), state.logits, state.slots, running
     )
-    nothing = jax.tree.map(
-        lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), Decoded(sample, running)
-    )
+    nothing = jax.tree.map(lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), one)
     _, decoded, state = lax.while_loop(more, draw, (jnp.int32(0), nothing, state))
     return decoded, state
 

@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import functools
+import re
+import time
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from grok1.execution import Execution
+from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import scheduler, steps
-from grok1.serving.request import Request
+from grok1.serving.request import Answer, AnswerError, CheckedRequest, Request
 from grok1.serving.scheduler import Statistics
-from test_runner import make
+from grok1.serving.steps import MOST_TOKENS
+from test_runner import TINY, make
 
 SLOTS = 4
 
@@ -229,10 +235,10 @@ def test_scoring_frees_the_memory_of_slots_that_nobody_uses():
     server().score([[5, 6]])
     assert server()._scheduler._state is None
     handle = server().submit(Request([5], max_len=3, ignore_eos=True))
-    server().step()
+    found = server().step()
     server().score([[5, 6]])  # which leaves what is running alone
     assert server()._scheduler._state is not None
-    assert len(list(server().stream(handle))) == 3
+    assert len(found + list(server().stream(handle))) == 3
 
 
 def test_an_answer_that_others_cancel_is_what_there_is_of_it():
@@ -270,7 +276,9 @@ def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(
         patch.setattr(scheduler, "decode", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             list(server().stream(handle))
-    assert handle.completion.finish_reason == "cancelled"
+    assert handle.completion.finish_reason == "error"
+    expected_error = "the step that worked on it .* [(]RuntimeError: out of memory[)]; ask again"
+    assert re.fullmatch(expected_error, handle.completion.error)
     assert server().generate([request]) == expected
 
 
@@ -360,3 +368,173 @@ def test_several_parts_of_the_data_axis_read_prompts_and_share_them():
     assert [a.token_ids for a in found[0]] == [a.token_ids for a in found[1]]
     scores = [answers[-1].prompt_logprobs[1:] for answers in found]
     np.testing.assert_allclose(*scores, rtol=0, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------ damaged weights
+
+
+MOE = "transformer/decoder_layer/moe/linear"
+
+
+@functools.cache
+def damaged(kernels):
+    """A server with NaN in one expert of the first layer, to which only some tokens go."""
+    found = make(slots=SLOTS, execution=Execution(kernels=kernels))
+    weight = found.params[MOE]["w"]
+    expert = found.inspect([7]).captured.expert_index[0, 0, 0]
+    assert expert not in found.inspect([8, 9, 8]).captured.expert_index[0]
+    scales = weight.scales.at[0, expert].set(np.nan)
+    found.params[MOE]["w"] = QuantizedWeight8bit(weight.weight, scales)
+    return found
+
+
+GOOD = [Request([8, 9], allowed_tokens=[8, 9], max_len=4), Request([9], allowed_tokens=[9])]
+
+
+@pytest.mark.parametrize("kernels", ["plain", "xla_cpu", "cpu"])
+def test_logits_that_are_not_finite_end_their_own_answer_only(kernels):
+    bad = Request([8, 7], max_len=5, num_samples=2)
+    expected = damaged(kernels).generate(GOOD)
+    with pytest.raises(AnswerError, match="request 2: expected finite logits, got NaN") as raised:
+        damaged(kernels).generate([GOOD[0], bad, GOOD[1]])
+    first, one, other, last = raised.value.completions
+    assert [first, last] == expected and None not in (first.text, last.text)
+    for answer in (one, other):
+        assert answer.finish_reason == "error" and "checkpoint.py verify" in answer.error
+        assert answer.token_ids == answer.logprobs == [] and answer.text == ""
+
+
+def test_an_answer_ends_with_its_last_finite_token():
+    asked = Request([8], allowed_tokens=[7], max_len=5)
+    *_, event, last = damaged("xla_cpu").generate_events([asked])
+    assert last[1:3] == (None, "") and last.finish_reason == "error"
+    assert event.token_id == 7 and event.finish_reason is None
+    assert last.completion.token_ids == [7]
+
+
+def test_scores_of_a_prompt_that_are_not_finite_end_its_answers():
+    asked = Request([7, 8, 9], max_len=5, num_samples=SLOTS + 2, prompt_logprobs=True)
+    events = list(damaged("xla_cpu").generate_events([asked]))
+    assert {(event.sample, event.finish_reason) for event in events} == {
+        (sample, "error") for sample in range(SLOTS + 2)
+    }
+    assert len(events) == SLOTS + 2 and not damaged("xla_cpu").busy
+    with pytest.raises(ValueError, match="expected finite logits"):
+        damaged("xla_cpu").score([[7, 8]])
+
+
+def test_a_tokenizer_that_fails_ends_one_answer(monkeypatch):
+    take = Answer.take
+
+    def fail(self, token, *found):
+        if self.checked.ids[0] == 5:
+            raise RuntimeError("no such piece")
+        return take(self, token, *found)
+
+    drain()
+    monkeypatch.setattr(Answer, "take", fail)
+    with pytest.raises(AnswerError, match="request 1: token .* into text .no such piece"):
+        server().generate([Request([5], max_len=3), Request([6], max_len=3)])
+    assert server().generate([Request([6], max_len=3)]) == [alone(Request([6], max_len=3))[0]]
+
+
+def test_the_answers_of_others_end_with_the_error_of_a_step(monkeypatch):
+    drain()
+    ours = server().generate_events([Request([5], max_len=9, ignore_eos=True)])
+    theirs = server().generate_events([Request([6], max_len=9, ignore_eos=True)])
+    next(ours), next(theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "decode", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(ours)
+    *_, last = theirs
+    assert last.token_id is None and last.finish_reason == "error"
+    assert "ZeroDivisionError" in last.completion.error and not server().busy
+
+
+# ------------------------------------------------------------------------------ many requests
+
+
+def test_requests_that_wait_take_no_memory_and_are_given_up_at_once(monkeypatch):
+    drain()
+    alive = weakref.WeakSet()
+
+    class Counted(CheckedRequest):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            alive.add(self)
+
+    monkeypatch.setattr("runner.CheckedRequest", Counted)
+    events = server().generate_events([Request([5], max_len=2, num_samples=1024)] * 16000)
+    for _ in range(20):
+        next(events)
+        assert len(alive) <= 2 * SLOTS
+    assert sum(len(handle._answers) for handle in server()._scheduler._line) <= 2 * SLOTS + 20
+    began = time.perf_counter()
+    events.close()
+    assert time.perf_counter() - began < 0.5 and not server().busy
+
+
+def test_what_is_cancelled_while_it_waits_costs_nothing():
+    drain()
+    handles = [server().submit(Request([5], max_len=2)) for _ in range(8000)]
+    began = time.perf_counter()
+    for handle in reversed(handles):
+        server().cancel(handle)
+    assert time.perf_counter() - began < 1 and not server().busy
+
+
+def test_a_long_prompt_bounds_the_steps_in_flight(monkeypatch):
+    drain()
+    flying, most = [0], [0]
+    read, wait = scheduler.prefill, scheduler.Scheduler._wait
+
+    def dispatched(*arguments, **options):
+        flying[0] += 1
+        most[0] = max(most[0], flying[0])
+        return read(*arguments, **options)
+
+    def waited(self, arrays):
+        wait(self, arrays)
+        flying[0] = 0
+
+    monkeypatch.setattr(scheduler, "prefill", dispatched)
+    monkeypatch.setattr(scheduler.Scheduler, "_wait", waited)
+    config = dataclasses.replace(TINY, sequence_len=256)
+    long = make(config, slots=1, mesh=(1, 2), pad_sizes=(4,))
+    (answer,) = long.generate([Request([5, 6, 7, 8] * 50, temperature=0.0, max_len=3)])
+    assert 10 < most[0] <= scheduler.MOST_IN_FLIGHT
+    (expected,) = make(config, slots=1).generate([Request([5, 6, 7, 8] * 50, 0.0, max_len=3)])
+    assert answer.token_ids == expected.token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)], ids=str)
+def test_a_prompt_of_hundreds_of_chunks_is_read_on_a_mesh(mesh):
+    config = dataclasses.replace(TINY, sequence_len=1024)
+    server = make(config, slots=8, mesh=mesh, pad_sizes=(4,))
+    (answer,) = server.generate([Request([5, 6, 7, 8] * 250, temperature=0.0, max_len=3)])
+    assert len(answer.token_ids) == 3
+
+
+@pytest.mark.exhaustive
+def test_forty_thousand_requests_are_answered_as_fast_as_the_first():
+    drain()
+    requests = [Request([5 + i % 4000], max_len=1) for i in range(40_000)]
+    times = [time.perf_counter()]
+    for i, _ in enumerate(server().generate_events(requests, tokens=MOST_TOKENS), 1):
+        if i % 10_000 == 0:
+            times.append(time.perf_counter())
+    first, *_, last = np.diff(times)
+    assert last < 1.25 * first
+
+
+@pytest.mark.exhaustive
+def test_a_million_requests_start():
+    drain()
+    requests = [Request([5], max_len=1, num_samples=1024)] * 1_000_000
+    began = time.perf_counter()
+    events = server().generate_events(requests)
+    next(events)
+    events.close()
+    assert time.perf_counter() - began < 180
