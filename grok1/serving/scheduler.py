@@ -263,6 +263,7 @@ class Scheduler:
         # they are first in line for every slot that becomes free.
         self._prompts: dict[int, Handle] = {}
         self._dispatched: list[_Tokens | _Scores] = []
+        self._given_up: collections.deque[Handle] = collections.deque()  # to be cancelled
         self._unread: dict[EventQueue, None] = {}  # those with events that `step` returns
         self._state: State | None = None
         self._dispatches = self._done = 0  # steps, and how many of them are known to be done
@@ -279,6 +280,8 @@ class Scheduler:
                 'load the model in the process that uses it, started by "spawn"'
             )
         with self._lock.held():
+            while self._given_up:
+                self._end(self._given_up.popleft(), "cancelled")
             yield
 
     @property
@@ -337,8 +340,8 @@ class Scheduler:
         try:
             yield from self._read(queue, tokens, phase, refill)
         finally:
-            for handle in list(queue.open):
-                self.cancel(handle)
+            # Not at once: an iterator may be left when it is collected, in the midst of a step.
+            self._given_up.extend(queue.open)
 
     def release(self) -> None:
         """Give up the memory of the slots, if nothing uses it. Called with the lock held."""

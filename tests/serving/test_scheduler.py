@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import gc
 import re
 import time
 import weakref
@@ -188,6 +189,34 @@ def test_a_long_prompt_is_read_a_chunk_at_a_time_between_the_tokens_of_others():
     drain()
 
 
+def test_what_a_request_was_made_of_may_change_afterwards():
+    drain()
+    prompt, allowed, bias = [5, 6], [70, 71], {70: 5.0}
+    request = Request(prompt, allowed_tokens=allowed, logit_bias=bias, max_len=5, ignore_eos=True)
+    expected = server().generate([request])
+    other = server().submit(Request([9], max_len=5, ignore_eos=True))
+    handle = server().submit(request)
+    assert request.logit_bias is not None
+    for values in (prompt, allowed, bias, request.logit_bias):
+        values.clear()
+    assert [event.request for event in drain()].count(other.number) == 5
+    assert handle.completions == expected
+
+
+def test_iterators_are_as_good_as_lists():
+    drain()
+    lists = [[5, 6, 7], ["e", "an"], [66, 67], [65, 66, 67, 68]]
+    fields = "prompt", "stop", "stop_tokens", "allowed_tokens"
+
+    def ask(make):
+        values = {field: make(value) for field, value in zip(fields, lists, strict=True)}
+        return server().generate([Request(**values, rng_seed=3, max_len=20, num_samples=8)])
+
+    expected = ask(list)
+    assert ask(iter) == ask(np.array) == ask(dict.fromkeys) == expected
+    assert "stop" in {answer.finish_reason for answer in expected}
+
+
 def test_requests_wait_in_order_and_one_that_waits_can_be_cancelled():
     drain()
     handles = [server().submit(Request([5 + i], max_len=4, ignore_eos=True)) for i in range(7)]
@@ -260,6 +289,18 @@ def test_leaving_an_iterator_cancels_what_it_asked_for():
     drain()
     answer = server().generate([Request([9], temperature=0.0, max_len=3)])[0]
     assert answer.token_ids == alone(Request([9], temperature=0.0, max_len=3))[0].token_ids
+
+
+def test_an_iterator_that_is_collected_during_a_step_cancels_what_it_asked_for():
+    drain()
+    left: list[Any] = [server().generate_events([Request([5], max_len=30)] * 3)]
+    next(left[0])
+    left.append(left)
+    del left
+    request = Request([9], temperature=0.0, max_len=3)
+    events = list(server().generate_events([request], phase=lambda _: gc.collect()))
+    assert [event.token_id for event in events] == alone(request)[0].token_ids
+    assert not server().busy
 
 
 def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(monkeypatch):
