@@ -347,9 +347,11 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 void Gate(float* gate, const float* value, int64_t width) {
   auto gated = [](Lanes z, Lanes value) {
     Lanes u = z * (1.0f + 0.044715f * z * z) * (-2 * 0.7978845608f);
-    u = u > 80.0f ? Lanes{} + 80.0f : u;
-    u = u < -80.0f ? Lanes{} - 80.0f : u;
-    return z / (1.0f + Exp(u, 0.0f)) * value;
+    Lanes small = u > 80.0f ? Lanes{} + 80.0f : u;
+    small = small < -80.0f ? Lanes{} - 80.0f : small;
+    Lanes below = 1.0f + Exp(small, 0.0f);
+    below = u > 80.0f ? Lanes{} + INFINITY : below;  // z may be of any size
+    return z / below * value;
   };
   for (int64_t c = 0; c < width; c += kLanes) {
     if (width - c >= kLanes) {

@@ -138,6 +138,34 @@ def test_a_gated_product_is_that_of_two_products(sizes):
         np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
 
 
+def assert_gates_of_any_size_are_as_the_plain_ones(width):
+    """Each a row's product with a matrix of `width` equal columns, as is the value."""
+    gates = [-3e38, -1e20, -1e3, -12, -9.9, -9.7, -6, -1e-30, 0, 1e-30, 9, 12, 1e20, 3e38, np.nan]
+    gates = np.float32(gates)
+
+    def weight(input_, scale):
+        steps = np.zeros([1, 1, 2, width], np.int8)
+        steps[:, :, input_] = 1
+        return QuantizedWeight8bit(steps, jnp.full([1, 1, 1, width], scale, jnp.bfloat16))
+
+    # Both numbers of a row are of one size: of others the smaller one would be lost in integers.
+    x = np.stack([gates, np.abs(gates)], axis=1)
+    starts = np.array([0, len(x)], np.int32)
+    for scale in (1, 2):  # with which the largest gates are infinite
+        product = jax.jit(lambda *inputs: cpu.gated_product(*inputs))
+        y = product(x, weight(0, scale), weight(1, 1), starts, jnp.int32(0))
+        exact = jax.nn.gelu(jnp.float32(scale) * gates, approximate=True) * x[:, 1]
+        exact = np.repeat(exact[:, None], width, axis=1)
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-8)
+        assert np.isnan(y[0]).all() == (scale == 2)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("width", [3, 40])  # less than a vector, and more
+def test_a_gate_of_any_size_is_as_the_plain_one(width):
+    assert_gates_of_any_size_are_as_the_plain_ones(width)
+
+
 TABLES = [(1, 5, 16), (3, 6, 40), (16, 203, 515), (17, 1, 9), (33, 600, 528)]  # M, V, D
 
 
@@ -260,9 +288,11 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
     cpu._compile(cpu._compiler(), tmp_path / "cpu.so")
     library = ctypes.CDLL(str(tmp_path / "cpu.so"))
     monkeypatch.setattr(cpu, "PRODUCT", f"test-{processor}")
-    jax.ffi.register_ffi_target(
-        cpu.PRODUCT, jax.ffi.pycapsule(library.GroupedProduct), platform="cpu"
-    )
+    monkeypatch.setattr(cpu, "GATED_PRODUCT", f"test-gated-{processor}")
+    targets = {cpu.PRODUCT: library.GroupedProduct, cpu.GATED_PRODUCT: library.GatedProduct}
+    for target, handler in targets.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    assert_gates_of_any_size_are_as_the_plain_ones(17)
     for sizes in SIZES:
         weight = random_weight(*sizes)
         x, starts = random_rows([5, *[11] * (sizes[0] - 1)], sizes[1])
