@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -15,9 +16,9 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 pytest_plugins = ["commands", "processes"]
 # Programs are compiled, not kept, and no home directory is written to. Only the CPU's kernel, which
-# the first process compiles for all, is kept where pytest keeps things.
+# the first process compiles for all, is kept: not in the clone, which others may be able to write.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache/home")
+os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/grok-1-jax-tests-{os.geteuid()}"
 sys.path.insert(0, str(ROOT))
 # In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from grok1.backend import on_cpu
-from grok1.cache_directory import default_directory
+from grok1.cache_directory import CacheError, cache_directory
 
 # A file whose time says up to when the entries have been looked at.
 CHECKED = "checked"
@@ -26,10 +26,9 @@ def enable() -> str | None:
     if jax.__version_info__ < FIRST_QUIET and on_cpu():
         return None
     try:
-        directory = default_directory()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run
+        directory = cache_directory("programs")
         remove_cut_entries(directory)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+    except (OSError, CacheError) as error:
         return f"compiled programs cannot be kept ({error})"
     # The run does not need the cache: it goes on where an entry cannot be read or written.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

@@ -1,34 +1,18 @@
-"""Kernels for a CPU: compiled from cpu.cc when they are first wanted, and kept."""
+"""Kernels for a CPU, whose functions are in cpu.cc."""
 
-import ctypes
 import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
-from grok1.cache_directory import default_directory
-from grok1.kernels import xla_cpu
-from grok1.kernels.error import KernelError
+from grok1.kernels import shared_library, xla_cpu
 from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
 from grok1.ops.mixture import Params
 from grok1.ops.operations import table_product as plain_table_product
 from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight
 
-SOURCE = Path(__file__).with_name("cpu.cc")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "lanes.h"))
-COMPILERS = "c++", "g++", "clang++"
-FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"
 PRODUCT = "grok_1_grouped_product"
 GATED_PRODUCT = "grok_1_gated_product"
 TABLE_PRODUCT = "grok_1_table_product"
@@ -124,106 +108,10 @@ def load() -> None:
 
     Raises KernelError where that cannot be.
     """
-    # Not among what is kept: the system clears away what an interruption leaves there.
-    with tempfile.TemporaryDirectory() as scratch:
-        path = _build(Path(scratch))
-        try:
-            library = ctypes.CDLL(str(path))  # stays there when its file has gone
-        except OSError as error:
-            raise KernelError(str(error)) from None
+    library = shared_library.load(HANDLERS.values())
     for target, name in HANDLERS.items():
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
-
-
-def _build(scratch: Path) -> Path:
-    """Return the compiled library: the one that is kept, if it is whole, or a new one.
-
-    Where it cannot be kept it is left in `scratch`, and the next start compiles anew.
-    """
-    compiler = _compiler()
-    try:
-        version = subprocess.run(
-            [*compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
-        ).stdout
-        sources = (path.read_text() for path in (SOURCE, *HEADERS))
-        parts = *sources, *compiler, version, jaxlib.__version__, *FLAGS
-        name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-        kept = _directory(scratch) / f"cpu-{name}.so"
-        if _is_whole(kept):
-            return kept
-        made = scratch / "made.so"
-        _compile(compiler, made)
-    except subprocess.CalledProcessError as error:
-        lines = [*error.stderr.strip().splitlines(), f"it ended with status {error.returncode}"]
-        wrong = next((line for line in lines if "error" in line), lines[-1])
-        raise KernelError(f"{compiler[0]} failed: {wrong}") from None
-    except OSError as error:
-        raise KernelError(str(error)) from None
-    if not made.exists():
-        raise KernelError(f"{compiler[0]} made no library")
-    try:
-        # The library is whole when its digest is there, whoever else writes it.
-        _replace(kept, made.read_bytes())
-        _replace(_digest_file(kept), _digest(kept).encode())
-    except OSError:
-        return made
-    return kept
-
-
-def _compile(compiler: Sequence[str], library: Path) -> None:
-    """Compile the kernels to `library`."""
-    subprocess.run(
-        [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(library)],
-        capture_output=True, text=True, errors="replace", check=True,
-    )  # fmt: skip
-
-
-def _directory(scratch: Path) -> Path:
-    """Return where compiled kernels are kept, or `scratch` if they cannot be."""
-    try:
-        directory = default_directory() / "kernels"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds code that is run
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
-        return scratch
-    return directory
-
-
-def _digest(library: Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()
-
-
-def _digest_file(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _is_whole(library: Path) -> bool:
-    """Whether a library is there as it was written: a damaged one would end the process."""
-    try:
-        return _digest_file(library).read_text() == _digest(library)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is whole, or not there at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _compiler() -> tuple[str, ...]:
-    """Return the command of the C++ compiler that CXX names, or of the first that is there."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [[name] for name in COMPILERS]:
-        if path := shutil.which(command[0]):
-            return path, *command[1:]
-    raise KernelError(f"no C++ compiler was found: {' '.join(named) or ', '.join(COMPILERS)}")
 
 
 # --------------------------------------------------------------------- which form is used for what

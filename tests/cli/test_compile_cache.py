@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from commands import COUNTED, LOADED, PROMPT, finish, start_program
-from grok1.cache_directory import default_directory, machine
+from grok1.cache_directory import cache_directory
 from grok1.cli import compile_cache
 from paths import ROOT
 
@@ -31,7 +31,7 @@ sys.exit(status)
 
 def entries(home: pathlib.Path) -> dict[pathlib.Path, int]:
     """When each entry of a cache was written."""
-    return {path: path.stat().st_mtime_ns for path in home.glob("grok-1-jax/*/*-cache")}
+    return {path: path.stat().st_mtime_ns for path in home.glob("grok-1-jax/*/programs/*-cache")}
 
 
 def counted(home: pathlib.Path, *arguments: object, **variables: str) -> tuple[list[int], str, str]:
@@ -90,7 +90,9 @@ def test_a_run_goes_on_without_a_directory_for_the_cache(
     arguments = ("--checkpoint", tiny, "--prompt", PROMPT, "--max-len", 3)
     counts, _, err = counted(home, *arguments)
     assert counts[1:] == [0, 0]
-    assert re.fullmatch(rf"compiled programs cannot be kept \([^\n]*\)\n{LOADED}{COUNTED}", err)
+    reason = r"\([^\n]* is not a directory\)\n"
+    notes = f"compiled programs cannot be kept {reason}note: the CPU kernels are [^\n]* {reason}"
+    assert re.fullmatch(f"{notes}{LOADED}{COUNTED}", err), err
 
 
 @pytest.fixture
@@ -111,21 +113,25 @@ def test_a_directory_that_cannot_be_made_is_no_error(enabled: pathlib.Path) -> N
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
+@pytest.mark.parametrize("level", range(4))
+def test_programs_that_others_can_write_are_not_run(enabled: pathlib.Path, level: int) -> None:
+    directory = cache_directory("programs")
+    assert directory.parents[2] == enabled
+    path = [directory, *directory.parents][level]
+    path.chmod(0o770)
+    said = f"compiled programs cannot be kept ({path} has mode 0770"
+    assert (compile_cache.enable() or "").startswith(said)
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    path.chmod(0o700)
+    assert compile_cache.enable() is None
+    assert jax.config.values["jax_compilation_cache_dir"] == str(directory)
+
+
 def test_no_cache_where_xla_would_print_an_error_for_each_program(
     enabled: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
     assert compile_cache.enable() is None and not list(enabled.iterdir())
-
-
-def test_the_directory_is_where_such_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    for value in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        found = default_directory()
-        assert found == pathlib.Path("/home/somebody/.cache/grok-1-jax", machine())
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert default_directory().parent == pathlib.Path("/cache/grok-1-jax")
 
 
 def test_a_cut_entry_is_found_the_first_time_it_is_looked_at(tmp_path: pathlib.Path) -> None:

@@ -4,14 +4,7 @@ Dimension letters: `M` rows, `E` groups of them, `I` inputs, `O` outputs, `J` sc
 """
 
 import ctypes
-import os
-import pathlib
 import platform
-import shutil
-import stat
-import subprocess
-import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +16,7 @@ from jax import lax
 import golden
 import reference
 import runner
-from grok1.cache_directory import default_directory
-from grok1.kernels import cpu, dispatch, xla_cpu
+from grok1.kernels import cpu, shared_library, xla_cpu
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
 
 LAYERS = 2
@@ -283,9 +275,9 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])  # without AVX, and with AVX2
 def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
     cpu.load()  # under its own name
-    flags = [flag for flag in cpu.FLAGS if not flag.startswith("-march")]
-    monkeypatch.setattr(cpu, "FLAGS", [*flags, f"-march={processor}"])
-    cpu._compile(cpu._compiler(), tmp_path / "cpu.so")
+    flags = [flag for flag in shared_library.FLAGS if not flag.startswith("-march")]
+    monkeypatch.setattr(shared_library, "FLAGS", [*flags, f"-march={processor}"])
+    shared_library._compile(shared_library._compiler(), tmp_path / "cpu.so")
     library = ctypes.CDLL(str(tmp_path / "cpu.so"))
     monkeypatch.setattr(cpu, "PRODUCT", f"test-{processor}")
     monkeypatch.setattr(cpu, "GATED_PRODUCT", f"test-gated-{processor}")
@@ -307,135 +299,10 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
 @pytest.mark.parametrize("processor", ["skylake-avx512", "icelake-server", "sapphirerapids"])
 def test_newer_processors_have_forms_that_compile(processor, tmp_path, monkeypatch):
     """With AVX-512, with its products of int8, and with AMX: whatever runs the tests."""
-    flags = [flag for flag in cpu.FLAGS if not flag.startswith("-march")]
-    monkeypatch.setattr(cpu, "FLAGS", [*flags, f"-march={processor}"])
-    cpu._compile(cpu._compiler(), tmp_path / "cpu.so")
+    flags = [flag for flag in shared_library.FLAGS if not flag.startswith("-march")]
+    monkeypatch.setattr(shared_library, "FLAGS", [*flags, f"-march={processor}"])
+    shared_library._compile(shared_library._compiler(), tmp_path / "cpu.so")
     assert (tmp_path / "cpu.so").stat().st_size > 0
-
-
-# ------------------------------------------------------------------------ what compiles, and where
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache, and nothing loaded in this process; what is loaded stays registered."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (cpu.load, dispatch.available):
-        cached.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    for cached in (cpu.load, dispatch.available):
-        cached.cache_clear()
-
-
-def script(path, text):
-    """Write an executable shell script."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-@pytest.fixture
-def quick(tmp_path):
-    """A compiler that copies the library which is there already; it takes the same arguments."""
-    with tempfile.TemporaryDirectory() as scratch:
-        made = cpu._build(pathlib.Path(scratch))
-        whole = shutil.copy(made, tmp_path / "whole.so")
-    return script(
-        tmp_path / "quick",
-        'for argument; do [ "$argument" = --version ] && exit; done\n'
-        f'while [ "$1" != -o ]; do shift; done\necho >>"{tmp_path}/calls"\ncp "{whole}" "$2"',
-    )
-
-
-def libraries():
-    """Return what is in the kernels' directory."""
-    return sorted(p.name for p in (default_directory() / "kernels").iterdir())
-
-
-def test_it_is_compiled_once_and_kept(fresh, monkeypatch, tmp_path_factory):
-    tmp_path = tmp_path_factory.mktemp("scratch")
-    log = fresh / "log"
-    (real,) = cpu._compiler()
-    # Stands for a compiler that takes long: what it makes is any file.
-    compiler = script(
-        fresh / "compiler",
-        f'[ "$1" = --version ] && exec {real} --version\n'
-        f'echo compiled >> {log}\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"',
-    )
-    monkeypatch.setenv("CXX", str(compiler))
-    kept = cpu._build(tmp_path)
-    assert kept == cpu._build(tmp_path)
-    assert log.read_text() == "compiled\n"
-    assert libraries() == [f"{kept.stem}.sha256", f"{kept.stem}.so"]
-    assert stat.S_IMODE((default_directory() / "kernels").stat().st_mode) == 0o700
-    # Other flags are another library.
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-g"))
-    cpu._build(tmp_path)
-    assert log.read_text() == "compiled\n" * 2 and len(libraries()) == 4
-    # So is one that is no longer what was written.
-    kept.write_bytes(kept.read_bytes()[:4])
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh))
-    monkeypatch.setenv("CXX", str(compiler))
-    assert cpu._build(tmp_path) == kept and kept.read_text() == "library\n"
-    assert log.read_text() == "compiled\n" * 3
-
-
-@pytest.mark.parametrize(
-    ("compiler", "said"),
-    [
-        (None, "no C++ compiler was found: {path}"),
-        ("exit 3", "{path} failed: it ended with status 3"),
-        ('[ "$1" = --version ] && exit\necho "cpu.cc:1: error: no." >&2; exit 1', "cpu.cc:1: erro"),
-        ('[ "$1" = --version ] && exit\nkill -9 $$', "it ended with status -9"),
-        ("exit", "{path} made no library"),
-        # Compiles what cannot be loaded.
-        ('[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\n:>"$2"', "too short"),
-    ],
-)
-def test_without_a_compiler_one_sentence_says_so(fresh, monkeypatch, caplog, compiler, said):
-    path = fresh / "compiler"
-    if compiler is not None:
-        script(path, compiler)
-    monkeypatch.setenv("CXX", str(path))
-    assert not dispatch.available() and not dispatch.available()
-    lines = caplog.messages
-    assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernels")
-    assert said.format(path=path) in lines[0]
-
-
-def load_in_a_new_process(**environment):
-    """Return what a process that loads the kernels leaves on standard error; it must not fail."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from grok1.kernels import dispatch; assert dispatch.available()"],
-        cwd=golden.DIRECTORY.parents[2], capture_output=True, text=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def test_a_cache_that_cannot_be_written_is_no_reason_to_do_without(quick, fresh):
-    (fresh / "file").write_text("")
-    # A command with options is a compiler, too.
-    where = {"XDG_CACHE_HOME": str(fresh / "file"), "CXX": f"{quick} -DNOTHING"}
-    for calls in (1, 2):
-        assert load_in_a_new_process(**where) == ""
-        assert len((fresh / "calls").read_text()) == calls
-
-
-def test_a_damaged_library_is_compiled_anew(quick, fresh):
-    """To load one ends the process, by a signal."""
-    for calls, damage in enumerate((None, None, "cut", "other"), start=1):
-        kept = [path for path in fresh.rglob("*.so") if path.parent != fresh]
-        if damage is not None:
-            whole = kept[0].read_bytes()
-            kept[0].write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"other" * 999)
-        assert load_in_a_new_process(CXX=str(quick)) == ""
-        (library,) = (path for path in fresh.rglob("*.so") if path.parent != fresh)
-        assert damage is None or library.read_bytes() == whole
-        assert len((fresh / "calls").read_text()) == max(1, calls - 1)
 
 
 def test_a_server_on_a_cpu_uses_it_unless_told_otherwise():
@@ -443,15 +310,3 @@ def test_a_server_on_a_cpu_uses_it_unless_told_otherwise():
         server = runner.load_server(golden.DIRECTORY / "three-layers", kernels=kernels)
         name = "cpu" if kernels else "xla_cpu"
         assert [execution.kernels for execution in server.executions] == [name, name]
-
-
-@pytest.mark.parametrize("options", [(), ("--no-kernels",)], ids=str)
-def test_the_command_goes_on_without_a_compiler(options):
-    done = subprocess.run(
-        [sys.executable, "run.py", "--prompt-ids", "5 6", "--max-len", "2", *options],
-        cwd=golden.DIRECTORY.parents[2], env={**os.environ, "CXX": "no-such-compiler"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and len(done.stdout.split()) == 2
-    note = "note: running without the CPU kernels, which is slower: no C++ compiler was found"
-    assert done.stderr.count(note) == (0 if options else 1)

@@ -1,0 +1,218 @@
+"""The library of the CPU's kernels: when it is compiled, when it is kept, and what is run."""
+
+import hashlib
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from grok1.cache_directory import cache_directory
+from grok1.kernels import cpu, dispatch, shared_library
+from grok1.kernels.error import KernelError
+from paths import ROOT
+
+NAMES = cpu.HANDLERS.values()
+ANSWERS = 'for argument; do [ "$argument" = --version ] && exit; done\n'
+TO_OUTPUT = ANSWERS + 'while [ "$1" != -o ]; do shift; done\n'
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty cache, and nothing loaded in this process; what is loaded stays registered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (cpu.load, dispatch.available):
+        cached.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    for cached in (cpu.load, dispatch.available):
+        cached.cache_clear()
+
+
+def script(path: pathlib.Path, text: str) -> pathlib.Path:
+    """Write an executable shell script."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The library which is there already."""
+    shared_library.load(NAMES)
+    kept = shared_library._kept_file(shared_library._compiler())
+    path = tmp_path_factory.mktemp("library") / "whole.so"
+    path.write_bytes(kept.read_bytes()[: -shared_library.DIGEST_SIZE])
+    return path
+
+
+@pytest.fixture
+def quick(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A compiler that copies the library; it takes the same arguments."""
+    text = f'{TO_OUTPUT}echo >>"{tmp_path}/calls"\ncp "{whole}" "$2"'
+    return script(tmp_path / "quick", text)
+
+
+def kept_libraries() -> list[pathlib.Path]:
+    """What is in the kernels' directory."""
+    return sorted(cache_directory("kernels").iterdir())
+
+
+def calls(fresh: pathlib.Path) -> int:
+    """How often the quick compiler has compiled."""
+    return len((fresh / "calls").read_text())
+
+
+def test_it_is_compiled_once_and_kept(
+    quick: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(quick))
+    for _ in range(2):
+        shared_library.load(NAMES)
+        (kept,) = kept_libraries()
+        assert calls(fresh) == 1 and stat.S_IMODE(kept.stat().st_mode) == 0o600
+    # Other flags are another library.
+    monkeypatch.setattr(shared_library, "FLAGS", (*shared_library.FLAGS, "-g"))
+    shared_library.load(NAMES)
+    assert calls(fresh) == 2 and len(kept_libraries()) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "empty", "no library", "link"])
+def test_a_damaged_library_is_compiled_anew(
+    quick: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """To load one may end the process, by a signal."""
+    monkeypatch.setenv("CXX", str(quick))
+    shared_library.load(NAMES)
+    (kept,) = kept_libraries()
+    content = kept.read_bytes()
+    if damage == "link":
+        kept.rename(fresh / "elsewhere")
+        kept.symlink_to(fresh / "elsewhere")
+    else:
+        other = b"other" * 999
+        signed = other + hashlib.sha256(other).digest()
+        damaged = {"cut": content[: len(content) // 2], "other": other, "empty": b""}
+        kept.write_bytes(damaged.get(damage, signed))
+    for _ in range(2):
+        shared_library.load(NAMES)
+        assert kept.read_bytes() == content and not kept.is_symlink()
+        assert calls(fresh) == 2
+
+
+# -------------------------------------------------------------------------- where nothing is kept
+
+
+def test_an_unusable_cache_is_no_reason_to_do_without(
+    quick: pathlib.Path, fresh: pathlib.Path
+) -> None:
+    (fresh / "file").write_text("")
+    # A command with options is a compiler, too.
+    where = {"XDG_CACHE_HOME": str(fresh / "file"), "CXX": f"{quick} -DNOTHING"}
+    program = "from grok1.kernels import dispatch; assert dispatch.available()"
+    for count in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, env=os.environ | where, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        note = "note: the CPU kernels are compiled at every start"
+        assert done.stderr == f"{note} ({fresh}/file is not a directory)\n"
+        assert calls(fresh) == count
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Another library, as it would be kept."""
+    path = tmp_path_factory.mktemp("planted") / "planted.so"
+    functions = "\n".join(f"void {name}() {{}}" for name in (*NAMES, "planted"))
+    subprocess.run(
+        [*shared_library._compiler(), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)],
+        input=f'extern "C" {{\n{functions}\n}}', text=True, check=True,
+    )  # fmt: skip
+    content = path.read_bytes()
+    return content + hashlib.sha256(content).digest()
+
+
+@pytest.mark.parametrize("level", [None, *range(4)])
+def test_what_others_can_write_is_not_loaded(
+    quick: pathlib.Path, fresh: pathlib.Path, planted: bytes, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, level: int | None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CXX", str(quick))
+    shared_library.load(NAMES)
+    (kept,) = kept_libraries()
+    kept.write_bytes(planted)
+    if level is None:
+        assert hasattr(shared_library.load(NAMES), "planted")
+        return
+    path = kept.parents[level]
+    path.chmod(0o770)
+    assert not hasattr(shared_library.load(NAMES), "planted")
+    (note,) = caplog.messages
+    assert f"at every start ({path} has mode 0770" in note
+    assert kept.read_bytes() == planted and calls(fresh) == 2
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "unsafe"])
+def test_without_a_temporary_directory_it_is_compiled(
+    quick: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    """In a directory beside what is kept."""
+    monkeypatch.setenv("CXX", str(quick))
+    (fresh / "shared").mkdir()
+    (fresh / "shared").chmod(0o777)  # others could replace what is compiled there
+
+    def directory() -> str:
+        if missing:
+            raise FileNotFoundError("No usable temporary directory found")
+        return str(fresh / "shared")
+
+    monkeypatch.setattr(tempfile, "gettempdir", directory)
+    for _ in range(2):
+        shared_library.load(NAMES)
+        assert calls(fresh) == 1 and len(kept_libraries()) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "calls"))
+    with pytest.raises(KernelError, match="there is no temporary directory to compile in: "):
+        shared_library.load(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "no C++ compiler was found: {path}"),
+        ("exit 3", "{path} failed: it ended with status 3"),
+        ('[ "$1" = --version ] && exit\necho "cpu.cc:1: error: no." >&2; exit 1', "cpu.cc:1: erro"),
+        ('[ "$1" = --version ] && exit\nkill -9 $$', "it ended with status -9"),
+        ("exit", "{path} made no library"),
+        # Compiles what cannot be loaded.
+        ('[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\n:>"$2"', "too short"),
+    ],
+)
+def test_without_a_compiler_one_sentence_says_so(
+    fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    compiler: str | None, said: str,
+) -> None:  # fmt: skip
+    path = fresh / "compiler"
+    if compiler is not None:
+        script(path, compiler)
+    monkeypatch.setenv("CXX", str(path))
+    assert not dispatch.available() and not dispatch.available()
+    lines = caplog.messages
+    assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernels")
+    assert said.format(path=path) in lines[0]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-kernels",)], ids=str)
+def test_the_command_goes_on_without_a_compiler(options: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "run.py", "--prompt-ids", "5 6", "--max-len", "2", *options],
+        cwd=ROOT, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and len(done.stdout.split()) == 2
+    note = "note: running without the CPU kernels, which is slower: no C++ compiler was found"
+    assert done.stderr.count(note) == (0 if options else 1)
