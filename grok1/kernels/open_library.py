@@ -1,9 +1,16 @@
-"""Open a shared library from what has been read of its file."""
+"""Open a shared library; as a program, try in a process of its own whether that goes well.
+
+As a program it is given the library's path and the names to look up. It imports nothing of ours, to
+start fast.
+"""
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+PROGRAM = __file__
 
 
 def open_library(content: bytes, path: Path, names: Iterable[str]) -> ctypes.CDLL:
@@ -27,3 +34,11 @@ def _in_memory(content: bytes) -> str:
     with open(memory, "wb", closefd=False) as file:
         file.write(content)
     return f"/proc/self/fd/{memory}"
+
+
+if __name__ == "__main__":
+    library_path = Path(sys.argv[1])
+    try:
+        open_library(library_path.read_bytes(), library_path, sys.argv[2:])
+    except (OSError, AttributeError) as error:
+        sys.exit(str(error))

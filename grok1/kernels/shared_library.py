@@ -7,7 +7,9 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -17,12 +19,16 @@ import jaxlib
 
 from grok1.cache_directory import CacheError, cache_directory, private_directory, read
 from grok1.kernels.error import KernelError
-from grok1.kernels.open_library import open_library
+from grok1.kernels.open_library import PROGRAM, open_library
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "lanes.h"))
 COMPILERS = "c++", "g++", "clang++"
 FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"
+COMPILE_LIMIT, ANSWER_LIMIT = 300, 30  # seconds for a compilation, and for anything else
+# A shell that runs a command. When the pipe at its standard input is closed, as the end of the
+# process that started it does too, all processes of its group are killed.
+GUARD = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & "$@" </dev/null 3<&-'
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
@@ -43,7 +49,7 @@ def load(names: Collection[str]) -> ctypes.CDLL:
 
 def _kept_file(compiler: list[str]) -> Path | None:
     """Return in which file the library is kept, or is to be; None, and a note, if it cannot be."""
-    version = _call(compiler, ["--version"])
+    version = _call(compiler, ["--version"], ANSWER_LIMIT)
     sources = (path.read_text() for path in (SOURCE, *HEADERS))
     parts = "\0".join([*sources, *compiler, version, jaxlib.__version__, *FLAGS])
     name = hashlib.sha256(parts.encode(errors="surrogateescape")).hexdigest()[:16]
@@ -73,9 +79,16 @@ def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) ->
         made = Path(scratch, "made.so")
         _compile(compiler, made)
         if not made.exists():
-            raise KernelError(f"{compiler[0]} made no library")
+            raise KernelError(f"{_called(compiler)} made no library")
         content = made.read_bytes()
-        library = open_library(content, made, names)
+        try:
+            # In a process of its own, since loading a broken one may end the process.
+            python = sys.executable or "python3"
+            _run([python, "-I", "-S", PROGRAM, str(made), *names], ANSWER_LIMIT)
+            library = open_library(content, made, names)
+        except (KernelError, AttributeError) as error:
+            wrong = f"{_called(compiler)} made a library that cannot be loaded: {error}"
+            raise KernelError(wrong) from None
     if kept is not None:
         with contextlib.suppress(OSError):
             _replace(kept, content + _digest(content))
@@ -85,7 +98,7 @@ def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) ->
 def _compile(compiler: list[str], library: Path) -> None:
     """Compile the kernels to `library`, beside which the compiler's temporary files go."""
     arguments = [*FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(library)]
-    _call(compiler, arguments, TMPDIR=str(library.parent))
+    _call(compiler, arguments, COMPILE_LIMIT, TMPDIR=str(library.parent))
 
 
 def _scratch_directory(kept: Path | None) -> tempfile.TemporaryDirectory[str]:
@@ -124,21 +137,56 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _compiler() -> list[str]:
     """Return the command of the C++ compiler that CXX names, or of the first that is there."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    value = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(value)
+    except ValueError as error:
+        raise KernelError(f"CXX={value}: expected a command, got one with {error}") from None
     for command in [named] if named else [[name] for name in COMPILERS]:
         if path := shutil.which(command[0]):
             return [path, *command[1:]]
-    raise KernelError(f"no C++ compiler was found: {' '.join(named) or ', '.join(COMPILERS)}")
+    wanted = f"CXX={value}" if named else ", ".join(COMPILERS)
+    raise KernelError(f"no C++ compiler was found: {wanted}")
 
 
-def _call(compiler: list[str], arguments: list[str], **variables: str) -> str:
+def _called(compiler: list[str]) -> str:
+    """Return what messages call a compiler."""
+    return f"CXX={compiler[0]}" if os.environ.get("CXX", "").strip() else compiler[0]
+
+
+def _call(compiler: list[str], arguments: list[str], limit: float, **variables: str) -> str:
     """Return what the compiler prints. Raises KernelError where it fails."""
-    done = subprocess.run(
-        [*compiler, *arguments], env=os.environ | variables, capture_output=True, text=True,
-        errors="replace", check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
-        return done.stdout
-    lines = [*done.stderr.strip().splitlines(), f"it ended with status {done.returncode}"]
-    wrong = next((line for line in lines if "error" in line), lines[-1])
-    raise KernelError(f"{compiler[0]} failed: {wrong}")
+    try:
+        return _run([*compiler, *arguments], limit, **variables)
+    except KernelError as error:
+        raise KernelError(f"{_called(compiler)} failed: {error}") from None
+
+
+def _run(command: list[str], limit: float, **variables: str) -> str:
+    """Return what a command prints. Raises KernelError if it fails or takes more than `limit` s.
+
+    No process that it has started outlives this call, or this process.
+    """
+    reader, writer = os.pipe()
+    with open(writer, "wb", buffering=0) as alive:
+        with open(reader, "rb", buffering=0) as end:
+            process = subprocess.Popen(
+                ["sh", "-c", GUARD, "sh", *command], env=os.environ | variables, stdin=end,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+                start_new_session=True,
+            )  # fmt: skip
+        with process:
+            try:
+                out, err = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                raise KernelError(f"it has not ended within {limit:g} s") from None
+            finally:
+                alive.close()
+    if process.returncode == 0:
+        return out
+    number, lines = process.returncode - 128, err.strip().splitlines()
+    if number in signal.valid_signals():
+        raise KernelError(f"it was ended by the signal {signal.Signals(number).name}")
+    said = lines[-1] if lines else f"it ended with status {process.returncode}"
+    wrong = next((line for line in lines if "error" in line), said)
+    raise KernelError("".join(filter(str.isprintable, wrong))[:300])

@@ -3,10 +3,12 @@
 import hashlib
 import os
 import pathlib
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -180,30 +182,147 @@ def test_without_a_temporary_directory_it_is_compiled(
         shared_library.load(NAMES)
 
 
+# ------------------------------------------------------------------------------------ compilers
+
+
 @pytest.mark.parametrize(
     ("compiler", "said"),
     [
-        (None, "no C++ compiler was found: {path}"),
-        ("exit 3", "{path} failed: it ended with status 3"),
-        ('[ "$1" = --version ] && exit\necho "cpu.cc:1: error: no." >&2; exit 1', "cpu.cc:1: erro"),
-        ('[ "$1" = --version ] && exit\nkill -9 $$', "it ended with status -9"),
-        ("exit", "{path} made no library"),
-        # Compiles what cannot be loaded.
-        ('[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\n:>"$2"', "too short"),
+        (None, "no C++ compiler was found: CXX={path}"),
+        ("exit 3", "CXX={path} failed: it ended with status 3"),
+        (f'{ANSWERS}echo "cpu.cc:1: error: no." >&2; exit 1', "CXX={path} failed: cpu.cc:1: erro"),
+        (f"{ANSWERS}echo warning >&2; echo 1>&2 no; exit 1", "CXX={path} failed: no"),
+        (f"{ANSWERS}kill -9 $$", "CXX={path} failed: it was ended by the signal SIGKILL"),
+        ("exit", "CXX={path} made no library"),
+        # Compile what cannot be loaded.
+        (f'{TO_OUTPUT}:>"$2"', "CXX={path} made a library that cannot be loaded: "),
+        (f'{TO_OUTPUT}echo nonsense >"$2"', "CXX={path} made a library that cannot be loaded: "),
+        (
+            f'{TO_OUTPUT}head -c 50000 "{{whole}}" >"$2"',
+            "loaded: it was ended by the signal SIGBUS",
+        ),
+        (f'{TO_OUTPUT}{{real}} -shared -x c /dev/null -o "$2"', "undefined symbol: GroupedProduct"),
     ],
+    ids=range(10),
 )
 def test_without_a_compiler_one_sentence_says_so(
-    fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    compiler: str | None, said: str,
+    whole: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, compiler: str | None, said: str,
 ) -> None:  # fmt: skip
     path = fresh / "compiler"
+    real = shared_library._compiler()[0]
     if compiler is not None:
-        script(path, compiler)
+        script(path, compiler.format(whole=whole, real=real))
     monkeypatch.setenv("CXX", str(path))
     assert not dispatch.available() and not dispatch.available()
     lines = caplog.messages
     assert len(lines) == 1 and lines[0].startswith("note: running without the CPU kernels")
-    assert said.format(path=path) in lines[0]
+    assert said.format(path=path) in lines[0] and "\n" not in lines[0]
+    assert not list(fresh.rglob("*.so"))
+
+
+def test_a_mended_compiler_is_used_at_once(
+    quick: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended = quick.read_text()
+    monkeypatch.setenv("CXX", str(script(quick, f'{TO_OUTPUT}echo nonsense >"$2"')))
+    with pytest.raises(KernelError, match="cannot be loaded"):
+        shared_library.load(NAMES)
+    quick.write_text(mended)
+    shared_library.load(NAMES)
+    assert calls(fresh) == 1
+
+
+@pytest.mark.parametrize("value", ["g++ '", "g++ \\", '"'])
+def test_a_command_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(KernelError, match=r"^CXX=.*: expected a command, got one with No "):
+        shared_library.load(NAMES)
+
+
+def test_a_command_may_hold_any_bytes(
+    quick: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"{quick} -D\udcff")
+    shared_library.load(NAMES)
+    assert calls(fresh) == 1
+
+
+# ------------------------------------------------------------- compilers that do not come to an end
+
+# It and what it starts ignore what a terminal sends.
+HANGS = (
+    'trap "" INT TERM HUP\nsleep 1000 &\necho $$ $! >"{pids}.new"\nmv "{pids}.new" "{pids}"\nwait'
+)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: pathlib.Path) -> None:
+    """Fail if the processes do not end soon."""
+    running = [int(pid) for pid in pids.read_text().split()]
+    end = time.monotonic() + 5
+    while any(map(alive, running)) and time.monotonic() < end:
+        time.sleep(0.02)
+    left = [pid for pid in running if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+@pytest.mark.parametrize("when", ["asked", "compiling"])
+def test_a_compiler_that_hangs_is_ended(
+    fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    hangs = HANGS.format(pids=fresh / "pids")
+    compiler = script(fresh / "hangs", hangs if when == "asked" else ANSWERS + hangs)
+    monkeypatch.setenv("CXX", str(compiler))
+    limit = {"asked": "ANSWER_LIMIT", "compiling": "COMPILE_LIMIT"}[when]
+    monkeypatch.setattr(shared_library, limit, 0.5)
+    with pytest.raises(KernelError, match=f"CXX={compiler} failed: it has not ended within 0.5 s"):
+        shared_library.load(NAMES)
+    wait_until_gone(fresh / "pids")
+
+
+def test_a_library_that_hangs_is_not_loaded(
+    fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shared_library._compiler()[0]
+    program = 'extern "C" int pause();\nstatic int result = pause();\n'
+    (fresh / "hangs.cc").write_text(program)
+    compiler = script(
+        fresh / "compiler", f'{TO_OUTPUT}{real} -shared -fPIC "{fresh}/hangs.cc" -o "$2"'
+    )
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(shared_library, "ANSWER_LIMIT", 1)
+    with pytest.raises(KernelError, match="cannot be loaded: it has not ended within 1 s"):
+        shared_library.load(NAMES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_compiler_outlives_the_command(fresh: pathlib.Path, number: int) -> None:
+    pids = fresh / "pids"
+    compiler = script(fresh / "hangs", ANSWERS + HANGS.format(pids=pids))
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--prompt-ids", "5 6", "--max-len", "2"],
+        cwd=ROOT, env=os.environ | {"CXX": str(compiler)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not pids.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    wait_until_gone(pids)
+    if number == signal.SIGINT:
+        assert (process.returncode, out) == (130, "") and err.endswith("\ninterrupted\n")
 
 
 @pytest.mark.parametrize("options", [(), ("--no-kernels",)], ids=str)
