@@ -1,5 +1,6 @@
 """Compiled programs are kept, so that the next start does not compile them again."""
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -48,8 +49,9 @@ def remove_cut_entries(directory: Path) -> None:
     since = checked.stat().st_mtime_ns if checked.exists() else 0
     checked.touch()
     for entry in directory.glob("*-cache"):
-        if entry.stat().st_mtime_ns >= since and not is_whole(entry.read_bytes()):
-            entry.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another start has just removed it
+            if entry.stat().st_mtime_ns >= since and not is_whole(entry.read_bytes()):
+                entry.unlink()
 
 
 def is_whole(entry: bytes) -> bool:

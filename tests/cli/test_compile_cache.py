@@ -144,3 +144,12 @@ def test_a_cut_entry_is_found_the_first_time_it_is_looked_at(tmp_path: pathlib.P
     cut.write_bytes(packed[:500])
     compile_cache.remove_cut_entries(tmp_path)
     assert whole.exists() and old.exists() and not cut.exists()
+
+
+def test_an_entry_may_go_while_others_are_looked_at(tmp_path: pathlib.Path) -> None:
+    """Another start removes it, or jax does."""
+    gone, cut = tmp_path / "jit_gone-cache", tmp_path / "jit_cut-cache"
+    gone.symlink_to("nowhere")
+    cut.write_bytes(zlib.compress(os.urandom(1000))[:500])
+    compile_cache.remove_cut_entries(tmp_path)
+    assert not cut.exists()
