@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from grok1.cli import interactive, prompts
-from grok1.cli.console import ByteProgress, Progress, Worker, end_at_next_interrupt, say
+from grok1.cli.console import (
+    ByteProgress,
+    Progress,
+    Worker,
+    check_output,
+    end_at_next_interrupt,
+    open_standard_streams,
+    say,
+    write_out,
+)
 from grok1.cli.options import parse_arguments
 from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
 from grok1.cli.timing import Timing
@@ -258,7 +267,7 @@ def generate(
     if options.show_routing:
         for index, sample in sorted(ended):
             several = f".{sample + 1}" if options.num_samples > 1 else ""
-            print(f"\nexperts of [{index + 1}{several}], best first")
+            write_out(f"\nexperts of [{index + 1}{several}], best first")
             show_routing(worker, server, ended[index, sample])
     if options.stats:
         say(timing.block(work_of(server)))
@@ -294,6 +303,8 @@ def make_printer(options: argparse.Namespace) -> Any:
 
 def serve(worker: Worker, options: argparse.Namespace) -> None:
     """Load the model and answer, in one process."""
+    if options.output is None:
+        check_output()
     prompts.read_file(options)
     files = choose_files(options)
     answers = open_answers(options, *files)
@@ -357,7 +368,7 @@ def show_plan(options: argparse.Namespace) -> None:
         bandwidth=options.bandwidth,
         directory=directory,
     )
-    print(json.dumps(dataclasses.asdict(found)) if options.json else plan.in_words(found))
+    write_out(json.dumps(dataclasses.asdict(found)) if options.json else plan.in_words(found))
 
 
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:
@@ -391,6 +402,7 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
 
 def main() -> int:
     """Run the command; returns the exit status."""
+    open_standard_streams()
     worker = Worker()  # jax works there
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show

@@ -1,7 +1,8 @@
-"""What the commands share: Ctrl-C, messages, parsers of numbers and sizes, and a progress bar."""
+"""What the commands share: standard streams, Ctrl-C, parsers of numbers and sizes, progress."""
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import re
@@ -14,10 +15,72 @@ from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, Self, TextIO
 
 
+def open_standard_streams() -> None:
+    """Open those of the descriptors 0, 1 and 2 that are closed, before a file gets their numbers.
+
+    Then there is nothing to read from standard input, what goes to standard error is lost, and
+    writing to standard output is an error.
+    """
+    for descriptor, name, flags in (
+        (0, "stdin", os.O_RDONLY),
+        (1, "stdout", os.O_RDONLY),
+        (2, "stderr", os.O_WRONLY),
+    ):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, flags)  # gets the lowest number that is free
+            os.set_inheritable(descriptor, True)
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, open(descriptor, mode, buffering=1, closefd=False))  # noqa: SIM115
+
+
 def say(message: str, file: TextIO | None = None) -> None:
-    """Print a message for the person, apart from the output."""
-    # In one write: unbuffered, print makes two, between which another thread may end the process.
-    print(f"{message}\n", end="", file=file or sys.stderr, flush=True)
+    """Print a message for the person, apart from the output; where it cannot be, it is lost."""
+    with contextlib.suppress(OSError):
+        _write(f"{message}\n", file or sys.stderr)
+
+
+def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print what the command was asked for. Raises OSError, with a sentence, if it would be lost.
+
+    BrokenPipeError is left as it is: whoever read the output wants no more of it.
+    """
+    try:
+        _write(f"{text}{end}", file or sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritable(error) from error
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """Write all of a text at once, so that no other thread's comes between.
+
+    Past the stream's buffer: what it cannot write it would keep, and fail again when Python ends.
+    """
+    if not hasattr(stream, "buffer"):
+        stream.write(text)
+        return
+    stream.flush()
+    data = text.encode(stream.encoding, stream.errors or "strict")
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    while data:  # a disk that is almost full takes a part, a pipe that does not block None
+        data = data[raw.write(data) or 0 :]
+
+
+def check_output() -> None:
+    """Raise OSError, with a sentence, if standard output is closed."""
+    try:
+        os.write(1, b"")
+    except OSError as error:
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> OSError:
+    closed = error.errno == errno.EBADF
+    why = "is closed" if closed else f"cannot be written ({error.strerror})"
+    return OSError(f"standard output {why}; send it to a file or a program that takes it")
 
 
 class Worker:
@@ -113,6 +176,13 @@ byte_rate = quantity({f"{unit}/s": size for unit, size in SIZES.items()}, "3.35T
 
 class Parser(argparse.ArgumentParser):
     """Ends with one sentence where argparse would print its whole usage."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print all options; OSError if they cannot be."""
+        if file is None:
+            write_out(self.format_help(), end="")
+        else:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from grok1.cli.console import Worker, say
+from grok1.cli.console import Worker, say, write_out
 from grok1.cli.timing import Timing
 
 SIGN = "> "
@@ -49,7 +49,7 @@ class Keyboard:
         except EOFError:
             line = None
         if self._sign:
-            print(flush=True)
+            write_out("")
         return line
 
     def _line(self) -> str:
@@ -100,6 +100,6 @@ def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timin
     # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
     while not keyboard.pressed and (event := worker.call(next, events, None)):
         timing.take(event.request)
-        print(event.text, end="", flush=True)
+        write_out(event.text, end="")
     worker.call(server.cancel, handle)  # leaves one that has ended as it is
-    print(flush=True)
+    write_out("")

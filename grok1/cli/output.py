@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grok1.checks import is_integer
+from grok1.cli.console import write_out
 
 Place = tuple[int, int]  # of an answer: which prompt it is to, and which one of that prompt's
 # What every line of an output file begins with.
@@ -41,13 +42,13 @@ class TextPrinter:
         self.several = {index for index, sample in places if sample}
         self.open: dict[Place, Any] = {}
         if self.begun:
-            print(prompts[0], end="", flush=True)
+            write_out(prompts[0], end="")
 
     def show(self, event: Any) -> None:
         """Print what is new."""
         if self.alone:
             text = event.text if event.completion.text is not None else f"{event.token_id} "
-            print(text, end="", flush=True)
+            write_out(text, end="")
             self.begun = True
             return
         place = event.request, event.sample
@@ -58,7 +59,7 @@ class TextPrinter:
     def close(self) -> None:
         """End the line, and print what answers there are of an interrupted batch."""
         if self.begun:
-            print(flush=True)
+            write_out("")
         for place in sorted(self.open):
             self._whole(place)
 
@@ -70,7 +71,7 @@ class TextPrinter:
         # Ids do not run on into an answer, as words do.
         between = " | " if answer.prompt is None else ""
         label = f"{index + 1}.{sample + 1}" if index in self.several else f"{index + 1}"
-        print(f"[{label}] {prompt}{between}{text}", flush=True)
+        write_out(f"[{label}] {prompt}{between}{text}")
 
 
 class JsonPrinter:
@@ -98,7 +99,7 @@ class JsonPrinter:
 
     def _print(self, place: Place) -> None:
         fields = named(self.ids[place[0]]) | answer_fields(self.finished.pop(place))
-        print(json.dumps(fields), flush=True)
+        write_out(json.dumps(fields))
 
 
 def named(name: str | int | None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from grok1.cli.console import write_out
+
 # One an expert, as far as they reach: the eight that every terminal tells apart.
 STYLES = "red", "green", "yellow", "blue", "magenta", "cyan", "bright_white", "bright_black"
 TOKEN_WIDTH = 14
@@ -30,27 +32,30 @@ def print_routing(
     console.width = max(console.width, TOKEN_WIDTH + cell + 1)  # rich would print empty lines
     fitting = max(1, (console.width - TOKEN_WIDTH) // (cell + 1))
     names = [_legible(piece) for piece in pieces]
-    for first in range(0, layers, fitting):
-        block = range(first, min(first + fitting, layers))
-        header = Text(f"{'layer':{TOKEN_WIDTH}}")
-        header.append("".join(f" {layer:>{cell}}" for layer in block), style="dim")
-        console.print(header, no_wrap=True)
-        for token in range(tokens):
-            line = Text(names[token])
-            for layer in block:
-                experts = [int(expert) for expert in expert_index[layer, token]]
-                line.append(" " * (1 + cell - chosen * digits - (chosen - 1) * len(between)))
-                for rank, expert in enumerate(experts):
-                    line.append(between if rank else "")
-                    line.append(f"{expert:>{digits}}", style=_style(expert, rank))
-            console.print(line, no_wrap=True)
-        console.print()
-    load = np.bincount(expert_index.reshape(-1), minlength=num_experts)[:num_experts]
-    shares = Text(f"{'load':{TOKEN_WIDTH}}")
-    for expert, count in enumerate(load):
-        shares.append(f" {expert}:", style=_style(expert, 0))
-        shares.append(f"{count / load.sum():.0%}")
-    console.print(shares)
+    # Captured: on a pipe without a reader rich would end the process.
+    with console.capture() as shown:
+        for first in range(0, layers, fitting):
+            block = range(first, min(first + fitting, layers))
+            header = Text(f"{'layer':{TOKEN_WIDTH}}")
+            header.append("".join(f" {layer:>{cell}}" for layer in block), style="dim")
+            console.print(header, no_wrap=True)
+            for token in range(tokens):
+                line = Text(names[token])
+                for layer in block:
+                    experts = [int(expert) for expert in expert_index[layer, token]]
+                    line.append(" " * (1 + cell - chosen * digits - (chosen - 1) * len(between)))
+                    for rank, expert in enumerate(experts):
+                        line.append(between if rank else "")
+                        line.append(f"{expert:>{digits}}", style=_style(expert, rank))
+                console.print(line, no_wrap=True)
+            console.print()
+        load = np.bincount(expert_index.reshape(-1), minlength=num_experts)[:num_experts]
+        shares = Text(f"{'load':{TOKEN_WIDTH}}")
+        for expert, count in enumerate(load):
+            shares.append(f" {expert}:", style=_style(expert, 0))
+            shares.append(f"{count / load.sum():.0%}")
+        console.print(shares)
+    write_out(shown.get(), end="", file=file)
 
 
 def _style(expert: int, rank: int) -> str:

@@ -2,16 +2,28 @@
 
 import _thread
 import argparse
+import errno
 import io
+import os
+import pathlib
 import queue
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
-from grok1.cli.console import ByteProgress, Progress, Worker, byte_rate, byte_size, say
+from grok1.cli.console import (
+    ByteProgress,
+    Progress,
+    Worker,
+    byte_rate,
+    byte_size,
+    say,
+    write_out,
+)
 from paths import ROOT
 
 
@@ -157,3 +169,112 @@ command.main()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+class Slow(io.RawIOBase):
+    """Takes three bytes at a time, and nothing at every other call; then it is full."""
+
+    def __init__(self, room: int) -> None:
+        self.taken, self.room, self.ready = b"", room, False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int | None:
+        self.ready = not self.ready
+        if not self.ready:
+            return None
+        if len(self.taken) >= self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        piece = bytes(data)[:3]
+        self.taken += piece
+        return len(piece)
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_output_is_whole_or_an_error(buffered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may take a part of what is written, as with PYTHONUNBUFFERED; nothing is kept."""
+    for room in (100, 6):
+        raw = Slow(room)
+        buffer: Any = io.BufferedWriter(raw) if buffered else raw
+        stream = io.TextIOWrapper(buffer, "ascii", "backslashreplace", write_through=True)
+        monkeypatch.setattr(sys, "stdout", stream)
+        if room == 100:
+            write_out("caf\u00e9 au lait")
+            assert raw.taken == b"caf\\xe9 au lait\n"
+        else:
+            with pytest.raises(OSError, match=r"^standard output cannot be written \(No space"):
+                write_out("caf\u00e9 au lait")
+            assert raw.taken == b"caf\\xe"
+        stream.flush()
+        raw.room = 0
+        say("lost", stream)
+        stream.flush()
+
+
+def run_with(redirections: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python with standard streams that a shell closes or redirects."""
+    shell = ["sh", "-c", f'exec "$0" "$@" {redirections}', sys.executable]
+    without = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    command = [*shell, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True)
+
+
+def test_closed_streams_give_no_file_their_numbers(tmp_path: pathlib.Path) -> None:
+    program = """
+import os, sys
+from grok1.cli.console import open_standard_streams, say, write_out
+open_standard_streams()
+file = open(sys.argv[1], "w")
+assert sys.stdin.read() == ""
+say("lost")
+os.write(2, b"lost")
+try:
+    write_out("an answer")
+except OSError as error:
+    print(error, sorted(os.listdir("/dev/fd"))[:3], file.fileno() > 2, file=file)
+"""
+    path = tmp_path / "file"
+    done = run_with("<&- >&- 2>&-", "-c", program, path)
+    assert done.returncode == 0
+    closed = "standard output is closed; send it to a file or a program that takes it"
+    assert path.read_text() == f"{closed} ['0', '1', '2'] True\n"
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device")
+
+
+@pytest.mark.parametrize("redirection", [">&-", pytest.param(">/dev/full", marks=FULL)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run.py", "--help"),
+        ("run.py", "--prompt-ids", "5"),
+        ("checkpoint.py", "--help"),
+        ("checkpoint.py", "verify", "checkpoints/demo"),
+    ],
+)
+def test_output_that_would_be_lost_is_an_error(
+    arguments: tuple[str, ...], redirection: str
+) -> None:
+    done = run_with(redirection, *arguments)
+    why = "is closed" if redirection == ">&-" else "cannot be written (No space left on device)"
+    sentence = f"error: standard output {why}; send it to a file or a program that takes it\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param("2>/dev/full", marks=FULL)])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("run.py", "--no-such"), 2),
+        (("run.py", "--checkpoint", "no/such"), 1),
+        (("checkpoint.py", "verify", "checkpoints/demo"), 0),
+        (("checkpoint.py", "verify", "no/such"), 1),
+    ],
+)
+def test_lost_messages_leave_the_status(
+    arguments: tuple[str, ...], status: int, redirection: str
+) -> None:
+    done = run_with(redirection, *arguments)
+    assert done.returncode == status and bool(done.stdout) == (status == 0)

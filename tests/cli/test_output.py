@@ -7,6 +7,8 @@ import pathlib
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -309,3 +311,13 @@ def test_several_processes_skip_the_same_answers_and_only_the_first_writes(
         f"{path} holds all"
         in processes.finish(start_many(run.__file__, *processes.place(address, 0, 1), *options)).err
     )
+
+
+def test_closed_streams_leave_the_answers_alone(tiny: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """No message gets into the file, and none of its lines elsewhere."""
+    path = tmp_path / "out"
+    arguments = ["--checkpoint", tiny, "--prompt-ids", 5, "--max-len", 2, "--output", path]
+    shell = 'exec "$0" "$@" <&- >&- 2>&-'
+    command = ["sh", "-c", shell, sys.executable, run.__file__, *map(str, arguments)]
+    assert subprocess.run(command, cwd="/").returncode == 0
+    assert indices(path) == [0]

@@ -1,6 +1,7 @@
 """The table of which experts tokens went to: with and without colour, narrow and wide."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -118,3 +119,11 @@ def test_a_table_goes_with_nothing_that_is_for_programs(other, capsys):
     assert error.value.code == 2
     sentence = f"--show-routing and {other[0]} do not go together: it prints a table for people"
     assert sentence in capsys.readouterr().err
+
+
+def test_a_pipe_without_a_reader_is_told_to_the_caller():
+    """rich would end the process with status 1."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as file, pytest.raises(BrokenPipeError):
+        print_routing(PIECES, INDEX, 8, file)
