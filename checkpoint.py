@@ -26,7 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.cli.console import ByteProgress, Parser, Worker, end_at_next_interrupt, say
+from grok1.cli.console import (
+    ByteProgress,
+    Parser,
+    Worker,
+    end_at_next_interrupt,
+    open_standard_streams,
+    say,
+    write_out,
+)
 from grok1.formats import atomic, conversion, forms, layout, loading, pickle_file
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.layout import STACKED, Params, files, read_config
@@ -262,16 +270,17 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
         progress.close()
         for problem in problems:
             say(f"error: {problem}")
-        print(summary, flush=True)
+        write_out(summary)
         return 1 if problems else 0
     job = convert(options.source, options.target, options.to, progress)
     progress.close()
-    print(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors", flush=True)
+    write_out(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    open_standard_streams()
     worker = Worker()
     progress = ByteProgress("checkpoint")
     try:
