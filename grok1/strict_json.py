@@ -1,0 +1,58 @@
+"""JSON without what programs read differently: repeated keys, NaN, and numbers beyond a float."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+_MOST_DIGITS = 309  # of an integer that a float can hold
+
+
+def read_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; bytes are UTF-8, perhaps with a byte order mark.
+
+    Raises ValueError, also for a key that comes twice in an object, for NaN and Infinity, for a
+    number too large for a float, and for a text nested too deeply. It says what, in a few words.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"the key {_short(ascii(key))} comes twice in an object")
+        fields[key] = value
+    return fields
+
+
+def _integer(text: str) -> int:
+    # The length first: converting very long ones takes quadratic time, or is refused by Python.
+    if len(text.lstrip("-")) > _MOST_DIGITS or math.isinf(float(text)):
+        raise ValueError(f"the number {_short(text)} is too large for a float")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {_short(text)} is too large for a float")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

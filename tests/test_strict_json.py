@@ -1,0 +1,46 @@
+"""JSON that programs read differently is refused, in a few words; all other is read as by json."""
+
+import json
+import sys
+
+import pytest
+
+from grok1.strict_json import read_json
+from paths import DATA
+
+REFUSED = {
+    "repeated": ('{"a": 1, "a": 1}', "the key 'a' comes twice in an object"),
+    "repeated-inside": ('[{"b": {"é": 1, "\\u00e9": 2}}]', r"the key '\xe9' comes twice"),
+    "repeated-long": (f'{{"{"k" * 10**5}": 1, "{"k" * 10**5}": 1}}', "kkk... comes twice"),
+    "nan": ('{"a": NaN}', "NaN is no JSON number"),
+    "infinity": ("Infinity", "Infinity is no JSON number"),
+    "minus-infinity": ("[-Infinity]", "-Infinity is no JSON number"),
+    "large-float": ("[1e400]", "the number 1e400 is too large for a float"),
+    "large-negative": ("-1e999", "the number -1e999 is too large for a float"),
+    "large-integer": ("1" + "0" * 400, "000... is too large for a float"),
+    "large-by-little": ("-2" + "0" * 308, "000... is too large for a float"),
+    "endless-integer": ("9" * 10**6, "999... is too large for a float"),
+    "deep": ("[" * 10**6, "it is nested too deeply"),
+    "deep-objects": ('{"a":' * 10**5, "it is nested too deeply"),
+    "empty": ("", "Expecting value"),
+    "two-values": ("{} {}", "Extra data"),
+    "latin-1": (b'{"a": "\xff"}', "can't decode byte 0xff"),
+    "utf-16": ('{"a": 1}'.encode("utf-16"), "can't decode byte 0xff"),
+}
+
+
+@pytest.mark.parametrize(("text", "part"), REFUSED.values(), ids=REFUSED.keys())
+def test_ambiguous_json_is_refused_in_a_few_words(text: str | bytes, part: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_json(text)
+    message = str(caught.value)
+    assert part in message and "\n" not in message and len(message) < 200
+
+
+def test_all_other_json_is_read_as_by_json() -> None:
+    most = int(sys.float_info.max)
+    text = json.dumps([{"a": [1, -2, 0.5, 1e-400, "é\n", None, True, {}]}, most, -most, 1e308])
+    content = (DATA / "golden/three-layers/config.json").read_bytes()
+    for good in (text, text.encode(), b"\xef\xbb\xbf{}", "\ufeff{}".encode(), content):
+        found, expected = read_json(good), json.loads(good)
+        assert found == expected and repr(found) == repr(expected)
