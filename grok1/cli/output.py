@@ -4,16 +4,18 @@ import collections
 import hashlib
 import json
 import os
+import stat
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from grok1.checks import is_integer
 from grok1.cli.console import write_out
+from grok1.formats import atomic
 
 Place = tuple[int, int]  # of an answer: which prompt it is to, and which one of that prompt's
-# What every line of an output file begins with.
-BEGINNING = b'{"index": '
+BEGINNING = b'{"index": %d, "sample": %d, '  # of a line of an output file
 
 
 def answer_fields(answer: Any) -> dict[str, Any]:
@@ -141,9 +143,11 @@ class AnswerFile:
         self.progress: Callable[[int, int], object] = lambda _, __: None
         self.done: set[Place] = set()
         try:
-            self._append(b"")
-            if size := path.stat().st_size:
-                self._take_up(size, resume)
+            # Until the end, as the lock is.
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self.close = weakref.finalize(self, os.close, self._descriptor)
+            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device or a pipe is shared
+                self._take_up(resume)
         except OSError as error:
             raise ValueError(
                 f"{path}: the answers cannot be written there ({error.strerror}); name another "
@@ -159,9 +163,6 @@ class AnswerFile:
             self.done.add(place)
             self.progress(len(self.done), len(self.places))
 
-    def close(self) -> None:
-        """Do nothing: what of an interrupted batch was not finished is not written."""
-
     def _write(self, place: Place, answer: Any) -> None:
         index, sample = place
         fields = {"index": index, "sample": sample} | named(self.ids[index]) | answer_fields(answer)
@@ -176,24 +177,41 @@ class AnswerFile:
 
     def _append(self, line: bytes) -> None:
         """Put a line at the end of the file, where it is when this returns."""
-        with open(self.path, "ab", buffering=0) as file:
-            while line:  # a disk that is almost full takes a part of it
-                line = line[file.write(line) :]
+        while line:  # a disk that is almost full takes a part of it
+            line = line[os.write(self._descriptor, line) :]
 
-    def _take_up(self, size: int, resume: bool) -> None:
-        """Find out what is done. The half of a line that an interruption left is cut off."""
-        if not resume:
+    def _take_up(self, resume: bool) -> None:
+        """Keep other runs away, and find out what is done; half a line at the end is cut off."""
+        if not atomic.lock(self._descriptor):
+            raise ValueError(
+                f"{self.path}: expected a file for this run alone, got one that another run is "
+                "writing to; wait until that ends, or name another file with --output"
+            )
+        size = os.fstat(self._descriptor).st_size
+        if size and not resume:
             raise ValueError(
                 f"{self.path}: expected no such file, or an empty one, got one of "
                 f"{size} bytes; add --resume to go on with it, or name another file"
             )
-        content = self.path.read_bytes()
-        *lines, half = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            self.done.add(self._place(line, f"{self.path}, line {number}"))
-        if half[: len(BEGINNING)] != BEGINNING[: len(half)]:
-            self._refuse(half, f"{self.path}, line {len(lines) + 1}")
-        os.truncate(self.path, len(content) - len(half))
+        whole = 0  # bytes of whole lines
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{self.path}, line {number}"
+                if line.endswith(b"\n"):
+                    self.done.add(self._place(line, place))
+                    whole += len(line)
+                elif not self._may_begin(line):
+                    self._refuse(line, place)
+        os.ftruncate(self._descriptor, whole)
+
+    def _may_begin(self, half: bytes) -> bool:
+        """Whether an interruption of this run, or of the machine, may have left half a line so."""
+        half = half.rstrip(b"\0")  # of a block that never reached the disk
+        # Without a whole line before it, it must be long enough to be known as ours.
+        return any(
+            half.startswith(beginning) or (self.done and beginning.startswith(half))
+            for beginning in (BEGINNING % place for place in self.places)
+        )
 
     def _place(self, line: bytes, place: str) -> Place:
         """Return which answer is in a line. Raises ValueError if it is none of this run."""
@@ -222,7 +240,8 @@ class AnswerFile:
         return index, sample
 
     def _refuse(self, line: bytes, place: str) -> NoReturn:
-        got = line[:40].decode(errors="replace")
+        got = line[:40].removesuffix(b"\n").decode(errors="replace")
         raise ValueError(
-            f"{place}: expected an answer as --output writes it, got {got!r}; name another file"
+            f"{place}: expected an answer as --output writes it, got {got!r}; name another file, "
+            "or remove this line if an interrupted run left it"
         )

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and stay so through a power cut."""
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterable
@@ -50,6 +51,21 @@ def remove(path: str) -> None:
     if os.path.lexists(path):
         os.remove(path)
         _sync(os.path.dirname(path) or ".")
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file or directory for this process; returns False if another one has locked it.
+
+    The lock ends with the descriptor, and so with the process, however that ends. It has no effect
+    where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # This file system has none.
+    return True
 
 
 def _sync(path: str) -> None:

@@ -1,8 +1,10 @@
 """Answers in a file: each once, whatever interrupts the run, and never those of two runs mixed."""
 
+import errno
+import fcntl
 import functools
-import io
 import json
+import os
 import pathlib
 import random
 import re
@@ -19,6 +21,7 @@ import run
 from commands import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, changed, finish, start
 from grok1.cli import output
 from grok1.cli.output import AnswerFile
+from paths import ROOT
 from runner import Completion, Event
 
 start_many = processes.start
@@ -42,6 +45,9 @@ def indices(path: pathlib.Path) -> list[int]:
     return [json.loads(line)["index"] for line in path.read_text().splitlines()]
 
 
+OURS = '{"index": 1, "sample": 0, "fingerprint": "print 1"}\n'
+
+
 # One file.
 
 
@@ -58,7 +64,12 @@ def test_only_answers_that_came_to_their_end_are_written_each_at_once(
     assert indices(tmp_path / "out") == [2, 0] and seen == [(1, 3), (2, 3)]
 
 
-def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("tail", [b"", b"\0", b"\0" * 5000])
+def test_half_a_line_is_dropped_wherever_it_is_cut(tail: bytes, tmp_path: pathlib.Path) -> None:
+    """With zeros behind it, too, as a machine that crashes leaves them for what it did not store.
+
+    The first line alone must be long enough to be known as one of ours.
+    """
     path = tmp_path / "out"
     file = opened(path)
     file.show(event(2, "eos"))
@@ -66,8 +77,8 @@ def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> No
     file.show(event(0, "eos"))
     file.close()
     whole = path.read_bytes()
-    for length in range(len(whole) + 1):
-        path.write_bytes(whole[:length])
+    for length in range(len(b'{"index": 2, "sample": 0, '), len(whole) + 1):
+        path.write_bytes(whole[:length] + tail)
         file = opened(path, resume=True)
         file.close()
         complete = whole[:length].count(b"\n")
@@ -79,6 +90,15 @@ def test_half_a_line_is_dropped_wherever_it_is_cut(tmp_path: pathlib.Path) -> No
     ("content", "part"),
     [
         ("A dog", "line 1: expected an answer as --output writes it, got 'A dog'; name another"),
+        ("{", "line 1: expected an answer as --output writes it, got '{'; name another"),
+        ('{"index": {"a": 1}}', "line 1: expected an answer"),
+        ('{"index": ', "line 1: expected an answer"),
+        ('{"index": 3, "sample": 0, "prompt"', "line 1: expected an answer"),
+        ("\0\0", "line 1: expected an answer"),
+        (OURS + "{}", "line 2: expected an answer as --output writes it, got '{}'"),
+        (OURS + '{"index": {', "line 2: expected an answer"),
+        (OURS + "\0{", "line 2: expected an answer"),
+        (OURS + "\0\n", "line 2: expected an answer"),
         ("{}\n", "line 1: expected an answer as --output writes it, got '{}'"),
         ("[]\n", "line 1: expected an answer"),
         ('\n{"index": 0', "line 1: expected an answer"),
@@ -118,39 +138,81 @@ def test_a_file_that_is_not_of_this_run_is_refused_and_left_as_it_is(
     assert part in str(error.value) and path.read_text() == content
 
 
-class FullDisk(io.BytesIO):
-    """Takes a part of a line and then nothing."""
-
+def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out"
+    file = opened(path)
+    file.show(event(0, "eos"))
+    whole, write = path.read_bytes(), os.write
     room = 20
 
-    def write(self, data: bytes) -> int:
-        taken = super().write(data[: self.room - self.tell()])
+    def write_a_part(descriptor: int, data: bytes) -> int:
+        taken = write(descriptor, data[: len(whole) + room - path.stat().st_size])
         if not taken:
             raise OSError(28, "No space left on device")
         return taken
 
-    def close(self) -> None:
-        """What was written can still be seen."""
-
-
-def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, disk = tmp_path / "out", FullDisk()
-    file = opened(path)
-    file.show(event(0, "eos"))
-    whole = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(output, "open", lambda *_, **__: disk, raising=False)
+        patch.setattr(os, "write", write_a_part)
         with pytest.raises(ValueError) as error:
             file.show(event(1, "eos"))
     assert str(error.value) == (
         f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); make "
         "room and start again with --resume"
     )
-    assert file.done == {(0, 0)} and len(disk.getvalue()) == 20
-    path.write_bytes(whole + disk.getvalue())
+    assert file.done == {(0, 0)} and len(path.read_bytes()) == len(whole) + room
+    file.close()
     assert opened(path, resume=True).done == {(0, 0)} and path.read_bytes() == whole
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path: pathlib.Path) -> None:
+    """Nor is anything left of the first one that would keep others away."""
+    path = tmp_path / "out"
+    program = """
+import pathlib, sys
+from grok1.cli.output import AnswerFile
+file = AnswerFile(pathlib.Path(sys.argv[1]), [(0, 0)], ["print 0"], [None])
+print(flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, path]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=f"{path}: expected a file for this run alone"):
+                opened(path, resume=resume)
+        process.kill()
+    file = opened(path)
+    file.show(event(0, "eos"))
+    file.close()
+    assert opened(path, resume=True).done == {(0, 0)}
+
+
+def test_without_locks_in_the_file_system_it_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    opened(tmp_path / "out").show(event(0, "eos"))
+    assert indices(tmp_path / "out") == [0]
+
+
+def test_a_pipe_and_a_device_are_neither_locked_nor_reopened(tmp_path: pathlib.Path) -> None:
+    """The reader of a named pipe gets all answers, and several runs may write to a device."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as reader:
+        file, other = opened(path), opened(path, resume=True)
+        for index in (2, 0):
+            file.show(event(index, "eos"))
+        file.close()
+        other.close()
+        assert reader.stdout is not None
+        assert [json.loads(line)["index"] for line in reader.stdout] == [2, 0]
 
 
 def test_a_fingerprint_changes_with_all_that_an_answer_depends_on() -> None:
