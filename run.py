@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -35,7 +34,7 @@ from grok1.cli.console import (
     write_out,
 )
 from grok1.cli.options import parse_arguments
-from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, fingerprint
+from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, as_json, fingerprint
 from grok1.cli.timing import Timing
 from grok1.formats import forms
 from grok1.parallel import multihost
@@ -368,7 +367,7 @@ def show_plan(options: argparse.Namespace) -> None:
         bandwidth=options.bandwidth,
         directory=directory,
     )
-    write_out(json.dumps(dataclasses.asdict(found)) if options.json else plan.in_words(found))
+    write_out(as_json(dataclasses.asdict(found)) if options.json else plan.in_words(found))
 
 
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:

@@ -35,6 +35,17 @@ def answer_fields(answer: Any) -> dict[str, Any]:
     return fields
 
 
+def as_json(value: Any) -> str:
+    """Return a value as JSON. Raises ValueError for NaN and Infinity, which JSON does not have."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError(
+            "expected finite numbers to write as JSON, got NaN or Infinity; check the weights with "
+            "checkpoint.py verify"
+        ) from None
+
+
 class TextPrinter:
     """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
 
@@ -101,7 +112,7 @@ class JsonPrinter:
 
     def _print(self, place: Place) -> None:
         fields = named(self.ids[place[0]]) | answer_fields(self.finished.pop(place))
-        write_out(json.dumps(fields))
+        write_out(as_json(fields))
 
 
 def named(name: str | int | None) -> dict[str, Any]:
@@ -168,7 +179,7 @@ class AnswerFile:
         fields = {"index": index, "sample": sample} | named(self.ids[index]) | answer_fields(answer)
         fields["fingerprint"] = self.fingerprints[index]
         try:
-            self._append(json.dumps(fields).encode() + b"\n")
+            self._append(as_json(fields).encode() + b"\n")
         except OSError as error:
             raise ValueError(
                 f"{self.path}: {len(self.done)} of {len(self.places)} answers are written, "

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from grok1.checks import is_integer
 from grok1.serving.request_limits import MOST_SAMPLES
+from grok1.strict_json import read_json
 
 STANDARD_INPUT = "-"
 
@@ -94,8 +95,8 @@ def _numbered(file: str, name: str) -> Iterator[tuple[int, str]]:
 def _parse(text: str, place: str) -> Line:
     """Return what a line of JSON asks for. Raises ValueError."""
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        fields = read_json(text)
+    except ValueError as error:
         raise ValueError(
             f"{place}: expected a JSON object, got {_short(text)} ({error}); write one such as "
             '{"prompt": "Once upon a time"}'
@@ -194,6 +195,8 @@ def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
         )
     if not _fits(value, hints[name]):
         raise ValueError(f"{place}: {name}: expected {_words(hints[name])}, got {_shown(value)}")
+    if isinstance(value, dict) and len(_keyed(hints[name], value)) < len(value):
+        raise ValueError(f"{place}: {name}: expected each number once, got {_shown(value)}")
 
 
 _NAMES = {

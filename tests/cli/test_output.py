@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import json
+import math
 import os
 import pathlib
 import random
@@ -164,6 +165,19 @@ def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
     assert file.done == {(0, 0)} and len(path.read_bytes()) == len(whole) + room
     file.close()
     assert opened(path, resume=True).done == {(0, 0)} and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_output_holds_what_is_not_json(
+    value: float, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = Completion("A", [4], [5], [value], "a", "eos")
+    wrong = Event(0, 5, "a", answer, 0, "eos")
+    for printer in (opened(tmp_path / "out"), output.JsonPrinter([(0, 0)], [None])):
+        with pytest.raises(ValueError, match="expected finite numbers to write as JSON, got NaN"):
+            printer.show(wrong)
+        printer.close()
+    assert capsys.readouterr().out == (tmp_path / "out").read_text() == ""
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path: pathlib.Path) -> None:

@@ -59,6 +59,9 @@ LINE_CASES: dict[str, tuple[str, str]] = {
     "prompt": ('{"prompt": 5}', "line 2: prompt: expected a text or a list of token ids, got 5"),
     "prompt-ids": ('{"prompt": [5, true]}', "a list of token ids, got [5, true]"),
     "id": ('{"prompt": "A", "id": [1]}', "line 2: id: expected a text or a whole number, got [1]"),
+    "repeated-key": ('{"prompt": "A", "prompt": "B"}', "the key 'prompt' comes twice in an obj"),
+    "nan": ('{"prompt": "A", "temperature": NaN}', "(NaN is no JSON number)"),
+    "infinite": ('{"prompt": "A", "temperature": -1e999}', "-1e999 is too large for a float)"),
     "utf-8": ("caf\udce9", "line 2: expected text in UTF-8, got the byte 0xe9; convert the file"),
 }
 # Those that only a Request can tell.
@@ -73,15 +76,18 @@ SETTING_CASES: dict[str, tuple[str, str]] = {
     "one": ('"ignore_eos": 1', "ignore_eos: expected true or false, got 1"),
     "list": ('"stop": ["a", 1]', 'stop: expected a text or a list (each a text), got ["a", 1]'),
     "choice": ('"truncate": "right"', 'truncate: expected "left" or null, got "right"'),
-    "huge": (f'"temperature": {10**400}', "temperature: expected a number, got 1000"),
-    "infinite": ('"temperature": 1e999', "temperature: expected a number, got Infinity"),
+    "huge": (f'"temperature": {10**400}', "000... is too large for a float)"),
+    "infinite": ('"temperature": 1e999', "the number 1e999 is too large for a float)"),
     "bias-key": ('"logit_bias": {"x": 1}', "logit_bias: expected an object (each key a whole "
                  'number in quotes, each value a number) or null, got {"x": 1}'),
     "bias-value": ('"logit_bias": {"5": "1"}', 'got {"5": "1"}'),
     "bias-id": ('"logit_bias": {"4096": 1}',
                 "logit_bias: expected token ids from 0 to 4095, got 4096"),
     "cold": ('"temperature": -1', "temperature must be a finite number of at least 0, got -1"),
-    "nan": ('"temperature": NaN', "temperature must be a finite number of at least 0, got nan"),
+    "nan": ('"temperature": NaN', "(NaN is no JSON number)"),
+    "bias-twice": ('"logit_bias": {"5": 1, "05": 1}',
+                   'logit_bias: expected each number once, got {"5": 1, "05": 1}'),
+    "bias-repeated": ('"logit_bias": {"5": 1, "5": 1}', "the key '5' comes twice in an object"),
     "long": ('"max_len": 64', "max_len = 64 leaves no room for a prompt in the context of 64"),
 }
 # fmt: on
