@@ -9,6 +9,7 @@ import codecs
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import sentencepiece
 
@@ -25,9 +26,16 @@ def load_tokenizer(
     """Load a SentencePiece model; ValueError if there is none or it is not of this vocabulary."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: expected a tokenizer, found no such file; {TOKENIZER_SOURCE}")
+    tokenizer = sentencepiece.SentencePieceProcessor()
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+        # Not by its path, which sentencepiece takes in UTF-8 only.
+        tokenizer.LoadFromSerializedProto(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"{path}: expected a tokenizer, got a file that cannot be read ({error.strerror}); "
+            f"{TOKENIZER_SOURCE}"
+        ) from error
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message
         raise ValueError(
             f"{path}: expected a SentencePiece model, got a file that is none; {TOKENIZER_SOURCE}"
         ) from error
@@ -36,6 +44,13 @@ def load_tokenizer(
             f"{path}: expected the {vocab_size} pieces of the checkpoint's vocabulary, "
             f"got {tokenizer.vocab_size()}; {TOKENIZER_SOURCE}"
         )
+    try:
+        tokenizer.id_to_piece(list(range(vocab_size)))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected pieces in UTF-8, got one with the byte "
+            f"0x{error.object[error.start]:02x}; {TOKENIZER_SOURCE}"
+        ) from error
     return tokenizer
 
 

@@ -1,5 +1,8 @@
 """Text out of tokens as they come, and tokens out of text that looks like special pieces."""
 
+import os
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -173,3 +176,36 @@ def test_what_cannot_become_a_stop_string_is_shown_at_once():
         "a", "", "", "\n\nHumb", "\nc",
     ]  # fmt: skip
     assert stop.push("d\n") == "d" and stop.finish() == "\n"
+
+
+CONTENT = TOKENIZER.read_bytes()
+# id -> (content of a tokenizer file, what the sentence must say)
+FAULTS = {
+    "empty": (b"", "expected a SentencePiece model, got a file that is none"),
+    "cut": (CONTENT[:-1], "expected a SentencePiece model, got a file that is none"),
+    "zeros": (bytes(1000), "expected a SentencePiece model, got a file that is none"),
+    "text": (b"Once upon a time\n", "expected a SentencePiece model, got a file that is none"),
+    "missing byte": (CONTENT.replace(b"<0x41>", b"<0x42>"), "got a file that is none"),
+    "byte not UTF-8": (CONTENT.replace(b"<0x41>", b"<0x\xff1>"), "got a file that is none"),
+    "piece not UTF-8": (
+        CONTENT.replace(b"<|mask|>", b"<|mas\xff|>"),
+        "expected pieces in UTF-8, got one with the byte 0xff",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "part"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_broken_tokenizer_is_named(content: bytes, part: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(path, 4096)
+    sentence = str(error.value)
+    assert sentence.startswith(f"{path}: ") and part in sentence and "\n" not in sentence
+    assert sentence.endswith("or name it with --tokenizer")
+
+
+def test_a_tokenizer_in_a_place_not_utf_8_is_read(tmp_path: pathlib.Path) -> None:
+    path = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    path.write_bytes(CONTENT)
+    assert load_tokenizer(path, 4096).vocab_size() == 4096
