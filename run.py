@@ -252,22 +252,21 @@ def generate(
             progress(len(answers.done), len(answers.places))
         printer = answers or make_printer(options)
         timing = Timing(tokens)
-        ended = {}
+        ended = {}  # whose routing is to be shown
         try:
             while event := worker.call(next, events, None):
-                timing.take((event.request, event.sample))
-                if event.finish_reason is not None:
+                timing.take((event.request, event.sample), event.finish_reason is not None)
+                if options.show_routing and event.finish_reason is not None:
                     ended[event.request, event.sample] = event.completion
                 printer.show(event._replace(request=left[event.request]))
         finally:
             # After an interruption too: nothing that was computed is lost.
             printer.close()
     say(timing.line())
-    if options.show_routing:
-        for index, sample in sorted(ended):
-            several = f".{sample + 1}" if options.num_samples > 1 else ""
-            write_out(f"\nexperts of [{index + 1}{several}], best first")
-            show_routing(worker, server, ended[index, sample])
+    for index, sample in sorted(ended):
+        several = f".{sample + 1}" if options.num_samples > 1 else ""
+        write_out(f"\nexperts of [{index + 1}{several}], best first")
+        show_routing(worker, server, ended[index, sample])
     if options.stats:
         say(timing.block(work_of(server)))
 

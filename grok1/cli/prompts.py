@@ -5,6 +5,8 @@ All that is known of them is JSON until requests are made of it, so that process
 
 import argparse
 import collections.abc
+import contextlib
+import functools
 import json
 import re
 import sys
@@ -18,6 +20,7 @@ from grok1.serving.request_limits import MOST_SAMPLES
 from grok1.strict_json import read_json
 
 STANDARD_INPUT = "-"
+MOST_BYTES = 2**26  # in a line: /dev/zero has no end
 
 
 class Line(NamedTuple):
@@ -70,26 +73,34 @@ def read_lines(file: str, form: str | None = None) -> list[Line]:
 def _numbered(file: str, name: str) -> Iterator[tuple[int, str]]:
     """Return an iterator over the lines that are not blank, with their numbers, from 1."""
     try:
-        if file == STANDARD_INPUT:
-            content = sys.stdin.buffer.read()
-        else:
-            with open(file, "rb") as opened:
-                content = opened.read()
+        # Standard input stays open: another file would get its number.
+        given = contextlib.nullcontext(sys.stdin.buffer)
+        with given if file == STANDARD_INPUT else open(file, "rb") as opened:
+            lines = iter(functools.partial(opened.readline, MOST_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
+                text = _decode(line, number, f"{name}, line {number}")
+                if text.strip():
+                    yield number, text
     except OSError as error:
         raise ValueError(
             f"{name}: expected a file of prompts, which cannot be read ({error.strerror}); "
             "name another one with --prompts-file"
         ) from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            text = line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name}, line {number}: expected text in UTF-8, got the byte "
-                f"0x{line[error.start]:02x}; convert the file"
-            ) from None
-        if text.strip():
-            yield number, text
+
+
+def _decode(line: bytes, number: int, place: str) -> str:
+    """Return the text of a line, without what ends it. Raises ValueError."""
+    if len(line) > MOST_BYTES:
+        raise ValueError(f"{place}: expected at most {MOST_BYTES} bytes in a line, got more")
+    if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{place}: expected text in UTF-8, got the byte 0x{line[error.start]:02x}; convert the "
+            "file"
+        ) from None
 
 
 def _parse(text: str, place: str) -> Line:
@@ -176,13 +187,16 @@ def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[A
     from grok1.serving.request import Request  # Takes seconds.
 
     hints = typing.get_type_hints(Request)
+    numbered = {name for name in hints if _has_numbers_for_keys(hints[name])}
     requests = []
     for index in indices:
         place = options.places[index]
         for name, value in options.settings[index].items():
             _check(name, value, hints, place)
         fields = fields_of(options, index)
-        requests.append(Request(**{name: _keyed(hints[name], fields[name]) for name in fields}))
+        for name in numbered & fields.keys():
+            fields[name] = _keyed(fields[name], f"{place}: {name}")
+        requests.append(Request(**fields))
     return requests
 
 
@@ -195,8 +209,6 @@ def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
         )
     if not _fits(value, hints[name]):
         raise ValueError(f"{place}: {name}: expected {_words(hints[name])}, got {_shown(value)}")
-    if isinstance(value, dict) and len(_keyed(hints[name], value)) < len(value):
-        raise ValueError(f"{place}: {name}: expected each number once, got {_shown(value)}")
 
 
 _NAMES = {
@@ -249,10 +261,18 @@ def _is_key(key: str, hint: Any) -> bool:
     return hint is not int or re.fullmatch(r"-?[0-9]{1,18}", key) is not None
 
 
-def _keyed(hint: Any, value: Any) -> Any:
-    """Return a value with keys that are numbers where its type has such: in JSON they are texts."""
+def _has_numbers_for_keys(hint: Any) -> bool:
+    """Whether a type is, or may be, a mapping from numbers."""
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
-    numbered = any(typing.get_args(kind)[:1] == (int,) for kind in kinds)
-    if isinstance(value, dict) and numbered:
-        return {int(key): item for key, item in value.items()}
-    return value
+    mappings = [kind for kind in kinds if typing.get_origin(kind) is collections.abc.Mapping]
+    return any(typing.get_args(mapping)[0] is int for mapping in mappings)
+
+
+def _keyed(value: Any, place: str) -> Any:
+    """Return a mapping with its keys as numbers, which in JSON are texts; others as they are."""
+    if not isinstance(value, dict):
+        return value
+    keyed = {int(key): item for key, item in value.items()}
+    if len(keyed) < len(value):
+        raise ValueError(f"{place}: expected each number once, got {_shown(value)}")
+    return keyed

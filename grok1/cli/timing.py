@@ -1,9 +1,12 @@
 """When tokens arrived: the last line of a run, and the block of --stats."""
 
+import array
 import math
 import statistics
 import time
 from collections.abc import Hashable, Sequence
+
+MOST_INTERVALS = 2**20  # that are kept: beyond it every second, fourth, ... one
 
 
 class Timing:
@@ -16,24 +19,31 @@ class Timing:
         self.at_a_time = at_a_time
         self.began = time.perf_counter()
         self.tokens = 0
-        self.first: dict[Hashable, float] = {}  # of each answer, seconds from the beginning
-        self.between: list[float] = []  # seconds between the tokens of an answer
-        self._latest: dict[Hashable, float] = {}
+        self.first = array.array("d")  # of each answer, seconds from the beginning
+        self.between = array.array("d")  # seconds between the tokens of an answer
+        self.last = 0.0
+        self._every = 1  # how many tokens there are for each that `between` has
+        self._latest: dict[Hashable, float] = {}  # of each answer that goes on
 
-    def take(self, answer: Hashable) -> None:
-        """Note that a token of an answer is there."""
-        now = time.perf_counter() - self.began
+    def take(self, answer: Hashable, ended: bool = False) -> None:
+        """Note that a token of an answer is there; no other one follows if it has ended."""
+        self.last = now = time.perf_counter() - self.began
         self.tokens += 1
-        if answer in self.first:
-            self.between.append(now - self._latest[answer])
-        else:
-            self.first[answer] = now
-        self._latest[answer] = now
+        before = self._latest.pop(answer, None)
+        if before is None:
+            self.first.append(now)
+        elif self.tokens % self._every == 0:
+            self.between.append(now - before)
+            if len(self.between) > MOST_INTERVALS:
+                self.between = self.between[::2]
+                self._every *= 2
+        if not ended:
+            self._latest[answer] = now
 
     def line(self) -> str:
         """Return what there was in one line."""
         total = time.perf_counter() - self.began
-        first = min(self.first.values(), default=0.0)
+        first = min(self.first, default=0.0)
         line = f"{self.tokens} tokens in {total:.2f} s, compilation included: {first:.2f} s to the"
         if self.tokens > 1:
             return f"{line} first token, then {(self.tokens - 1) / (total - first):.1f} tokens/s"
@@ -47,7 +57,7 @@ class Timing:
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = []
-        if first := list(self.first.values()):
+        if first := self.first:
             value = f"median {statistics.median(first):.2f} s, largest {max(first):.2f} s"
             rows.append(("time to first token", f"{value}, of {len(first)} answers"))
         if between := [1e3 * seconds for seconds in self.between]:
@@ -56,7 +66,7 @@ class Timing:
             if self.at_a_time > 1:
                 value += f"; they come up to {self.at_a_time} at a time"
             rows.append(("between tokens", value))
-        if total := max(self._latest.values(), default=0.0):
+        if total := self.last:
             rows.append(("tokens per second", f"{self.tokens / total:.1f}"))
         return rows
 

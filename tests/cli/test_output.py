@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import gc
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -245,6 +248,27 @@ def test_a_fingerprint_changes_with_all_that_an_answer_depends_on() -> None:
 
 
 # The command.
+
+
+def test_answers_that_are_written_are_forgotten(tmp_path: pathlib.Path) -> None:
+    """However many there are, their tokens are in memory only until then."""
+    answers: list[weakref.ref[Completion]] = []
+
+    class Server:
+        def generate_events(self, requests: list[Any], *_: Any) -> Iterator[Event]:
+            for index in range(len(requests)):
+                answer = event(index, "eos").completion
+                answers.append(weakref.ref(answer))
+                yield event(index, "eos")._replace(completion=answer)
+                del answer
+                gc.collect()
+                assert sum(known() is not None for known in answers) <= 2
+
+    arguments = [f"--prompt-ids={i}" for i in range(9)]
+    options = run.parse_arguments([*arguments, "--output", str(tmp_path / "out")])
+    file = opened(tmp_path / "out", 9)
+    run.generate(run.Worker(), Server(), options, range(9), file)
+    assert indices(tmp_path / "out") == list(range(9))
 
 
 def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(

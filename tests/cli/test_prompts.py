@@ -130,6 +130,25 @@ def test_a_prompt_of_the_command_line_is_still_named_by_its_number(
     assert_one_sentence(result, 1, "error: request 2: the prompt is empty")
 
 
+def test_a_line_without_an_end_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as /dev/zero is."""
+    monkeypatch.setattr(prompts, "MOST_BYTES", 100, raising=False)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a" * 99 + "\n" + "a" * 200)
+    with pytest.raises(ValueError) as error:
+        prompts.read_lines(str(file))
+    assert str(error.value) == f"{file}, line 2: expected at most 100 bytes in a line, got more"
+
+
+def test_standard_input_stays_open_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file would get its number, and what reads standard input that file."""
+    give_input(monkeypatch, "A\n")
+    prompts.read_lines("-")
+    assert not sys.stdin.closed
+
+
 @pytest.mark.parametrize("content", [None, "", " \n\n"])
 def test_a_file_without_prompts_is_refused(
     content: str | None, tmp_path: pathlib.Path, command: Command

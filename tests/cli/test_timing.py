@@ -56,3 +56,18 @@ def test_what_did_not_happen_is_left_out(clock: list[float]) -> None:
 @pytest.mark.parametrize(("percent", "value"), [(0, 1), (1, 1), (50, 50), (99, 99), (100, 100)])
 def test_a_percentile_is_one_of_the_values(percent: float, value: int) -> None:
     assert timing.percentile(range(100, 0, -1), percent) == value
+
+
+def test_times_of_many_tokens_take_little_memory(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the intervals a part is kept, from all of the run."""
+    monkeypatch.setattr(timing, "MOST_INTERVALS", 100, raising=False)
+    times = timing.Timing()
+    for answer in range(200):
+        for token in range(10):
+            clock[0] += 0.001 * (answer + 1)
+            times.take(answer, ended=token == 9)
+    assert 50 <= len(times.between) <= 100 and not times._latest and len(times.first) == 200
+    assert timing.statistics.median(times.between) == pytest.approx(0.1, rel=0.1)
+    assert "between tokens       median 10" in times.block()
