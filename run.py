@@ -22,6 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+# In the background of a shell script Ctrl-C is ignored, and stays so.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # It ends the imports below without showing where it struck.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from grok1.cli import interactive, prompts
 from grok1.cli.console import (
     ByteProgress,
@@ -45,6 +50,7 @@ RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloa
 DEMO = RELEASED / "demo" if RELEASED.is_dir() else ROOT / "grok1" / "demo"
 TOKENIZER = DEMO / "tokenizer.model"
 MOST_SLOTS = 8
+MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, and end in no answer
 # What process 0 decides for all; the files may lie elsewhere on each host.
 SHARED = (
     "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
@@ -185,7 +191,7 @@ def make_server(
     """Load the model as the options say; the prompts that are left are checked before."""
     mesh = options.mesh or (1, 1)
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
-    devices = math.prod(mesh) // processes
+    devices = min(math.prod(mesh) // processes, MOST_DEVICES)
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
@@ -196,6 +202,14 @@ def make_server(
     from grok1.kernels import dispatch as kernels
     from runner import RequestError, load_server
 
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a lost driver
+        why = (str(error) or "no driver found").splitlines()[0]
+        raise ValueError(
+            f"JAX_PLATFORMS={jax.config.values['jax_platforms']}: expected platforms of which "
+            f"devices are here, got none ({why}); correct it or leave it unset"
+        ) from error
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -429,4 +443,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -42,7 +42,7 @@ def as_json(value: Any) -> str:
     except ValueError:
         raise ValueError(
             "expected finite numbers to write as JSON, got NaN or Infinity; check the weights with "
-            "checkpoint.py verify"
+            "checkpoint.py verify, and the options"
         ) from None
 
 

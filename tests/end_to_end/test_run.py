@@ -396,6 +396,21 @@ def test_too_little_memory_is_answered_with_one_sentence(
     assert_one_sentence(result, 1, "too little memory for the model or its cache", "; use more dev")
 
 
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_here_is_one_sentence(platforms: str, tiny: pathlib.Path) -> None:
+    if platforms == "cuda" and pathlib.Path("/dev/nvidia0").exists():
+        platforms = "rocm"
+    result = finish(start("--checkpoint", tiny, "--prompt-ids", 5, JAX_PLATFORMS=platforms))
+    sentence = f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got none"
+    assert_one_sentence(result, 1, sentence, "correct it or leave it unset")
+
+
+def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:
+    """Virtual ones take threads and memory; of the largest numbers XLA would make a crash."""
+    result = finish(start("--checkpoint", tiny, "--prompt-ids", 5, "--mesh", f"{10**20},1"))
+    assert_one_sentence(result, 1, f"a mesh of {10**20},1 needs", "but this machine has 128, for")
+
+
 # Interruptions.
 
 
@@ -437,6 +452,24 @@ def test_ctrl_c_is_obeyed_at_once_while_jax_is_imported(tiny: pathlib.Path) -> N
         assert process.poll() is None
         time.sleep(0.01)
     assert interrupt(process) == Result(130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(("before", "status"), [("default_int_handler", 130), ("SIG_IGN", 1)])
+def test_ctrl_c_in_an_import_shows_no_traceback(
+    before: str, status: int, tmp_path: pathlib.Path
+) -> None:
+    """Where it is ignored, as in the background of a shell script, it stays so."""
+    (tmp_path / "socket.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\nraise OSError"
+    )
+    program = f"""
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.{before})
+sys.path.insert(0, {str(tmp_path)!r})
+runpy.run_path({run.__file__!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, "KeyboardInterrupt" in done.stderr) == (status, False)
 
 
 def test_ctrl_c_is_obeyed_at_once_while_the_model_is_compiled(tiny: pathlib.Path) -> None:
