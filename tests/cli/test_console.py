@@ -278,3 +278,12 @@ def test_lost_messages_leave_the_status(
 ) -> None:
     done = run_with(redirection, *arguments)
     assert done.returncode == status and bool(done.stdout) == (status == 0)
+
+
+def test_a_conversion_needs_no_streams(tmp_path: pathlib.Path) -> None:
+    """Its files do not get the numbers of those that are closed."""
+    target = tmp_path / "safe"
+    convert = ("checkpoint.py", "convert", "checkpoints/demo", target, "--to", "safetensors")
+    done = run_with("<&- 2>&-", *convert)
+    assert done.returncode == 0 and done.stdout.startswith(f"{target}: ")
+    assert run_with("2>&-", "checkpoint.py", "verify", target).returncode == 0
