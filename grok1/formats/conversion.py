@@ -7,7 +7,6 @@ the command, a power cut included, the same command goes on after the last finis
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -244,13 +243,9 @@ def _working(target: str) -> Iterator[str]:
     os.makedirs(work, exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not atomic.lock(descriptor):
             expected, got = "one conversion at a time", "another one at work"
-            raise error(target, expected, got, "wait until it ends") from None
-        except OSError:
-            pass  # This file system knows no locks.
+            raise error(target, expected, got, "wait until it ends")
         _clean(work)
         try:
             yield work
