@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 import os
 import re
@@ -100,8 +99,7 @@ def keep_outputs(peers: multihost.Peers) -> None:
     if peers.place.process == 0:
         # Never closed: the answers outlive whatever ends the interpreter.
         copy = os.dup(1)
-        encoding = sys.stdout.encoding
-        sys.stdout = os.fdopen(copy, "w", 1, encoding, "backslashreplace", closefd=False)
+        sys.stdout = os.fdopen(copy, "w", 1, sys.stdout.encoding, closefd=False)
     else:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     nothing = os.open(os.devnull, os.O_WRONLY)
@@ -416,8 +414,6 @@ def main() -> int:
     """Run the command; returns the exit status."""
     open_standard_streams()
     worker = Worker()  # jax works there
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     errors = sys.stderr
     peers: multihost.Peers | None = None
     try:

@@ -63,7 +63,7 @@ def _write(text: str, stream: TextIO) -> None:
         stream.write(text)
         return
     stream.flush()
-    data = text.encode(stream.encoding, stream.errors or "strict")
+    data = text.encode(stream.encoding, "backslashreplace")  # what a terminal cannot show
     raw = getattr(stream.buffer, "raw", stream.buffer)
     while data:  # a disk that is almost full takes a part, a pipe that does not block None
         data = data[raw.write(data) or 0 :]

@@ -197,7 +197,7 @@ def test_output_is_whole_or_an_error(buffered: bool, monkeypatch: pytest.MonkeyP
     for room in (100, 6):
         raw = Slow(room)
         buffer: Any = io.BufferedWriter(raw) if buffered else raw
-        stream = io.TextIOWrapper(buffer, "ascii", "backslashreplace", write_through=True)
+        stream = io.TextIOWrapper(buffer, "ascii", write_through=True)
         monkeypatch.setattr(sys, "stdout", stream)
         if room == 100:
             write_out("caf\u00e9 au lait")
