@@ -265,11 +265,16 @@ def generate(
         printer = answers or make_printer(options)
         timing = Timing(tokens)
         ended = {}  # whose routing is to be shown
+        failed = {}
         try:
             while event := worker.call(next, events, None):
-                timing.take((event.request, event.sample), event.finish_reason is not None)
-                if options.show_routing and event.finish_reason is not None:
-                    ended[event.request, event.sample] = event.completion
+                place = event.request, event.sample
+                if event.finish_reason == "error":
+                    failed[place] = event.completion.error
+                else:
+                    timing.take(place, event.finish_reason is not None)
+                    if options.show_routing and event.finish_reason is not None:
+                        ended[place] = event.completion
                 printer.show(event._replace(request=left[event.request]))
         finally:
             # After an interruption too: nothing that was computed is lost.
@@ -281,6 +286,10 @@ def generate(
         show_routing(worker, server, ended[index, sample])
     if options.stats:
         say(timing.block(work_of(server)))
+    if failed:
+        (index, _), error = min(failed.items())
+        others = f" ({len(failed)} answers ended by an error)" if len(failed) > 1 else ""
+        raise ValueError(f"{options.places[left[index]]}: {error}{others}")
 
 
 def show_routing(worker: Worker, server: Any, answer: Any) -> None:

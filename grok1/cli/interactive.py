@@ -94,12 +94,15 @@ def converse(
 
 
 def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timing: Timing) -> None:
-    """Print an answer as it grows, to its end or to Ctrl-C. ValueError: the request is wrong."""
+    """Print an answer as it grows, to its end or to Ctrl-C. ValueError: what is wrong."""
     handle = worker.call(server.submit, request)
     events = server.stream(handle)
     # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
     while not keyboard.pressed and (event := worker.call(next, events, None)):
-        timing.take(event.request)
+        if event.token_id is not None:
+            timing.take(event.request)
         write_out(event.text, end="")
     worker.call(server.cancel, handle)  # leaves one that has ended as it is
     write_out("")
+    if handle.completion.error is not None:
+        raise ValueError(handle.completion.error)

@@ -32,6 +32,8 @@ def answer_fields(answer: Any) -> dict[str, Any]:
         fields["top_logprobs"] = answer.top_logprobs
     if answer.prompt_logprobs is not None:
         fields["prompt_logprobs"] = answer.prompt_logprobs
+    if answer.error is not None:
+        fields["error"] = answer.error
     return fields
 
 
@@ -60,8 +62,8 @@ class TextPrinter:
     def show(self, event: Any) -> None:
         """Print what is new."""
         if self.alone:
-            text = event.text if event.completion.text is not None else f"{event.token_id} "
-            write_out(text, end="")
+            ids = event.completion.text is None and event.token_id is not None
+            write_out(f"{event.token_id} " if ids else event.text, end="")
             self.begun = True
             return
         place = event.request, event.sample
@@ -166,10 +168,10 @@ class AnswerFile:
             ) from error
 
     def show(self, event: Any) -> None:
-        """Write an answer that is finished."""
+        """Write an answer that is finished; one that an error ended is left to another run."""
         place = event.request, event.sample
         # Of several answers to a prompt some may have been there before.
-        if event.finish_reason is not None and place not in self.done:
+        if event.finish_reason not in (None, "error") and place not in self.done:
             self._write(place, event.completion)
             self.done.add(place)
             self.progress(len(self.done), len(self.places))

@@ -61,7 +61,7 @@ def test_only_answers_that_came_to_their_end_are_written_each_at_once(
     file = opened(tmp_path / "out")
     seen: list[tuple[int, int]] = []
     file.progress = lambda done, total: seen.append((done, total))
-    for index, reason in ((0, None), (2, "eos"), (1, None), (0, "length")):
+    for index, reason in ((0, None), (2, "eos"), (1, None), (1, "error"), (0, "length")):
         file.show(event(index, reason))
         assert ((2, 0) in file.done) == (2 in indices(tmp_path / "out"))
     file.close()

@@ -1,5 +1,6 @@
 """The command as a user meets it: answers on stdout, all else on stderr, one sentence a mistake."""
 
+import io
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 import checkpoint
 import run
 from commands import (
+    CONFIG,
     COUNTED,
     LOADED,
     PROMPT,
@@ -88,6 +90,61 @@ def test_several_answers_are_printed_whole_each_with_its_prompt(
         f"[1] {PROMPT}{first['text']}\n[2] 5 6 7 | {second['text']}\n[3] A dog {third['text']}\n"
     )
     assert result.out == expected
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint whose weights are finite, and its logits are not."""
+    params = CONFIG.init_params(0, quantized=True)
+    norm = params["language_model/rms_norm"]
+    norm["scale"] = norm["scale"].at[3].set(3e38)
+    directory = tmp_path_factory.mktemp("overflowing")
+    checkpoint.save(directory, params, CONFIG.to_dict())
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("options", "out"),
+    [
+        (["--prompt", "A dog"], "A dog\n"),
+        (["--prompt-ids", "5 6"], "\n"),
+        (["--prompt", "A dog", "--num-samples", 2], "[1.1] A dog\n[1.2] A dog\n"),
+        (["--prompt", "A dog", "--json"], None),
+        (["--prompt", "A dog", "--output"], ""),
+    ],
+    ids=["text", "ids", "samples", "json", "output"],
+)
+def test_logits_that_are_not_finite_are_an_error(
+    options: list[object],
+    out: str | None,
+    overflowing: pathlib.Path,
+    tmp_path: pathlib.Path,
+    command: Command,
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    if options[-1] == "--output":
+        options = [*options, file]
+    result = command("--checkpoint", overflowing, *options, "--max-len", 3, "--dtype", "float32")
+    assert result.status == 1
+    *_, last = result.err.splitlines()
+    assert last.startswith("error: request 1: expected finite logits, got NaN or infinity")
+    assert last.endswith(" (2 answers ended by an error)") == ("--num-samples" in options)
+    if out is None:
+        (answer,) = result.answers
+        assert answer["finish_reason"] == "error" and answer["error"] in last
+        assert answer["text"] == "" and answer["token_ids"] == []
+    else:
+        assert result.out == out
+    assert not file.exists() or file.read_text() == ""  # to be resumed with other weights
+
+
+def test_a_session_goes_on_after_logits_that_are_not_finite(
+    overflowing: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\nB\n"), "utf-8"))
+    result = command("--checkpoint", overflowing, "--interactive", "--dtype", "float32")
+    assert (result.status, result.out) == (0, "\n\n")
+    assert result.err.count("\nerror: expected finite logits") == 2
 
 
 @pytest.mark.parametrize(("prompt", "out"), [([5, 6], ""), ("A dog", "A dog\n")])
