@@ -11,7 +11,7 @@ among what process 0 decides for all. What jax does well stays its own: devices 
 that all leave together (`jax.distributed.shutdown`).
 
 So every process keeps a connection to process 0, at the coordinator's address. It carries signs of
-life, with what the process is doing; process 0's options; and the sentence by which a process ends,
+life; what the process is doing; process 0's options; and the sentence by which a process ends,
 which all others repeat. A closed connection is noticed at once, a silent one after the time-out.
 jax's service listens behind the same address, on a port of process 0's own, and each other process
 reaches it through a relay in itself. When process 0 dies the relay leaves jax's side of the
@@ -19,27 +19,47 @@ connection open: jax sees a silence, for which its own time-out is far longer, a
 speaks first. All of it uses public options of jax, but for finding the place in a job.
 
 The network between the processes must be private, as it must be for jax itself: nothing here is
-encrypted, and whoever can reach the coordinator's port can take part.
+encrypted, and whoever can reach the coordinator's port and says what a process says can take part.
+Other connections cost little: a port scan does not disturb a run.
 """
 
 import contextlib
-import errno
 import json
 import os
+import re
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, Self, TextIO
 
 from grok1.checks import is_integer
+from grok1.parallel.links import (
+    Expected,
+    Link,
+    accepted,
+    copy_bytes,
+    insist,
+    listen_everywhere,
+    pack,
+)
 
 JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
 BEAT = 0.5  # between signs of life
-LONGEST_MESSAGE = 2**28  # bytes; the prompts of a run are one message
+# A process that was started with another version is refused; to be raised when a message changes.
+PROTOCOL = 2
+MOST_PENDING = 32  # connections that have not said yet what they are
+LONGEST_SENTENCE = 4000  # characters; up to 12 bytes each in JSON
+GREETING = Expected({"hello": dict, "jax": str}, limit=2**10, seconds=5)
+WELCOME = Expected({"welcome": dict, "end": str}, limit=2**16)
+RELAYED = Expected({"jax": bool}, limit=2**10)
+FROM_OTHERS = Expected({"alive": bool, "phase": str, "done": bool, "end": str}, limit=2**16)
+# The prompts of a run are one message.
+FROM_FIRST = Expected({**FROM_OTHERS.types, "begin": bool, "value": object}, limit=2**28)
 # jax's service must not end a process that this module has not: its limits are some factor longer.
 SLOWER = 10
 # How long the main thread gets, after a loss, to print what is finished.
@@ -61,11 +81,30 @@ class Place(NamedTuple):
     process: int
 
 
+class Hello(NamedTuple):
+    """What a process says of itself to process 0; all versions have `protocol` and `host`."""
+
+    protocol: int
+    process: int
+    processes: int
+    host: str
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Self | None:
+        """Return it as it was received, None if it is none."""
+        protocol, process, processes, host = (fields.get(name) for name in cls._fields)
+        if not (is_integer(protocol) and is_integer(process) and is_integer(processes)):
+            return None
+        if not isinstance(host, str) or not host.isprintable():
+            return None
+        return cls(protocol, process, processes, host)
+
+
 def host_and_port(address: str) -> tuple[str, int]:
     """Split HOST:PORT, or [IPV6]:PORT; ValueError if it is not that."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise ValueError(f"expected HOST:PORT such as 10.0.0.1:1234, got {address!r}")
     return host, int(port)
 
@@ -108,95 +147,6 @@ def find_place(
     return Place(address, count, index)
 
 
-# ----------------------------------------------------------------------------------- connections
-
-
-class Link:
-    """A connection that carries JSON objects, one a line.
-
-    Whatever waits longer than `timeout` seconds raises TimeoutError, which is an OSError.
-    """
-
-    def __init__(self, connection: socket.socket, timeout: float):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(timeout)
-        self.socket = connection
-        self.unread = b""
-        self._sending = threading.Lock()
-
-    def send(self, **message: Any) -> None:
-        """Send one object. Raises OSError."""
-        with self._sending:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def beat(self, phase: str) -> None:
-        """Send a sign of life, unless a message is under way, which is one. Raises OSError."""
-        if self._sending.acquire(blocking=False):
-            try:
-                self.socket.sendall(json.dumps({"phase": phase}).encode() + b"\n")
-            finally:
-                self._sending.release()
-
-    def receive(self) -> dict[str, Any] | None:
-        """Return the next object; None if the connection was closed. Raises OSError, ValueError."""
-        pieces = [self.unread]
-        while b"\n" not in pieces[-1]:
-            pieces.append(self.socket.recv(2**20))
-            if not pieces[-1]:
-                return None
-            if sum(map(len, pieces)) > LONGEST_MESSAGE:
-                raise ValueError("a message without an end")
-        line, _, self.unread = b"".join(pieces).partition(b"\n")
-        message = json.loads(line)
-        if not isinstance(message, dict):
-            raise ValueError("a message that is not an object")
-        return message
-
-
-def _pump(source: socket.socket, target: socket.socket, keep: socket.socket | None = None) -> None:
-    """Copy bytes until either side ends; then end both, but leave `keep` open and silent."""
-    with contextlib.suppress(OSError):
-        while piece := source.recv(2**16):
-            target.sendall(piece)
-    if target is not keep:
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)  # whoever reads from it closes it
-    if source is not keep:
-        source.close()
-
-
-def _start(target: Callable[..., object], *arguments: Any) -> None:
-    threading.Thread(target=target, args=arguments, daemon=True).start()
-
-
-def _connect(address: tuple[str, int], timeout: float) -> socket.socket:
-    """Connect, trying again until `timeout` seconds are over. Raises the last OSError."""
-    deadline = time.monotonic() + timeout
-    while True:
-        left = max(deadline - time.monotonic(), 0.1)
-        try:
-            return socket.create_connection(address, timeout=left)
-        except OSError:
-            if time.monotonic() + 0.2 > deadline:
-                raise
-        time.sleep(0.2)
-
-
-def _listen_everywhere(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
-            )
-        except OSError as error:
-            if error.errno != errno.EAFNOSUPPORT:  # a kernel without IPv6
-                raise
-    return socket.create_server(("", port), backlog=128)
-
-
-# --------------------------------------------------------------------------------- the processes
-
-
 class Peers:
     """All processes of a run, as one of them sees them.
 
@@ -226,15 +176,17 @@ class Peers:
         self.loss: str | None = None
         self._changed = threading.Condition()  # guards all that follows, and `loss`
         self._links: dict[int, Link] = {}  # on process 0 to all others, on these to process 0
-        self._hosts = {place.process: socket.gethostname()}
-        self._phases: dict[int, str] = {}
+        self._pending: list[Link] = []  # the oldest first
+        self._host = socket.gethostname()
+        self._name = self._name_of(place.process, self._host)
         self._phase = "the start"
         self._values: list[Any] = []
-        self._done: set[int] = set()
         self._complete = False  # all have come
         self._losing = False  # there is a loss, but perhaps not all know yet
+        self._closing = False  # this process has done its part
         self._ending = False
         self._jax_port = 0
+        self._token = secrets.token_hex(16)  # by which process 0 knows the others' relays
         self._leaving = threading.Lock()
 
     # ------------------------------------------------------------------------------- for all
@@ -253,8 +205,14 @@ class Peers:
     def share(self, value: Any) -> Any:
         """Return process 0's value on every process, as it comes out of JSON; call it on all."""
         if self.place.process == 0:
-            self._send_all(value=value)
-            return json.loads(json.dumps(value))
+            data = pack(value=value)
+            if len(data) > FROM_FIRST.limit:
+                raise ValueError(
+                    f"the prompts and options of a run: expected at most {FROM_FIRST.limit} bytes "
+                    f"as JSON, got {len(data)}; divide the prompts among several runs"
+                )
+            self._send_all(data)
+            return json.loads(data)["value"]
         with self._changed:
             self._changed.wait_for(lambda: self._values or self.loss)
             if self._values:
@@ -263,25 +221,25 @@ class Peers:
 
     def phase(self, name: str) -> None:
         """Say what this process does from now on; the others name it if it is lost."""
-        with self._changed:
+        if name != self._phase:
             self._phase = name
-        self._beat()
+            self._send_all(pack(phase=name))
 
     def end(self, reason: str) -> None:
         """Tell the others why this process ends now. If they ended before, `leave` with that."""
-        sentence = f"{self._name(self.place.process)} ended: {reason}"
         with self._changed:
             self._ending = True
             if self._losing:
                 self._changed.wait_for(lambda: self.loss)
                 self.leave()
-        self._send_all(end=sentence)
+        self._send_all(_farewell(f"{self._name} ended: {reason}"))
 
     def leave(self) -> NoReturn:
         """Say what was lost and end this process, whatever its other threads do: status 1."""
         self._leaving.acquire()  # for ever: it is said once
         with contextlib.suppress(OSError, ValueError):
-            print(f"error: {self.loss}", file=self.errors, flush=True)
+            # In one write: other threads print, too.
+            print(f"error: {self.loss}\n", end="", file=self.errors, flush=True)
         os._exit(1)
 
     def await_loss(self) -> None:
@@ -299,7 +257,10 @@ class Peers:
         import jax
 
         self.phase("the end")
-        self._send_all(done=True)  # what is closed from now on is no loss
+        self._send_all(pack(done=True))  # what is closed from now on is no loss
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         jax.distributed.shutdown()
         with self._changed:
             if self.loss:
@@ -312,15 +273,14 @@ class Peers:
         """On process 0: wait for all others."""
         host, port = host_and_port(self.place.coordinator)
         try:
-            listener = _listen_everywhere(port)
+            listener = listen_everywhere(port)
         except OSError as error:
             raise ValueError(
                 f"{self.place.coordinator}: process 0 cannot listen at port {port} "
                 f"({os.strerror(error.errno or 0)}); end what uses it, or give all processes "
                 "another --coordinator"
             ) from error
-        _start(self._accept, listener)
-        _start(self._keep_beating)
+        self._start(self._accept, listener)
         deadline = time.monotonic() + self.join_timeout
         with self._changed:
             while len(self._links) < self.place.processes - 1 and self.loss is None:
@@ -341,26 +301,32 @@ class Peers:
             with self._changed:
                 self._changed.wait_for(lambda: self.loss)
             raise ValueError(self.loss)
-        self._send_all(hosts=self._hosts, complete=True)
+        self._send_all(pack(begin=True))
 
     def _report(self) -> None:
         """On the others: come to process 0, and wait until all are there."""
         address = self.place.coordinator
+        hello = Hello(PROTOCOL, self.place.process, self.place.processes, self._host)
         try:
-            connection = _connect(host_and_port(address), self.join_timeout)
+            question = pack(hello=hello._asdict())
+            link, kind, content = self._ask(question, WELCOME, self.join_timeout)
         except OSError as error:
             raise ValueError(
                 f"{address}: process 0 did not answer within {self.join_timeout:g} s "
                 f"({error.strerror or error}); start it there, or correct --coordinator"
             ) from error
-        link = Link(connection, self.peer_timeout)
+        except ValueError as error:
+            raise ValueError(
+                f"{address}: expected process 0 of this program, got {error}; correct --coordinator"
+            ) from error
+        if kind == "end":
+            raise ValueError(content)
+        link.name = self._name_of(0, content.get("host"))
+        self._token = content.get("token")
         with self._changed:
             self._links[0] = link
-        with contextlib.suppress(OSError):
-            host = self._hosts[self.place.process]
-            link.send(hello=self.place.process, count=self.place.processes, host=host)
-        _start(self._listen, 0, link)
-        _start(self._keep_beating)
+        self._start(self._keep_beating, link)
+        self._start(self._listen, link)
         with self._changed:
             # Process 0 says who did not come: it is given the time for it.
             limit = self.join_timeout + self.peer_timeout
@@ -373,43 +339,77 @@ class Peers:
         few = ", ".join(map(str, sorted(wanted)[:8])) + (", ..." if len(wanted) > 8 else "")
         return f"process{'es' if len(wanted) > 1 else ''} {few} of {self.place.processes}"
 
+    def _ask(self, question: bytes, expected: Expected, timeout: float) -> tuple[Link, str, Any]:
+        """Ask process 0, again where it is not there yet or has dropped the connection."""
+        address = host_and_port(self.place.coordinator)
+
+        def attempt(left: float) -> tuple[Link, str, Any]:
+            link = Link(socket.create_connection(address, left), self.peer_timeout)
+            return link, *link.ask(question, expected)
+
+        return insist(attempt, timeout)
+
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            connection, _ = listener.accept()
-            _start(self._greet, Link(connection, self.peer_timeout))
+        """On process 0: take connections; where too many say nothing, drop the oldest of them."""
+        for connection in accepted(listener):
+            link = Link(connection, self.peer_timeout)
+            with self._changed:
+                if len(self._pending) == MOST_PENDING:
+                    self._pending[0].shut()
+                    self._changed.wait_for(lambda: len(self._pending) < MOST_PENDING)
+                self._pending.append(link)
+            self._start(self._greet, link)
 
     def _greet(self, link: Link) -> None:
         """Take what comes to the coordinator's port: a process, or the relay of one."""
         try:
-            message = link.receive() or {}
+            message = link.receive(GREETING)
         except (OSError, ValueError):
-            message = {}
-        if message.get("jax"):
-            self._serve_jax(link)
-            return
-        index, count = message.get("hello"), message.get("count")
-        if not is_integer(index) or not is_integer(count):
-            link.socket.close()  # a stranger
-            return
+            message = None
         with self._changed:
-            refusal = self._refusal(index, count)
-            gathering = not self._complete
-            if refusal is None:
-                self._links[index] = link
-                self._hosts[index] = str(message.get("host"))
-                self._changed.notify_all()
-        if refusal is None:
-            with contextlib.suppress(OSError):
-                link.send(hosts={0: self._hosts[0]})
-            self._listen(index, link)
-            return
-        with contextlib.suppress(OSError):
-            link.send(end=refusal)
-        if gathering:
-            self._lose(refusal)
-        link.socket.close()
+            self._pending.remove(link)
+            self._changed.notify_all()
+        match message:
+            case ("jax", self._token):
+                self._serve_jax(link)
+            case ("hello", fields) if (hello := Hello.of(fields)) and self._admit(link, hello):
+                self._listen(link)
+            case _:
+                link.close()
 
-    def _refusal(self, index: int, count: int) -> str | None:
+    def _admit(self, link: Link, hello: Hello) -> bool:
+        """Take in a process and return True, or tell it why not."""
+        with self._changed:
+            gathering = not self._complete
+            refusal = self._refusal(hello)
+            if refusal is None:
+                answer = pack(welcome={"host": self._host, "token": self._token})
+            else:
+                answer = _farewell(refusal)
+            try:
+                link.send(answer)  # before others may send: the first message is this one
+            except OSError:
+                return False
+            if refusal is None:
+                link.name = self._name_of(hello.process, hello.host)
+                self._links[hello.process] = link
+                self._start(self._keep_beating, link)
+                self._changed.notify_all()
+        if refusal is not None and gathering:
+            self._lose(refusal)
+        return refusal is None
+
+    def _refusal(self, hello: Hello) -> str | None:
+        """Return why a process cannot take part; self._changed is held."""
+        if self._losing:
+            self._changed.wait_for(lambda: self.loss)
+            return self.loss
+        protocol, index, count, host = hello
+        if protocol != PROTOCOL:
+            return (
+                f"a process on host {host} was started with another version of this program "
+                f"(protocol {protocol}, process 0 has {PROTOCOL}); install the same on all hosts"
+            )
         if count != self.place.processes:
             return (
                 f"process {index} was started with --num-processes {count}, process 0 with "
@@ -424,76 +424,79 @@ class Peers:
 
     # --------------------------------------------------------------------------- watching
 
-    def _keep_beating(self) -> None:
-        while True:
-            self._beat()
-            time.sleep(BEAT)
+    def _start(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call in a thread of its own; an exception there ends the run."""
 
-    def _beat(self) -> None:
-        with self._changed:
-            links, phase = list(self._links.values()), self._phase
-        for link in links:
-            with contextlib.suppress(OSError):
-                link.beat(phase)
+        def call() -> None:
+            try:
+                function(*arguments)
+            except BaseException as error:
+                self._lose(f"{self._name} ended: {error!r} in its thread {function.__name__}")
 
-    def _listen(self, index: int, link: Link) -> None:
+        threading.Thread(target=call, name=function.__name__, daemon=True).start()
+
+    def _keep_beating(self, link: Link) -> None:
+        with contextlib.suppress(OSError):  # found by the thread that listens
+            while True:
+                link.beat()
+                time.sleep(BEAT)
+
+    def _listen(self, link: Link) -> None:
         """Take what one process says, until it is lost or has nothing more to say."""
+        expected = FROM_OTHERS if self.place.process == 0 else FROM_FIRST
         try:
-            while (message := link.receive()) is not None:
-                self._take(index, message)
-            how = "its connection was closed"
+            while (message := link.receive(expected)) is not None:
+                self._take(link, *message)
+            how = link.failure or "its connection was closed"
         except TimeoutError:
             how = f"no sign of life for {self.peer_timeout:g} s"
         except (OSError, ValueError) as error:
             how = f"its connection broke ({error})"
-        with self._changed:
-            done, phase = index in self._done, self._phases.get(index, "the start")
-        if done:
+        if link.done:
             self._finish_alone()
             return
         self._lose(
-            f"{self._name(index)} was lost during {phase}: {how}; all processes end, start them "
-            "again"
+            f"{link.name} was lost during {link.phase}: {how}; all processes end, start them again"
         )
 
     def _finish_alone(self) -> None:
         """End in good order, in the time-out, if one is lost while jax shuts down: all is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing)
         time.sleep(self.peer_timeout)
         if not self._ending:
             os._exit(0)
 
-    def _take(self, index: int, message: dict[str, Any]) -> None:
-        if "end" in message:
-            self._lose(str(message["end"]))
+    def _take(self, link: Link, kind: str, content: Any) -> None:
+        if kind == "end":
+            self._lose(content)
         with self._changed:
-            if "phase" in message:
-                self._phases[index] = str(message["phase"])
-            if "value" in message:
-                self._values.append(message["value"])
-            if "hosts" in message:
-                self._hosts |= {int(i): str(name) for i, name in message["hosts"].items()}
-            if "complete" in message:
+            if kind == "phase":
+                link.phase = content
+            elif kind == "value":
+                self._values.append(content)
+            elif kind == "begin":
                 self._complete = True
-            if "done" in message:
-                self._done.add(index)
+            elif kind == "done":
+                link.done = True
             self._changed.notify_all()
 
-    def _name(self, index: int) -> str:
-        host = f" (host {self._hosts[index]})" if index in self._hosts else ""
-        return f"process {index} of {self.place.processes}{host}"
+    def _name_of(self, index: int, host: str) -> str:
+        return f"process {index} of {self.place.processes} (host {host})"
 
     def _lose(self, sentence: str) -> None:
-        """Take note of a loss, the first one only; process 0 tells it to the others."""
+        """Take note of a loss, the first one only, and tell it to the others."""
         with self._changed:
             if self._losing or self._ending:
                 return
             self._losing, complete = True, self._complete
-        if self.place.process == 0:
-            self._send_all(end=sentence)
-        # Only now may this process end: the others would name it as the one that was lost.
-        with self._changed:
-            self.loss = sentence
-            self._changed.notify_all()
+        try:
+            self._send_all(_farewell(sentence))
+        finally:
+            # Only now may this process end: the others would name it as the one that was lost.
+            with self._changed:
+                self.loss = sentence
+                self._changed.notify_all()
         if not complete:
             return  # `join` waits, and raises it
         if signal.getsignal(WAKE) is signal.default_int_handler:
@@ -501,11 +504,11 @@ class Peers:
             time.sleep(LAST_WORDS)
         self.leave()
 
-    def _send_all(self, **message: Any) -> None:
+    def _send_all(self, data: bytes) -> None:
         # A connection that fails is found by the thread that listens to it.
         for link in list(self._links.values()):
             with contextlib.suppress(OSError):
-                link.send(**message)
+                link.send(data)
 
     # --------------------------------------------------------------------------------- jax
 
@@ -526,7 +529,7 @@ class Peers:
                 self._jax_port = port
                 self._changed.notify_all()
         else:
-            _start(self._relay, listener)
+            self._start(self._relay, listener)
         slow = SLOWER * int(max(self.peer_timeout, 10))
         jax.distributed.initialize(
             f"127.0.0.1:{port}",
@@ -541,27 +544,32 @@ class Peers:
     def _relay(self, listener: socket.socket) -> None:
         """On the others: carry jax's connections to process 0."""
         kept = []  # open when process 0 dies: see the top of this file
-        while True:
-            connection, _ = listener.accept()
-            kept.append(connection)
-            with contextlib.suppress(OSError):
-                far = _connect(host_and_port(self.place.coordinator), self.peer_timeout)
-                Link(far, self.peer_timeout).send(jax=True)
-                far.settimeout(None)
-                _start(_pump, connection, far, connection)
-                _start(_pump, far, connection, connection)
+        for near in accepted(listener):
+            kept.append(near)
+            with contextlib.suppress(OSError, ValueError):
+                question = pack(jax=self._token)
+                link, _, _ = self._ask(question, RELAYED, self.peer_timeout)
+                link.socket.settimeout(None)
+                self._start(copy_bytes, near, link.socket, b"", near)
+                self._start(copy_bytes, link.socket, near, bytes(link.unread), near)
 
     def _serve_jax(self, link: Link) -> None:
         """On process 0: carry one relay's connection to jax's service, once it is there."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jax_port, self.join_timeout)
         try:
-            near = _connect(("127.0.0.1", self._jax_port), self.join_timeout)
-            near.sendall(link.unread)
+            link.send(pack(jax=True))
+            with self._changed:
+                self._changed.wait_for(lambda: self._jax_port, self.join_timeout)
+            address = "127.0.0.1", self._jax_port
+            near = insist(lambda left: socket.create_connection(address, left), self.join_timeout)
         except OSError:
-            link.socket.close()
+            link.close()
             return
         for one in (near, link.socket):
             one.settimeout(None)
-        _start(_pump, near, link.socket)
-        _pump(link.socket, near)
+        self._start(copy_bytes, near, link.socket)
+        copy_bytes(link.socket, near, bytes(link.unread))
+
+
+def _farewell(sentence: str) -> bytes:
+    """Return the message by which a process says why all end."""
+    return pack(end=sentence[:LONGEST_SENTENCE])

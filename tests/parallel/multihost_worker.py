@@ -6,6 +6,11 @@ collective that the victim does not enter, or, for "load", past the same place. 
 but the other one takes its time to act upon the loss. At "start" none stalls: both leave their
 files when they know of each other.
 
+meet COORDINATOR PROCESSES PROCESS TIMEOUT WHAT [...]: only meet, without jax, and then do WHAT:
+"stay"; "close", in which jax never ends; "say HEX COUNT", which sends process 0 these bytes so
+often in place of messages, and ends; "share COUNT" bytes; be "deaf", that is read nothing more; or
+"fail" in the thread that takes messages.
+
 read OUT COORDINATOR PROCESSES PROCESS NAME MESH...: what a golden model finds, logits, scores and
 greedy tokens.
 """
@@ -15,6 +20,7 @@ import pathlib
 import sys
 import time
 import traceback
+import types
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -77,6 +83,44 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
     sys.exit(run.main())
 
 
+def main_meet(
+    coordinator: str, processes: str, process: str, timeout: str, what: str, *more: str
+) -> None:
+    """Meet the other processes, and do one thing."""
+    from grok1.parallel import multihost
+
+    place = multihost.Place(coordinator, int(processes), int(process))
+    peers = multihost.Peers(place, 30, float(timeout))
+
+    def hear(*message: Any) -> None:
+        take(*message)
+        if peers._complete and what == "deaf":
+            time.sleep(1000)
+        elif peers._complete and what == "fail":
+            raise LookupError("on purpose")
+
+    take = peers._take
+    vars(peers).update(_start_jax=lambda: None, _take=hear)
+    try:
+        peers.join()
+        print("met", flush=True)
+        if what == "say":
+            peers._links[0].socket.sendall(bytes.fromhex(more[0]) * int(more[1]))
+            os._exit(0)
+        elif what == "share":
+            peers.share("x" * int(more[0]))
+        elif what == "close":
+            sys.modules["jax"] = types.SimpleNamespace(
+                distributed=types.SimpleNamespace(shutdown=lambda: time.sleep(1000))
+            )
+            peers.close()
+        time.sleep(1000)
+    except ValueError as error:
+        peers.end(str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def main_read(
     out: str, coordinator: str, processes: str, process: str, name: str, *meshes: str
 ) -> None:
@@ -123,6 +167,8 @@ def main_read(
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         main_run(pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    elif sys.argv[1] == "meet":
+        main_meet(*sys.argv[2:])
     else:
         try:
             main_read(*sys.argv[2:])

@@ -1,5 +1,6 @@
 """Several processes as one run: the same answers, and an end in one sentence when one is lost."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import pytest
 import golden
 import run
 from commands import COUNTED, Result
-from grok1.parallel import multihost
+from grok1.parallel import links, multihost
 from grok1.parallel.sharding import split_over_hosts
 from paths import ROOT
 from processes import DEAF, MODEL, SLACK, TIMEOUT, Start, finish, place, start_pair
@@ -356,6 +358,217 @@ def test_a_stranger_at_the_port_does_no_harm(start: Start, address: str) -> None
     assert (finish(first).status, second) == (0, (0, "", ""))
     for stranger in strangers:
         stranger.close()
+
+
+# Connections of processes that only meet, without jax, and of others.
+
+
+def meet(start: Start, address: str, place: Sequence[int], *what: object) -> Any:
+    """Start the process PLACE[0] of PLACE[1], which does something when all have met."""
+    return start(WORKER, "meet", address, place[1], place[0], TIMEOUT, *what)
+
+
+def connect(address: str) -> socket.socket:
+    """Connect to process 0 as soon as it listens."""
+    host, port = address.split(":")
+    return links.insist(lambda left: socket.create_connection((host, int(port)), left), 20)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether process 0 closes a connection within seconds, whatever it says before."""
+    connection.settimeout(2 * SLACK)
+    try:
+        while connection.recv(2**16):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{"hosts":5}\n',
+        b"[",
+        b'{"phase":NaN}\n',
+        b'{"end":5}\n',
+        b'{"value":1}\n',
+        b'{"done":true,"phase":"load"}\n',
+        b'\xff\xfe{"phase":"load"}\n',
+        b"1" * 5000 + b"\n",
+        b"[" * 5000 + b"\n",
+        b'{"phase":"lo',
+    ],
+    ids=lambda said: repr(said[:12]),
+)
+def test_a_wrong_message_of_a_process_ends_all(start: Start, address: str, said: bytes) -> None:
+    count = 200_000 if len(said) == 1 else 1
+    first, other = (meet(start, address, (i, 3), "stay") for i in (0, 2))
+    meet(start, address, (1, 3), "say", said.hex(), count)
+    for process in (first, other):
+        result = finish(process, SLACK)
+        assert result.status == 1
+        assert re.fullmatch(
+            rf"error: process 1 of 3 \(host {HOST}\) was lost during the start: its connection "
+            r"(was closed|broke \([^\n]*\)); all processes end, start them again\n",
+            result.err,
+        ), result.err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_thread_that_fails_ends_all(start: Start, address: str, victim: int) -> None:
+    pair = [meet(start, address, (i, 2), "fail" if i == victim else "stay") for i in (0, 1)]
+    sentence = f"error: process {victim} of 2 (host {socket.gethostname()}) ended: LookupError('on"
+    for process in pair:
+        result = finish(process, SLACK)
+        assert result.status == 1
+        assert result.err.startswith(sentence) and result.err.count("\n") == 1, result.err
+
+
+def test_a_process_that_stops_reading_is_lost(start: Start, address: str) -> None:
+    """Its own signs of life go on, and those to the others do as well while one is waited for."""
+    first = meet(start, address, (0, 3), "share", 2**26)
+    meet(start, address, (1, 3), "deaf")
+    other = meet(start, address, (2, 3), "stay")
+    for process in (first, other):
+        result = finish(process, 2 * TIMEOUT + SLACK)
+        assert result.status == 1
+        assert re.fullmatch(
+            r"error: process 1 of 3 [^\n]* it has read nothing for 4 s; [^\n]*\n", result.err
+        ), result.err
+
+
+def test_idle_connections_do_not_lock_processes_out(start: Start, address: str) -> None:
+    few = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"')
+    first = start(WORKER, "meet", address, 2, 0, TIMEOUT, "stay", before=few)
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(connect(address)) for _ in range(100)]
+        second = meet(start, address, (1, 2), "stay")
+        for process in (first, second):
+            assert process.stdout.read(4) == b"met\n"
+        assert is_closed(strangers[0])
+
+
+def test_what_is_not_a_process_is_cut_off(start: Start, address: str) -> None:
+    """It cannot have memory, nor reach jax's service; and it stays for a short time only."""
+    meet(start, address, (0, 2), "stay")
+    for greeting in (b"x" * 2**17, b'{"jax": true}\n', b'{"jax": "\\ud800"}\n', b'{"hello": {'):
+        with connect(address) as stranger:
+            stranger.sendall(greeting)
+            assert is_closed(stranger), greeting[:20]
+    second = meet(start, address, (1, 2), "stay")
+    assert second.stdout.read(4) == b"met\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"process": 1.0},
+        {"process": True},
+        {"process": float("nan")},
+        {"process": "1"},
+        {"processes": None},
+        {"host": "two\nlines"},
+        {"host": 5},
+        {"protocol": []},
+    ],
+    ids=str,
+)
+def test_a_greeting_of_other_types_is_refused(changes: dict[str, Any]) -> None:
+    hello = multihost.Hello(multihost.PROTOCOL, 1, 2, "here")
+    assert multihost.Hello.of(hello._asdict()) == hello
+    assert multihost.Hello.of(hello._asdict() | changes) is None
+
+
+def test_a_process_of_another_version_is_refused(start: Start, address: str) -> None:
+    first = meet(start, address, (0, 2), "stay")
+    hello = multihost.Hello(multihost.PROTOCOL + 1, 1, 2, "there")._asdict()
+    with connect(address) as other:
+        other.sendall(links.pack(hello=hello | {"more": 1}))
+        told = json.loads(other.makefile().readline())["end"]
+    assert told == (
+        f"a process on host there was started with another version of this program (protocol "
+        f"{multihost.PROTOCOL + 1}, process 0 has {multihost.PROTOCOL}); install the same on all "
+        "hosts"
+    )
+    assert finish(first, SLACK).err == f"error: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "got"),
+    [
+        (b"SSH-2.0-x\r\n", r"not a message of this program: b'SSH-2.0-x\r'"),
+        (b"", "no answer for 4 s"),
+    ],
+)
+def test_another_service_at_the_address_is_named(
+    start: Start, address: str, said: bytes, got: str
+) -> None:
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as server:
+        process = meet(start, address, (1, 2), "stay")
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(said)
+            result = finish(process, TIMEOUT + SLACK)
+    assert result.status == 1
+    assert result.err == (
+        f"error: {address}: expected process 0 of this program, got {got}; correct --coordinator\n"
+    )
+
+
+@pytest.mark.parametrize(("what", "status"), [("stay", None), ("close", 0)])
+def test_a_loss_of_what_is_done_cuts_nothing_short(
+    start: Start, address: str, what: str, status: int | None
+) -> None:
+    """Who has done its own part as well does not wait for it; who has not goes on."""
+    first = start(WORKER, "meet", address, 2, 0, 1, what)
+    start(WORKER, "meet", address, 2, 1, 1, "say", links.pack(done=True).hex(), 1)
+    assert first.stdout.read(4) == b"met\n"
+    time.sleep(2.5)
+    assert first.poll() == status
+
+
+def test_a_dropped_process_comes_again(start: Start, address: str) -> None:
+    """Process 0 may drop a connection before it has read what it is."""
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as server:
+        second = meet(start, address, (1, 2), "stay")
+        server.accept()[0].close()
+    first = meet(start, address, (0, 2), "stay")
+    for process in (first, second):
+        assert process.stdout.read(4) == b"met\n"
+
+
+def test_what_is_too_long_to_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = multihost.FROM_FIRST._replace(limit=100)
+    monkeypatch.setattr(multihost, "FROM_FIRST", limit)
+    peers = multihost.Peers(multihost.Place("127.0.0.1:1", 2, 0))
+    assert peers.share({"prompts": ["x"]}) == {"prompts": ["x"]}
+    with pytest.raises(ValueError, match="expected at most 100 bytes as JSON, got 114; divide"):
+        peers.share("x" * 100)
+
+
+def test_a_loss_is_printed_in_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads print, too."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    class Errors(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    written: list[str] = []
+    monkeypatch.setattr(os, "_exit", leave)
+    peers = multihost.Peers(multihost.Place("127.0.0.1:1", 2, 0), errors=Errors())
+    peers.loss = "process 1 was lost"
+    with pytest.raises(SystemExit):
+        peers.leave()
+    assert [text for text in written if text] == ["error: process 1 was lost\n"]
 
 
 def test_an_error_that_should_not_happen_waits_for_the_loss_that_may_be_its_cause(
