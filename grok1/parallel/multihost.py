@@ -51,7 +51,7 @@ JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
 BEAT = 0.5  # between signs of life
 # A process that was started with another version is refused; to be raised when a message changes.
-PROTOCOL = 2
+PROTOCOL = 1
 MOST_PENDING = 32  # connections that have not said yet what they are
 LONGEST_SENTENCE = 4000  # characters; up to 12 bytes each in JSON
 GREETING = Expected({"hello": dict, "jax": str}, limit=2**10, seconds=5)
@@ -497,8 +497,11 @@ class Peers:
             with self._changed:
                 self.loss = sentence
                 self._changed.notify_all()
-        if not complete:
-            return  # `join` waits, and raises it
+            if complete:  # else `join` waits, and raises it
+                self._leave_soon()
+
+    def _leave_soon(self) -> NoReturn:
+        """Wake the main thread, which has a little time to print what is finished; then leave."""
         if signal.getsignal(WAKE) is signal.default_int_handler:
             os.kill(os.getpid(), WAKE)
             time.sleep(LAST_WORDS)

@@ -1,5 +1,6 @@
 """Messages between processes: bounded, checked, and read in linear time."""
 
+import errno
 import socket
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from grok1.parallel import links
 from grok1.parallel.links import Expected, Link, pack
 
 ANY = Expected({"a": object}, limit=2**20)
@@ -74,6 +76,19 @@ def test_no_more_than_the_limit_is_kept(pair: Pair) -> None:
     while link.socket.recv(2**20) and writer.is_alive():
         pass
     writer.join()
+
+
+def test_too_many_open_files_end_no_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listener:
+        def accept(self) -> tuple[str, str]:
+            if not failures:
+                return "connection", "address"
+            raise failures.pop()
+
+    failures = [OSError(errno.EMFILE, "too many open files"), ConnectionAbortedError()]
+    monkeypatch.setattr(links, "PAUSE", 0)
+    assert next(links.accepted(Listener())) == "connection"
+    assert not failures
 
 
 def test_bytes_that_come_singly_take_linear_time() -> None:
