@@ -695,6 +695,7 @@ def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str)
         (["--distributed", "--coordinator", "here"], "expected HOST:PORT such as 10.0.0.1:1234"),
         (["--distributed", "--coordinator", "here:70000"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", ":1"], "expected HOST:PORT"),
+        (["--distributed", "--coordinator", "here:" + "1" * 5000], "expected HOST:PORT"),
         (["--distributed", "--num-processes", 0], "expected a whole number of at least 1, got '0'"),
         (["--peer-timeout", 1], "expected a number of seconds of at least 2, got '1'"),
     ],
