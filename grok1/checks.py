@@ -4,6 +4,9 @@ import math
 import numbers
 from typing import Any, TypeGuard
 
+_LONG = 10**40
+_MOST_SHOWN = 400  # characters
+
 
 def is_integer(value: Any) -> TypeGuard[int]:
     """Return whether a value is an integer, Python's or NumPy's; True and False are none."""
@@ -18,18 +21,29 @@ def is_number(value: Any) -> TypeGuard[float]:
 def require(condition: bool, field: str, expected: str, got: Any) -> None:
     """Raise ValueError, `field: expected ..., got ...`, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{field}: expected {expected}, got {got!r}")
+        raise ValueError(f"{field}: expected {expected}, got {_shown(got)}")
 
 
-def require_integers(config: Any, least: int, *fields: str) -> None:
-    """Raise ValueError unless these attributes are integers of at least `least`."""
+def require_integers(config: Any, least: int, *fields: str, most: float = math.inf) -> None:
+    """Raise ValueError unless these attributes are integers from `least` to `most`."""
     for field in fields:
         value = getattr(config, field)
         require(is_integer(value) and value >= least, field, f"an integer >= {least}", value)
+        require(value <= most, field, f"an integer <= {most}", value)
 
 
-def require_positive(config: Any, *fields: str) -> None:
-    """Raise ValueError unless these attributes are finite numbers above 0."""
+def require_positive(config: Any, least: float, most: float, *fields: str) -> None:
+    """Raise ValueError unless these attributes are positive numbers from `least` to `most`."""
     for field in fields:
         value = getattr(config, field)
         require(is_number(value) and 0 < value < math.inf, field, "a positive number", value)
+        within = least <= value <= most
+        require(within, field, f"a number from {least:g} to {most:g}", value)
+
+
+def _shown(value: Any) -> str:
+    """Return what an error shows of a value: not all of it where that is endless to print."""
+    if is_integer(value) and abs(value) >= _LONG:
+        return "an integer of more than 40 digits"  # Python refuses to print very long ones
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

@@ -7,6 +7,7 @@ holds.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,15 @@ from grok1.checks import require, require_integers, require_positive
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig, TransformerConfig
+
+# Far above those of any known model. They bound the time and memory that a configuration from a
+# stranger can take, and keep whatever is computed from several of them below 2**63.
+MOST_COUNT = 1 << 12  # layers, heads, experts; also of numbers in a head
+MOST_CHOSEN = 64  # experts of a token, which are found one after the other
+MOST_WIDTH = 1 << 24  # other axes, and positions: up to here exact in float32
+MOST_VALUES = 1 << 50  # in a parameter
+MOST_CACHED = 1 << 40  # keys in a sequence's cache
+FACTORS = 1e-6, 1e6
 
 MOVED = "expert_dispatch", "scan_unroll", "kernels", "router"
 
@@ -32,10 +42,14 @@ def refuse_moved(fields: Iterable[str]) -> None:
 
 def check_transformer(config: TransformerConfig) -> None:
     """Check the sizes of the decoder stack."""
-    sizes = ("emb_size", "key_size", "num_q_heads", "num_kv_heads", "num_layers")
-    require_integers(config, 1, *sizes, "num_selected_experts")
-    require_integers(config, 0, "num_experts")
-    require_positive(config, "widening_factor", "attn_output_multiplier")
+    counts = ("key_size", "num_q_heads", "num_kv_heads", "num_layers")
+    require_integers(config, 1, *counts, most=MOST_COUNT)
+    require_integers(config, 0, "num_experts", most=MOST_COUNT)
+    require_integers(config, 1, "num_selected_experts", most=MOST_CHOSEN)
+    require_integers(config, 1, "emb_size", most=MOST_WIDTH)
+    require_positive(config, *FACTORS, "widening_factor", "attn_output_multiplier")
+    width, expected = config.ffn_size, f"one that makes an expert 8 to {MOST_WIDTH} numbers wide"
+    require(8 <= width <= MOST_WIDTH, "widening_factor", expected, config.widening_factor)
     flag = config.shard_activations
     require(isinstance(flag, bool), "shard_activations", "true or false", flag)
     for field in ("data_axis", "model_axis"):
@@ -49,19 +63,28 @@ def check_transformer(config: TransformerConfig) -> None:
     require(divides, "num_q_heads", multiple, config.num_q_heads)
     most, chosen = max(config.num_experts, 1), config.num_selected_experts
     require(chosen <= most, "num_selected_experts", f"at most num_experts = {most}", chosen)
+    widest = max(most * width, config.num_q_heads * config.key_size)
+    values = math.prod((int(config.num_layers), int(config.emb_size), int(widest)))
+    expected = f"a model with at most {MOST_VALUES} values in a parameter"
+    require(values <= MOST_VALUES, "emb_size", expected, values)
 
 
 def check_language_model(config: LanguageModelConfig, transformer: type) -> None:
     """Check the sizes of the language model; `transformer` is the type of its `model`."""
     model = config.model
     require(isinstance(model, transformer), "model", f"a {transformer.__name__}", model)
-    require_integers(config, 1, "vocab_size", "sequence_len")
+    require_integers(config, 1, "vocab_size", "sequence_len", most=MOST_WIDTH)
     require_integers(config, 0, "pad_token", "eos_token")
     for field in ("pad_token", "eos_token"):
         value, expected = getattr(config, field), f"a token below vocab_size = {config.vocab_size}"
         require(value < config.vocab_size, field, expected, value)
+    cached = math.prod(
+        map(int, (model.num_layers, config.sequence_len, model.num_kv_heads, model.key_size))
+    )
+    expected = f"one that makes at most {MOST_CACHED} numbers of keys in a sequence's cache"
+    require(cached <= MOST_CACHED, "sequence_len", expected, config.sequence_len)
     scales = ("embedding_init_scale", "output_multiplier_scale", "embedding_multiplier_scale")
-    require_positive(config, *scales)
+    require_positive(config, *FACTORS, *scales)
     dtypes, given = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)), config.fprop_dtype
     require(any(d == given for d in dtypes), "fprop_dtype", "bfloat16 or float32", given)
 
@@ -72,7 +95,8 @@ def from_fields(cls: type, fields: Any) -> Any:
     refuse_moved(fields)
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in fields:
-        require(name in known, name, f"one of {sorted(known)}", name)
+        field = name if str(name).isidentifier() and len(name) <= 60 else "a field"
+        require(name in known, field, f"one of {sorted(known)}", name)
     for name, field in known.items():
         needed = field.default is dataclasses.MISSING
         require(name in fields or not needed, name, "a value in the configuration", None)

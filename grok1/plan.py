@@ -132,6 +132,12 @@ def make_plan(
             f"batch: expected a multiple of the mesh's data axis {sizes[0]}, of at most "
             f"{MOST_ROWS * sizes[0]}, got {batch}"
         )
+    # XLA ends the process if the size of an array does not fit 64 bits.
+    if cache_bytes(config, (1, 1), MANY * batch) >= 1 << 62:
+        raise ValueError(
+            f"batch: expected one whose cache can be counted in bytes, got {batch} sequences of "
+            f"{config.sequence_len} tokens; plan for fewer or a shorter context"
+        )
     steps, known = compile_steps(config, sizes, batch)
     weights = weight_bytes(config, sizes)
     cache = cache_bytes(config, sizes, batch)
@@ -182,17 +188,21 @@ def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
         )
 
 
+def _model_axis_sizes(config: LanguageModelConfig) -> list[int]:
+    return [n for n in config.model_axis_sizes() if n <= MOST_DEVICES]
+
+
 def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
     """Return how many jax devices a plan for a mesh needs. Raises ValueError as make_plan does."""
     if sizes is None:
-        return max(config.model_axis_sizes())
+        return max(_model_axis_sizes(config))
     check_sizes(config, sizes)
     return math.prod(sizes)
 
 
 def smallest_mesh(config: LanguageModelConfig, batch: int, device_memory: int) -> Sizes:
     """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
-    options = [(1, n) for n in config.model_axis_sizes()]
+    options = [(1, n) for n in _model_axis_sizes(config)]
     for sizes in options:
         # Temporaries, drivers and the buffers of collectives need some, too.
         if fixed_bytes(config, sizes, batch) <= 0.9 * device_memory:

@@ -100,12 +100,21 @@ NUMBERS = (
     "widening_factor", "attn_output_multiplier", "embedding_init_scale",
     "output_multiplier_scale", "embedding_multiplier_scale",
 )  # fmt: skip
+COUNTS = ("key_size", "num_q_heads", "num_kv_heads", "num_layers", "num_experts")
+WIDTHS = ("emb_size", "vocab_size", "sequence_len")
+FACTORS = "a number from 1e-06 to 1e+06"
 REFUSED = [
     *((field, value, "an integer >= 1") for field in SIZES for value in NOT_A_SIZE),
     *((field, value, "a positive number") for field in NUMBERS for value in NOT_A_NUMBER),
     *(("num_experts", value, "an integer >= 0") for value in (-1, 8.0, True, None)),
     *(("pad_token", value, "an integer >= 0") for value in (-1, 0.0, False, None)),
     *(("eos_token", value, "an integer >= 0") for value in (-1, 2.0, True, None)),
+    *((field, 1 << 31, "an integer <= 4096") for field in COUNTS),
+    *((field, 1 << 63, "an integer <= 16777216") for field in WIDTHS),
+    *((field, value, FACTORS) for field in NUMBERS for value in (1e-9, 1e9, 1e308)),
+    ("num_selected_experts", 65, "an integer <= 64"),
+    ("widening_factor", 0.01, "one that makes an expert 8 to 16777216 numbers wide"),
+    ("widening_factor", 500_000, "one that makes an expert 8 to 16777216 numbers wide"),
     ("pad_token", 256, "a token below vocab_size = 256"),
     ("eos_token", 256, "a token below vocab_size = 256"),
     ("key_size", 5, "an even head width"),
@@ -129,6 +138,36 @@ def test_a_wrong_field_is_refused_by_its_name_with_what_was_expected(field, valu
     with pytest.raises(ValueError) as error:
         changed(**{field: value})
     assert str(error.value) == f"{field}: expected {expected}, got {value!r}"
+
+
+@pytest.mark.parametrize("field", [*SIZES, *NUMBERS, "num_experts", "pad_token", "eos_token"])
+def test_endless_numbers_are_not_printed(field):
+    for value in (10**400, -(10**400), 10**5000):
+        with pytest.raises(ValueError, match=f"^{field}: .* got an integer of more than 40 digits"):
+            changed(**{field: value})
+
+
+def test_long_values_and_names_are_cut_in_errors():
+    fields = MIXTURE.to_dict()
+    for bad in (
+        {"vocab_size": "9" * 10**6},
+        {"model": ["x"] * 10**6},
+        {"x" * 10**6: 1},
+        {"two\nlines": 1},
+    ):
+        with pytest.raises(ValueError) as error:
+            LanguageModelConfig.from_dict(fields | bad)
+        assert len(str(error.value)) < 800 and "\n" not in str(error.value)
+
+
+def test_sizes_that_are_too_large_together_are_refused():
+    """Each is allowed alone; XLA ends the process if an array's size overflows 64 bits."""
+    large = {"num_layers": 4096, "num_experts": 4096, "emb_size": 1 << 20}
+    with pytest.raises(ValueError, match="emb_size: expected a model with at most 11258999068426"):
+        changed(**large)
+    memory = {"num_layers": 4096, "key_size": 4096, "sequence_len": 1 << 24}
+    with pytest.raises(ValueError, match="sequence_len: expected one that makes at most 109951162"):
+        changed(**memory)
 
 
 def test_a_dense_model_chooses_one_expert_of_none():

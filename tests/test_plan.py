@@ -230,6 +230,24 @@ def test_a_plan_that_cannot_be_is_refused(sizes, batch, message):
         plan.make_plan(TINY, sizes, batch=batch)
 
 
+def test_a_cache_beyond_64_bits_is_refused():
+    """XLA would end the process."""
+    model = dataclasses.replace(TINY.model, num_layers=64, num_kv_heads=8, key_size=128)
+    config = dataclasses.replace(TINY, model=model, sequence_len=1 << 24)
+    with pytest.raises(ValueError, match="batch: expected one whose cache can be counted in byte"):
+        plan.make_plan(config, (128, 1), batch=4096 * 128)
+
+
+def test_no_more_devices_are_made_than_a_plan_may_have():
+    """Each virtual device takes memory and threads."""
+    heads = {"num_q_heads": 4096, "num_kv_heads": 4096, "emb_size": 4096, "widening_factor": 3}
+    model = dataclasses.replace(TINY.model, **heads)
+    config = dataclasses.replace(TINY, model=model, vocab_size=4096)
+    assert max(config.model_axis_sizes()) == 4096
+    assert plan.devices_for(config, None) == plan.MOST_DEVICES
+    assert plan.smallest_mesh(config, 1, 1) == (1, plan.MOST_DEVICES)
+
+
 @pytest.mark.parametrize(("memory", "expected"), [(80, (1, 8)), (400, (1, 1)), (24, (1, 16))])
 def test_the_smallest_mesh_that_fits_is_chosen(memory, expected):
     assert plan.smallest_mesh(grok_1(), 1, memory * GIB) == expected

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import checkpoint
 import reference
 from checkpoint import CheckpointError
+from commands import Command, Result, assert_one_sentence, changed
 from grok1.formats import atomic, pickle_file
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
@@ -491,3 +493,30 @@ def test_broken_configs_are_refused_in_one_sentence(
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'config.json'}: expected ")
     assert part in message and "\n" not in message
+
+
+@pytest.mark.parametrize("field", ["num_layers", "key_size"])
+@pytest.mark.parametrize("use", ["run", "plan", "verify", "convert"])
+def test_a_billion_layers_are_refused_at_once(
+    field: str,
+    use: str,
+    tmp_path: pathlib.Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their names alone would take all memory."""
+    directory = changed(GOLDEN / "three-layers", tmp_path / "huge")
+    fields = json.loads((directory / "config.json").read_text())
+    fields["model"][field] = 10**9
+    (directory / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # --plan changes it
+    began = time.perf_counter()
+    if use in ("run", "plan"):
+        more = ("--plan",) if use == "plan" else ("--prompt-ids", "5 6", "--no-kernels")
+        result = command("--checkpoint", directory, *more)
+    else:
+        more = (str(tmp_path / "out"), "--to", "safetensors") if use == "convert" else ()
+        result = Result(checkpoint.main([use, str(directory), *more]), *capsys.readouterr())
+    assert time.perf_counter() - began < 1
+    assert_one_sentence(result, 1, f"config.json: {field}: expected an integer <= 4096, got 10000")
