@@ -20,6 +20,7 @@ from typing import Any
 from grok1.formats import atomic, forms, layout, pickle_file, safetensors
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress, map_array
+from grok1.strict_json import read_json
 
 _COPIED = ("config.json", "tokenizer.model")
 _STATE = "state.json"
@@ -270,12 +271,12 @@ def _read_state(job: Job) -> State | None:
     path = os.path.join(job.target, forms.WORK, _STATE)
     try:
         with atomic.open_regular(path) as file:
-            state = State(**json.load(file))
+            state = State(**read_json(file.read()))
         if not isinstance(state.files, dict) or not isinstance(state.checksums, dict):
             raise ValueError("expected two objects")
     except FileNotFoundError:
         return None
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError):
         _log.warning("%s is damaged: starting anew", path)
         return None
     if state.identity != job.identity:

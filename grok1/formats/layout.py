@@ -9,7 +9,6 @@ pickle_file.py's to know. A checkpoint of the form that safetensors.py knows is 
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from grok1.formats import forms, pickle_file, safetensors
 from grok1.formats.atomic import open_regular
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.strict_json import read_json
 
 STACKED = "transformer/decoder_layer/"
 
@@ -48,8 +48,8 @@ def read_config(directory: Directory) -> dict[str, Any] | None:
     if len(text) > _MAX_CONFIG_BYTES:
         raise forms.error(path, f"at most {_MAX_CONFIG_BYTES} bytes of JSON", "more", remedy)
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        config = read_json(text)
+    except ValueError as error:
         raise forms.error(path, "valid JSON", f"an error ({error})", remedy) from error
     if not isinstance(config, dict):
         raise forms.error(path, "a JSON object", f"a {type(config).__name__}", remedy)

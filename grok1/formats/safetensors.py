@@ -30,6 +30,7 @@ import safetensors
 from grok1.formats import atomic, forms, pickle_file
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.strict_json import read_json
 
 OUTER = "outer.safetensors"
 _FORMAT = "grok-1-jax/1"
@@ -276,20 +277,12 @@ def _read_header(path: str) -> dict[str, pickle_file.Located]:
 
 
 def _parse(path: str, text: bytes) -> dict[str, Any]:
-    """Return a JSON object in which no key comes twice: programs differ in which they take."""
     try:
-        fields = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as problem:
+        fields = read_json(text)
+    except ValueError as problem:
         raise error(path, "valid JSON", f"an error ({problem})", _DAMAGED) from problem
     if not isinstance(fields, dict):
         raise error(path, "a JSON object", f"a {type(fields).__name__}", _DAMAGED)
-    return fields
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name comes twice")
     return fields
 
 

@@ -474,13 +474,17 @@ def test_config_is_a_dict_or_none(tmp_path: pathlib.Path) -> None:
         (b'{"a": 1', "expected valid JSON"),
         (b'{"a": "\xff"}', "expected valid JSON"),
         (b"[" * 200_000, "expected valid JSON"),
+        (b'{"model": {"emb_size": 8, "emb_size": 9}}', "the key 'emb_size' comes twice in an obj"),
+        (b'{"output_multiplier_scale": NaN}', "got an error (NaN is no JSON number)"),
+        (b'{"vocab_size": 1' + b"0" * 400 + b"}", "000... is too large for a float)"),
         (b"[1, 2]", "expected a JSON object, got a list"),
         (b'"{}"', "expected a JSON object, got a str"),
         (b'{"a": "' + b"x" * (1 << 20) + b'"}', "at most 1048576 bytes of JSON, got more"),
         (None, "got an error (it is not a regular file)"),
     ],
-    ids=["empty", "quotes", "cut", "latin-1", "deep", "list", "text", "huge", "directory"],
-)
+    ids=["empty", "quotes", "cut", "latin-1", "deep", "twice", "nan", "endless", "list", "text",
+         "huge", "directory"],
+)  # fmt: skip
 def test_broken_configs_are_refused_in_one_sentence(
     content: bytes | None, part: str, tmp_path: pathlib.Path
 ) -> None:
