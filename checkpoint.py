@@ -180,14 +180,18 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
         layer at a time. Float parameters are written in the dtype that they have.
 
-    Each file appears whole or not at all: it is written under another name and then renamed.
+    Each file appears whole or not at all: it is written under another name and then renamed. DIR
+    may be a link to a directory; one in it, where something is to be written, is an OSError.
     Raises CheckpointError if ckpt-0 holds tensor files that this would not replace, ValueError if
     the layout has no place for the parameters, OSError if writing fails.
     """
     records = files(jax.tree.map(_native, params))
     text = None if config is None else json.dumps(config, indent=2).encode()
-    folder = os.path.join(directory, forms.FOLDER)
-    os.makedirs(folder, exist_ok=True)
+    folder, config_path = (os.path.join(directory, name) for name in (forms.FOLDER, "config.json"))
+    os.makedirs(directory, exist_ok=True)
+    atomic.make_folder(folder)
+    for path in (*(os.path.join(folder, record.file) for record in records), config_path):
+        atomic.require_plain(path)
     stale = sorted(layout.tensor_names(folder) - {record.file for record in records})
     if stale:
         raise forms.error(
@@ -201,7 +205,7 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
         path = os.path.join(folder, record.file)
         atomic.write(path, pickle_file.contents(record.leaf, arrays))
     if text is not None:
-        atomic.write(os.path.join(directory, "config.json"), [text])
+        atomic.write(config_path, [text])
 
 
 def _native(array: Any) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,9 @@
-"""Files that appear whole or not at all, and stay so through a power cut."""
+"""Files that appear whole or not at all, and stay so through a power cut.
 
+No link is followed where something is written or removed: what it points to may be anybody's.
+"""
+
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,6 +19,25 @@ def open_regular(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
+def require_plain(path: str, *, folder: bool = False) -> None:
+    """Raise OSError if there is something else than a file, or than a folder: a link, too."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        raise OSError(errno.ELOOP, "it is a link, which is not followed", path)
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(mode):
+        raise OSError(errno.EINVAL, f"it is not a {'directory' if folder else 'file'}", path)
+
+
+def make_folder(path: str) -> None:
+    """Make a directory, if it is not there, in one that is. Raises OSError, also for a link."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    require_plain(path, folder=True)
+
+
 def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> None:
     """Write a file so that it appears whole or not at all.
 
@@ -23,24 +46,29 @@ def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> N
     """
     folder, name = os.path.split(path)
     temporary = temporary or os.path.join(folder, f".{name}.partial")
+    require_plain(temporary)
     try:
         fill(temporary, contents)
         place(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
 
 
 def fill(path: str, contents: Iterable[Any]) -> None:
-    """Write a file, of which `place` can then make a lasting one."""
-    with open(path, "wb") as file:
+    """Write a new file, of which `place` can then make a lasting one; an older one is removed."""
+    require_plain(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    with open(path, "xb") as file:
         for piece in contents:
             file.write(piece)
 
 
 def place(temporary: str, path: str) -> None:
     """Rename a finished file, once it is safely stored; then its name is, too."""
+    require_plain(path)
     _sync(temporary)
     os.replace(temporary, path)
     _sync(os.path.dirname(path) or ".")

@@ -3,6 +3,9 @@
 While it lasts, DST/.converting holds the files that are being written and `state.json`: which are
 finished, and from which source. Every finished file is renamed to its place, so that whatever ends
 the command, a power cut included, the same command goes on after the last finished file.
+
+DST itself may be a link to a directory. A link in it, where a file or directory is to be, is
+refused: what it points to is not DST's. SRC may hold links, as download caches do.
 """
 
 import contextlib
@@ -174,13 +177,18 @@ def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]
 def _check_target(job: Job) -> None:
     """Raise CheckpointError if DST holds what would be left over, or cannot be there."""
     target, source = os.path.realpath(job.target), os.path.realpath(job.source)
-    inside = os.path.commonpath([target, os.path.join(source, forms.FOLDER)])
-    if target == source or inside == os.path.join(source, forms.FOLDER):
+    files = os.path.realpath(os.path.join(source, forms.FOLDER))
+    if target == source or os.path.commonpath([target, files]) == files:
         got = "the source itself" if target == source else "a part of the source"
         raise error(job.target, "another directory than the source", got, "name another one")
     if os.path.lexists(job.target) and not os.path.isdir(job.target):
         remedy = "name a directory, which need not exist"
         raise error(job.target, "a directory to write to", "something else", remedy)
+    for folder in (forms.WORK, forms.FOLDER):
+        atomic.require_plain(os.path.join(job.target, folder), folder=True)
+    state = os.path.join(forms.WORK, _STATE)
+    for file in (*(output.file for output in job.outputs), forms.INDEX, *_COPIED, state):
+        atomic.require_plain(os.path.join(job.target, file))
     other = forms.FOLDER if job.form == forms.SAFETENSORS else forms.INDEX
     left = [other] if os.path.lexists(os.path.join(job.target, other)) else []
     with contextlib.suppress(FileNotFoundError):
@@ -241,17 +249,18 @@ def _writing(target: str) -> Iterator[None]:
 def _working(target: str) -> Iterator[str]:
     """Make DST/.converting, for this process alone; it stays if the block ends in an error."""
     work = os.path.join(target, forms.WORK)
-    os.makedirs(work, exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
+    os.makedirs(target, exist_ok=True)
+    atomic.make_folder(work)
+    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if not atomic.lock(descriptor):
             expected, got = "one conversion at a time", "another one at work"
             raise error(target, expected, got, "wait until it ends")
-        _clean(work)
+        _clean(work, descriptor)
         try:
             yield work
         except BaseException:
-            _clean(work)
+            _clean(work, descriptor)
             raise
         atomic.remove(os.path.join(work, _STATE))
         os.rmdir(work)
@@ -259,11 +268,12 @@ def _working(target: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _clean(work: str) -> None:
+def _clean(work: str, descriptor: int) -> None:
     """Remove what was being written, perhaps by a process that was killed."""
-    for name in os.listdir(work):
+    for name in os.listdir(descriptor):
         if name != _STATE:
-            os.remove(os.path.join(work, name))
+            atomic.require_plain(os.path.join(work, name))
+            os.remove(name, dir_fd=descriptor)
 
 
 def _read_state(job: Job) -> State | None:
@@ -311,7 +321,7 @@ def _copy(job: Job, work: str, name: str) -> None:
 
 
 def _stamp(path: str) -> list[int]:
-    status = os.stat(path)
+    status = os.lstat(path)
     return [status.st_size, status.st_mtime_ns]
 
 
@@ -332,7 +342,8 @@ def _write_outputs(job: Job, state: State, work: str, progress: Progress | None)
                 counter.add(sum(pickle_file.nbytes(job.located[name]) for name in output.names))
                 continue
             path = os.path.join(job.target, output.file)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if job.form == forms.RELEASED:
+                atomic.make_folder(os.path.dirname(path))
             state.checksums |= _write_output(job, output, path, work, pool, counter)
             state.files[output.file] = _stamp(path)
             _write_state(work, state)

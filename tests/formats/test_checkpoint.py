@@ -190,6 +190,33 @@ def test_a_save_that_fails_leaves_the_old_file_whole(
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["ckpt-0", "ckpt-0/tensor00005_000", "ckpt-0/.tensor00005_000.partial", "config.json"],
+)
+def test_saving_follows_no_link(name: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/file").write_bytes(b"of somebody else")
+    link = tmp_path / "saved" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / ("others" if name == "ckpt-0" else "others/file"))
+    with pytest.raises(OSError, match=f"it is a link, which is not followed: '{link}'"):
+        checkpoint.save(tmp_path / "saved", random_params(tiny_shapes()), {})
+    files = {path.name: path.read_bytes() for path in (tmp_path / "others").iterdir()}
+    assert files == {"file": b"of somebody else"}
+    assert set(os.listdir(tmp_path / "saved")) <= {"ckpt-0", "config.json"}
+
+
+@pytest.mark.parametrize("name", ["tensor00005_000", ".tensor00005_000.partial"])
+def test_saving_writes_into_no_file_of_others(name: str, tmp_path: pathlib.Path) -> None:
+    """A file may have another name elsewhere, where it must stay as it is."""
+    (tmp_path / "file").write_bytes(b"of somebody else")
+    (tmp_path / "ckpt-0").mkdir()
+    os.link(tmp_path / "file", tmp_path / "ckpt-0" / name)
+    checkpoint.save(tmp_path, random_params(tiny_shapes()))
+    assert (tmp_path / "file").read_bytes() == b"of somebody else"
+
+
+@pytest.mark.parametrize(
     ("shapes", "message"),
     [
         ({"m": {"p": jax.ShapeDtypeStruct((2,), jnp.complex64)}}, "m/p: expected numbers"),

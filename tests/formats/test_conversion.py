@@ -465,6 +465,56 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("form", "name", "kind"),
+    [
+        ("safetensors", WORK, "directory"),
+        ("safetensors", f"{WORK}/state.json", "file"),
+        ("safetensors", f"{WORK}/.state.json.partial", "file"),
+        ("safetensors", f"{WORK}/layer-00.safetensors", "file"),
+        ("safetensors", "layer-02.safetensors", "file"),
+        ("safetensors", INDEX, "file"),
+        ("safetensors", "config.json", "nothing"),
+        ("safetensors", "tokenizer.model", "file"),
+        ("released", "ckpt-0", "directory"),
+        ("released", "ckpt-0/tensor00037_000", "file"),
+        ("released", f"{WORK}/tensor00000_000", "nothing"),
+    ],
+)
+def test_links_in_the_target_are_not_followed(
+    form: str,
+    name: str,
+    kind: str,
+    released: pathlib.Path,
+    safe: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "state.json").write_text("{}")
+    (others / "file").write_bytes(b"of somebody else")
+    link = tmp_path / "target" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to({"directory": others, "file": others / "file", "nothing": others / "no"}[kind])
+    before = contents(others)
+    source = released if form == "safetensors" else safe
+    status = checkpoint.main(["convert", str(source), str(tmp_path / "target"), "--to", form])
+    error = capsys.readouterr().err
+    assert contents(others) == before and link.is_symlink()
+    assert status == 1 and error.count("\n") == 1
+    assert error.startswith(f"error: {link}: ") and "got an error (it is a link, which is" in error
+
+
+def test_the_target_itself_may_be_a_link(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "target").symlink_to("other disk")
+    convert(released, tmp_path / "target", "safetensors")
+    assert contents(tmp_path / "other disk") == contents(safe)
+
+
 def test_released_files_are_not_left_beside_others(
     safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
