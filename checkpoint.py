@@ -2,9 +2,8 @@
 
 The parameters are `{module: {param: leaf}}`, every leaf of a module under
 `transformer/decoder_layer/` stacked, with a leading layer axis [L, ...]. Which files they are, and
-in which order, is grok1/formats/layout.py's to know; here, the arrays in them are mapped into
-memory from where they lie. A checkpoint comes in the released form or as safetensors files; both
-are loaded alike.
+in which order, is grok1/formats/layout.py's to know; here, the arrays in them are read from where
+they lie. A checkpoint comes in the released form or as safetensors files; both are loaded alike.
 
 python checkpoint.py --help says how to convert one form into the other, and to verify them.
 """
@@ -35,7 +34,7 @@ from grok1.cli.console import (
     say,
     write_out,
 )
-from grok1.formats import atomic, conversion, forms, layout, loading, pickle_file
+from grok1.formats import atomic, conversion, forms, layout, loading, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.layout import STACKED, Params, files, read_config
 from grok1.formats.loading import Progress
@@ -119,9 +118,9 @@ def load(
         shardings = jax.tree.map(lambda _: default, shapes)
 
     sources = [
-        loading.Source((record.module, record.param, i), record.layer, located, record.name)
+        loading.Source((record.module, record.param, i), record.layer, located, name)
         for record, header in zip(records, headers, strict=True)
-        for i, located in enumerate(jax.tree.leaves(header))
+        for i, (name, located) in enumerate(safetensors.tensors(record, header).items())
     ]
     arrays = loading.fill_arrays(sources, _by_key(wanted), _by_key(shardings), progress)
     return {
@@ -233,7 +232,7 @@ def convert(
 
 
 def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
-    """Check all headers of a checkpoint and, if it holds checksums, every value.
+    """Check all headers of a checkpoint, that floats are finite and, if it has any, checksums.
 
     See `conversion.verify`; what the files hold is in config.json, or else Grok-1's.
     """
@@ -261,7 +260,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         required=True,
         help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
     )
-    text = "check all headers and, of safetensors, the checksum of every tensor"
+    text = "check all headers, float values and, of safetensors, the checksum of every tensor"
     command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
     command.add_argument("directory", metavar="DIR", help="directory that holds the checkpoint")
     return parser.parse_args(arguments)

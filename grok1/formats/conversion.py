@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from grok1.formats import atomic, forms, layout, pickle_file, safetensors
+from grok1.formats import atomic, forms, layout, pickle_file, safetensors, values
 from grok1.formats.forms import Directory, TensorFile, error
-from grok1.formats.loading import Counter, Progress, map_array
+from grok1.formats.loading import Counter, Progress
 from grok1.strict_json import read_json
 
 _COPIED = ("config.json", "tokenizer.model")
@@ -355,17 +355,17 @@ def _write_output(
     """Write one file; returns the checksums of its tensors, computed from the source."""
     futures = {
         # Beside the writing: both take the same pages of the source while they are in memory.
-        name: pool.submit(safetensors.checksum, job.located[name], counter.add)
+        name: pool.submit(safetensors.checksum, job.located[name], name, counter.add)
         for name in output.names
     }
-    arrays = {name: map_array(job.located[name], name) for name in output.names}
+    pieces = {name: values.read_pieces(job.located[name], name) for name in output.names}
     temporary = os.path.join(work, os.path.basename(path))
     if job.form == forms.SAFETENSORS:
-        safetensors.write_tensors(temporary, arrays)
+        arrays = {name: job.located[name] for name in output.names}
+        atomic.fill(temporary, safetensors.contents(arrays, pieces))
     else:
         (record,) = output.members
-        pieces = pickle_file.contents(record.leaf, arrays.values())
-        atomic.fill(temporary, pieces)
+        atomic.fill(temporary, pickle_file.join(record.leaf, pieces.values()))
     checksums = {name: future.result() for name, future in futures.items()}
     for name, found in checksums.items():
         if job.checksums.get(name, found) != found:
@@ -387,22 +387,26 @@ def _mismatch(
 def verify(
     directory: Directory, shapes: layout.Params, progress: Progress | None = None
 ) -> tuple[str, list[str]]:
-    """Check all headers of a checkpoint and, if it holds checksums, every value.
+    """Check all headers of a checkpoint, that floats are finite and, if it has any, checksums.
 
     shapes: what the files must hold, as in `layout.files`.
 
-    Returns a sentence that says what was checked, and one for each tensor that is not what it was.
-    Raises CheckpointError (a ValueError) if the files cannot be those of a checkpoint.
+    Returns a sentence that says what was checked, and one for each tensor that is not as it was, or
+    has values that are not finite. Raises CheckpointError (a ValueError) if the files cannot be
+    those of a checkpoint.
     """
     records = layout.files(shapes)
     located = _locate(directory, records)
     if forms.form(directory) == forms.RELEASED:
+        floats = {name: array for name, array in located.items() if values.is_float(array)}
+        problems = _verify_tensors(floats, {}, progress)
         return (
             f"{directory}: the names, sizes and headers of {len(records)} files with "
-            f"{sum(record.size for record in records):,} bytes are right; this form holds no "
-            f"checksums of the values: python checkpoint.py convert {directory} DST --to "
+            f"{sum(record.size for record in records):,} bytes are right, and "
+            f"{len(floats) - len(problems)} of {len(floats)} float tensors are finite; this form "
+            f"holds no checksums of the values: python checkpoint.py convert {directory} DST --to "
             "safetensors writes one that does"
-        ), []
+        ), problems
     checksums = safetensors.read_index(directory).checksums
     problems = _verify_tensors(located, checksums, progress)
     files = len({array.path for array in located.values()})
@@ -417,20 +421,26 @@ def _verify_tensors(
     checksums: Mapping[str, str],
     progress: Progress | None,
 ) -> list[str]:
-    """Return a sentence for each tensor that cannot be read or has another checksum."""
+    """Return a sentence for each tensor that is not finite or has another checksum, if any."""
     counter = Counter(sum(map(pickle_file.nbytes, located.values())), progress)
     problems = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = {
-            pool.submit(safetensors.checksum, array, counter.add): name
+            pool.submit(safetensors.checksum, array, name, counter.add): name
             for name, array in located.items()
         }
         for future in as_completed(futures):
             name = futures[future]
             try:
                 found = future.result()
+            except forms.CheckpointError as problem:
+                problems[name] = str(problem)
             except OSError as problem:
-                found = f"an error ({problem.strerror})"
-            if found != checksums[name]:
-                problems[name] = str(_mismatch(name, located[name], checksums[name], found))
+                where, got = f"{located[name].path} ({name})", f"an error ({problem.strerror})"
+                remedy = "check its permissions, or download it again"
+                problems[name] = str(error(where, "values that can be read", got, remedy))
+            else:
+                expected = checksums.get(name, found)
+                if found != expected:
+                    problems[name] = str(_mismatch(name, located[name], expected, found))
     return [problems[name] for name in located if name in problems]

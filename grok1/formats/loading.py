@@ -1,28 +1,30 @@
-"""From mapped files to devices: in parallel, and with little memory beside the parameters.
+"""From files to devices: in parallel, and with little memory beside the parameters.
 
 What lies alike on several devices is a `_Part` of an array: one slice, read once. Parts are filled
 piece by piece, the layers of a stacked array in any order. A CPU's memory is the host's, so there a
 part is filled where it stays. For any other device each of a few threads has one small buffer, and
 a piece goes from the file through it into its place in an array that is already on the device. No
-device waits for another, and no process for another: each reads what its own devices hold.
+device waits for another, and no process for another: each reads what its own devices hold. Parts
+that are columns of the same rows are filled together, from rows that are read once and as a whole.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-import mmap
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.formats import atomic, forms
+from grok1.formats import forms, values
 from grok1.formats.pickle_file import Located
+from grok1.formats.values import Index
 
 WORKERS = 4
 # On the way to a device; a buffer that stays in the processor's cache is read back from there.
@@ -31,7 +33,6 @@ PIECE_BYTES = 16 << 20
 SMALL_BYTES = 16 << 20
 
 Progress = Callable[[int, int], object]
-Index = tuple[slice, ...]
 
 
 class Source(NamedTuple):
@@ -59,11 +60,12 @@ def fill_arrays(
     stored numbers being cast to it. shardings: where each lies; none splits a layer axis.
     progress: called as progress(bytes_done, bytes_total), of those that this process reads.
 
-    Raises forms.CheckpointError if a file has changed since its header was read.
+    Raises forms.CheckpointError if a file has changed since its header was read, or holds values
+    that are not finite.
     """
     parts = {key: _make_parts(wanted[key], shardings[key]) for key in wanted}
-    jobs = [(source, part) for source in sources for part in parts[source.array]]
-    count = Counter(sum(_stored_bytes(source, part) for source, part in jobs), progress)
+    jobs = [(source, group) for source in sources for group in _groups(parts[source.array])]
+    count = Counter(sum(_stored_bytes(*job) for job in jobs), progress)
     _run(functools.partial(_read, count), jobs)
     return {
         key: jax.make_array_from_single_device_arrays(
@@ -115,12 +117,17 @@ def _run(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:
 class _Part:
     """One slice of an array, alike on all of `devices`.
 
-    index: the slice, without the layer axis.
+    index: the slice; all of a layer axis.
     """
 
     def __init__(self, index: Index, devices: Sequence[jax.Device]):
         self.index = index
         self.devices = devices
+
+    def room(self, box: Index, dtype: np.dtype) -> np.ndarray | None:
+        """Return where values of this box and type can be read to, in C order, if they can."""
+        del box, dtype
+        return None
 
 
 class _HostPart(_Part):
@@ -130,9 +137,12 @@ class _HostPart(_Part):
         super().__init__(index, devices)
         self.values = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
-    def write(self, stored: np.ndarray, start: tuple[int, ...]) -> None:
-        where = tuple(slice(a, a + n) for a, n in zip(start, stored.shape, strict=True))
-        np.copyto(self.values[where], stored, casting="unsafe")
+    def room(self, box: Index, dtype: np.dtype) -> np.ndarray | None:
+        found = self.values[(*box, ...)]
+        return found if found.flags.c_contiguous and found.dtype == dtype else None
+
+    def write(self, stored: np.ndarray, box: Index) -> None:
+        np.copyto(self.values[(*box, ...)], stored, casting="unsafe")
 
     def finish(self) -> list[jax.Array]:
         # A CPU takes aligned memory as it is, without a copy.
@@ -148,11 +158,9 @@ class _DevicePart(_Part):
         self.lock = threading.Lock()
         self.values = [jnp.zeros(shape, dtype, device=device) for device in devices]
 
-    def write(self, stored: np.ndarray, start: tuple[int, ...]) -> None:
-        piece = _buffer()[: stored.size * self.dtype.itemsize]
-        piece = piece.view(self.dtype).reshape(stored.shape)
-        np.copyto(piece, stored, casting="unsafe")
-        where = np.array(start, np.int32)
+    def write(self, stored: np.ndarray, box: Index) -> None:
+        piece = np.asarray(stored, self.dtype, order="C")
+        where = np.array([own.start for own in box], np.int32)
         with self.lock:
             self.values = [
                 _set_piece(value, jax.device_put(piece, device), where)
@@ -212,44 +220,106 @@ def _on_host(devices: Sequence[jax.Device]) -> bool:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def _read(count: Counter, stop: threading.Event, source: Source, part: Any) -> None:
-    """Read one source's share of a part, piece by piece."""
-    stored = map_array(source.located, source.name)
-    first: tuple[int, ...] = () if source.layer is None else (source.layer,)
-    stored = stored[part.index[len(first) :]]
-    for start in _pieces(stored.shape, stored.dtype.itemsize):
-        if stop.is_set():
-            raise _Stopped
-        piece = stored[start]
-        at = tuple(where.start for where in start)
-        part.write(piece[(None,) * len(first)], (*first, *at))
+def _groups(parts: Sequence[Any]) -> list[list[Any]]:
+    """Return the parts in groups that differ in their last axis alone."""
+    groups: dict[str, list[Any]] = {}
+    for part in parts:
+        groups.setdefault(str(part.index[:-1]), []).append(part)
+    return list(groups.values())
+
+
+def _read(count: Counter, stop: threading.Event, source: Source, group: Sequence[Any]) -> None:
+    """Read one source's share of a group of parts, piece by piece.
+
+    Raises forms.CheckpointError if the file has changed since its header was read, or holds values
+    that are not finite.
+    """
+    with _unchanged(source):
+        file = values.open_values(source.located)
+    with file:
+        for box in _boxes(source, group):
+            if stop.is_set():
+                raise _Stopped
+            _read_piece(file, source, group, box, count)
+
+
+@contextlib.contextmanager
+def _unchanged(source: Source) -> Iterator[None]:
+    """Say of a file whose header was read that it has changed if it cannot be read now."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{source.located.path} ({source.name})"
+        got = f"one that changed ({error.strerror})"
+        remedy = "start again when nothing else writes to it"
+        raise forms.error(where, "the file that was checked", got, remedy) from error
+
+
+def _read_piece(
+    file: BinaryIO, source: Source, group: Sequence[Any], box: Index, count: Counter
+) -> None:
+    """Read a box of a stored array, and give each part of a group its share."""
+    layer = () if source.layer is None else (slice(source.layer, source.layer + 1),)
+    shares = []
+    for part in group:
+        index = _own(source, part)
+        share = tuple(map(_overlap, box, index))
+        if all(where.start < where.stop for where in share):
+            shares.append((part, share, (*layer, *_within(share, index))))
+    if not shares:
+        return
+    part, share, place = shares[0]
+    dtype, shape = jnp.dtype(source.located.dtype), _sizes(box)
+    # Straight to where all of it stays, or else through a buffer.
+    room = part.room(place, dtype) if len(shares) == 1 and share == box else None
+    if room is None:
+        read = _buffer()[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    else:
+        read = room.reshape(shape)
+    with _unchanged(source):
+        values.read_box(file, source.located, box, read)
+    values.require_finite(read, source.located, source.name)
+    for part, share, place in shares:
+        piece = read[_within(share, box)]
+        if room is None:
+            part.write(piece[(None,) * len(layer)], place)
         count.add(piece.nbytes)
 
 
-def _stored_bytes(source: Source, part: Any) -> int:
-    """Return the bytes of a part that come from this source."""
-    shape = source.located.shape
-    index = part.index[len(part.index) - len(shape) :]
-    numbers = math.prod(len(range(n)[where]) for n, where in zip(shape, index, strict=True))
-    return numbers * jnp.dtype(source.located.dtype).itemsize
+def _boxes(source: Source, group: Sequence[Any]) -> Iterator[Index]:
+    """Yield the boxes of a stored array that a group's parts hold, with whole rows, in pieces."""
+    shape, index = source.located.shape, _own(source, group[0])
+    rows = (*index[:-1], slice(0, shape[-1])) if shape else ()
+    for piece in _pieces(_sizes(rows), jnp.dtype(source.located.dtype).itemsize):
+        yield tuple(
+            slice(row.start + where.start, row.start + where.stop)
+            for row, where in zip(rows, piece, strict=True)
+        )
 
 
-def map_array(located: Located, name: str) -> np.ndarray:
-    """Return a stored array as it lies in its file; `name` is what errors call it.
+def _own(source: Source, part: Any) -> Index:
+    """Return the box of a stored array that a part holds: its slice without the layer axis."""
+    return part.index[len(part.index) - len(source.located.shape) :]
 
-    Raises forms.CheckpointError if the file has changed since its header was read.
-    """
-    try:
-        with atomic.open_regular(located.path) as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        memory.madvise(mmap.MADV_SEQUENTIAL)
-        numbers = math.prod(located.shape)
-        flat = np.frombuffer(memory, jnp.dtype(located.dtype), numbers, located.offset)
-    except (OSError, ValueError) as error:
-        where, got = f"{located.path} ({name})", f"one that changed ({error})"
-        remedy = "start again when nothing else writes to it"
-        raise forms.error(where, "the file that was checked", got, remedy) from error
-    return flat.reshape(located.shape)
+
+def _sizes(box: Index) -> tuple[int, ...]:
+    return tuple(where.stop - where.start for where in box)
+
+
+def _overlap(one: slice, other: slice) -> slice:
+    return slice(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def _within(box: Index, outer: Index) -> Index:
+    """Return a box as it lies in an outer one."""
+    pairs = zip(box, outer, strict=True)
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
+
+
+def _stored_bytes(source: Source, group: Sequence[Any]) -> int:
+    """Return the bytes of a group of parts that come from this source."""
+    itemsize = jnp.dtype(source.located.dtype).itemsize
+    return sum(math.prod(_sizes(_own(source, part))) * itemsize for part in group)
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterable[Index]:

@@ -67,14 +67,22 @@ def read_header(file: BinaryIO, size: int) -> Any:
 
 def contents(leaf: Any, arrays: Iterable[Any]) -> Iterator[Any]:
     """Yield the bytes of the file of a leaf, piece by piece; `arrays` are its arrays' values."""
-    values = zip(_arrays(leaf), arrays, strict=True)
+    pairs = zip(_arrays(leaf), arrays, strict=True)
+    return join(leaf, ([np.asarray(v, dtype=array.dtype, order="C")] for array, v in pairs))
+
+
+def join(leaf: Any, arrays: Iterable[Iterable[np.ndarray]]) -> Iterator[Any]:
+    """Yield the bytes of the file of a leaf; `arrays` are its arrays, each in pieces, in C order.
+
+    A piece is asked for once the one before it is no longer needed.
+    """
+    remaining = iter(arrays)
     for piece in _header(leaf):
         if piece is not None:
             yield piece
             continue
-        array, value = next(values)
-        own = np.asarray(value, dtype=array.dtype, order="C")
-        yield own.reshape(-1).view(np.uint8)  # The buffer protocol does not know bfloat16.
+        for values in next(remaining):
+            yield values.reshape(-1).view(np.uint8)  # The buffer protocol does not know bfloat16.
 
 
 def file_size(leaf: Any) -> int:

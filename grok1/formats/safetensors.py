@@ -9,9 +9,9 @@ no layer, and the index `model.safetensors.index.json`:
 
 A tensor is named like the released parameter, `transformer/decoder_layer_0/rms_norm/scale`; an int8
 matrix is two of them, `.../w/weight` and `.../w/scales`. Values are stored as they were released.
-The safetensors library writes the files, and checks that a file's tensors lie in it one after
-another without gap or overlap; where each lies is then read from the header (a length in eight
-bytes, little-endian, and so much JSON).
+A file is a length in eight bytes, little-endian, and so much JSON, the header, and then the values.
+The safetensors library checks that a file's tensors lie in it one after another without gap or
+overlap; where each lies is then read from the header.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ import safetensors
 
 from grok1.formats import atomic, forms, pickle_file
 from grok1.formats.forms import Directory, TensorFile, error
+from grok1.formats.values import read_pieces
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.strict_json import read_json
 
@@ -37,15 +38,24 @@ _FORMAT = "grok-1-jax/1"
 # Grok-1's index has 0.4 MB and its headers 3 kB. The limits bound what a hostile file can take.
 _MAX_INDEX_BYTES = 4 << 20
 _MAX_HEADER_BYTES = 1 << 18
-_PIECE = 4 << 20  # bytes that are read at a time
 
+# In the order in which the library has them in a file.
 _DTYPES = {
-    **{f"I{8 * size}": f"int{8 * size}" for size in (1, 2, 4, 8)},
-    **{f"U{8 * size}": f"uint{8 * size}" for size in (1, 2, 4, 8)},
-    **{f"F{8 * size}": f"float{8 * size}" for size in (2, 4, 8)},
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "U32": "uint32",
+    "I32": "int32",
     "BF16": np.dtype(ml_dtypes.bfloat16).name,
+    "F16": "float16",
+    "U16": "uint16",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
     "BOOL": "bool",
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _DAMAGED = "convert or download it again"
 
 
@@ -100,51 +110,46 @@ def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> 
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
-def write_tensors(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file straight from where the arrays lie: nothing is copied.
+def contents(
+    arrays: Mapping[str, Any], values: Mapping[str, Iterable[np.ndarray]]
+) -> Iterator[Any]:
+    """Yield the bytes of a safetensors file, as the library writes it.
 
-    arrays: little-endian and in C order. Raises OSError.
+    arrays: the shape and dtype of each tensor. values: what is in each, in pieces, in C order. A
+    piece is asked for once the one before it is no longer needed.
     """
-    with open(path, "wb") as file:  # The library makes files that nobody else may read.
-        mode = os.fstat(file.fileno()).st_mode
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=array.dtype.name,
-            shape=array.shape,
-            data_ptr=array.ctypes.data,
-            data_len=array.nbytes,
-        )
-        for name, array in arrays.items()
-    }
-    try:
-        # One entry at most: the library writes several in any order.
-        safetensors.serialize_file(specs, path, {"format": "np"})
-    except safetensors.SafetensorError as problem:
-        raise OSError(None, str(problem), path) from problem
-    os.chmod(path, mode & 0o777)
+    codes = {name: _CODES[np.dtype(array.dtype).name] for name, array in arrays.items()}
+    names = sorted(arrays, key=lambda name: ([*_DTYPES].index(codes[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+    begin = 0
+    for name in names:
+        end = begin + pickle_file.nbytes(arrays[name])
+        shape = list(arrays[name].shape)
+        header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        for piece in values[name]:
+            yield piece.reshape(-1).view(np.uint8)
 
 
 # Checksums.
 
 
-def checksum(array: pickle_file.Located, count: Callable[[int], object] | None = None) -> str:
+def checksum(
+    array: pickle_file.Located, name: str, count: Callable[[int], object] | None = None
+) -> str:
     """Return the checksum of an array's bytes as the index has it.
 
-    count: called with the bytes of each piece. Raises OSError, also if the file ends too early:
-    unlike a mapped one, which would end the process.
+    count: called with the bytes of each piece. Raises as `values.read_pieces`.
     """
-    digest, left = hashlib.sha256(), pickle_file.nbytes(array)
-    buffer = memoryview(bytearray(min(_PIECE, left)))
-    with atomic.open_regular(array.path) as file:
-        file.seek(array.offset)
-        while left:
-            got = file.readinto(buffer[: min(len(buffer), left)])  # type: ignore[attr-defined]
-            if not got:
-                raise OSError(None, f"it ends {left} bytes too early", array.path)
-            digest.update(buffer[:got])
-            left -= got
-            if count is not None:
-                count(got)
+    digest = hashlib.sha256()
+    for piece in read_pieces(array, name):
+        digest.update(piece.view(np.uint8).data)
+        if count is not None:
+            count(piece.nbytes)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -21,7 +21,7 @@ import checkpoint
 import golden
 import run
 from checkpoint import CheckpointError, convert, verify
-from grok1.formats import forms, safetensors
+from grok1.formats import forms, safetensors, values
 from model import LanguageModelConfig, TransformerConfig
 from paths import ROOT
 from small import assert_same, random_params
@@ -176,7 +176,8 @@ def test_what_is_whole_is_verified(released: pathlib.Path, safe: pathlib.Path) -
     )
     summary, problems = verify(released)
     assert not problems
-    assert "headers of 38 files" in summary and "this form holds no checksums" in summary
+    assert "headers of 38 files" in summary and "38 of 38 float tensors are finite" in summary
+    assert "this form holds no checksums" in summary
     assert f"convert {released} DST --to safetensors" in summary
 
 
@@ -207,6 +208,34 @@ def test_a_flipped_bit_is_found_and_named(safe: pathlib.Path, tmp_path: pathlib.
     assert len(problems) == 2
     for problem, path, name in zip(problems, (first, last), (NORM, WEIGHT), strict=True):
         assert re.match(re.escape(f"{path} ({name}): ") + hashes, problem), problem
+
+
+@pytest.mark.parametrize("form", ["released", "safetensors"])
+def test_values_that_are_not_finite_are_found(
+    form: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = random_params(model(3).param_shapes())
+    params["language_model/in_out_embed"]["embeddings"][31, 7] = np.nan
+    params["transformer/decoder_layer/moe/linear_1"]["w"].scales[2, 1, 0, 0] = -np.inf
+    source = tmp_path / "released"
+    checkpoint.save(source, params, model(3).to_dict())
+    if form == "safetensors":
+        with pytest.MonkeyPatch.context() as patch:  # as written by another program
+            patch.setattr(values, "_all_finite", lambda _: True)
+            convert(source, tmp_path / "safetensors", form)
+    assert checkpoint.main(["verify", str(tmp_path / form)]) == 1
+    output = capsys.readouterr()
+    first, last = output.err.splitlines()
+    assert "(language_model/in_out_embed/embeddings): expected finite numbers, got nan; " in first
+    linear = (
+        "(transformer/decoder_layer_2/moe/linear_1/w/scales): expected finite numbers, got -inf"
+    )
+    assert first.startswith(f"error: {tmp_path / form}/") and linear in last
+    counts = {"released": " 36 of 38 float tensors are finite", "safetensors": ": 57 of 59 tensors"}
+    assert counts[form] in output.out
+    other = {"released": "safetensors", "safetensors": "released"}[form]
+    with pytest.raises(CheckpointError, match="expected finite numbers, got nan; the model cannot"):
+        convert(tmp_path / form, tmp_path / "converted", other)
 
 
 def test_damaged_values_are_not_converted(safe: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -5,7 +5,11 @@ import itertools
 import math
 import os
 import pathlib
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -21,9 +25,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 import checkpoint
 import golden
 from checkpoint import CheckpointError
-from grok1.formats import layout, loading
+from grok1.formats import layout, loading, pickle_file, values
 from grok1.parallel.sharding import make_mesh, named_shardings, parameter_specs
 from model import grok_1
+from paths import ROOT
 
 LAYER = "transformer/decoder_layer/"
 EMBED = "language_model/in_out_embed"
@@ -244,7 +249,7 @@ def test_a_process_reads_only_what_its_own_devices_hold(tmp_path: pathlib.Path) 
     seen: list[tuple[int, int]] = []
     headers = checkpoint.check_files(tmp_path, tree)
     sources = [loading.Source("w", layer, located, "w") for layer, located in enumerate(headers)]
-    jobs = [(source, part) for source in sources for part in parts]
+    jobs = [(source, group) for source in sources for group in loading._groups(parts)]
     total = sum(loading._stored_bytes(*job) for job in jobs)
     count = loading.Counter(total, lambda *calls: seen.append(calls))
     loading._run(functools.partial(loading._read, count), jobs)
@@ -283,6 +288,97 @@ def test_a_file_that_changes_after_the_check_is_named(
     with pytest.raises(CheckpointError, match=f"{path} .*: expected the file that was checked"):
         checkpoint.load(tmp_path, tree)
     assert not loading_threads()
+
+
+@pytest.mark.parametrize("use", ["load", "save as safetensors", "save as released"])
+def test_a_file_that_is_cut_while_read_is_named(use: str, tmp_path: pathlib.Path) -> None:
+    """A mapped file would end the process, without a word."""
+    program = f"""
+import os, sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+import checkpoint, golden, reference
+from grok1.formats import atomic, loading, values
+source, target = sys.argv[1:]
+shapes = golden.config("three-layers", "float32").param_shapes()
+loading.PIECE_BYTES = values._PIECE_BYTES = 10_000
+loading.WORKERS = 1
+def cut(*_):
+    for name in os.listdir(source):
+        if name[0] in "tlo":  # tensor, layer, outer
+            os.truncate(os.path.join(source, name), 300)
+fill = atomic.fill
+atomic.fill = lambda *arguments: [fill(*arguments), cut()]
+try:
+    if {use!r} == "load":
+        checkpoint.load(os.path.dirname(source), shapes, progress=cut)
+    else:
+        checkpoint.convert(sys.argv[1].removesuffix("/ckpt-0"), target, {use.split()[-1]!r}, cut)
+except checkpoint.CheckpointError as error:
+    print(error)
+"""
+    source = tmp_path / "source"
+    if use.endswith("released"):
+        checkpoint.convert(THREE_LAYERS, source, "safetensors")
+    else:
+        shutil.copytree(THREE_LAYERS, source)
+        source = source / "ckpt-0"
+    command = [sys.executable, "-c", program, source, tmp_path / "target"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stdout.startswith(f"{source}/") and done.stdout.count("\n") == 1
+    assert re.search(r"it ends \d+ bytes too early|the file is cut", done.stdout), done.stdout
+
+
+BAD = [np.nan, np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (f"{EMBED}/embeddings", np.float32),
+        ("language_model/rms_norm/scale", np.float32),
+        (f"{LAYER}router/w", np.float32),
+        (f"{LAYER}moe/linear_1/w", ml_dtypes.bfloat16),
+        (f"{LAYER}multi_head_attention/query/w", ml_dtypes.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("way")
+def test_values_that_are_not_finite_are_not_loaded(
+    name: str, dtype: Any, sizes: tuple[int, int], tmp_path: pathlib.Path
+) -> None:
+    params = jax.tree.map(np.array, golden.runner("three-layers").params)
+    params[EMBED]["embeddings"] = params[EMBED]["embeddings"].astype(np.float32)
+    module, _, param = name.rpartition("/")
+    leaf = params[module][param]
+    floats = leaf if dtype == np.float32 else leaf.scales
+    floats[..., -1].flat[-1] = bad = BAD[len(name) % 3]
+    checkpoint.save(tmp_path, params)
+    tensor = name.replace("decoder_layer", "decoder_layer_2") + "/scales" * (floats is not leaf)
+    message = rf"/ckpt-0/tensor\d+_000 \({tensor}\): expected finite numbers, got {bad}; the model"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path, shapes(), shardings_of(sizes))
+    assert not loading_threads()
+
+
+@pytest.mark.usefixtures("way")
+def test_single_numbers_are_loaded(tmp_path: pathlib.Path) -> None:
+    tree = {"a": {"w": jax.ShapeDtypeStruct((), jnp.float32)}}
+    checkpoint.save(tmp_path, {"a": {"w": np.float32(2.5)}})
+    assert checkpoint.load(tmp_path, tree)["a"]["w"] == 2.5
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (2, 1, 3, 4)])
+def test_any_box_is_read_as_numpy_slices_it(shape: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    array = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    (tmp_path / "file").write_bytes(b"before" + array.tobytes() + b"after")
+    located = pickle_file.Located(shape, "int32", 6, str(tmp_path / "file"))
+    spans = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in shape]
+    with values.open_values(located) as file:
+        for box in itertools.product(*spans):
+            out = np.empty([where.stop - where.start for where in box], np.int32)
+            values.read_box(file, located, box, out)
+            np.testing.assert_array_equal(out, array[box])
 
 
 def loading_threads() -> list[threading.Thread]:

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import TensorSpec, safe_open, serialize_file
 
 import checkpoint
 from checkpoint import CheckpointError
-from grok1.formats import forms, safetensors
+from grok1.formats import atomic, forms, safetensors
 from small import LAYER, Damage, assert_same, edited, random_params, replaced_by, tiny_shapes
 
 INDEX = forms.INDEX
@@ -37,7 +37,8 @@ def save(directory: pathlib.Path, params: Any) -> None:
                 leaf if record.layer is None else jax.tree.map(lambda a, i=record.layer: a[i], leaf)
             )
             arrays |= safetensors.tensors(record, own)
-        safetensors.write_tensors(os.fspath(directory / file), arrays)
+        pieces = {name: [np.ascontiguousarray(array)] for name, array in arrays.items()}
+        atomic.fill(os.fspath(directory / file), safetensors.contents(arrays, pieces))
         for name, array in arrays.items():
             checksums[name] = "sha256:" + hashlib.sha256(array.tobytes()).hexdigest()
     (directory / INDEX).write_bytes(safetensors.write_index(records, checksums))
@@ -88,6 +89,24 @@ def test_the_library_alone_reads_the_same_tensors(tiny: pathlib.Path) -> None:
             np.testing.assert_array_equal(value, array[layer])
 
 
+def test_files_are_as_the_library_writes_them(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{i}/{dtype}": rng.integers(0, 2, (2, 3 + i)).astype(dtype)
+        for i, dtype in enumerate(rng.permutation([*safetensors._DTYPES.values()] * 2))
+    }
+    specs = {
+        name: TensorSpec(
+            dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in arrays.items()
+    }  # fmt: skip
+    serialize_file(specs, tmp_path / "theirs", {"format": "np"})
+    written = safetensors.contents(arrays, {name: [array] for name, array in arrays.items()})
+    assert b"".join(written) == (tmp_path / "theirs").read_bytes()
+
+
 def test_files_may_be_read_by_whom_the_umask_lets(tiny: pathlib.Path) -> None:
     """The library makes files with mode 0600: another user of the machine could not load them."""
     (tiny / "plain").touch()
@@ -115,7 +134,7 @@ def test_the_checksum_is_that_of_the_values(tiny: pathlib.Path) -> None:
     counted: list[int] = []
     for record, leaf in zip(records, leaves, strict=True):
         for name, array in safetensors.tensors(record, leaf).items():
-            assert safetensors.checksum(array, counted.append) == index.checksums[name]
+            assert safetensors.checksum(array, name, counted.append) == index.checksums[name]
     assert sum(counted) == index.total_size
 
 
@@ -125,7 +144,7 @@ def test_the_checksum_of_a_file_that_was_cut_is_an_error(copy: pathlib.Path) -> 
         os.truncate(path, 300)
     with pytest.raises(OSError, match="it ends .* bytes too early"):
         for leaf in jax.tree.leaves(leaves):
-            safetensors.checksum(leaf)
+            safetensors.checksum(leaf, "x")
 
 
 # Damaged and hostile files.
