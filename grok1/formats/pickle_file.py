@@ -24,6 +24,7 @@ from grok1.ops.quantization import QuantizedWeight8bit
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
 # one can take: an opcode reads at most 255 bytes and makes at most one value.
 _MAX_OPCODES = 256
+_MAX_AXES = 8  # of an array, with a stored one having three: their product is printed
 # Python's pickler closes a frame that has grown to this size, and keeps larger bytes out of frames.
 _FRAME_TARGET = 64 * 1024
 
@@ -178,7 +179,12 @@ def _parse(value: Any) -> Any:
         case _Object(
             _Global.QUANTIZED, (), _Object(None, None, ("weight", weight, "scales", scales))
         ):
-            return QuantizedWeight8bit(_parse_array(weight), _parse_array(scales))
+            leaf = QuantizedWeight8bit(_parse_array(weight), _parse_array(scales))
+            # What a pickle stores once, it may name twice; parts of it, it cannot.
+            if leaf.weight.offset == leaf.scales.offset:
+                expected, got = "bytes of their own for weight and scales", "the same for both"
+                raise LayoutError(expected, got, "contradicts itself")
+            return leaf
     return _parse_array(value)
 
 
@@ -199,7 +205,7 @@ def _parse_array(value: Any) -> Located:
                 bool(fortran),
                 _Bytes() as data,
             ),
-        ) if all(type(n) is int and n >= 0 for n in shape):
+        ) if len(shape) <= _MAX_AXES and all(type(n) is int and n >= 0 for n in shape):
             pass
         case _:
             raise LayoutError("one array or one QuantizedWeight8bit", "something else")

@@ -56,6 +56,7 @@ _DTYPES = {
     "BOOL": "bool",
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_MOST_SHOWN = 120  # characters of what is in a file
 _DAMAGED = "convert or download it again"
 
 
@@ -242,7 +243,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
         if pickle_file.describe(found[name]) != pickle_file.describe(array):
             wanted, got = pickle_file.describe(array), pickle_file.describe(found[name])
             remedy = "check that the configuration is that of this checkpoint"
-            raise error(f"{path} ({name})", wanted, got, remedy)
+            raise error(f"{path} ({name})", wanted, got[:_MOST_SHOWN], remedy)
     return {
         record.name: jax.tree.unflatten(
             jax.tree.structure(record.leaf), [found[name] for name in tensors(record)]
@@ -293,4 +294,6 @@ def _parse(path: str, text: bytes) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     """Return a value of a file as an error may show it: on one line, and not all of it."""
-    return ascii(value if not isinstance(value, (dict, list)) else type(value).__name__)[:120]
+    return ascii(value if not isinstance(value, (dict, list)) else type(value).__name__)[
+        :_MOST_SHOWN
+    ]

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -258,6 +260,15 @@ def pair(weight: Any = None, scales: Any = None, **state: Any) -> Callable[[Scen
     return made(value)
 
 
+def sharing(_: Scene) -> bytes:
+    """A weight and scales with one and the same bytes."""
+    shapes = (jax.ShapeDtypeStruct((4, 2), np.int8), jax.ShapeDtypeStruct((2, 2), jnp.bfloat16))
+    value = pickle_file._unparse(QuantizedWeight8bit(*shapes))
+    _, weight, _, scales = value.state.state
+    scales.state = (*scales.state[:-1], weight.state[-1])
+    return b"".join(piece or bytes(8) for piece in pickle_file._Writer().write(value))
+
+
 # fmt: off
 FLOATS = floats()
 INTS = QuantizedWeight8bit(np.ones((2, 16, 8), np.int8), np.ones((2, 8, 8), ml_dtypes.bfloat16))
@@ -297,6 +308,8 @@ CASES: dict[str, tuple[Any, Callable[[Scene], bytes], list[str]]] = {
     "array-without-state": (FLOATS, lambda s: s.good[:2] + s.good[11:83] + b".", [NOTHING]),
     "extra-state": (INTS, pair(bias=floats()), [NOTHING]),
     "nested": (INTS, pair(StandIn(floats(), floats())), [NOTHING]),
+    "shared-bytes": (INTS, sharing, ["contradicts itself: expected bytes of their own for weight"]),
+    "nine-axes": (FLOATS, patch(SHAPE, b"(" + INT * 9 + b"t"), [NOTHING]),
     # Numbers that lie.
     "negative-axis": (FLOATS, patch(SHAPE, b"K\x08J\xff\xff\xff\xff\x86"), [NOTHING]),
     "huge-axes": (FLOATS, patch(SHAPE, INT + INT + b"\x86"),

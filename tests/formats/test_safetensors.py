@@ -156,6 +156,7 @@ def refusal(directory: pathlib.Path, layers: int = 2) -> str:
         checkpoint.load(directory, tiny_shapes(layers))
     message = str(caught.value)
     assert re.fullmatch(r"[^\n]+: expected [^\n]+, got [^\n]+; [^\n]+[^.\n]", message), message
+    assert len(message) < 1000
     return message
 
 
@@ -267,6 +268,8 @@ FILE_CASES: dict[str, tuple[Damage, str]] = {
                    f"({ROUTER}): expected float32 [8, 2], got int32 [8, 2]; check that the config"),
     "unknown-type": (header(lambda f: f[ROUTER].update(dtype="Q7")), WHOLE),
     "transposed": (header(lambda f: f[ROUTER].update(shape=[2, 8])), "got float32 [2, 8]"),
+    "endless-shape": (header(lambda f: f[ROUTER].update(shape=[1] * 70_000 + [8, 2])),
+                      "got float32 [1, 1, 1"),
     "negative": (header(lambda f: f[ROUTER].update(shape=[-8, -2])), WHOLE),
     "overflow": (header(lambda f: f[ROUTER].update(shape=[1 << 62, 1 << 62])), WHOLE),
     "overlap": (header(lambda f: f[ROUTER].update(data_offsets=[0, 64])), WHOLE),
