@@ -313,6 +313,44 @@ def test_damaged_files_load_as_they_were_or_are_refused_in_one_sentence(
     assert found.load() == "loaded"
 
 
+def hostile_config(rng: Rng) -> str:
+    """A configuration with one or two wrong values, some of them repeated."""
+    fields = make_config().to_dict()
+    holders = [fields, fields["model"]]
+    for _ in range(rng.integers(1, 3)):
+        holder = holders[rng.integers(2)]
+        name = [*holder][rng.integers(len(holder))]
+        size = 10 ** int(rng.exponential(20))
+        values = [size, -size, 2 ** int(rng.integers(70)), 0.0, 1 / size, float("inf"), None, "a"]
+        holder[name] = [*values, [[]], {}, True][rng.integers(len(values) + 3)]
+    text = json.dumps(fields)
+    return text.replace("{", '{"vocab_size": 24, ', 1) if rng.integers(8) == 0 else text
+
+
+def test_random_configs_are_read_or_refused_at_once(released: Checkpoint) -> None:
+    rng = np.random.default_rng(0)
+    path = released.directory / "config.json"
+    good = path.read_bytes()
+    ends: collections.Counter[str] = collections.Counter()
+    signal.signal(signal.SIGALRM, too_long)
+    try:
+        for _ in range(400):
+            path.write_text(hostile_config(rng))
+            signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+            try:
+                checkpoint.verify(released.directory)
+                ends["read"] += 1
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1500
+                assert str(released.directory) in str(error)
+                ends["refused"] += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        path.write_bytes(good)
+    assert ends["read"] > 3 and ends["refused"] > 300, ends
+
+
 def test_a_flipped_weight_is_found_by_verify_if_not_by_load(
     safetensors: Checkpoint, tmp_path: pathlib.Path
 ) -> None:
