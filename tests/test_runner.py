@@ -454,6 +454,11 @@ def test_load_server_says_what_is_wrong(options, message):
         load_server(**{"directory": directory, **options})
 
 
+def test_64_bits_are_refused_in_one_sentence():
+    with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64: expected it off"):
+        make()
+
+
 def test_words_need_a_tokenizer():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         golden.runner("three-layers").generate([Request("words")])
