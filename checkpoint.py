@@ -92,7 +92,7 @@ def load(
     dtypes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Load the checkpoint in DIR onto devices, each device reading only its own slices.
+    """Load the checkpoint in DIR onto devices, each of which gets only its own slices.
 
     All names, sizes and headers are checked before anything is put on a device. Stacked parameters
     are allocated once and filled in place, so that beside the parameters there is little data on
@@ -105,8 +105,8 @@ def load(
     progress: called as progress(bytes_done, bytes_total), of the bytes that this process reads.
 
     Returns {module: {param: leaf}} of jax.Array, structured like `shapes`.
-    Raises CheckpointError if the files are not those of `shapes`, ValueError if the other arguments
-    do not fit `shapes`.
+    Raises CheckpointError if the files are not those of `shapes`, or hold values that are not
+    finite, ValueError if the other arguments do not fit `shapes`.
     """
     records = files(shapes)
     wanted = _cast(shapes, dtypes or {})

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from grok1.checks import require, require_integers, require_positive
+from grok1.parallel.sharding import REPLICA_AXIS
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig, TransformerConfig
 
 # Far above those of any known model. They bound the time and memory that a configuration from a
 # stranger can take, and keep whatever is computed from several of them below 2**63.
-MOST_COUNT = 1 << 12  # layers, heads, experts; also of numbers in a head
+MOST_LAYERS = 1 << 9  # their tensors fit the largest index that is read
+MOST_COUNT = 1 << 12  # heads, experts; also of numbers in a head
 MOST_CHOSEN = 64  # experts of a token, which are found one after the other
 MOST_WIDTH = 1 << 24  # other axes, and positions: up to here exact in float32
 MOST_VALUES = 1 << 50  # in a parameter
@@ -42,8 +44,8 @@ def refuse_moved(fields: Iterable[str]) -> None:
 
 def check_transformer(config: TransformerConfig) -> None:
     """Check the sizes of the decoder stack."""
-    counts = ("key_size", "num_q_heads", "num_kv_heads", "num_layers")
-    require_integers(config, 1, *counts, most=MOST_COUNT)
+    require_integers(config, 1, "num_layers", most=MOST_LAYERS)
+    require_integers(config, 1, "key_size", "num_q_heads", "num_kv_heads", most=MOST_COUNT)
     require_integers(config, 0, "num_experts", most=MOST_COUNT)
     require_integers(config, 1, "num_selected_experts", most=MOST_CHOSEN)
     require_integers(config, 1, "emb_size", most=MOST_WIDTH)
@@ -54,7 +56,8 @@ def check_transformer(config: TransformerConfig) -> None:
     require(isinstance(flag, bool), "shard_activations", "true or false", flag)
     for field in ("data_axis", "model_axis"):
         axis = getattr(config, field)
-        require(isinstance(axis, str), field, "the name of a mesh axis", axis)
+        named = isinstance(axis, str) and axis != REPLICA_AXIS
+        require(named, field, f"the name of a mesh axis, not {REPLICA_AXIS!r}", axis)
     axis = config.model_axis
     require(axis != config.data_axis, "model_axis", "another name than data_axis", axis)
     require(config.key_size % 2 == 0, "key_size", "an even head width", config.key_size)

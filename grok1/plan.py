@@ -418,7 +418,8 @@ def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, An
     if form == forms.RELEASED:
         folder, there = directory / forms.FOLDER, {}
         if folder.is_dir():
-            there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+            entries = [entry for entry in os.scandir(folder) if os.path.isfile(entry)]
+            there = {entry.name: entry.stat().st_size for entry in entries}
         here = [record for record in records if record.file in there]
         found |= {
             "expected": len(records),

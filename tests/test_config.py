@@ -100,7 +100,7 @@ NUMBERS = (
     "widening_factor", "attn_output_multiplier", "embedding_init_scale",
     "output_multiplier_scale", "embedding_multiplier_scale",
 )  # fmt: skip
-COUNTS = ("key_size", "num_q_heads", "num_kv_heads", "num_layers", "num_experts")
+COUNTS = ("key_size", "num_q_heads", "num_kv_heads", "num_experts")
 WIDTHS = ("emb_size", "vocab_size", "sequence_len")
 FACTORS = "a number from 1e-06 to 1e+06"
 REFUSED = [
@@ -112,6 +112,7 @@ REFUSED = [
     *((field, 1 << 31, "an integer <= 4096") for field in COUNTS),
     *((field, 1 << 63, "an integer <= 16777216") for field in WIDTHS),
     *((field, value, FACTORS) for field in NUMBERS for value in (1e-9, 1e9, 1e308)),
+    ("num_layers", 10**9, "an integer <= 512"),
     ("num_selected_experts", 65, "an integer <= 64"),
     ("widening_factor", 0.01, "one that makes an expert 8 to 16777216 numbers wide"),
     ("widening_factor", 500_000, "one that makes an expert 8 to 16777216 numbers wide"),
@@ -122,8 +123,9 @@ REFUSED = [
     ("num_selected_experts", 5, "at most num_experts = 4"),
     ("shard_activations", "false", "true or false"),
     ("shard_activations", 0, "true or false"),
-    ("data_axis", 5, "the name of a mesh axis"),
-    ("model_axis", None, "the name of a mesh axis"),
+    ("data_axis", 5, "the name of a mesh axis, not 'replica'"),
+    ("model_axis", None, "the name of a mesh axis, not 'replica'"),
+    ("data_axis", "replica", "the name of a mesh axis, not 'replica'"),
     ("model_axis", "data", "another name than data_axis"),
     ("fprop_dtype", jnp.float16, "bfloat16 or float32"),
     ("fprop_dtype", jnp.int8, "bfloat16 or float32"),
@@ -162,10 +164,10 @@ def test_long_values_and_names_are_cut_in_errors():
 
 def test_sizes_that_are_too_large_together_are_refused():
     """Each is allowed alone; XLA ends the process if an array's size overflows 64 bits."""
-    large = {"num_layers": 4096, "num_experts": 4096, "emb_size": 1 << 20}
+    large = {"num_layers": 512, "num_experts": 4096, "emb_size": 1 << 18}
     with pytest.raises(ValueError, match="emb_size: expected a model with at most 11258999068426"):
         changed(**large)
-    memory = {"num_layers": 4096, "key_size": 4096, "sequence_len": 1 << 24}
+    memory = {"num_layers": 512, "key_size": 4096, "sequence_len": 1 << 24}
     with pytest.raises(ValueError, match="sequence_len: expected one that makes at most 109951162"):
         changed(**memory)
 

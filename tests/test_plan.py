@@ -265,6 +265,7 @@ def test_a_checkpoint_is_looked_for(tmp_path):
     shutil.copytree(source, tmp_path / "copy")
     folder = tmp_path / "copy" / "ckpt-0"
     (folder / "tensor00005_000").unlink()
+    (folder / "tensor00005_000").symlink_to("gone")
     os.truncate(folder / "tensor00007_000", 10)
     found = plan.make_plan(TINY, (1, 1), directory=tmp_path / "copy")
     assert found.files["missing"] == ["tensor00005_000"]

@@ -4,8 +4,8 @@ What lies alike on several devices is a `_Part` of an array: one slice, read onc
 piece by piece, the layers of a stacked array in any order. A CPU's memory is the host's, so there a
 part is filled where it stays. For any other device each of a few threads has one small buffer, and
 a piece goes from the file through it into its place in an array that is already on the device. No
-device waits for another, and no process for another: each reads what its own devices hold. Parts
-that are columns of the same rows are filled together, from rows that are read once and as a whole.
+device waits for another, and no process for another: each reads what its own devices hold, but for
+parts that are columns: those of the same rows are filled together, from whole rows, read once.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def fill_arrays(
     shardings: Mapping[Any, jax.sharding.Sharding],
     progress: Progress | None = None,
 ) -> dict[Any, jax.Array]:
-    """Read arrays onto devices; each process reads only what its own devices hold.
+    """Read arrays onto devices; each process reads the rows of which its own devices hold a part.
 
     sources: all layers of all arrays. wanted: the shape [L, ...] or [...] and dtype of each, the
     stored numbers being cast to it. shardings: where each lies; none splits a layer axis.

@@ -444,12 +444,12 @@ def test_too_little_memory_is_answered_with_one_sentence(
     tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is loaded where it is known how much there is, else when it runs out."""
-    directory = changed(tiny, tmp_path / "endless", sequence_len=10**12)
-    result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
-    sentence = "weights and cache take 954605.6 GiB here, and ", "run.py --plan says what fits"
-    assert_one_sentence(result, 1, *sentence)
+    directory = changed(tiny, tmp_path / "endless", sequence_len=1 << 24)
+    asked = "--checkpoint", directory, "--prompt-ids", "5", "--json", "--batch", 20_000
+    sentence = "weights and cache take 320", " GiB here, and ", "run.py --plan says what fits"
+    assert_one_sentence(command(*asked), 1, *sentence)
     monkeypatch.setattr("grok1.serving.memory_budget.available_memory", lambda: None)
-    result = command("--checkpoint", directory, "--prompt-ids", "5", "--json")
+    result = command(*asked)
     assert_one_sentence(result, 1, "too little memory for the model or its cache", "; use more dev")
 
 

@@ -550,4 +550,6 @@ def test_a_billion_layers_are_refused_at_once(
         more = (str(tmp_path / "out"), "--to", "safetensors") if use == "convert" else ()
         result = Result(checkpoint.main([use, str(directory), *more]), *capsys.readouterr())
     assert time.perf_counter() - began < 1
-    assert_one_sentence(result, 1, f"config.json: {field}: expected an integer <= 4096, got 10000")
+    assert_one_sentence(
+        result, 1, f"config.json: {field}: expected an integer <= ", "got 1000000000"
+    )
