@@ -35,6 +35,7 @@ from grok1.cli.console import (
     end_at_next_interrupt,
     open_standard_streams,
     say,
+    uninterrupted,
     write_out,
 )
 from grok1.cli.options import parse_arguments
@@ -275,7 +276,8 @@ def generate(
                     timing.take(place, event.finish_reason is not None)
                     if options.show_routing and event.finish_reason is not None:
                         ended[place] = event.completion
-                printer.show(event._replace(request=left[event.request]))
+                with uninterrupted():
+                    printer.show(event._replace(request=left[event.request]))
         finally:
             # After an interruption too: nothing that was computed is lost.
             printer.close()
@@ -427,6 +429,8 @@ def main() -> int:
     peers: multihost.Peers | None = None
     try:
         try:
+            if not __debug__:
+                raise ValueError("python -O takes out what dm-haiku needs; start without it")
             options = parse_arguments()
             if options.distributed:
                 signal.signal(multihost.WAKE, signal.default_int_handler)
@@ -444,6 +448,7 @@ def main() -> int:
             peers.end("it was interrupted")
         say("interrupted", errors)
         os._exit(130)  # sys.exit would wait for the worker
+    end_at_next_interrupt()  # all is done but for the end of Python itself
     return 0
 
 

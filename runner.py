@@ -128,11 +128,7 @@ class ModelRunner:
 
     def check(self, mesh: Mesh | None) -> None:
         """Raise ValueError if mesh, kernels, checkpoint or memory do not fit; loads no weights."""
-        if jax.config.values["jax_enable_x64"]:
-            raise ValueError(
-                "jax_enable_x64: expected it off, since the model's arrays have 32 bits at most, "
-                "got it on; leave JAX_ENABLE_X64 unset"
-            )
+        backend.check_settings()
         for execution in self.executions(mesh):
             check_execution(self.model, execution)
             dispatch.check(execution.kernels)

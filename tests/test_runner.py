@@ -454,9 +454,14 @@ def test_load_server_says_what_is_wrong(options, message):
         load_server(**{"directory": directory, **options})
 
 
-def test_64_bits_are_refused_in_one_sentence():
-    with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64: expected it off"):
-        make()
+@pytest.mark.parametrize("name", ["jax_enable_x64", "jax_disable_jit"])
+def test_settings_of_jax_that_the_model_does_not_know_are_refused(name):
+    jax.config.update(name, True)
+    try:
+        with pytest.raises(ValueError, match=f"{name}: expected False, got True; leave"):
+            make()
+    finally:
+        jax.config.update(name, False)
 
 
 def test_words_need_a_tokenizer():

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, Self, TextIO
@@ -36,9 +36,13 @@ def open_standard_streams() -> None:
 
 
 def say(message: str, file: TextIO | None = None) -> None:
-    """Print a message for the person, apart from the output; where it cannot be, it is lost."""
+    """Print a message for the person, apart from the output; where it cannot be, it is lost.
+
+    What it quotes of a file may hold characters that control a terminal: they are escaped.
+    """
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):
-        _write(f"{message}\n", file or sys.stderr)
+        _write(f"{shown}\n", file or sys.stderr)
 
 
 def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:
@@ -67,6 +71,31 @@ def _write(text: str, stream: TextIO) -> None:
     raw = getattr(stream.buffer, "raw", stream.buffer)
     while data:  # a disk that is almost full takes a part, a pipe that does not block None
         data = data[raw.write(data) or 0 :]
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off a KeyboardInterrupt until the block is done, for `with`; a second one comes at once.
+
+    What is in the midst of being written is then neither lost nor cut.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def check_output() -> None:

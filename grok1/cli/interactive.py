@@ -10,6 +10,7 @@ from grok1.cli.console import Worker, say, write_out
 from grok1.cli.timing import Timing
 
 SIGN = "> "
+MOST_CHARACTERS = 2**26  # in a line: /dev/zero has no end
 
 
 class Keyboard:
@@ -55,9 +56,13 @@ class Keyboard:
     def _line(self) -> str:
         if self._terminal:
             return input(self._sign)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline(MOST_CHARACTERS + 1)
         if not line:
             raise EOFError
+        if len(line) > MOST_CHARACTERS:
+            raise OSError(
+                f"standard input: expected at most {MOST_CHARACTERS} characters in a line, got more"
+            )
         return line.removesuffix("\n")
 
     def _interrupt(self, *_: object) -> None:

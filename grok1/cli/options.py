@@ -24,7 +24,7 @@ def coordinator(text: str) -> str:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 and one sentence if it is wrong."""
     parser = Parser(
-        description=(__doc__ or "").splitlines()[0],
+        description=(__doc__ or "options").splitlines()[0],
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -1,6 +1,7 @@
 """Where answers go: to standard output as text or JSON lines, or to a file that can be resumed."""
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from grok1.formats import atomic
 
 Place = tuple[int, int]  # of an answer: which prompt it is to, and which one of that prompt's
 BEGINNING = b'{"index": %d, "sample": %d, '  # of a line of an output file
+MOST_BYTES = 2**30  # in such a line: half a line may be the rest of a disk
 
 
 def answer_fields(answer: Any) -> dict[str, Any]:
@@ -156,8 +158,9 @@ class AnswerFile:
         self.progress: Callable[[int, int], object] = lambda _, __: None
         self.done: set[Place] = set()
         try:
-            # Until the end, as the lock is.
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            # Once, and until the end: what is checked and locked is what is written.
+            how = os.O_RDWR if resume else os.O_WRONLY
+            self._descriptor = os.open(path, how | os.O_APPEND | os.O_CREAT, 0o666)
             self.close = weakref.finalize(self, os.close, self._descriptor)
             if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device or a pipe is shared
                 self._take_up(resume)
@@ -206,14 +209,17 @@ class AnswerFile:
                 f"{self.path}: expected no such file, or an empty one, got one of "
                 f"{size} bytes; add --resume to go on with it, or name another file"
             )
+        if not resume:
+            return
         whole = 0  # bytes of whole lines
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open(self._descriptor, "rb", closefd=False) as file:
+            lines = iter(functools.partial(file.readline, MOST_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
                 place = f"{self.path}, line {number}"
                 if line.endswith(b"\n"):
                     self.done.add(self._place(line, place))
                     whole += len(line)
-                elif not self._may_begin(line):
+                elif len(line) > MOST_BYTES or not self._may_begin(line):
                     self._refuse(line, place)
         os.ftruncate(self._descriptor, whole)
 

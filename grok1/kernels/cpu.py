@@ -46,7 +46,7 @@ def grouped_product(
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32)
     call = jax.ffi.ffi_call(PRODUCT, shape)
     arrays = x.astype(jnp.float32), weight.weight, weight.scales, starts, layer
-    return call(*arrays, form=np.int32(form))
+    return call(*arrays, form=_form(weight))
 
 
 def gated_product(
@@ -64,7 +64,13 @@ def gated_product(
     shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[-1]), jnp.float32)
     weights = gate.weight, gate.scales, value.weight, value.scales
     call = jax.ffi.ffi_call(GATED_PRODUCT, shape)
-    return call(x.astype(jnp.float32), *weights, starts, layer, form=np.int32(form))
+    return call(x.astype(jnp.float32), *weights, starts, layer, form=_form(gate))
+
+
+def _form(weight: QuantizedWeight8bit) -> np.int32:
+    """Return how int8 is multiplied: in integers only where their sums cannot overflow."""
+    inputs = weight.shape[-2] // weight.scales.shape[-2]
+    return np.int32(form if inputs <= xla_cpu.MOST_SUMMED else FLOATS)
 
 
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:

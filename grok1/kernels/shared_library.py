@@ -29,6 +29,7 @@ COMPILE_LIMIT, ANSWER_LIMIT = 300, 30  # seconds for a compilation, and for anyt
 # A shell that runs a command. When the pipe at its standard input is closed, as the end of the
 # process that started it does too, all processes of its group are killed.
 GUARD = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & "$@" </dev/null 3<&-'
+MOST_BYTES = 2**28  # of a library
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) ->
     with _scratch_directory(kept) as scratch:
         made = Path(scratch, "made.so")
         _compile(compiler, made)
-        if not made.exists():
+        if not made.is_file() or made.stat().st_size > MOST_BYTES:
             raise KernelError(f"{_called(compiler)} made no library")
         content = made.read_bytes()
         try:
@@ -110,7 +111,7 @@ def _scratch_directory(kept: Path | None) -> tempfile.TemporaryDirectory[str]:
     try:
         place = private_directory(Path(tempfile.gettempdir()))
         return tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True)
-    except (CacheError, OSError) as error:
+    except (CacheError, OSError, RecursionError) as error:
         if kept is None:
             raise KernelError(f"there is no temporary directory to compile in: {error}") from None
         return tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True)

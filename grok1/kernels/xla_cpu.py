@@ -31,6 +31,7 @@ from grok1.ops.quantization import matmul as plain_matmul
 LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster in one product
 BLOCK_WEIGHTS, BLOCK_COLUMNS = 1 << 21, 8192  # of a block at most: 8 MiB of float32, read in order
 DIGITS, DIGIT_BITS = 4, 7
+MOST_SUMMED = 1 << 16  # inputs of a scale group: an int32 holds the sum of their products
 LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
 SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
 SIZES = 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128  # rows that are compiled for
@@ -65,7 +66,8 @@ def multiplies_int8() -> bool:
 @jax.custom_jvp
 def _large_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
     """`matmul` of x [M, I] by int8 [I, O] -> float32 [M, O], fast on a CPU."""
-    if x.dtype == jnp.float32 and multiplies_int8():
+    inputs = weight.shape[-2] // weight.stack.scales.shape[-2]  # of a group
+    if x.dtype == jnp.float32 and multiplies_int8() and inputs <= MOST_SUMMED:
         one = weight.sliced()
         return _integer_matmul(x, one.weight, one.scales)
     return _blocked_matmul(x, weight)

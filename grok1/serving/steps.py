@@ -191,8 +191,9 @@ def _draw(
     settings = slots.settings
     still = jnp.where(drawing, settings.active, active)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    decoded = readable(Decoded(sample, drawing, finite), mesh)
-    return decoded, slots._replace(settings=settings._replace(active=still))
+    return Decoded(sample, drawing, finite), slots._replace(
+        settings=settings._replace(active=still)
+    )
 
 
 def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
@@ -292,7 +293,8 @@ def first_token(
     memory = _take_over(memory, drawing, source, length, config, execution.mesh)
     decoded, slots = _draw(config, execution.mesh, logits, slots, drawing)
     state = _placed(State(memory, slots, logits), config, execution.mesh)
-    return jax.tree.map(lambda x: x[None], decoded), state
+    decoded = jax.tree.map(lambda x: x[None], decoded)
+    return readable(decoded, execution.mesh), state
 
 
 def _take_over(
@@ -384,7 +386,7 @@ def decode(
     )
     nothing = jax.tree.map(lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), one)
     _, decoded, state = lax.while_loop(more, draw, (jnp.int32(0), nothing, state))
-    return decoded, state
+    return readable(decoded, execution.mesh), state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames=("memory",))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from commands import LOADED, PROMPT, Command, assert_one_sentence, changed
+from grok1.cli import interactive
 from paths import ROOT
 
 # Makes the terminal on standard input that of the process, as Ctrl-C needs it.
@@ -120,6 +121,15 @@ def test_prompts_from_a_pipe_are_answered_line_by_line_with_no_sign(
     block = r"time to first token [^\n]*\nbetween tokens [^\n]*\ntokens per second [^\n]*\n"
     mistakes = r"error: the prompt has 81 tokens[^\n]*\nerror: the prompt is not text in UTF-8[^\n]"
     assert re.fullmatch(LOADED + block + mistakes + r"*\n" + block, result.err), result.err
+
+
+def test_a_line_without_an_end_is_refused(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interactive, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(1000)), "utf-8"))
+    result = command("--checkpoint", tiny, "--interactive")
+    assert_one_sentence(result, 1, "standard input: expected at most 100 characters in a line, got")
 
 
 def test_settings_that_fit_no_prompt_are_told_before_the_weights_are_loaded(

@@ -25,6 +25,7 @@ import run
 from commands import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, changed, finish, start
 from grok1.cli import output
 from grok1.cli.output import AnswerFile
+from grok1.formats import atomic
 from paths import ROOT
 from runner import Completion, Event
 
@@ -140,6 +141,36 @@ def test_a_file_that_is_not_of_this_run_is_refused_and_left_as_it_is(
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         opened(path, resume=True)
     assert part in str(error.value) and path.read_text() == content
+
+
+def test_what_is_checked_is_what_is_cut(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the name means another file meanwhile, as in a directory of somebody else."""
+    path, foreign = tmp_path / "out", tmp_path / "foreign"
+    foreign.write_text("not an answer\n")
+    path.symlink_to(foreign)
+
+    def swap(descriptor: int) -> bool:
+        path.unlink()
+        path.write_text("")
+        return lock(descriptor)
+
+    lock = atomic.lock
+    monkeypatch.setattr(atomic, "lock", swap)
+    with pytest.raises(ValueError, match="expected an answer as --output writes it"):
+        opened(path, resume=True)
+    assert foreign.read_text() == "not an answer\n"
+
+
+def test_a_line_without_an_end_is_not_resumed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "MOST_BYTES", 100)
+    path = tmp_path / "out"
+    path.write_text(OURS + '{"index": 0, "sample": 0, ' + "1" * 200)
+    with pytest.raises(ValueError, match="line 2: expected an answer as --output writes it"):
+        opened(path, resume=True)
 
 
 def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(

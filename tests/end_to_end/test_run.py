@@ -1,5 +1,6 @@
 """The command as a user meets it: answers on stdout, all else on stderr, one sentence a mistake."""
 
+import fcntl
 import io
 import json
 import os
@@ -7,11 +8,13 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -468,7 +471,34 @@ def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:
     assert_one_sentence(result, 1, f"a mesh of {10**20},1 needs", "but this machine has 128, for")
 
 
+@pytest.mark.parametrize("flag", ["-O", "-OO"])
+def test_python_without_assertions_is_refused(flag: str) -> None:
+    done = subprocess.run(
+        [sys.executable, flag, ROOT / "run.py", "--prompt", "A"], capture_output=True, text=True
+    )
+    assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), 1, "python -O takes out")
+
+
 # Interruptions.
+
+
+def test_ctrl_c_cuts_no_answer_for_a_slow_reader(tiny: pathlib.Path) -> None:
+    """Nobody reads until it is pressed, so that the command waits in the midst of an answer."""
+    requests = [argument for i in range(64) for argument in ("--prompt", f"{i} {PROMPT * 8}")]
+    process = start("--checkpoint", tiny, *requests, "--json", "--max-len", 20)
+    assert process.stdout is not None
+    deadline = time.monotonic() + 60
+    while pipe_bytes(process.stdout) < 2**16 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    result = interrupt(process)
+    indices = [int(answer["prompt"].split()[0]) for answer in result.answers]
+    assert indices == sorted(set(indices)) and indices[:8] == list(range(8))
+
+
+def pipe_bytes(file: IO[bytes]) -> int:
+    """How many bytes wait to be read."""
+    return struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, b"0000"))[0]
 
 
 def interrupt(process: subprocess.Popen[bytes], seen: bytes = b"") -> Result:

@@ -254,6 +254,22 @@ def test_shapes_of_other_kernels_that_do_not_fit_are_refused():
             jax.block_until_ready(call())
 
 
+@pytest.mark.parametrize("form", [cpu.FASTEST, cpu.DOTS])
+def test_sums_of_very_many_inputs_do_not_overflow(form, monkeypatch):
+    monkeypatch.setattr(cpu, "form", form)
+    inputs, units = 300_000, -64 - 64 * 2**7 - 64 * 2**14 + 32 * 2**21  # all digits are large
+    x = jnp.full((1, inputs), units, jnp.float32)
+    weight = QuantizedWeight8bit(
+        jnp.full((1, 1, inputs, 16), -128, jnp.int8), jnp.ones((1, 1, 1, 16), jnp.bfloat16)
+    )
+    found = cpu.grouped_product(x, weight, jnp.array([0, 1]), jnp.int32(0))
+    exact = float(np.float32(units)) * -128 * inputs
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    monkeypatch.setattr(xla_cpu, "multiplies_int8", lambda: True)
+    one = QuantizedWeight8bit(weight.weight[0, 0], weight.scales[0, 0])
+    np.testing.assert_allclose(xla_cpu.matmul(x, one), exact, rtol=1e-3)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     weight = random_weight(3, 16, 16, 1)
     x, starts = random_rows([1, 1, 1], 16)

@@ -194,6 +194,10 @@ def test_without_a_temporary_directory_it_is_compiled(
         (f"{ANSWERS}echo warning >&2; echo 1>&2 no; exit 1", "CXX={path} failed: no"),
         (f"{ANSWERS}kill -9 $$", "CXX={path} failed: it was ended by the signal SIGKILL"),
         ("exit", "CXX={path} made no library"),
+        (f'{TO_OUTPUT}mkfifo "$2"', "CXX={path} made no library"),
+        (f'{TO_OUTPUT}ln -s /dev/zero "$2"', "CXX={path} made no library"),
+        (f'{TO_OUTPUT}mkdir "$2"', "CXX={path} made no library"),
+        (f'{TO_OUTPUT}truncate -s 300M "$2"', "CXX={path} made no library"),
         # Compile what cannot be loaded.
         (f'{TO_OUTPUT}:>"$2"', "CXX={path} made a library that cannot be loaded: "),
         (f'{TO_OUTPUT}echo nonsense >"$2"', "CXX={path} made a library that cannot be loaded: "),
@@ -203,7 +207,7 @@ def test_without_a_temporary_directory_it_is_compiled(
         ),
         (f'{TO_OUTPUT}{{real}} -shared -x c /dev/null -o "$2"', "undefined symbol: GroupedProduct"),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_without_a_compiler_one_sentence_says_so(
     whole: pathlib.Path, fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
