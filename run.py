@@ -55,7 +55,7 @@ MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, an
 SHARED = (
     "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
     "presence_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch", "context",
-    "settings", "places", "ids", "num_samples",
+    "settings", "places", "ids", "num_samples", "streamed", "kernels",
 )  # fmt: skip
 
 
@@ -119,6 +119,8 @@ def agree(
     files: Any = ()
     answers = None
     if first:
+        if options.output is None:
+            check_output()
         prompts.read_file(options)
         files = choose_files(options)
         answers = open_answers(options, *files)
@@ -257,7 +259,7 @@ def generate(
     if options.show_routing and server.config.model.num_experts < 2:
         raise ValueError("--show-routing: this model has no experts that tokens could go to")
     # Where nobody watches them come, several tokens at a time, which is faster.
-    tokens = MOST_TOKENS if options.json or answers else 1
+    tokens = 1 if options.streamed else MOST_TOKENS
     events = server.generate_events(prompts.make_requests(options, left), phase, tokens)
     with Progress("answering", already=len(answers.done) if answers else 0) as progress:
         if answers:

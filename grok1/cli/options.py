@@ -205,6 +205,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.ids = [None for _ in options.prompts]
     options.settings = [{} for _ in options.prompts]
     options.stop = options.stop or []
+    options.streamed = not options.json and options.output is None  # the answers, token by token
     return options
 
 

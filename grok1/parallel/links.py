@@ -101,7 +101,7 @@ class Link:
                 raise ValueError(f"a message of more than {expected.limit} bytes")
             left = max(deadline - time.monotonic(), 0.001)
             self.socket.settimeout(min(left, self.timeout))
-            piece = self.socket.recv(2**16)
+            piece = self.socket.recv(min(2**16, expected.limit + 1 - len(self.unread)))
             if not piece:
                 return None
             self.unread += piece

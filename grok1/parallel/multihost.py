@@ -104,7 +104,8 @@ def host_and_port(address: str) -> tuple[str, int]:
     """Split HOST:PORT, or [IPV6]:PORT; ValueError if it is not that."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+    known = re.fullmatch(r"[^\s.]{1,63}(\.[^\s.]{1,63})*\.?", host)  # else looking it up fails
+    if not known or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise ValueError(f"expected HOST:PORT such as 10.0.0.1:1234, got {address!r}")
     return host, int(port)
 

@@ -75,20 +75,25 @@ def assert_lost(survivor: Result, victim: int, where: str, how: str) -> None:
 # Answers.
 
 
+@pytest.mark.parametrize("mesh", ["1,8", "2,4"])
 def test_two_processes_answer_as_one(
-    start: Start, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mesh: str,
+    start: Start,
+    address: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second process is started with other options: those of the first one hold.
 
     gloo prints to stdout from C++: nothing of it may stand among the answers.
     """
-    more = [*ASK, "--prompt-ids", "9 8 7 6", "--max-len", 6, "--json"]
+    more = [*ASK, "--prompt-ids", "9 8 7 6", "--max-len", 6, "--json", "--mesh", mesh]
     script = pathlib.Path(run.__file__)
-    second = start(script, *place(address, 1), "--prompt-ids", "1", "--max-len", 3, "--seed", 9)
+    second = start(script, *place(address, 1), "--prompt-ids", "1", "--no-kernels")
     first = finish(start(script, *place(address, 0), *more))
     assert finish(second) == (0, "", "")
     assert first.status == 0
-    loaded = r"loaded [^\n]+ in [\d.]+ s: 3 layers, float32 activations, mesh 1,8 on cpu\n"
+    loaded = r"loaded [^\n]+ in [\d.]+ s: 3 layers, float32 activations, mesh \d,\d on cpu\n"
     assert re.fullmatch(loaded + COUNTED, first.err), first.err
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, more)])
     assert run.main() == 0
@@ -695,6 +700,7 @@ def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str)
         (["--distributed", "--coordinator", "here"], "expected HOST:PORT such as 10.0.0.1:1234"),
         (["--distributed", "--coordinator", "here:70000"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", ":1"], "expected HOST:PORT"),
+        (["--distributed", "--coordinator", "a..b:1"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", "here:" + "1" * 5000], "expected HOST:PORT"),
         (["--distributed", "--num-processes", 0], "expected a whole number of at least 1, got '0'"),
         (["--peer-timeout", 1], "expected a number of seconds of at least 2, got '1'"),
@@ -746,7 +752,12 @@ def test_a_job_of_slurm_places_its_processes(start: Start) -> None:
 
 @pytest.mark.parametrize(
     ("address", "expected"),
-    [("a:1", ("a", 1)), ("10.0.0.1:65535", ("10.0.0.1", 65535)), ("[::1]:80", ("::1", 80))],
+    [
+        ("a:1", ("a", 1)),
+        ("a.b.:1", ("a.b.", 1)),
+        ("10.0.0.1:65535", ("10.0.0.1", 65535)),
+        ("[::1]:80", ("::1", 80)),
+    ],
 )
 def test_addresses_are_split(address: str, expected: tuple[str, int]) -> None:
     assert multihost.host_and_port(address) == expected
