@@ -6,7 +6,6 @@ request runs when is in grok1/serving/scheduler.py, what runs on devices in step
 B is the number of slots: sequences that the compiled steps serve at once.
 """
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -244,13 +243,15 @@ class InferenceRunner:
             raise ValueError(f"{self.name}: nothing is loaded yet; call initialize() first")
         return self._loaded
 
-    @contextlib.contextmanager
-    def _model_alone(self) -> Iterator[LoadedModel]:
-        """The model while no slot works with it, the memory of idle ones given up."""
+    def _with_model(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call with the model while no slot works with it, the memory of idle ones given up."""
         model, scheduler = self._get_loaded()
-        with scheduler.alone():
+
+        def call() -> Any:
             scheduler.release()
-            yield model
+            return work(model, *arguments)
+
+        return scheduler.alone(call)
 
     # ---------------------------------------------------------------------------- generation
 
@@ -376,8 +377,7 @@ class InferenceRunner:
 
         Raises ValueError if T exceeds the context or an id is out of range.
         """
-        with self._model_alone() as model:
-            return scoring.logits(model, token_ids)
+        return self._with_model(scoring.logits, token_ids)
 
     def inspect(
         self,
@@ -399,8 +399,7 @@ class InferenceRunner:
         that is not there, a wrong hook, or arrays that take more memory than is free.
         """
         ids = self.encode(prompt)
-        with self._model_alone() as model:
-            found = inspecting.inspect(model, ids, capture, capture_layers, hooks)
+        found = self._with_model(inspecting.inspect, ids, capture, capture_layers, hooks)
         if self.tokenizer is None:
             return found
         pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
@@ -426,8 +425,7 @@ class InferenceRunner:
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
         ids = [self.encode(text) for text in texts]
-        with self._model_alone() as model:
-            return scoring.score(model, ids, self.bos_token)
+        return self._with_model(scoring.score, ids, self.bos_token)
 
 
 def with_settings(

@@ -5,6 +5,7 @@ Dimension letters: `V` vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ NOT_FINITE = (
     "expected finite logits, got NaN or infinity, so the weights are damaged; look for the file "
     "with `python checkpoint.py verify DIRECTORY`"
 )
+INTEGERS = "rng_seed", "max_len", "min_len", "num_samples", "top_logprobs"
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty"),
@@ -89,9 +91,14 @@ class Request:
         for field in ("prompt", "allowed_tokens", "stop", "stop_tokens"):
             value = getattr(self, field)
             if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-                object.__setattr__(self, field, tuple(value))
+                with contextlib.suppress(TypeError):  # an array without axes, refused later
+                    object.__setattr__(self, field, tuple(value))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        for field in (*INTEGERS, *NUMBERS):
+            value = getattr(self, field)
+            if not isinstance(value, str) and hasattr(value, "item") and np.ndim(value) == 0:
+                object.__setattr__(self, field, value.item())  # Python's, which has no largest one
 
 
 @dataclasses.dataclass
@@ -152,12 +159,16 @@ def encode(
         if vocabulary is None:
             raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
         return vocabulary.encode(prompt, parse_special)
-    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+    try:
+        ids = tuple(prompt)  # an iterator can be read only once
+    except TypeError:
+        ids = None
+    if ids is None or isinstance(prompt, bytes):
         raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
-    for token in prompt:
+    for token in ids:
         if not (is_integer(token) and 0 <= token < config.vocab_size):
             raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {token!r}")
-    return [int(token) for token in prompt]
+    return [int(token) for token in ids]
 
 
 class RequestError(ValueError):
@@ -238,12 +249,18 @@ class CheckedRequest:
 
 
 class Answer:
-    """One answer to a request, in the making, on the host. completion: the answer so far."""
+    """One answer to a request, in the making, on the host.
+
+    completion: the answer so far, which whoever asked may change. count: of its tokens. ended:
+    whether there are no more.
+    """
 
     def __init__(self, checked: CheckedRequest, sample: int = 0):
         request, vocabulary = checked.request, checked.vocabulary
         self.checked = checked
         self.sample = sample
+        self.count = 0
+        self.ended = False
         self._words = None if vocabulary is None else Detokenizer(vocabulary, checked.ids)
         self._filter = StopFilter(checked.stops)
         self.completion = Completion(
@@ -267,6 +284,7 @@ class Answer:
         top_ids, top_logprobs: [at least as many as asked for], as in SampleOutput.
         """
         answer, request = self.completion, self.checked.request
+        self.count += 1
         answer.token_ids.append(token)
         answer.logprobs.append(logprob)
         if wanted := request.top_logprobs:
@@ -275,8 +293,15 @@ class Answer:
         reason = self._reason(token)
         new = self._text(token, reason)
         # Last: whoever looks at a finished answer, from another thread too, sees all of it.
-        answer.finish_reason = "stop" if self._filter.stopped else reason
+        if self._filter.stopped or reason is not None:
+            self.end("stop" if self._filter.stopped else reason)
         return new
+
+    def end(self, reason: str | None, error: str | None = None) -> None:
+        """End the answer, if it has not ended."""
+        if not self.ended:
+            self.completion.finish_reason, self.completion.error = reason, error
+            self.ended = True
 
     def _text(self, token: int, reason: str | None) -> str:
         """Append what a token adds to the text, and return it; reason: why it is the last one."""
@@ -287,7 +312,7 @@ class Answer:
         new = "" if reason in ("eos", "stop") else self._words.push(token)
         if reason is not None:
             new += self._words.finish()
-        if len(answer.token_ids) >= self.checked.request.min_len:
+        if self.count >= self.checked.request.min_len:
             new = self._filter.push(new)
         if reason is not None:
             new += self._filter.finish()
@@ -301,11 +326,10 @@ class Answer:
             return "stop"
         if token in checked.ends:
             return "eos"
-        count = len(self.completion.token_ids)
-        if count < checked.limit:
+        if self.count < checked.limit:
             return None
         max_len = checked.request.max_len
-        return "length" if count >= (max_len or DEFAULT_MAX_LEN) else "context"
+        return "length" if self.count >= (max_len or DEFAULT_MAX_LEN) else "context"
 
 
 def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int]:
@@ -335,7 +359,7 @@ def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int
 
 
 def _check_range(field: str, value: Any, allowed: range) -> None:
-    if not is_integer(value) or value not in allowed:
+    if not is_integer(value) or int(value) not in allowed:
         raise ValueError(
             f"{field} must be an integer from {allowed[0]} to {allowed[-1]}, got {value!r}"
         )
@@ -370,7 +394,7 @@ def _check_settings(checked: CheckedRequest) -> None:
     if not is_integer(request.top_logprobs):
         raise ValueError(f"top_logprobs must be an integer, got {request.top_logprobs!r}")
     for field in NUMBERS:
-        if np.ndim(getattr(request, field)):
+        if not is_number(getattr(request, field)):
             raise ValueError(f"{field} must be one number, got {getattr(request, field)!r}")
     allowed: Any = range(config.vocab_size)
     if request.allowed_tokens is not None:

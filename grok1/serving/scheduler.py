@@ -18,25 +18,25 @@ one before are delivered, each to the queue of whoever asked for it, whichever t
 """
 
 import collections
-import contextlib
 import dataclasses
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
 
 from grok1.parallel.sharding import axis_size
-from grok1.serving.fair_lock import FairLock
 from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
     Decoded,
     LoadedModel,
     State,
+    clear,
     decode,
     first_token,
     new_state,
@@ -47,6 +47,7 @@ from grok1.serving.steps import (
 # Dispatched and not known to be done. XLA's CPU client takes no more than a number of its own, and
 # devices that wait for each other in a collective then wait for ever.
 MOST_IN_FLIGHT = 16
+HAND_OVER = 1e-4  # seconds, in which a thread that waits for the lock gets it
 
 
 def chunk_lengths(prompt: int, sizes: Sequence[int]) -> list[int]:
@@ -92,8 +93,11 @@ class Handle:
     request's num_samples; the finish_reason of one that goes on is None. completion: the first.
     """
 
-    def __init__(self, number: int, name: int, checked: CheckedRequest, queue: EventQueue):
+    def __init__(
+        self, owner: object, number: int, name: int, checked: CheckedRequest, queue: EventQueue
+    ):
         self.number = number
+        self._owner = owner  # the scheduler
         self._name = name  # in its events
         self._checked = checked
         self._queue = queue
@@ -118,6 +122,9 @@ class Handle:
         """Whether all its answers have ended."""
         return self._going_on == 0
 
+    def __copy__(self) -> Self:
+        return self  # it stands for what the scheduler has
+
     def __repr__(self) -> str:
         reasons = [answer.finish_reason or "in progress" for answer in self.completions]
         return f"<request {self.number}: {', '.join(reasons)}>"
@@ -129,22 +136,14 @@ class Handle:
             # One list, as there was one prompt.
             answer.completion.prompt_logprobs = self.completion.prompt_logprobs
             answer = self._answers.setdefault(sample, answer)  # another thread may make it, too
-        if self._ended and answer.completion.finish_reason is None:
-            answer.completion.finish_reason, answer.completion.error = self._ended
+        if self._ended:
+            answer.end(*self._ended)
         return answer
-
-    def _next_answer(self) -> Answer:
-        """Return the first answer that has no slot yet."""
-        self._begun += 1
-        return self._answer(self._begun - 1)
 
     def _end(self, reason: str, error: str | None) -> list[int]:
         """End all answers that have not ended; returns which these are."""
         answers = [self._answers.get(i) for i in range(self._checked.request.num_samples)]
-        found = [
-            i for i, answer in enumerate(answers)
-            if answer is None or answer.completion.finish_reason is None
-        ]  # fmt: skip
+        found = [i for i, answer in enumerate(answers) if answer is None or not answer.ended]
         self._ended, self._going_on = (reason, error), 0
         for sample in list(self._answers):
             self._answer(sample)
@@ -170,22 +169,18 @@ class _Sequence:
         self.in_flight = 0
 
     @property
-    def completion(self) -> Completion:
-        return self.answer.completion
-
-    @property
     def finished(self) -> bool:
-        return self.completion.finish_reason is not None
+        return self.answer.ended
 
     @property
     def decoding(self) -> bool:
         """Whether it may need more tokens than are on their way."""
-        due = len(self.completion.token_ids) + self.in_flight
+        due = self.answer.count + self.in_flight
         return self.begun and due < self.answer.checked.limit
 
     def next_chunk(self) -> tuple[int, list[int], list[int]]:
         """Return a chunk: its compiled length, its tokens, and the token after each."""
-        size, prompt = self.chunks.popleft(), self.completion.prompt_ids
+        size, prompt = self.chunks.popleft(), self.answer.checked.ids
         first, self.read = self.read, min(self.read + size, len(prompt))
         return size, prompt[first : self.read], prompt[first + 1 : self.read + 1]
 
@@ -237,6 +232,7 @@ class Statistics:
         return 1 - self.waiting / self.seconds if self.seconds else 0.0
 
 
+Result = TypeVar("Result")
 Phase = Callable[[str], object]  # is called with "prefill" and "decode" as these begin
 
 
@@ -255,7 +251,8 @@ class Scheduler:
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
         self._pad_sizes = model.pad_sizes
         self._process = os.getpid()
-        self._lock = FairLock()
+        self._lock = threading.RLock()
+        self._asking: set[int] = set()  # threads that wait for the lock
         self._submitted = 0
         self._line: collections.deque[Handle] = collections.deque()  # with answers without a slot
         self._slots: list[_Sequence | None] = [None] * model.num_slots
@@ -271,34 +268,38 @@ class Scheduler:
         self._known: set[Any] = set()  # programs that have been run
         self.statistics = Statistics()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other threads from what this one does with the devices, for `with`."""
+    def alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function while no other thread does anything here."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this process was forked after the model was loaded, and jax does not work in it; "
                 'load the model in the process that uses it, started by "spawn"'
             )
-        with self._lock.held():
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError("called from inside another call of the same thread")
+        thread = threading.get_ident()
+        if self._asking - {thread}:
+            time.sleep(HAND_OVER)  # else this one would mostly get the lock again
+        self._asking.add(thread)
+        with self._lock:  # Python's own, which an interruption leaves neither held nor lost
+            self._asking.discard(thread)
             while self._given_up:
                 self._end(self._given_up.popleft(), "cancelled")
-            yield
+            return work(*arguments)
 
     @property
     def busy(self) -> bool:
         """Whether there are requests that have not ended, or events that `step` has to return."""
-        with self.alone():
-            return not self._idle() or any(self._unread)
+        return self.alone(lambda: not self._idle() or any(self._unread))
 
     def submit(self, checked: CheckedRequest) -> Handle:
         """Put a request in line."""
-        with self.alone():
-            return self._submit(checked, EventQueue(read_by_step=True), self._submitted)
+        return self.alone(self._submit, checked, EventQueue(read_by_step=True))
 
     def cancel(self, handle: Handle) -> None:
-        """End a request where it is. What has ended stays as it is."""
-        with self.alone():
-            self._end(handle, "cancelled")
+        """End a request where it is. What has ended stays as it is. Raises ValueError."""
+        self._check_own(handle)
+        self.alone(self._end, handle, "cancelled")
 
     def step(self, tokens: int = 1) -> list[Event]:
         """Let the devices do the next step; returns what came of the one before it.
@@ -309,16 +310,15 @@ class Scheduler:
         with an error; those in line stay there. Raises ValueError if `tokens` is not from 1 to
         MOST_TOKENS.
         """
-        with self.alone():
-            self._step(tokens)
-            unread, self._unread = self._unread, {}
-            return [event for queue in unread for event in iter(queue.take, None)]
+        return self.alone(self._step_and_take, tokens)
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
-        """Return an iterator over the tokens of one request, which lets all others go on, too."""
-        with self.alone():
-            handle._queue.read_by_step = False
-            self._unread.pop(handle._queue, None)
+        """Return an iterator over the tokens of one request, which lets all others go on, too.
+
+        Raises ValueError if the request is none of this scheduler's.
+        """
+        self._check_own(handle)
+        self.alone(self._stop_reading, handle._queue)
         yield from self._read(handle._queue, tokens)
 
     def answer(
@@ -344,14 +344,23 @@ class Scheduler:
             self._given_up.extend(queue.open)
 
     def release(self) -> None:
-        """Give up the memory of the slots, if nothing uses it. Called with the lock held."""
+        """Give up the memory of the slots, if nothing uses it. To be called by `alone`."""
         if self._idle():
             self._forget()
 
     # ------------------------------------------------------------------------------ the requests
 
-    def _submit(self, checked: CheckedRequest, queue: EventQueue, name: int) -> Handle:
-        handle = Handle(self._submitted, name, checked, queue)
+    def _check_own(self, handle: Handle) -> None:
+        if not isinstance(handle, Handle):
+            raise ValueError(f"expected what submit returned, got {handle!r}")
+        if handle._owner is not self:
+            raise ValueError(f"{handle!r} was submitted to another server; ask that one")
+
+    def _submit(
+        self, checked: CheckedRequest, queue: EventQueue, name: int | None = None
+    ) -> Handle:
+        name = self._submitted if name is None else name
+        handle = Handle(self, self._submitted, name, checked, queue)
         self._submitted += 1
         self._line.append(handle)
         return handle
@@ -367,16 +376,27 @@ class Scheduler:
 
         refill: called after each step.
         """
+
+        def advance() -> bool:
+            if not queue and queue.open:
+                self._step(tokens, phase)
+            refill()
+            return bool(queue.open)
+
         going_on = True
         while going_on:
-            with self.alone():
-                if not queue and queue.open:
-                    if self._idle():
-                        raise ValueError("the request was submitted to another server")
-                    self._step(tokens, phase)
-                refill()
-                going_on = bool(queue.open)
+            going_on = self.alone(advance)
             yield from iter(queue.take, None)
+
+    def _stop_reading(self, queue: EventQueue) -> None:
+        """Have `step` return no more events of a queue."""
+        queue.read_by_step = False
+        self._unread.pop(queue, None)
+
+    def _step_and_take(self, tokens: int) -> list[Event]:
+        self._step(tokens)
+        unread, self._unread = self._unread, {}
+        return [event for queue in unread for event in iter(queue.take, None)]
 
     def _first_in_line(self) -> Handle | None:
         while self._line and self._line[0].finished:
@@ -443,15 +463,16 @@ class Scheduler:
 
     def _start(self, slot: int, handle: Handle) -> None:
         """Give a slot to the next answer of a request."""
-        answer = handle._next_answer()
-        if handle._begun == handle._checked.request.num_samples:
-            self._line.popleft()
-        chunks = () if answer.sample else chunk_lengths(len(handle._checked.ids), self._pad_sizes)
+        checked, answer = handle._checked, handle._answer(handle._begun)
+        row = checked.slot(answer.sample)
+        chunks = () if answer.sample else chunk_lengths(len(checked.ids), self._pad_sizes)
         self._slots[slot] = sequence = _Sequence(handle, answer, slot, chunks)
+        handle._begun += 1
+        if handle._begun == checked.request.num_samples:
+            self._line.popleft()
         sequence.source = self._find_prompt(handle, slot)
         if self._prompts.get(slot) is not handle:
             self._prompts.pop(slot, None)
-        row = handle._checked.slot(answer.sample)
         self._state = self._run(start, self._current(), np.int32(slot), row)
 
     def _find_prompt(self, handle: Handle, slot: int) -> int | None:
@@ -518,7 +539,7 @@ class Scheduler:
             if sequence.source is not None:
                 beginning[slot] = sequence
                 drawing[slot], source[slot] = True, sequence.source
-                length[slot] = len(sequence.completion.prompt_ids)
+                length[slot] = len(sequence.answer.checked.ids)
         if not beginning:
             return
         state = self._current()
@@ -593,6 +614,7 @@ class Scheduler:
                 self._take(sequence, int(tokens[i, slot, 0]), float(logprobs[i, slot, 0]), *first)
             else:
                 self._fail(sequence, NOT_FINITE)
+                self._clear(slot)
 
     def _deliver_scores(self, done: _Scores) -> None:
         scores = self._fetch(done.number, done.found)
@@ -600,7 +622,10 @@ class Scheduler:
             if np.all(np.isfinite(scores[row, :count])):
                 handle._answers[0].take_prompt(scores[row, :count].tolist())
             else:
+                held = [slot for slot, s in enumerate(self._slots) if s and s.handle is handle]
                 self._end(handle, "error", NOT_FINITE)
+                for slot in held:
+                    self._clear(slot)
 
     def _take(self, sequence: _Sequence, token: int, logprob: float, *first: Any) -> None:
         """Give a token to a sequence."""
@@ -616,7 +641,7 @@ class Scheduler:
 
     def _fail(self, sequence: _Sequence, error: str) -> None:
         """End one answer by an error."""
-        sequence.completion.finish_reason, sequence.completion.error = "error", error
+        sequence.answer.end("error", error)
         self._free(sequence)
         self._put(sequence.handle, sequence.answer, None, "")
         self._close(sequence.handle)
@@ -641,13 +666,18 @@ class Scheduler:
         jax.block_until_ready(arrays)
         self._waited += time.perf_counter() - began
 
+    def _clear(self, slot: int) -> None:
+        """Clear the cache of a slot: a NaN there would spoil the sums of its next sequence."""
+        self._state = self._run(clear, self._current(), np.int32(slot))
+
     def _abandon(self, error: BaseException) -> None:
         """End all that is in the slots."""
         reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
         message = f"the step that worked on it did not come to its end ({reason}); ask again"
-        for sequence in self._slots:
-            if sequence is not None:
-                self._end(sequence.handle, "error", message)
+        # Those in line, too, whose other answers would have taken over a prompt that is lost.
+        begun = [handle for handle in self._line if handle._begun]
+        for handle in [*begun, *(sequence.handle for sequence in self._slots if sequence)]:
+            self._end(handle, "error", message)
         self._forget()
 
     def _forget(self) -> None:

@@ -239,6 +239,26 @@ def start(
 
 
 @_step
+def clear(
+    state: State,
+    index: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    execution: Execution = ONE_DEVICE,
+) -> State:
+    """Set the cache and the logits of the slot `index` int32 [] to zero."""
+    memory, slots, logits = state
+    chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
+    k, v = (
+        jnp.where(chosen[:, None, None, None], jnp.zeros([], cache.dtype), cache)
+        for cache in (memory.layers.k, memory.layers.v)
+    )
+    memory = memory._replace(layers=memory.layers._replace(k=k, v=v))
+    logits = jnp.where(chosen[:, None], 0, logits)
+    return _placed(State(memory, slots, logits), config, execution.mesh)
+
+
+@_step
 def prefill(
     params: Any,
     state: State,

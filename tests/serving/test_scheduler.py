@@ -217,6 +217,25 @@ def test_iterators_are_as_good_as_lists():
     assert "stop" in {answer.finish_reason for answer in expected}
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64, np.array])
+def test_numbers_of_any_kind_are_as_python_has_them(kind):
+    drain()
+    fields = {"rng_seed": 5, "max_len": 7, "min_len": 2, "top_k": 3, "top_logprobs": 2}
+    typed = {name: kind(value) for name, value in fields.items()}
+    temperature = np.array(0.5)
+    request = Request([5], **typed, temperature=temperature, num_samples=kind(2))
+    temperature[...] = np.nan
+    plain = Request([5], **fields, temperature=0.5, num_samples=2)
+    assert server().generate([request]) == server().generate([plain])
+    with pytest.raises(ValueError, match="max_len = 100"):
+        server().submit(Request([5], max_len=kind(100)))
+
+
+def test_ids_from_an_iterator_are_read_once():
+    assert server().encode(iter([5, 6])) == [5, 6]
+    np.testing.assert_array_equal(server().score([map(int, "56")])[0], server().score([[5, 6]])[0])
+
+
 def test_requests_wait_in_order_and_one_that_waits_can_be_cancelled():
     drain()
     handles = [server().submit(Request([5 + i], max_len=4, ignore_eos=True)) for i in range(7)]
@@ -464,6 +483,35 @@ def test_scores_of_a_prompt_that_are_not_finite_end_its_answers():
         damaged("xla_cpu").score([[7, 8]])
 
 
+@pytest.mark.parametrize("kernels", ["plain", "xla_cpu", "cpu"])
+def test_the_next_request_in_a_slot_is_not_spoilt(kernels):
+    bad = [Request([7] * 30, max_len=5)] * SLOTS
+    bad += [Request([8, 7, 9], max_len=3, prompt_logprobs=True)] * SLOTS
+    good = [dataclasses.replace(GOOD[0], prompt=[8, 9] * 15)] * SLOTS
+    expected = damaged(kernels).generate(good)
+    for wrong in (bad[:SLOTS], bad[SLOTS:]):
+        for event in damaged(kernels).generate_events(wrong):
+            assert event.finish_reason == "error"
+        assert damaged(kernels).generate(good) == expected
+
+
+@pytest.mark.parametrize("change", ["clear", "finish", "none"])
+def test_what_is_done_to_a_completion_in_progress_hangs_nothing(change):
+    drain()
+    request = Request([5], max_len=9, ignore_eos=True)
+    events = server().generate_events([request])
+    answer = next(events).completion
+    if change == "clear":
+        answer.token_ids.clear()
+    elif change == "finish":
+        answer.finish_reason = "length"
+    else:
+        answer.token_ids = None
+    assert sum(event.token_id is not None for event in events) == (0 if change == "none" else 8)
+    assert not server().busy
+    assert server().generate([request]) == [alone(request)[0]]
+
+
 def test_a_tokenizer_that_fails_ends_one_answer(monkeypatch):
     take = Answer.take
 
@@ -477,6 +525,28 @@ def test_a_tokenizer_that_fails_ends_one_answer(monkeypatch):
     with pytest.raises(AnswerError, match="request 1: token .* into text .no such piece"):
         server().generate([Request([5], max_len=3), Request([6], max_len=3)])
     assert server().generate([Request([6], max_len=3)]) == [alone(Request([6], max_len=3))[0]]
+
+
+def test_a_failed_step_ends_requests_with_answers_in_line(monkeypatch):
+    """They wait for a prompt that is lost."""
+    drain()
+    handle = server().submit(Request([5, 6], max_len=1, num_samples=3 * SLOTS))
+    later = server().submit(Request([9], max_len=2, ignore_eos=True))
+    fetch, calls = scheduler.Scheduler._fetch, []
+
+    def fail_later(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("lost")
+        return fetch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.Scheduler, "_fetch", fail_later)
+        with pytest.raises(RuntimeError, match="lost"):
+            drain()
+    assert handle.finished and {a.finish_reason for a in handle.completions} == {"length", "error"}
+    drain()
+    assert later.completion.finish_reason == "length"
 
 
 def test_the_answers_of_others_end_with_the_error_of_a_step(monkeypatch):

@@ -1,7 +1,9 @@
 """Many callers of one server, in threads or in one: each gets what it asked for, and all of it."""
 
+import copy
 import dataclasses
 import os
+import random
 import signal
 import threading
 import time
@@ -148,6 +150,65 @@ def test_a_request_of_another_server_is_refused():
     handle = make(slots=1).submit(LONG[0])
     with pytest.raises(ValueError, match="submitted to another server"):
         list(server().stream(handle))
+
+
+def test_cancelling_what_is_not_ours_is_refused():
+    other = make(slots=1)
+    handle = other.submit(LONG[0])
+    for wrong, message in ((handle, "to another server"), (3, "expected what submit returned")):
+        with pytest.raises(ValueError, match=message):
+            server().cancel(wrong)
+    with pytest.raises(ValueError, match="to another server"):
+        next(server().stream(handle))
+    assert [event.token_id for event in other.step()]  # it still returns them
+    other.cancel(copy.copy(handle))
+    assert not other.step() and not other.busy
+
+
+def test_an_interrupted_caller_leaves_the_server_usable():
+    """Wherever Ctrl-C strikes: others go on, and the same thread can ask again."""
+    interrupt_often(seconds=4)
+
+
+@pytest.mark.exhaustive
+def test_many_interrupted_calls_leave_the_server_usable():
+    interrupt_often(seconds=120)
+
+
+def interrupt_often(seconds):
+    wrong, right = [], []
+    over = threading.Event()
+
+    def others():
+        while not over.is_set():
+            events = list(server().generate_events(LONG[1:2]))
+            found = [event.token_id for event in events if event.token_id is not None]
+            whole = alone_ids[: len(found)] == found
+            failed = events[-1].finish_reason == "error"
+            (right if whole and (failed or len(found) == 20) else wrong).append(found)
+
+    alone_ids = alone(LONG[1])[0].token_ids
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    thread = threading.Thread(target=others)
+    thread.start()
+    end, random_ = time.monotonic() + seconds, random.Random(0)
+    try:
+        while time.monotonic() < end:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random_.uniform(1e-4, 2e-2))
+                server().generate([Request([5], max_len=4, num_samples=6, ignore_eos=True)])
+                server().cancel(server().submit(LONG[0]))
+            except (KeyboardInterrupt, ValueError):
+                pass  # the step that failed was the other's
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        over.set()
+        thread.join(30)
+        signal.signal(signal.SIGALRM, before)
+    assert not thread.is_alive() and not wrong and len(right) > seconds
+    drain()
+    assert server().generate(LONG[:1]) == [alone(LONG[0])[0]]
 
 
 def test_a_callback_that_asks_for_more_is_refused():
