@@ -38,14 +38,19 @@ def make_folder(path: str) -> None:
     require_plain(path, folder=True)
 
 
+def partial(path: str) -> str:
+    """Return the name beside it that a file has until it is whole."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.partial")
+
+
 def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> None:
     """Write a file so that it appears whole or not at all.
 
     temporary: the name until it is whole, on the same disk; by default one beside it. Raises
     OSError, with the temporary file gone and an older file of that name as it was.
     """
-    folder, name = os.path.split(path)
-    temporary = temporary or os.path.join(folder, f".{name}.partial")
+    temporary = temporary or partial(path)
     require_plain(temporary)
     try:
         fill(temporary, contents)

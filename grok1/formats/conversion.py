@@ -109,7 +109,7 @@ def convert(
     with _writing(job.target):
         state = _read_state(job)
         _check_space(job, state)
-        with _working(job.target) as work:
+        with _working(job) as work:
             if state is None:
                 state = _begin(job, work)
             for name in _COPIED:
@@ -181,6 +181,10 @@ def _check_target(job: Job) -> None:
     if target == source or os.path.commonpath([target, files]) == files:
         got = "the source itself" if target == source else "a part of the source"
         raise error(job.target, "another directory than the source", got, "name another one")
+    work = os.path.join(target, forms.WORK)
+    if any(os.path.commonpath([work, path]) == work for path in (source, files)):
+        remedy = f"move it out of {forms.WORK}, which is removed in the end"
+        raise error(job.source, "a source outside of the target's own files", work, remedy)
     if os.path.lexists(job.target) and not os.path.isdir(job.target):
         remedy = "name a directory, which need not exist"
         raise error(job.target, "a directory to write to", "something else", remedy)
@@ -246,21 +250,22 @@ def _writing(target: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working(target: str) -> Iterator[str]:
+def _working(job: Job) -> Iterator[str]:
     """Make DST/.converting, for this process alone; it stays if the block ends in an error."""
-    work = os.path.join(target, forms.WORK)
-    os.makedirs(target, exist_ok=True)
+    work = os.path.join(job.target, forms.WORK)
+    os.makedirs(job.target, exist_ok=True)
     atomic.make_folder(work)
     descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if not atomic.lock(descriptor):
             expected, got = "one conversion at a time", "another one at work"
-            raise error(target, expected, got, "wait until it ends")
-        _clean(work, descriptor)
+            raise error(job.target, expected, got, "wait until it ends")
+        _check_work(job, work)
+        _clean(job, work)
         try:
             yield work
         except BaseException:
-            _clean(work, descriptor)
+            _clean(job, work)
             raise
         atomic.remove(os.path.join(work, _STATE))
         os.rmdir(work)
@@ -268,12 +273,29 @@ def _working(target: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _clean(work: str, descriptor: int) -> None:
+def _temporary_names(job: Job) -> set[str]:
+    """Return the names in DST/.converting of files that are being written."""
+    outputs = {os.path.basename(output.file) for output in job.outputs}
+    return outputs | {*_COPIED, forms.INDEX, os.path.basename(atomic.partial(_STATE))}
+
+
+def _check_work(job: Job, work: str) -> None:
+    """Raise CheckpointError if DST/.converting holds what no conversion of this kind wrote."""
+    others = sorted(set(os.listdir(work)) - _temporary_names(job) - {_STATE})
+    if others:
+        got = f"{len(others)} of another name"
+        remedy = "move what is there to another place, or name another directory"
+        where = os.path.join(work, others[0])
+        raise error(where, "only files of an unfinished conversion", got, remedy)
+
+
+def _clean(job: Job, work: str) -> None:
     """Remove what was being written, perhaps by a process that was killed."""
-    for name in os.listdir(descriptor):
-        if name != _STATE:
-            atomic.require_plain(os.path.join(work, name))
-            os.remove(name, dir_fd=descriptor)
+    for name in _temporary_names(job):
+        path = os.path.join(work, name)
+        atomic.require_plain(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def _read_state(job: Job) -> State | None:

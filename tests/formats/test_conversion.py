@@ -1,5 +1,6 @@
 """Conversions keep every byte, whatever interrupts them, and damage is found and named."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -323,9 +324,42 @@ def test_a_damaged_state_starts_anew(
 ) -> None:
     (tmp_path / WORK).mkdir()
     (tmp_path / WORK / "state.json").write_text(text)
-    (tmp_path / WORK / ".tmpAbC123").write_text("of a process that was killed")
+    for name in (".state.json.partial", "layer-01.safetensors", INDEX):
+        (tmp_path / WORK / name).write_text("of a process that was killed")
     convert(released, tmp_path, "safetensors")
     assert contents(tmp_path) == contents(safe)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "released"])
+def test_files_of_others_are_never_removed(
+    form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Neither those that were there before nor those that come while it works."""
+    source = released if form == "safetensors" else safe
+    work = tmp_path / WORK
+    work.mkdir()
+    for name in ("thesis.tex", "config.json"):
+        (work / name).write_text("of somebody else")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="thesis.tex: expected only files of an unf.*got 1 "):
+        convert(source, tmp_path, form)
+    assert contents(tmp_path) == before
+    shutil.rmtree(work)
+    for stop in (stop_after(20), lambda *_: (work / "thesis.tex").write_text("here")):
+        with contextlib.suppress(KeyboardInterrupt, CheckpointError):
+            convert(source, tmp_path, form, stop)
+    assert (work / "thesis.tex").read_text() == "here"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "released"])
+def test_a_source_in_the_work_directory_is_refused(
+    form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(released if form == "safetensors" else safe, tmp_path / WORK)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="expected a source outside of the target's own fi"):
+        convert(tmp_path / WORK, tmp_path, form)
+    assert contents(tmp_path) == before
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: pathlib.Path) -> None:
