@@ -106,20 +106,19 @@ def convert(
     one sentence; what was finished stays, and the same call goes on from there.
     """
     job = _plan(os.fspath(source), os.fspath(target), form, shapes)
-    with _writing(job.target):
+    with _writing(job.target), _working(job) as work:
         state = _read_state(job)
         _check_space(job, state)
-        with _working(job) as work:
-            if state is None:
-                state = _begin(job, work)
-            for name in _COPIED:
-                _copy(job, work, name)
-            _write_outputs(job, state, work, progress)
-            if _identity(job.source, job.form, job.located) != job.identity:
-                raise error(job.source, "files that stay as they are", *_CHANGED)
-            if form == forms.SAFETENSORS:
-                text = safetensors.write_index(job.records, state.checksums)
-                _put(job, work, forms.INDEX, [text])
+        if state is None:
+            state = _begin(job, work)
+        for name in _COPIED:
+            _copy(job, work, name)
+        _write_outputs(job, state, work, progress)
+        if _identity(job.source, job.form, job.located) != job.identity:
+            raise error(job.source, "files that stay as they are", *_CHANGED)
+        if form == forms.SAFETENSORS:
+            text = safetensors.write_index(job.records, state.checksums)
+            _put(job, work, forms.INDEX, [text])
     return job
 
 
@@ -224,10 +223,7 @@ def _check_space(job: Job, state: State | None) -> None:
                 old = os.stat(os.path.join(job.target, output.file)).st_size
                 needed, largest = needed - old, max(largest, old)
             needed += output.size
-    place = os.path.abspath(job.target)
-    while not os.path.isdir(place):
-        place = os.path.dirname(place)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(job.target).free
     if needed + largest > free:
         raise error(
             job.target,
@@ -251,25 +247,41 @@ def _writing(target: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _working(job: Job) -> Iterator[str]:
-    """Make DST/.converting, for this process alone; it stays if the block ends in an error."""
+    """Make DST/.converting, for this process alone; after an error it stays if it has a state."""
     work = os.path.join(job.target, forms.WORK)
+    state = os.path.join(work, _STATE)
     os.makedirs(job.target, exist_ok=True)
-    atomic.make_folder(work)
-    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = _lock(job.target, work)
     try:
-        if not atomic.lock(descriptor):
-            expected, got = "one conversion at a time", "another one at work"
-            raise error(job.target, expected, got, "wait until it ends")
         _check_work(job, work)
         _clean(job, work)
         try:
             yield work
         except BaseException:
             _clean(job, work)
+            if not os.path.lexists(state):
+                with contextlib.suppress(OSError):
+                    os.rmdir(work)
             raise
-        atomic.remove(os.path.join(work, _STATE))
+        atomic.remove(state)
         os.rmdir(work)
     finally:
+        os.close(descriptor)
+
+
+def _lock(target: str, work: str) -> int:
+    """Make DST/.converting, if need be, and return a descriptor that has it locked."""
+    while True:
+        atomic.make_folder(work)
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if not atomic.lock(descriptor):
+            os.close(descriptor)
+            expected, got = "one conversion at a time", "another one at work"
+            raise error(target, expected, got, "wait until it ends")
+        # Who had the lock may have removed the directory since; another one may have made it again.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(work)):
+                return descriptor
         os.close(descriptor)
 
 

@@ -22,7 +22,7 @@ import checkpoint
 import golden
 import run
 from checkpoint import CheckpointError, convert, verify
-from grok1.formats import forms, safetensors, values
+from grok1.formats import atomic, conversion, forms, safetensors, values
 from model import LanguageModelConfig, TransformerConfig
 from paths import ROOT
 from small import assert_same, random_params
@@ -395,6 +395,50 @@ def test_two_conversions_to_one_place_do_not_mix(
     assert refused and not verify(tmp_path)[1]
 
 
+def test_the_lock_is_never_that_of_a_removed_directory(
+    released: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One conversion ends between the opening and the locking by the next one."""
+    lock, ended = atomic.lock, []
+
+    def late(descriptor: int) -> bool:
+        if not ended:
+            ended.append((tmp_path / WORK).rmdir())
+            (tmp_path / WORK).mkdir()  # by a third one
+        return lock(descriptor)
+
+    def others(*_: int) -> None:
+        with pytest.raises(CheckpointError, match="one conversion at a time"):
+            convert(released, tmp_path, "safetensors")
+
+    monkeypatch.setattr(atomic, "lock", late)
+    convert(released, tmp_path, "safetensors", others)
+    assert ended and not verify(tmp_path)[1]
+
+
+def test_a_state_is_read_under_the_lock(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Of another conversion, which goes on until the lock is taken."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(released, tmp_path, "safetensors", stop_after(40))
+    lock, seen = atomic.lock, []
+
+    def late(descriptor: int) -> bool:
+        shutil.copy(safe / safetensors.OUTER, tmp_path)
+        (tmp_path / WORK / "state.json").unlink()
+        return lock(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "lock", late)
+        patch.setattr(conversion, "_begin", lambda *call: seen.append(call) or BEGIN(*call))
+        convert(released, tmp_path, "safetensors")
+    assert seen and contents(tmp_path) == contents(safe)
+
+
+BEGIN = conversion._begin
+
+
 # The command.
 
 
@@ -502,7 +546,7 @@ REFUSALS: dict[str, tuple[Callable[[pathlib.Path], list[object]], str]] = {
     "onto-a-file": (lambda d: _to(d, "released/config.json"), "expected a directory to write to"),
     "below-a-file": (lambda d: _to(d, "released/config.json/x"), "got an error (Not a directory)"),
     "no-such-place": (lambda d: ["convert", d / "released", "/proc/x", "--to", "safetensors"],
-                      " bytes of free disk space, got 0 bytes; make room"),
+                      "/proc/x: expected files that can be read and written, got an error (No s"),
     "stale-layer": (_with("layer-03.safetensors"),
                     "layer-03.safetensors: expected only files that the new checkpoint r"),
     "stale-form": (_with("ckpt-0/tensor00000_000"), "target/ckpt-0: expected only files that"),
@@ -613,7 +657,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(CheckpointError, match=r"expected [\d,]+ bytes of free disk .*10,000 by"):
         convert(released, tmp_path / "target", "safetensors")
-    assert not (tmp_path / "target").exists()
+    assert not os.listdir(tmp_path / "target")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "released"])
