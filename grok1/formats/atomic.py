@@ -9,7 +9,25 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the same one with the same contents.
+
+    changed: the time of its last change in ns.
+    """
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+
+def stamp(file: str | int) -> Stamp:
+    """Return the stamp of a file, by its path or its descriptor. Raises OSError."""
+    status = os.stat(file)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def open_regular(path: str) -> BinaryIO:

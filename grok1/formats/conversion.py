@@ -114,15 +114,20 @@ def convert(
         for name in _COPIED:
             _copy(job, work, name)
         _write_outputs(job, state, work, progress)
-        if _identity(job.source, job.form, job.located) != job.identity:
-            raise error(job.source, "files that stay as they are", *_CHANGED)
+        _require_unchanged(job)
         if form == forms.SAFETENSORS:
             text = safetensors.write_index(job.records, state.checksums)
             _put(job, work, forms.INDEX, [text])
     return job
 
 
-_CHANGED = "some that changed meanwhile", "start the same command again when nothing writes there"
+def _require_unchanged(job: Job) -> None:
+    """Raise CheckpointError if a file of the source is not as it was when it was checked."""
+    stamps = {array.path: array.stamp for array in job.located.values()}
+    same = all(atomic.stamp(path) == stamp for path, stamp in stamps.items())
+    if not same or _identity(job.source, job.form, job.located) != job.identity:
+        got, remedy = "some that changed", "start the same command again when nothing writes there"
+        raise error(job.source, "files that stay as they are", got, remedy)
 
 
 def _plan(source: str, target: str, form: str, shapes: layout.Params) -> Job:
@@ -161,15 +166,18 @@ def _safe_output(file: str, members: list[TensorFile]) -> Output:
 
 
 def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]) -> str:
-    """Return a digest of what is converted: the names, sizes and times of all files."""
-    paths = {array.path for array in located.values()}
-    paths |= {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
+    """Return a digest of what is converted: the names, sizes and times of all files.
+
+    Those of the tensors' files are as they were when their headers were checked.
+    """
+    stamps = {array.path: array.stamp for array in located.values()}
+    paths = stamps.keys() | {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
     seen: list[Any] = [form, layout.read_config(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
-            status = os.stat(path)
-            name = os.path.relpath(path, source)
-            seen.append([name, status.st_size, status.st_mtime_ns])
+            # Without the device's number, which may be another one after the machine was started.
+            name, stamp = os.path.relpath(path, source), stamps.get(path) or atomic.stamp(path)
+            seen.append([name, stamp.size, stamp.changed])
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 

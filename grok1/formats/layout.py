@@ -9,6 +9,7 @@ pickle_file.py's to know. A checkpoint of the form that safetensors.py knows is 
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +17,7 @@ from typing import Any
 
 import jax
 
-from grok1.formats import forms, pickle_file, safetensors
-from grok1.formats.atomic import open_regular
+from grok1.formats import atomic, forms, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.strict_json import read_json
@@ -37,7 +37,7 @@ def read_config(directory: Directory) -> dict[str, Any] | None:
     path = os.path.join(directory, "config.json")
     remedy = "correct it, or take the file that came with the checkpoint"
     try:
-        with open_regular(path) as file:
+        with atomic.open_regular(path) as file:
             text = file.read(_MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         return None
@@ -167,21 +167,22 @@ def _read_header(folder: str, record: TensorFile) -> Any:
     where = f"{path} ({record.name})"
     size = f"{record.size} bytes"
     try:
-        with open_regular(path) as file:
-            length = os.fstat(file.fileno()).st_size
-            leaf = pickle_file.read_header(file, length)
+        with atomic.open_regular(path) as file:
+            stamp = atomic.stamp(file.fileno())
+            leaf = pickle_file.read_header(file, stamp.size)
     except OSError as error:
         got = f"an error ({error.strerror})"
         remedy = "check its permissions, or download it again"
         raise forms.error(where, f"a readable file of {size}", got, remedy) from error
     except pickle_file.LayoutError as error:
         problem: object = error
-        if error.ended and length < record.size:
-            problem = f"is cut: expected {size}, got {length}"
+        if error.ended and stamp.size < record.size:
+            problem = f"is cut: expected {size}, got {stamp.size}"
         raise CheckpointError(f"{where}: the file {problem}; download it again") from error
     expected, got = pickle_file.describe(record.leaf), pickle_file.describe(leaf)
     if got == expected:
-        return jax.tree.map(lambda array: dataclasses.replace(array, path=path), leaf)
+        place = functools.partial(dataclasses.replace, path=path, stamp=stamp)
+        return jax.tree.map(place, leaf)
     kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
     if kinds == (True, False) and "float" in leaf.dtype:
         remedy = "this checkpoint is not quantised: load it as float, or quantise and save it first"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.formats import forms, values
+from grok1.formats import values
 from grok1.formats.pickle_file import Located
 from grok1.formats.values import Index
 
@@ -234,9 +234,9 @@ def _read(count: Counter, stop: threading.Event, source: Source, group: Sequence
     Raises forms.CheckpointError if the file has changed since its header was read, or holds values
     that are not finite.
     """
-    with _unchanged(source):
-        file = values.open_values(source.located)
-    with file:
+    with contextlib.ExitStack() as opened:
+        with _unchanged(source):
+            file = opened.enter_context(values.open_values(source.located, source.name))
         for box in _boxes(source, group):
             if stop.is_set():
                 raise _Stopped
@@ -249,10 +249,7 @@ def _unchanged(source: Source) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f"{source.located.path} ({source.name})"
-        got = f"one that changed ({error.strerror})"
-        remedy = "start again when nothing else writes to it"
-        raise forms.error(where, "the file that was checked", got, remedy) from error
+        raise values.changed(source.located, source.name, error.strerror) from error
 
 
 def _read_piece(

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from grok1.formats.atomic import Stamp
 from grok1.ops.quantization import QuantizedWeight8bit
 
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
@@ -49,13 +50,14 @@ class LayoutError(ValueError):
 class Located:
     """An array whose bytes begin at `offset`; `dtype` says so if they are in no usual order.
 
-    path: the file that holds it, where the one who made this knows it.
+    path, stamp: of the file that holds it, where the one who made this knows them.
     """
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
     path: str = ""
+    stamp: Stamp | None = None
 
 
 def read_header(file: BinaryIO, size: int) -> Any:

@@ -256,6 +256,7 @@ def _read_header(path: str) -> dict[str, pickle_file.Located]:
     """Return where the tensors of a whole and consistent safetensors file lie."""
     try:
         with atomic.open_regular(path) as file:
+            stamp = atomic.stamp(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 limit = f"a header of at most {_MAX_HEADER_BYTES} bytes"
@@ -276,7 +277,8 @@ def _read_header(path: str) -> dict[str, pickle_file.Located]:
         match entry:
             case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int()]}:
                 dtype = _DTYPES.get(code, code)
-                located[name] = pickle_file.Located(tuple(shape), dtype, 8 + length + begin, path)
+                place = 8 + length + begin
+                located[name] = pickle_file.Located(tuple(shape), dtype, place, path, stamp)
             case _ if name != "__metadata__":
                 raise error(f"{path} ({_short(name)})", "a tensor", "something else", _DAMAGED)
     return located

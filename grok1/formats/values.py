@@ -3,6 +3,8 @@
 With read calls, never a memory map: a mapped file that another program cuts ends the process.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -20,12 +22,31 @@ Index = tuple[slice, ...]
 _PIECE_BYTES = 4 << 20
 
 
-def open_values(array: Located) -> BinaryIO:
-    """Open the file of an array, to be read from its beginning to its end. Raises OSError."""
-    file = atomic.open_regular(array.path)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), array.offset, nbytes(array), os.POSIX_FADV_SEQUENTIAL)
-    return file
+@contextlib.contextmanager
+def open_values(array: Located, name: str) -> Iterator[BinaryIO]:
+    """Open the file of an array, to be read from its beginning to its end.
+
+    Raises OSError if it cannot be opened, CheckpointError, which calls the array `name`, if it is
+    not the file whose header was read, or is another one when the block ends.
+    """
+    with atomic.open_regular(array.path) as file:
+        _require_unchanged(file, array, name)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), array.offset, nbytes(array), os.POSIX_FADV_SEQUENTIAL)
+        yield file
+        _require_unchanged(file, array, name)
+
+
+def _require_unchanged(file: BinaryIO, array: Located, name: str) -> None:
+    if atomic.stamp(file.fileno()) != array.stamp:
+        raise changed(array, name)
+
+
+def changed(array: Located, name: str, how: str | None = None) -> forms.CheckpointError:
+    """Return the error that says that the file of an array was changed, perhaps `how`."""
+    got = f"one that changed ({how})" if how else "one that changed"
+    remedy = "start again when nothing else writes to it"
+    return forms.error(f"{array.path} ({name})", "the file that was checked", got, remedy)
 
 
 def read_box(file: BinaryIO, array: Located, box: Index, out: np.ndarray) -> None:
@@ -54,13 +75,13 @@ def read_pieces(array: Located, name: str) -> Iterator[np.ndarray]:
     """Yield all values of an array, flat, piece by piece; each is gone when the next is read.
 
     Raises OSError if the file cannot be read to the array's end, CheckpointError, which calls it
-    `name`, if a value is not finite.
+    `name`, if it has changed since its header was read, or a value is not finite.
     """
     dtype = np.dtype(array.dtype)
-    flat = Located((math.prod(array.shape),), array.dtype, array.offset, array.path)
+    flat = dataclasses.replace(array, shape=(math.prod(array.shape),))
     most = _PIECE_BYTES // dtype.itemsize
     buffer = np.empty(min(most, flat.shape[0]), dtype)
-    with open_values(array) as file:
+    with open_values(array, name) as file:
         for start in range(0, flat.shape[0], most):
             stop = min(start + most, flat.shape[0])
             piece = buffer[: stop - start]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ import checkpoint
 import golden
 import run
 from checkpoint import CheckpointError, convert, verify
-from grok1.formats import atomic, conversion, forms, safetensors, values
+from grok1.formats import atomic, conversion, forms, layout, safetensors, values
 from model import LanguageModelConfig, TransformerConfig
 from paths import ROOT
 from small import assert_same, random_params
@@ -362,12 +362,41 @@ def test_a_source_in_the_work_directory_is_refused(
     assert contents(tmp_path) == before
 
 
-def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("ckpt-0/tensor00000_000", "expected the file that was checked"),
+        ("config.json", "files that stay as they are"),
+    ],
+)
+def test_a_source_that_changes_meanwhile_is_an_error(
+    name: str, part: str, tmp_path: pathlib.Path
+) -> None:
     source = save(tmp_path / "source", 3)
-    touch = lambda *_: os.utime(source / "ckpt-0/tensor00000_000")  # noqa: E731
-    with pytest.raises(CheckpointError, match="files that stay as they are, got some that"):
+    touch = lambda *_: os.utime(source / name)  # noqa: E731
+    with pytest.raises(CheckpointError, match=rf"{part}, got (one|some) that changed; start"):
         convert(source, tmp_path / "target", "safetensors", touch)
     assert not (tmp_path / "target" / INDEX).exists()
+
+
+def test_a_source_is_converted_as_it_was_checked(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that takes its place after its headers were read and before its values are."""
+    source, target = save(tmp_path / "source", 3), tmp_path / "target"
+    check = layout.check_files
+
+    def then_replace(*arguments: Any) -> Any:
+        leaves = check(*arguments)
+        path = source / "ckpt-0/tensor00007_000"
+        (tmp_path / "new").write_bytes(bytes(64) + path.read_bytes())
+        (tmp_path / "new").rename(path)
+        return leaves
+
+    monkeypatch.setattr(layout, "check_files", then_replace)
+    with pytest.raises(CheckpointError, match="tensor00007_000 .*: expected the file that was ch"):
+        convert(source, target, "safetensors")
+    assert not (target / INDEX).exists()
 
 
 def test_an_old_index_never_stands_beside_new_files(

@@ -142,7 +142,7 @@ def test_the_checksum_of_a_file_that_was_cut_is_an_error(copy: pathlib.Path) -> 
     leaves = checkpoint.check_files(copy, tiny_shapes())
     for path in copy.glob("*.safetensors"):
         os.truncate(path, 300)
-    with pytest.raises(OSError, match="it ends .* bytes too early"):
+    with pytest.raises(CheckpointError, match="the file that was checked, got one that changed;"):
         for leaf in jax.tree.leaves(leaves):
             safetensors.checksum(leaf, "x")
 
