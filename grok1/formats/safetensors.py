@@ -10,8 +10,8 @@ no layer, and the index `model.safetensors.index.json`:
 A tensor is named like the released parameter, `transformer/decoder_layer_0/rms_norm/scale`; an int8
 matrix is two of them, `.../w/weight` and `.../w/scales`. Values are stored as they were released.
 A file is a length in eight bytes, little-endian, and so much JSON, the header, and then the values.
-The safetensors library checks that a file's tensors lie in it one after another without gap or
-overlap; where each lies is then read from the header.
+A file's tensors lie in it one after another, without gap or overlap. It is read with read calls and
+not by the safetensors library, which maps it: a mapped file that is cut ends the process.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import ml_dtypes  # numpy learns the name "bfloat16"
 import numpy as np
-import safetensors
 
 from grok1.formats import atomic, forms, pickle_file
 from grok1.formats.forms import Directory, TensorFile, error
@@ -234,16 +233,28 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
 
 def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
     """Return {parameter: the leaf with the places of its arrays} of one file."""
-    found = _read_header(path)
+    entries, begin, stamp = _read_header(path)
     expected = {name: array for record in members for name, array in tensors(record).items()}
-    for name in sorted(expected.keys() ^ found.keys()):
+    for name in sorted(expected.keys() ^ entries.keys()):
         got = f"none of the name {name}" if name in expected else f"one more, {_short(name)}"
         raise error(path, f"{len(expected)} tensors", got, _DAMAGED)
-    for name, array in expected.items():
-        if pickle_file.describe(found[name]) != pickle_file.describe(array):
-            wanted, got = pickle_file.describe(array), pickle_file.describe(found[name])
-            remedy = "check that the configuration is that of this checkpoint"
-            raise error(f"{path} ({name})", wanted, got[:_MOST_SHOWN], remedy)
+    found = {
+        name: pickle_file.Located(
+            array.shape,
+            str(array.dtype),
+            begin + _place(path, name, array, entries[name]),
+            path,
+            stamp,
+        )
+        for name, array in expected.items()
+    }
+    end = begin
+    for name, array in sorted(found.items(), key=lambda item: item[1].offset):
+        if array.offset != end:
+            raise _damaged(f"{path} ({name})", "its values do not follow those of another tensor")
+        end += pickle_file.nbytes(array)
+    if end != stamp.size:
+        raise _damaged(path, f"it should have {end} bytes, and has {stamp.size}")
     return {
         record.name: jax.tree.unflatten(
             jax.tree.structure(record.leaf), [found[name] for name in tensors(record)]
@@ -252,8 +263,8 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
     }
 
 
-def _read_header(path: str) -> dict[str, pickle_file.Located]:
-    """Return where the tensors of a whole and consistent safetensors file lie."""
+def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.Stamp]:
+    """Return the tensors' entries in the header of a file, where their values begin, its stamp."""
     try:
         with atomic.open_regular(path) as file:
             stamp = atomic.stamp(file.fileno())
@@ -262,26 +273,44 @@ def _read_header(path: str) -> dict[str, pickle_file.Located]:
                 limit = f"a header of at most {_MAX_HEADER_BYTES} bytes"
                 raise error(path, limit, f"one of {length}", _DAMAGED)
             text = file.read(length)
-        # Opening it checks every type, shape and place, and that the file has the right length.
-        with safetensors.safe_open(path, "np"):
-            pass
     except OSError as problem:
         got = f"an error ({problem.strerror or problem})"
         remedy = f"check that it is there and may be read, or {_DAMAGED}"
         raise error(path, "a readable safetensors file", got, remedy) from problem
-    except safetensors.SafetensorError as problem:
-        got = f"a damaged one ({_short(str(problem))})"
-        raise error(path, "a whole safetensors file", got, _DAMAGED) from problem
-    located = {}
-    for name, entry in _parse(path, text).items():
-        match entry:
-            case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(begin), int()]}:
-                dtype = _DTYPES.get(code, code)
-                place = 8 + length + begin
-                located[name] = pickle_file.Located(tuple(shape), dtype, place, path, stamp)
-            case _ if name != "__metadata__":
-                raise error(f"{path} ({_short(name)})", "a tensor", "something else", _DAMAGED)
-    return located
+    if len(text) < length or not text.startswith(b"{"):
+        raise _damaged(path, "it has no whole header")
+    entries = _parse(path, text)
+    match entries.pop("__metadata__", {}):
+        case dict(metadata) if all(isinstance(value, str) for value in metadata.values()):
+            return entries, 8 + length, stamp
+    raise _damaged(path, "its metadata are no strings")
+
+
+def _place(path: str, name: str, array: Any, entry: Any) -> int:
+    """Return where the values of a tensor begin, counted from the header's end.
+
+    Raises CheckpointError unless its entry in the header has the type and shape of `array`, and
+    place for so many bytes.
+    """
+    where = f"{path} ({name})"
+    match entry:
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [begin, end]} if all(
+            type(number) is int for number in (*shape, begin, end)
+        ):
+            pass
+        case _:
+            raise _damaged(where, "it is described by something else than type, shape and place")
+    wanted, got = pickle_file.describe(array), f"{_DTYPES.get(code, code)} {shape}"
+    if got != wanted:
+        remedy = "check that the configuration is that of this checkpoint"
+        raise error(where, wanted, ascii(got)[1:-1][:_MOST_SHOWN], remedy)
+    if end - begin != pickle_file.nbytes(array):
+        raise _damaged(where, f"it has {_short(end - begin)} bytes for its {got}")
+    return begin
+
+
+def _damaged(where: str, how: str) -> forms.CheckpointError:
+    return error(where, "a whole safetensors file", f"a damaged one ({how})", _DAMAGED)
 
 
 def _parse(path: str, text: bytes) -> dict[str, Any]:
