@@ -9,10 +9,12 @@ import codecs
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import sentencepiece
 
+from grok1.formats import atomic
+
+_MAX_BYTES = 64 << 20  # of a tokenizer; Grok-1's has 2.2 MB
 BOS_TOKEN = 1  # in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
     "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
@@ -24,17 +26,27 @@ def load_tokenizer(
     path: str | os.PathLike, vocab_size: int
 ) -> sentencepiece.SentencePieceProcessor:
     """Load a SentencePiece model; ValueError if there is none or it is not of this vocabulary."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a tokenizer, found no such file; {TOKENIZER_SOURCE}")
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
-        # Not by its path, which sentencepiece takes in UTF-8 only.
-        tokenizer.LoadFromSerializedProto(Path(path).read_bytes())
+        with atomic.open_regular(os.fspath(path)) as file:
+            text = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: expected a tokenizer, found no such file; {TOKENIZER_SOURCE}"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"{path}: expected a tokenizer, got a file that cannot be read ({error.strerror}); "
             f"{TOKENIZER_SOURCE}"
         ) from error
+    if len(text) > _MAX_BYTES:
+        raise ValueError(
+            f"{path}: expected a tokenizer of at most {_MAX_BYTES} bytes, got more; "
+            f"{TOKENIZER_SOURCE}"
+        )
+    try:
+        # Not by its path, which sentencepiece takes in UTF-8 only.
+        tokenizer.LoadFromSerializedProto(text)
     except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message
         raise ValueError(
             f"{path}: expected a SentencePiece model, got a file that is none; {TOKENIZER_SOURCE}"

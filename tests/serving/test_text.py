@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,3 +210,18 @@ def test_a_tokenizer_in_a_place_not_utf_8_is_read(tmp_path: pathlib.Path) -> Non
     path = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     path.write_bytes(CONTENT)
     assert load_tokenizer(path, 4096).vocab_size() == 4096
+
+
+def test_an_endless_tokenizer_is_not_read_to_its_end(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match=f"{path}: expected a tokenizer of at most 67108864 bytes"):
+        load_tokenizer(path, 4096)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_tokenizer_is_a_regular_file(make: Any, tmp_path: pathlib.Path) -> None:
+    make(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match="that cannot be read .it is not a regular file"):
+        load_tokenizer(tmp_path / "tokenizer.model", 4096)
