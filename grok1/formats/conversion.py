@@ -27,6 +27,7 @@ from grok1.strict_json import read_json
 
 _COPIED = ("config.json", "tokenizer.model")
 _STATE = "state.json"
+_MAX_STATE_BYTES = 16 << 20  # Grok-1's has 0.4 MB
 _log = logging.getLogger(__name__)
 _THREADS = 4  # that compute checksums
 _HEADER = 256  # bytes, about, of a tensor in a safetensors header
@@ -323,7 +324,8 @@ def _read_state(job: Job) -> State | None:
     path = os.path.join(job.target, forms.WORK, _STATE)
     try:
         with atomic.open_regular(path) as file:
-            state = State(**read_json(file.read()))
+            # A longer one is no JSON without its end.
+            state = State(**read_json(file.read(_MAX_STATE_BYTES)))
         if not isinstance(state.files, dict) or not isinstance(state.checksums, dict):
             raise ValueError("expected two objects")
     except FileNotFoundError:

@@ -351,6 +351,16 @@ def test_files_of_others_are_never_removed(
     assert (work / "thesis.tex").read_text() == "here"
 
 
+def test_an_endless_state_is_not_read_to_its_end(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / WORK).mkdir()
+    (tmp_path / WORK / "state.json").touch()
+    os.truncate(tmp_path / WORK / "state.json", 1 << 40)
+    convert(released, tmp_path, "safetensors")
+    assert contents(tmp_path) == contents(safe)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "released"])
 def test_a_source_in_the_work_directory_is_refused(
     form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
