@@ -114,9 +114,9 @@ def check(name: str, leaf: Any) -> None:
         known = dtypes == [np.dtype(np.int8), np.dtype(ml_dtypes.bfloat16)]
     else:
         known = dtypes[0] in _DTYPES.values()
-    if not known or any(size >= 1 << 31 for array in arrays for size in array.shape):
+    if not known or not all(0 < size < 1 << 31 for array in arrays for size in array.shape):
         raise ValueError(
-            f"{name}: expected numbers, or int8 with bfloat16 scales, and axes shorter than 2**31, "
+            f"{name}: expected numbers, or int8 with bfloat16 scales, and axes of 1 to 2**31 - 1, "
             f"got {describe(leaf)}"
         )
 

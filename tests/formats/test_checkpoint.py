@@ -220,7 +220,8 @@ def test_saving_writes_into_no_file_of_others(name: str, tmp_path: pathlib.Path)
     ("shapes", "message"),
     [
         ({"m": {"p": jax.ShapeDtypeStruct((2,), jnp.complex64)}}, "m/p: expected numbers"),
-        ({"m": {"p": jax.ShapeDtypeStruct((1 << 31,), jnp.int8)}}, "shorter than 2"),
+        ({"m": {"p": jax.ShapeDtypeStruct((1 << 31,), jnp.int8)}}, "axes of 1 to 2"),
+        ({"m": {"p": jax.ShapeDtypeStruct((2, 0), jnp.int8)}}, r"axes of 1 to .*got int8 \[2, 0\]"),
         (
             {"m": {"p": jax.tree.map(lambda _: jax.ShapeDtypeStruct((2, 2), jnp.int8),
                                      stacked(1, 2, 2, groups=1))}},
@@ -231,7 +232,7 @@ def test_saving_writes_into_no_file_of_others(name: str, tmp_path: pathlib.Path)
             r"expected one number of layers, got \[2, 3\]",
         ),
     ],
-    ids=["complex", "too-long", "scales-of-int8", "layers-differ"],
+    ids=["complex", "too-long", "empty", "scales-of-int8", "layers-differ"],
 )  # fmt: skip
 def test_shapes_that_the_layout_has_no_place_for(shapes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
