@@ -120,9 +120,10 @@ class _Part:
     index: the slice; all of a layer axis.
     """
 
-    def __init__(self, index: Index, devices: Sequence[jax.Device]):
+    def __init__(self, index: Index, devices: Sequence[jax.Device], dtype: Any):
         self.index = index
         self.devices = devices
+        self.dtype = dtype
 
     def room(self, box: Index, dtype: np.dtype) -> np.ndarray | None:
         """Return where values of this box and type can be read to, in C order, if they can."""
@@ -134,15 +135,15 @@ class _HostPart(_Part):
     """A part that is filled on the host, and handed to its devices as a whole."""
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
-        super().__init__(index, devices)
+        super().__init__(index, devices, dtype)
         self.values = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def room(self, box: Index, dtype: np.dtype) -> np.ndarray | None:
         found = self.values[(*box, ...)]
         return found if found.flags.c_contiguous and found.dtype == dtype else None
 
-    def write(self, stored: np.ndarray, box: Index) -> None:
-        np.copyto(self.values[(*box, ...)], stored, casting="unsafe")
+    def write(self, piece: np.ndarray, box: Index) -> None:
+        self.values[(*box, ...)] = piece
 
     def finish(self) -> list[jax.Array]:
         # A CPU takes aligned memory as it is, without a copy.
@@ -153,13 +154,12 @@ class _DevicePart(_Part):
     """A part that lies on its devices from the start, and is filled there."""
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
-        super().__init__(index, devices)
-        self.dtype = dtype
+        super().__init__(index, devices, dtype)
         self.lock = threading.Lock()
         self.values = [jnp.zeros(shape, dtype, device=device) for device in devices]
 
-    def write(self, stored: np.ndarray, box: Index) -> None:
-        piece = np.asarray(stored, self.dtype, order="C")
+    def write(self, piece: np.ndarray, box: Index) -> None:
+        piece = np.asarray(piece, order="C")
         where = np.array([own.start for own in box], np.int32)
         with self.lock:
             self.values = [
@@ -279,8 +279,18 @@ def _read_piece(
     for part, share, place in shares:
         piece = read[_within(share, box)]
         if room is None:
-            part.write(piece[(None,) * len(layer)], place)
+            part.write(_cast(piece, part.dtype, source)[(None,) * len(layer)], place)
         count.add(piece.nbytes)
+
+
+def _cast(piece: np.ndarray, dtype: Any, source: Source) -> np.ndarray:
+    """Return values in the dtype that is wanted, in which they must be finite, too."""
+    if piece.dtype == dtype:
+        return piece
+    with np.errstate(over="ignore"):
+        cast = piece.astype(dtype)
+    values.require_finite(cast, source.located, source.name)
+    return cast
 
 
 def _boxes(source: Source, group: Sequence[Any]) -> Iterator[Index]:

@@ -91,11 +91,15 @@ def read_pieces(array: Located, name: str) -> Iterator[np.ndarray]:
 
 
 def require_finite(values: np.ndarray, array: Located, name: str) -> None:
-    """Raise CheckpointError if values that were read from an array are not finite."""
+    """Raise CheckpointError if values that were read from an array, and perhaps cast, aren't."""
     if not _all_finite(values):
-        bad = values[~np.isfinite(values)].flat[0]
+        with np.errstate(invalid="ignore"):  # which bfloat16 has of a NaN
+            bad = values[~np.isfinite(values)].flat[0]
+        expected = "finite numbers"
+        if values.dtype != array.dtype:
+            expected += f" in {values.dtype}"
         remedy = "the model cannot compute with that: download the file again, or save it anew"
-        raise forms.error(f"{array.path} ({name})", "finite numbers", str(bad), remedy)
+        raise forms.error(f"{array.path} ({name})", expected, str(bad), remedy)
 
 
 def is_float(array: Any) -> bool:

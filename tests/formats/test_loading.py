@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,29 @@ def test_numbers_are_rounded_to_the_dtype_asked_for(dtype: str, tmp_path: pathli
     checkpoint.save(tmp_path, {"a": {"w": values}})
     params = checkpoint.load(tmp_path, tree, dtypes={"a/w": jnp.dtype(dtype)})
     np.testing.assert_array_equal(np.asarray(params["a"]["w"]), values.astype(jnp.dtype(dtype)))
+
+
+@pytest.mark.usefixtures("way")
+def test_numbers_too_large_for_the_dtype_are_refused(tmp_path: pathlib.Path) -> None:
+    tree = {"a": {"w": jax.ShapeDtypeStruct((300, 50), jnp.float32)}}
+    values = np.ones((300, 50), np.float32)
+    values[299, 49] = 3.4e38
+    checkpoint.save(tmp_path, {"a": {"w": values}})
+    checkpoint.load(tmp_path, tree)
+    message = r"tensor00000_000 \(a/w\): expected finite numbers in bfloat16, got inf; the model"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path, tree, dtypes={"a/w": jnp.dtype(jnp.bfloat16)})
+
+
+@pytest.mark.parametrize("bits", [0x7F81, 0x7FC0, 0xFFC0])
+def test_nan_in_bfloat16_gives_no_warning(bits: int, tmp_path: pathlib.Path) -> None:
+    nan = np.full((2, 3), bits, np.uint16).view(ml_dtypes.bfloat16)
+    checkpoint.save(tmp_path, {"a": {"w": nan}})
+    tree = {"a": {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="expected finite numbers, got nan"):
+            checkpoint.load(tmp_path, tree)
 
 
 # ----------------------------------------------------------------------------- memory and progress
