@@ -25,6 +25,7 @@ MOST_LAYERS = 1 << 9  # their tensors fit the largest index that is read
 MOST_COUNT = 1 << 12  # heads, experts; also of numbers in a head
 MOST_CHOSEN = 64  # experts of a token, which are found one after the other
 MOST_WIDTH = 1 << 24  # other axes, and positions: up to here exact in float32
+MOST_LETTERS = 64  # of a mesh axis's name, which errors show
 MOST_VALUES = 1 << 50  # in a parameter
 MOST_CACHED = 1 << 40  # keys in a sequence's cache
 FACTORS = 1e-6, 1e6
@@ -58,6 +59,7 @@ def check_transformer(config: TransformerConfig) -> None:
         axis = getattr(config, field)
         named = isinstance(axis, str) and axis != REPLICA_AXIS
         require(named, field, f"the name of a mesh axis, not {REPLICA_AXIS!r}", axis)
+        require(len(axis) <= MOST_LETTERS, field, f"at most {MOST_LETTERS} letters", axis)
     axis = config.model_axis
     require(axis != config.data_axis, "model_axis", "another name than data_axis", axis)
     require(config.key_size % 2 == 0, "key_size", "an even head width", config.key_size)

@@ -125,6 +125,8 @@ REFUSED = [
     ("shard_activations", 0, "true or false"),
     ("data_axis", 5, "the name of a mesh axis, not 'replica'"),
     ("model_axis", None, "the name of a mesh axis, not 'replica'"),
+    ("data_axis", "a" * 65, "at most 64 letters"),
+    ("model_axis", "a" * 65, "at most 64 letters"),
     ("data_axis", "replica", "the name of a mesh axis, not 'replica'"),
     ("model_axis", "data", "another name than data_axis"),
     ("fprop_dtype", jnp.float16, "bfloat16 or float32"),
