@@ -33,7 +33,7 @@ def stamp(file: str | int) -> Stamp:
 def open_regular(path: str) -> BinaryIO:
     """Open a regular file. Anything else is an OSError: opening a pipe would wait for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     return open(path, "rb")
 
 

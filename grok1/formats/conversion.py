@@ -144,9 +144,9 @@ def _plan(source: str, target: str, form: str, shapes: layout.Params) -> Job:
     else:
         checksums = safetensors.read_index(source).checksums
         outputs = [Output(f"{forms.FOLDER}/{r.file}", [r], r.size) for r in records]
-    identity = _identity(source, form, located)
-    job = Job(source, target, form, records, located, checksums, outputs, identity)
     with _writing(target):
+        identity = _identity(source, form, located)
+        job = Job(source, target, form, records, located, checksums, outputs, identity)
         _check_target(job)
     return job
 
@@ -226,6 +226,9 @@ def _tensor_files(job: Job) -> set[str]:
 def _check_space(job: Job, state: State | None) -> None:
     """Raise CheckpointError if the disk is too small for what is still to be written."""
     needed = largest = 0
+    for name in _COPIED:
+        with contextlib.suppress(FileNotFoundError):
+            needed += os.stat(os.path.join(job.source, name)).st_size
     for output in job.outputs:
         if state is None or not _finished(job, state, output):
             with contextlib.suppress(FileNotFoundError):

@@ -611,6 +611,21 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
+def link_to_itself(path: pathlib.Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, link_to_itself])
+def test_a_tokenizer_that_is_no_file_is_named(
+    make: Callable[[pathlib.Path], object], released: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = shutil.copytree(released, tmp_path / "source")
+    (source / "tokenizer.model").unlink()
+    make(source / "tokenizer.model")
+    with pytest.raises(CheckpointError, match="source/tokenizer.model: expected files that can"):
+        convert(source, tmp_path / "target", "safetensors")
+
+
 @pytest.mark.parametrize(
     ("form", "name", "kind"),
     [
@@ -697,6 +712,17 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     with pytest.raises(CheckpointError, match=r"expected [\d,]+ bytes of free disk .*10,000 by"):
         convert(released, tmp_path / "target", "safetensors")
     assert not os.listdir(tmp_path / "target")
+
+
+def test_what_is_copied_needs_space_too(
+    released: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(released, tmp_path / "source")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 30))
+    os.truncate(source / "tokenizer.model", 1 << 31)
+    with pytest.raises(CheckpointError, match=r"expected 2,147,[\d,]+ bytes of free disk space"):
+        convert(source, tmp_path / "target", "safetensors")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "released"])
