@@ -1,5 +1,6 @@
 """The library of the CPU's kernels: when it is compiled, when it is kept, and what is run."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -24,15 +24,13 @@ TO_OUTPUT = ANSWERS + 'while [ "$1" != -o ]; do shift; done\n'
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
     """An empty cache, and nothing loaded in this process; what is loaded stays registered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (cpu.load, dispatch.available):
-        cached.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    for cached in (cpu.load, dispatch.available):
-        cached.cache_clear()
+    # What this process has loaded stays so: jax takes no second library of the same names.
+    monkeypatch.setattr(cpu, "load", functools.cache(cpu.load.__wrapped__))
+    monkeypatch.setattr(dispatch, "available", functools.cache(dispatch.available.__wrapped__))
+    return tmp_path
 
 
 def script(path: pathlib.Path, text: str) -> pathlib.Path:
