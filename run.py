@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 # In the background of a shell script Ctrl-C is ignored, and stays so.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -450,11 +450,18 @@ def main() -> int:
             peers.end("it was interrupted")
         say("interrupted", errors)
         os._exit(130)  # sys.exit would wait for the worker
-    end_at_next_interrupt()  # all is done but for the end of Python itself
     return 0
 
 
-if __name__ == "__main__":
+def run_and_exit() -> NoReturn:
+    """Run the command as this process, which ends with its status."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        end_at_next_interrupt()  # all is done but for the end of Python itself
+
+
+if __name__ == "__main__":
+    run_and_exit()

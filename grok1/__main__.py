@@ -9,7 +9,7 @@ if not sys.flags.safe_path:
     del sys.path[0]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from run import main  # noqa: E402  (found by the line above)
+from run import run_and_exit  # noqa: E402  (found by the line above)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,13 +77,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGINT)
         try:
             status: int | str | None = run.main()
         except SystemExit as exit_:
             status = exit_.code
-        finally:
-            signal.signal(signal.SIGINT, before)  # at its end the command changes it
         return Result(status, *capsys.readouterr())
 
     return call

@@ -498,6 +498,17 @@ def test_ctrl_c_cuts_no_answer_for_a_slow_reader(tiny: pathlib.Path) -> None:
     assert [indices.count(i) for i in range(8)] == [4] * 8
 
 
+def test_ctrl_c_when_all_is_done_shows_no_traceback() -> None:
+    program = (
+        "import atexit, signal, sys, run; sys.argv[1:] = ['--help']; "
+        "atexit.register(signal.raise_signal, signal.SIGINT); run.run_and_exit()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "") and "--prompt" in done.stdout
+
+
 def pipe_bytes(file: IO[bytes]) -> int:
     """How many bytes wait to be read."""
     return struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, b"0000"))[0]
