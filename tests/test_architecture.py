@@ -99,7 +99,7 @@ def test_importing_anything_touches_no_device(kind: str) -> None:
     names = [name for name in FILES if name.startswith("grok1") and name != "grok1.__main__"]
     program = f"""
 import logging, os, signal, sys, warnings
-import haiku, jax, safetensors, sentencepiece, rich, tqdm
+import haiku, jax, sentencepiece, rich, tqdm
 import jax.experimental.pallas, jax.experimental.pallas.triton
 from jax._src import xla_bridge
 def state():
