@@ -35,13 +35,13 @@ from grok1.cli.console import (
     end_at_next_interrupt,
     open_standard_streams,
     say,
-    uninterrupted,
     write_out,
 )
 from grok1.cli.options import parse_arguments
 from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, as_json, fingerprint
 from grok1.cli.timing import Timing
 from grok1.formats import forms
+from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
 
 ROOT = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from paths import ROOT
 MODULES = ("checkpoint", "model", "run", "runner")
 # Within grok1 a module imports those of its own layer and of the layers before it.
 LAYERS = (
-    {"backend", "cache_directory", "checks", "inspection", "strict_json"},
+    {"backend", "cache_directory", "checks", "inspection", "interrupts", "strict_json"},
     {"ops"},
     {"config_checks", "kernels", "parallel"},
     {"execution", "formats", "parameters", "reference"},

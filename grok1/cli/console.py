@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, Self, TextIO
@@ -71,31 +71,6 @@ def _write(text: str, stream: TextIO) -> None:
     raw = getattr(stream.buffer, "raw", stream.buffer)
     while data:  # a disk that is almost full takes a part, a pipe that does not block None
         data = data[raw.write(data) or 0 :]
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off a KeyboardInterrupt until the block is done, for `with`; a second one comes at once.
-
-    What is in the midst of being written is then neither lost nor cut.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if seen:
-        raise KeyboardInterrupt
 
 
 def check_output() -> None:

@@ -15,6 +15,7 @@ away.
 
 Any thread may call, at any time. A lock is held while a step is dispatched and the tokens of the
 one before are delivered, each to the queue of whoever asked for it, whichever thread does the step.
+Ctrl-C waits for the end of a step.
 """
 
 import collections
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import jax
 import numpy as np
 
+from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
 from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
@@ -252,7 +254,7 @@ class Scheduler:
         self._pad_sizes = model.pad_sizes
         self._process = os.getpid()
         self._lock = threading.RLock()
-        self._asking: set[int] = set()  # threads that wait for the lock
+        self._inside: set[int] = set()  # threads that hold the lock or wait for it
         self._submitted = 0
         self._line: collections.deque[Handle] = collections.deque()  # with answers without a slot
         self._slots: list[_Sequence | None] = [None] * model.num_slots
@@ -278,14 +280,17 @@ class Scheduler:
         if self._lock._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError("called from inside another call of the same thread")
         thread = threading.get_ident()
-        if self._asking - {thread}:
+        if self._inside - {thread}:
             time.sleep(HAND_OVER)  # else this one would mostly get the lock again
-        self._asking.add(thread)
-        with self._lock:  # Python's own, which an interruption leaves neither held nor lost
-            self._asking.discard(thread)
-            while self._given_up:
-                self._end(self._given_up.popleft(), "cancelled")
-            return work(*arguments)
+        try:
+            self._inside.add(thread)
+            with self._lock:  # Python's own, which an interruption leaves neither held nor lost
+                while self._given_up:
+                    self._end(self._given_up[0], "cancelled")
+                    self._given_up.popleft()
+                return work(*arguments)
+        finally:
+            self._inside.discard(thread)
 
     @property
     def busy(self) -> bool:
@@ -310,7 +315,8 @@ class Scheduler:
         with an error; those in line stay there. Raises ValueError if `tokens` is not from 1 to
         MOST_TOKENS.
         """
-        return self.alone(self._step_and_take, tokens)
+        self.alone(self._step, tokens)
+        return self.alone(self._take_unread)
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
         """Return an iterator over the tokens of one request, which lets all others go on, too.
@@ -393,8 +399,7 @@ class Scheduler:
         queue.read_by_step = False
         self._unread.pop(queue, None)
 
-    def _step_and_take(self, tokens: int) -> list[Event]:
-        self._step(tokens)
+    def _take_unread(self) -> list[Event]:
         unread, self._unread = self._unread, {}
         return [event for queue in unread for event in iter(queue.take, None)]
 
@@ -433,6 +438,10 @@ class Scheduler:
         """Dispatch the next step, and deliver the tokens of the one before it."""
         if tokens not in range(1, MOST_TOKENS + 1):
             raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
+        with uninterrupted():
+            self._whole_step(tokens, phase)
+
+    def _whole_step(self, tokens: int, phase: Phase) -> None:
         began, waited, known = time.perf_counter(), self._waited, len(self._known)
         before, self._dispatched = self._dispatched, []
         try:
@@ -456,6 +465,8 @@ class Scheduler:
 
     def _fill(self) -> None:
         """Give free slots to those that wait, in their order."""
+        # Cutting short what frees one, as a second Ctrl-C may, must not lose it.
+        self._slots = [s if s is not None and not s.finished else None for s in self._slots]
         for slot, taken in enumerate(self._slots):
             if taken is None and (handle := self._first_in_line()):
                 self._start(slot, handle)

@@ -7,7 +7,6 @@ import io
 import os
 import pathlib
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +22,6 @@ from grok1.cli.console import (
     byte_rate,
     byte_size,
     say,
-    uninterrupted,
     write_out,
 )
 from paths import ROOT
@@ -47,20 +45,6 @@ def test_a_message_sends_no_control_characters() -> None:
     stream = io.StringIO()
     say("got \x1b[31m\x07\x9b, caf\u00e9\nand more", stream)
     assert stream.getvalue() == "got \\x1b[31m\\x07\\x9b, caf\u00e9\nand more\n"
-
-
-def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        done.append(1)
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the second one is obeyed at once
-        done.append(2)
-    with uninterrupted():
-        done.append(3)
-    assert done == [1, 3] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Many callers of one server, in threads or in one: each gets what it asked for, and all of it."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -165,12 +166,14 @@ def test_cancelling_what_is_not_ours_is_refused():
     assert not other.step() and not other.busy
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
 def test_an_interrupted_caller_leaves_the_server_usable():
-    """Wherever Ctrl-C strikes: others go on, and the same thread can ask again."""
+    """Wherever Ctrl-C strikes: others get all of theirs, and the same thread can ask again."""
     interrupt_often(seconds=4)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
 def test_many_interrupted_calls_leave_the_server_usable():
     interrupt_often(seconds=120)
 
@@ -181,27 +184,23 @@ def interrupt_often(seconds):
 
     def others():
         while not over.is_set():
-            events = list(server().generate_events(LONG[1:2]))
-            found = [event.token_id for event in events if event.token_id is not None]
-            whole = alone_ids[: len(found)] == found
-            failed = events[-1].finish_reason == "error"
-            (right if whole and (failed or len(found) == 20) else wrong).append(found)
+            found = tokens_of(server().generate_events(LONG[1:2]))
+            (right if found == alone_ids else wrong).append(found)
 
     alone_ids = alone(LONG[1])[0].token_ids
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     thread = threading.Thread(target=others)
     thread.start()
     end, random_ = time.monotonic() + seconds, random.Random(0)
     try:
         while time.monotonic() < end:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, random_.uniform(1e-4, 2e-2))
-                server().generate([Request([5], max_len=4, num_samples=6, ignore_eos=True)])
-                server().cancel(server().submit(LONG[0]))
-            except (KeyboardInterrupt, ValueError):
-                pass  # the step that failed was the other's
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random_.uniform(1e-4, 2e-2))
+                    server().generate([Request([5], max_len=4, num_samples=6, ignore_eos=True)])
+                    server().cancel(server().submit(LONG[0]))
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         over.set()
         thread.join(30)

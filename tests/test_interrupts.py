@@ -1,0 +1,47 @@
+"""Ctrl-C where it must wait."""
+
+import signal
+import threading
+
+import pytest
+
+from grok1.interrupts import uninterrupted
+
+
+def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the second one is obeyed at once
+        done.append(2)
+    with uninterrupted():
+        done.append(3)
+    assert done == [1, 3] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_is_not_lost_where_the_block_fails() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("as well")
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_where_nobody_is_interrupted_no_handler_is_set() -> None:
+    found = []
+
+    def look() -> None:
+        with uninterrupted():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        look()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == [signal.default_int_handler, signal.SIG_IGN]
