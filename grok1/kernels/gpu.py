@@ -504,7 +504,7 @@ def attend_cached(
     )(layer, sequence, _reach(launch, mask, jnp.minimum(filled, size)), rows, keys, values, mask)
     out, total = (functools.reduce(operator.add, parts) for parts in (out, total))
     total = total[..., None]  # [B, K, T * G, 1]
-    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
+    out = jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
     out = out.reshape(*heads, launch.queries, launch.group, launch.value_width)
     return jnp.moveaxis(out, 2, 1)
 

@@ -230,7 +230,8 @@ def attend_cached(
     blocks = (jnp.max(filled) + block - 1) // block
     out, total = lax.fori_loop(0, blocks, add, (out, total))
     total = jnp.moveaxis(total, -1, 1)[..., None]  # [B, T, K, G, 1]
-    return jnp.where(total > 0, out / jnp.where(total > 0, total, 1), 0)
+    # A NaN stays one.
+    return jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
 
 
 def _read_block(

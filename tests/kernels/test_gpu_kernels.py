@@ -273,6 +273,14 @@ def test_attention_to_a_cache_equals_the_plain_form(case, dtype):
     assert error <= 2 * plain_error
 
 
+def test_a_key_that_is_nan_gives_nan():
+    query, keys, values, mask, layer, filled, _ = Attention((20, 20)).arrays(jnp.float32)
+    seen = int(np.argmax(mask[0, 0]))
+    keys = jnp.asarray(keys).at[layer, 0, seen].set(jnp.nan)
+    found = attend(query, keys, values, mask, layer, filled)
+    assert np.all(np.isnan(found[0])) and np.all(np.isfinite(found[1]))
+
+
 def test_a_sequence_attends_alike_alone_and_in_a_batch():
     query, keys, values, mask, layer, filled, _ = Attention((150, 3, 77)).arrays(jnp.bfloat16)
     attend = interpreted_attention()

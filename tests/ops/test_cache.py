@@ -101,6 +101,15 @@ def test_a_query_that_sees_nothing_gets_zero():
     assert np.all(found[0, 1] == 0) and np.all(found[1] == 0) and np.any(found[0, 0])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_that_is_nan_gives_nan(form):
+    query, keys, values, mask, filled = inputs([8, 8], 2, 16)
+    mask[0, :, 3] = True
+    keys[1, 0, 3] = np.nan
+    found = np.asarray(attended(query, keys, values, mask, filled, form))
+    assert np.all(np.isnan(found[0])) and np.all(np.isfinite(found[1]))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_at_the_cap_neither_overflow_nor_vanish(sign):
     """Without a maximum subtracted: 8,192 exponentials of 30, or of -30."""
