@@ -251,8 +251,8 @@ class CheckedRequest:
 class Answer:
     """One answer to a request, in the making, on the host.
 
-    completion: the answer so far, which whoever asked may change. count: of its tokens. ended:
-    whether there are no more.
+    completion: the answer so far, which whoever asked may change. count: of its tokens. reason: why
+    it has ended, None while it goes on.
     """
 
     def __init__(self, checked: CheckedRequest, sample: int = 0):
@@ -260,7 +260,7 @@ class Answer:
         self.checked = checked
         self.sample = sample
         self.count = 0
-        self.ended = False
+        self.reason: str | None = None
         self._words = None if vocabulary is None else Detokenizer(vocabulary, checked.ids)
         self._filter = StopFilter(checked.stops)
         self.completion = Completion(
@@ -272,6 +272,11 @@ class Answer:
             finish_reason=None,
             prompt_logprobs=[None] if request.prompt_logprobs else None,
         )
+
+    @property
+    def ended(self) -> bool:
+        """Whether there are no more tokens."""
+        return self.reason is not None
 
     def take_prompt(self, logprobs: Sequence[float]) -> None:
         """Append to the log-probabilities of the prompt's tokens."""
@@ -293,15 +298,16 @@ class Answer:
         reason = self._reason(token)
         new = self._text(token, reason)
         # Last: whoever looks at a finished answer, from another thread too, sees all of it.
-        if self._filter.stopped or reason is not None:
-            self.end("stop" if self._filter.stopped else reason)
+        reason = "stop" if self._filter.stopped else reason
+        if reason is not None:
+            self.end(reason)
         return new
 
-    def end(self, reason: str | None, error: str | None = None) -> None:
+    def end(self, reason: str, error: str | None = None) -> None:
         """End the answer, if it has not ended."""
         if not self.ended:
             self.completion.finish_reason, self.completion.error = reason, error
-            self.ended = True
+            self.reason = reason
 
     def _text(self, token: int, reason: str | None) -> str:
         """Append what a token adds to the text, and return it; reason: why it is the last one."""

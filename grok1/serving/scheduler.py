@@ -38,7 +38,6 @@ from grok1.serving.steps import (
     Decoded,
     LoadedModel,
     State,
-    clear,
     decode,
     first_token,
     new_state,
@@ -105,7 +104,7 @@ class Handle:
         self._queue = queue
         self._answers: dict[int, Answer] = {0: Answer(checked)}  # the others when they are needed
         self._begun = 0  # answers that have been given a slot
-        self._going_on = checked.request.num_samples
+        self._told: set[int] = set()  # the answers whose last event has been put
         self._ended: tuple[str, str | None] | None = None  # how all ended that had not before
         queue.open.add(self)
 
@@ -122,7 +121,7 @@ class Handle:
     @property
     def finished(self) -> bool:
         """Whether all its answers have ended."""
-        return self._going_on == 0
+        return self._ended is not None or len(self._told) == self._checked.request.num_samples
 
     def __copy__(self) -> Self:
         return self  # it stands for what the scheduler has
@@ -143,13 +142,13 @@ class Handle:
         return answer
 
     def _end(self, reason: str, error: str | None) -> list[int]:
-        """End all answers that have not ended; returns which these are."""
-        answers = [self._answers.get(i) for i in range(self._checked.request.num_samples)]
-        found = [i for i, answer in enumerate(answers) if answer is None or not answer.ended]
-        self._ended, self._going_on = (reason, error), 0
+        """End all answers that have not ended; returns those of which nobody was told yet."""
+        if self.finished:
+            return []
+        self._ended = reason, error
         for sample in list(self._answers):
             self._answer(sample)
-        return found
+        return [i for i in range(self._checked.request.num_samples) if i not in self._told]
 
 
 class _Sequence:
@@ -178,7 +177,7 @@ class _Sequence:
     def decoding(self) -> bool:
         """Whether it may need more tokens than are on their way."""
         due = self.answer.count + self.in_flight
-        return self.begun and due < self.answer.checked.limit
+        return self.begun and not self.finished and due < self.answer.checked.limit
 
     def next_chunk(self) -> tuple[int, list[int], list[int]]:
         """Return a chunk: its compiled length, its tokens, and the token after each."""
@@ -410,27 +409,25 @@ class Scheduler:
 
     def _idle(self) -> bool:
         """Whether there is nothing to do: what the devices may still be at is thrown away."""
-        return not self._first_in_line() and not any(self._slots)
+        return not self._first_in_line() and all(s is None or s.finished for s in self._slots)
 
     def _end(self, handle: Handle, reason: str, error: str | None = None) -> None:
         """End all answers to a request that have not ended, and tell of it if it is an error."""
-        if handle.finished:
-            return
-        samples = handle._end(reason, error)
-        for slot, sequence in enumerate(self._slots):
-            if sequence is not None and sequence.handle is handle:
-                self._slots[slot] = None
-        for sample in samples if error else ():
-            self._put(handle, handle._answer(sample), None, "")
+        for sample in handle._end(reason, error):
+            if error:
+                self._put(handle, handle._answer(sample), None, "")
         handle._queue.open.discard(handle)
 
     def _put(self, handle: Handle, answer: Answer, token: int | None, text: str) -> None:
         """Tell whoever asked for it of a token, or that there are no more."""
-        found = answer.completion
-        event = Event(handle._name, token, text, found, answer.sample, found.finish_reason)
+        event = Event(handle._name, token, text, answer.completion, answer.sample, answer.reason)
         handle._queue.put(event)
         if handle._queue.read_by_step:
             self._unread[handle._queue] = None
+        if answer.ended:
+            handle._told.add(answer.sample)
+        if handle.finished:
+            handle._queue.open.discard(handle)
 
     # ---------------------------------------------------------------------------- scheduling
 
@@ -464,8 +461,7 @@ class Scheduler:
                 self.statistics.waiting += self._waited - waited
 
     def _fill(self) -> None:
-        """Give free slots to those that wait, in their order."""
-        # Cutting short what frees one, as a second Ctrl-C may, must not lose it.
+        """Free the slots of answers that have ended, and give them to those that wait, in order."""
         self._slots = [s if s is not None and not s.finished else None for s in self._slots]
         for slot, taken in enumerate(self._slots):
             if taken is None and (handle := self._first_in_line()):
@@ -484,7 +480,8 @@ class Scheduler:
         sequence.source = self._find_prompt(handle, slot)
         if self._prompts.get(slot) is not handle:
             self._prompts.pop(slot, None)
-        self._state = self._run(start, self._current(), np.int32(slot), row)
+        kept = np.int32(len(checked.ids) if sequence.source == slot else 0)
+        self._state = self._run(start, self._current(), np.int32(slot), row, kept)
 
     def _find_prompt(self, handle: Handle, slot: int) -> int | None:
         """Return a slot that holds the prompt of a request, `slot` itself if that does."""
@@ -625,7 +622,6 @@ class Scheduler:
                 self._take(sequence, int(tokens[i, slot, 0]), float(logprobs[i, slot, 0]), *first)
             else:
                 self._fail(sequence, NOT_FINITE)
-                self._clear(slot)
 
     def _deliver_scores(self, done: _Scores) -> None:
         scores = self._fetch(done.number, done.found)
@@ -633,10 +629,7 @@ class Scheduler:
             if np.all(np.isfinite(scores[row, :count])):
                 handle._answers[0].take_prompt(scores[row, :count].tolist())
             else:
-                held = [slot for slot, s in enumerate(self._slots) if s and s.handle is handle]
                 self._end(handle, "error", NOT_FINITE)
-                for slot in held:
-                    self._clear(slot)
 
     def _take(self, sequence: _Sequence, token: int, logprob: float, *first: Any) -> None:
         """Give a token to a sequence."""
@@ -645,26 +638,12 @@ class Scheduler:
         except Exception as error:  # of the tokenizer, which ends no other sequence
             self._fail(sequence, f"token {token} could not be turned into text ({error})")
             return
-        if sequence.finished:
-            self._free(sequence)
         self._put(sequence.handle, sequence.answer, token, text)
-        self._close(sequence.handle)
 
     def _fail(self, sequence: _Sequence, error: str) -> None:
         """End one answer by an error."""
         sequence.answer.end("error", error)
-        self._free(sequence)
         self._put(sequence.handle, sequence.answer, None, "")
-        self._close(sequence.handle)
-
-    def _free(self, sequence: _Sequence) -> None:
-        self._slots[sequence.slot] = None
-        sequence.handle._going_on -= 1
-
-    def _close(self, handle: Handle) -> None:
-        """Note that a request has ended, if it has; after its last event."""
-        if handle.finished:
-            handle._queue.open.discard(handle)
 
     def _fetch(self, number: int, arrays: Any) -> Any:
         """Return arrays of a step as numpy's, when the devices have them."""
@@ -677,10 +656,6 @@ class Scheduler:
         jax.block_until_ready(arrays)
         self._waited += time.perf_counter() - began
 
-    def _clear(self, slot: int) -> None:
-        """Clear the cache of a slot: a NaN there would spoil the sums of its next sequence."""
-        self._state = self._run(clear, self._current(), np.int32(slot))
-
     def _abandon(self, error: BaseException) -> None:
         """End all that is in the slots."""
         reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
@@ -692,6 +667,7 @@ class Scheduler:
         self._forget()
 
     def _forget(self) -> None:
+        self._slots = [None] * self._num_slots
         self._dispatched, self._prompts, self._state = [], {}, None
 
 

@@ -223,39 +223,66 @@ def start(
     state: State,
     index: jax.Array,
     row: Slots,
+    kept: jax.Array | int = 0,
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
 ) -> State:
-    """Give the slot `index` int32 [] to a new sequence, `row` (without the axis of slots)."""
+    """Give the slot `index` int32 [] to a new sequence, `row` (without the axis of slots).
+
+    kept: int32 [], how many positions of its cache stay. The others become zero: a NaN there, of
+    the sequence before, would spoil the sums of the new one.
+    """
     memory, slots, logits = state
     chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
     slots = jax.tree.map(
         lambda x, new: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), new, x), slots, row
     )
     step = jnp.where(chosen, 0, memory.layers.step)
-    memory = memory._replace(layers=memory.layers._replace(step=step))
-    return _placed(State(memory, slots, logits), config, execution.mesh)
-
-
-@_step
-def clear(
-    state: State,
-    index: jax.Array,
-    *,
-    config: LanguageModelConfig,
-    execution: Execution = ONE_DEVICE,
-) -> State:
-    """Set the cache and the logits of the slot `index` int32 [] to zero."""
-    memory, slots, logits = state
-    chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
     k, v = (
-        jnp.where(chosen[:, None, None, None], jnp.zeros([], cache.dtype), cache)
+        _zero_from(cache, index, kept, config, execution.mesh)
         for cache in (memory.layers.k, memory.layers.v)
     )
-    memory = memory._replace(layers=memory.layers._replace(k=k, v=v))
-    logits = jnp.where(chosen[:, None], 0, logits)
+    memory = memory._replace(layers=memory.layers._replace(k=k, v=v, step=step))
     return _placed(State(memory, slots, logits), config, execution.mesh)
+
+
+def _zero_from(
+    cache: jax.Array,
+    index: jax.Array,
+    kept: jax.Array | int,
+    config: LanguageModelConfig,
+    mesh: AnyMesh | None,
+) -> jax.Array:
+    """Set the positions of a slot to zero, but for the first `kept`; cache: [L, B, S, K, H]."""
+
+    def local(cache: jax.Array, index: jax.Array, kept: jax.Array) -> jax.Array:
+        place, mine = _in_part(cache, index, config, mesh)
+        row = lax.dynamic_slice_in_dim(cache, place, 1, axis=1)
+        row = jnp.where(mine & (_positions(cache) >= kept), jnp.zeros([], cache.dtype), row)
+        return lax.dynamic_update_slice_in_dim(cache, row, place, axis=1)
+
+    layout = memory_specs(config).layers.k
+    zero = on_shards(local, mesh, (layout, P(), P()), layout)
+    return zero(cache, index, jnp.asarray(kept, jnp.int32))
+
+
+def _in_part(
+    cache: jax.Array, slot: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return a slot's place in this part of the data axis, and whether it is there.
+
+    cache: [L, B/data, S, K/model, H], inside `on_shards`. A place that is not there is moved in.
+    """
+    size = cache.shape[1]
+    first = 0 if mesh is None else lax.axis_index(config.model.data_axis) * size
+    place = slot - first
+    return jnp.clip(place, 0, size - 1), (place >= 0) & (place < size)
+
+
+def _positions(cache: jax.Array) -> jax.Array:
+    """Return the positions of a cache, int32 [S, 1, 1]."""
+    return jnp.arange(cache.shape[2])[:, None, None]
 
 
 @_step
@@ -330,26 +357,25 @@ def _take_over(
     step = jnp.where(taking, length, layers.step)
     valid = jnp.where(taking[:, None], memory.valid[source], memory.valid)
     copying = taking & (source != jnp.arange(source.shape[0]))
-    data = config.model.data_axis
 
-    def local(cache: jax.Array, copying: jax.Array, source: jax.Array) -> jax.Array:
-        # Local: cache [L, B/data, S, K/model, H]; copying and source [B] as a whole.
-        size = cache.shape[1]
-        first = 0 if mesh is None else lax.axis_index(data) * size
-
+    def local(
+        cache: jax.Array, copying: jax.Array, source: jax.Array, length: jax.Array
+    ) -> jax.Array:
+        # Local: cache [L, B/data, S, K/model, H]; the others [B] as a whole.
         def copy(slot: jax.Array, cache: jax.Array) -> jax.Array:
-            own = source[slot] - first
-            row = lax.dynamic_slice_in_dim(cache, jnp.clip(own, 0, size - 1), 1, axis=1)
+            own, here = _in_part(cache, source[slot], config, mesh)
+            row = lax.dynamic_slice_in_dim(cache, own, 1, axis=1)
             if mesh is not None:
                 # The bits, from the part of the data axis that has them to all others.
                 kind = jnp.dtype(f"uint{8 * row.dtype.itemsize}")
                 bits = lax.bitcast_convert_type(row, kind).astype(jnp.uint32)
-                bits = lax.psum(jnp.where((own >= 0) & (own < size), bits, 0), data)
+                bits = lax.psum(jnp.where(here, bits, 0), config.model.data_axis)
                 row = lax.bitcast_convert_type(bits.astype(kind), row.dtype)
-            at = jnp.clip(slot - first, 0, size - 1)
+            at, mine = _in_part(cache, slot, config, mesh)
             old = lax.dynamic_slice_in_dim(cache, at, 1, axis=1)
-            mine = (slot >= first) & (slot < first + size)
-            return lax.dynamic_update_slice_in_dim(cache, jnp.where(mine, row, old), at, axis=1)
+            # What an answer to the prompt has added may be NaN.
+            row = jnp.where(mine & (_positions(cache) < length[slot]), row, old)
+            return lax.dynamic_update_slice_in_dim(cache, row, at, axis=1)
 
         def visit(slot: jax.Array, cache: jax.Array) -> jax.Array:
             return lax.cond(copying[slot], lambda c: copy(slot, c), lambda c: c, cache)
@@ -357,8 +383,8 @@ def _take_over(
         return lax.fori_loop(0, source.shape[0], visit, cache)
 
     cache = memory_specs(config).layers.k
-    copy_all = on_shards(local, mesh, (cache, P(), P()), cache)
-    k, v = (copy_all(x, copying, source) for x in (layers.k, layers.v))
+    copy_all = on_shards(local, mesh, (cache, P(), P(), P()), cache)
+    k, v = (copy_all(x, copying, source, length) for x in (layers.k, layers.v))
     return Memory(layers._replace(k=k, v=v, step=step), valid)
 
 

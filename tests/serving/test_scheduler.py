@@ -1,9 +1,11 @@
 """Requests that come and go: each gets what it gets alone, and nothing is lost or mixed up."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import gc
+import itertools
 import re
 import time
 import weakref
@@ -18,7 +20,7 @@ from grok1.execution import Execution
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import scheduler, steps
 from grok1.serving.request import Answer, AnswerError, CheckedRequest, Request
-from grok1.serving.scheduler import Statistics
+from grok1.serving.scheduler import EventQueue, Scheduler, Statistics
 from grok1.serving.steps import MOST_TOKENS
 from test_runner import TINY, make
 
@@ -84,12 +86,12 @@ def sample(request, index):
     return dataclasses.replace(request, num_samples=1, rng_seed=request.rng_seed + index)
 
 
-def drain():
-    found = []
+def drain(of=None):
+    found, of = [], of or server()
     for _ in range(1000):
-        if not server().busy:
+        if not of.busy:
             return found
-        found += server().step()
+        found += of.step()
     raise AssertionError("it never ends")
 
 
@@ -495,6 +497,43 @@ def test_the_next_request_in_a_slot_is_not_spoilt(kernels):
         assert damaged(kernels).generate(good) == expected
 
 
+@pytest.mark.parametrize("kernels", ["plain", "xla_cpu", "cpu"])
+def test_a_prompt_with_nan_ends_at_once_and_spoils_no_other(kernels):
+    bad = Request([8, 7, 8, 8, 8, 8, 9, 9, 9], max_len=5, allowed_tokens=[8, 9], ignore_eos=True)
+    good = [dataclasses.replace(bad, prompt=prompt) for prompt in ([9, 8, 9], [8])]
+    expected = damaged(kernels).generate(good)
+    handles = [damaged(kernels).submit(request) for request in [bad, *good] * SLOTS]
+    drain(damaged(kernels))
+    found = [handle.completion for handle in handles]
+    assert [found[1::3], found[2::3]] == [[answer] * SLOTS for answer in expected]
+    assert {(*a.token_ids, a.finish_reason) for a in found[::3]} == {("error",)}
+
+
+def test_a_cancelled_prompt_with_nan_spoils_no_other():
+    good = [dataclasses.replace(GOOD[0], prompt=[8])] * SLOTS
+    expected = damaged("plain").generate(good)
+    for handle in [damaged("plain").submit(Request([7] * 45)) for _ in range(SLOTS)]:
+        damaged("plain").step()
+        damaged("plain").cancel(handle)
+    assert damaged("plain").generate(good) == expected
+
+
+def test_an_answer_with_nan_spoils_no_other_to_its_prompt():
+    """Which take over what the first has read, in its slot or in another."""
+    request = Request([8], num_samples=3 * SLOTS, allowed_tokens=[7, 8, 9], rng_seed=3, max_len=6)
+    ones = [
+        dataclasses.replace(request, num_samples=1, rng_seed=request.rng_seed + i)
+        for i in range(request.num_samples)
+    ]
+    found = []
+    for requests in ([request], ones):
+        with pytest.raises(AnswerError) as raised:
+            damaged("xla_cpu").generate(requests)
+        found.append(raised.value.completions)
+    reasons = {answer.finish_reason for answer in found[0]}
+    assert found[0] == found[1] and reasons == {"error", "length"}
+
+
 @pytest.mark.parametrize("change", ["clear", "finish", "none"])
 def test_what_is_done_to_a_completion_in_progress_hangs_nothing(change):
     drain()
@@ -525,6 +564,36 @@ def test_a_tokenizer_that_fails_ends_one_answer(monkeypatch):
     with pytest.raises(AnswerError, match="request 1: token .* into text .no such piece"):
         server().generate([Request([5], max_len=3), Request([6], max_len=3)])
     assert server().generate([Request([6], max_len=3)]) == [alone(Request([6], max_len=3))[0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Answer, "take"), (Answer, "end"), (EventQueue, "put"), (Scheduler, "_put")]
+)
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_a_call_that_is_cut_anywhere_hangs_nothing(monkeypatch, kind, name, count):
+    """As by a second Ctrl-C, at the end of some call of a function."""
+    drain()
+    work, calls = getattr(kind, name), itertools.count(1)
+
+    def cut(*arguments):
+        result = work(*arguments)
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(kind, name, cut)
+    requests = [Request([5], max_len=3, num_samples=2), Request([6], max_len=3, ignore_eos=True)]
+    handles = [server().submit(request) for request in [*requests, *[Request([7], max_len=40)] * 2]]
+    events = []
+    for _ in range(100):
+        with contextlib.suppress(KeyboardInterrupt):
+            events += server().step()
+            server().cancel(handles[-1])
+    assert not server().busy and all(handle.finished for handle in handles)
+    for handle in handles[:-1]:
+        last = [e.sample for e in events if e.request == handle.number and e.finish_reason]
+        assert {*last} == {*range(len(handle.completions))}
+    assert server().generate(requests[1:]) == [alone(requests[1])[0]]
 
 
 def test_a_failed_step_ends_requests_with_answers_in_line(monkeypatch):
