@@ -2,9 +2,12 @@
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 _MOST_DIGITS = 309  # of an integer that a float can hold
+_MOST_NESTED = 64  # arrays and objects, one inside the other
+_TOO_DEEP = f"it is nested more than {_MOST_NESTED} levels deep"
 
 
 def read_json(text: str | bytes) -> Any:
@@ -16,7 +19,7 @@ def read_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_int=_integer,
@@ -24,7 +27,21 @@ def read_json(text: str | bytes) -> Any:
             parse_constant=_refuse_constant,
         )
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    level = _containers([value])
+    for _ in range(_MOST_NESTED):
+        level = _containers(
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        )
+    if level:  # what would overflow the stack where it is printed or compared
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, (dict, list))]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

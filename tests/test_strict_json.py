@@ -20,8 +20,8 @@ REFUSED = {
     "large-integer": ("1" + "0" * 400, "000... is too large for a float"),
     "large-by-little": ("-2" + "0" * 308, "000... is too large for a float"),
     "endless-integer": ("9" * 10**6, "999... is too large for a float"),
-    "deep": ("[" * 10**6, "it is nested too deeply"),
-    "deep-objects": ('{"a":' * 10**5, "it is nested too deeply"),
+    "deep": ("[" * 10**6, "it is nested more than 64 levels deep"),
+    "deep-objects": ('{"a":' * 10**5, "it is nested more than 64 levels deep"),
     "empty": ("", "Expecting value"),
     "two-values": ("{} {}", "Extra data"),
     "latin-1": (b'{"a": "\xff"}', "can't decode byte 0xff"),
@@ -35,6 +35,18 @@ def test_ambiguous_json_is_refused_in_a_few_words(text: str | bytes, part: str) 
         read_json(text)
     message = str(caught.value)
     assert part in message and "\n" not in message and len(message) < 200
+
+
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"a":', "}")], ids=["lists", "objects"])
+def test_nesting_has_a_limit_of_its_own(begin: str, end: str) -> None:
+    """Python's is that of the stack: what json can still read there, repr may not print."""
+    for depth in range(1, 1100):
+        text = f'[{begin * depth}"x"{end * depth}, 1]'
+        if depth < 64:
+            assert read_json(text) == json.loads(text)
+        else:
+            with pytest.raises(ValueError, match="^it is nested more than 64 levels deep$"):
+                read_json(text)
 
 
 def test_all_other_json_is_read_as_by_json() -> None:

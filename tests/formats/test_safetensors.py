@@ -269,7 +269,7 @@ FILE_CASES: dict[str, tuple[Damage, str]] = {
     "endless": (lambda path: os.truncate(path, 1 << 40), WHOLE),
     "zeros": (edited(lambda good: bytes(len(good))), WHOLE),
     "deep": (edited(lambda good: with_header(good, b"[" * 200_000)), WHOLE),
-    "deep-inside": (edited(lambda good: with_header(good, b'{"a":' * 40_000)), "nested too deeply"),
+    "deep-inside": (edited(lambda good: with_header(good, b'{"a":' * 40_000)), "64 levels deep"),
     "list": (edited(lambda good: with_header(good, b"[]")), WHOLE),
     "name-twice": (edited(twice), f"got an error (the key '{ROUTER}' comes twice in an"),
     "metadata": (header(lambda f: f.update(__metadata__=5)), WHOLE),
