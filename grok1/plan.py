@@ -188,21 +188,23 @@ def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
         )
 
 
-def _model_axis_sizes(config: LanguageModelConfig) -> list[int]:
-    return [n for n in config.model_axis_sizes() if n <= MOST_DEVICES]
+def _options(config: LanguageModelConfig) -> list[Sizes]:
+    """Return the meshes from which `smallest_mesh` chooses, the smallest first."""
+    check_sizes(config, (1, 1))  # whether the configuration has such axes at all
+    return [(1, n) for n in config.model_axis_sizes() if n <= MOST_DEVICES]
 
 
 def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
     """Return how many jax devices a plan for a mesh needs. Raises ValueError as make_plan does."""
     if sizes is None:
-        return max(_model_axis_sizes(config))
+        return max(map(math.prod, _options(config)))
     check_sizes(config, sizes)
     return math.prod(sizes)
 
 
 def smallest_mesh(config: LanguageModelConfig, batch: int, device_memory: int) -> Sizes:
     """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
-    options = [(1, n) for n in _model_axis_sizes(config)]
+    options = _options(config)
     for sizes in options:
         # Temporaries, drivers and the buffers of collectives need some, too.
         if fixed_bytes(config, sizes, batch) <= 0.9 * device_memory:

@@ -300,6 +300,16 @@ def test_safetensors_count_as_files(tmp_path):
     assert "outer.safetensors" in plan.make_plan(TINY, (1, 1), directory=tmp_path).verdict
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), None], ids=["named", "chosen"])
+def test_axes_that_the_mesh_lacks_are_named(sizes):
+    """A command's mesh has the released axes, whatever a configuration calls its own."""
+    for field in ("data_axis", "model_axis"):
+        config = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, **{field: "x"}))
+        for call in (plan.devices_for, plan.make_plan):
+            with pytest.raises(ValueError, match="^mesh: expected an axis named 'x', got "):
+                call(config, sizes)
+
+
 # -------------------------------------------------------------------------------------- the command
 
 
