@@ -31,10 +31,17 @@ def stamp(file: str | int) -> Stamp:
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a regular file. Anything else is an OSError: opening a pipe would wait for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """Open a regular file to read it. Anything else is an OSError."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # Looked at once it is open, when nobody can replace it; to open a pipe must wait for no writer.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", path)
-    return open(path, "rb")
+    return descriptor
 
 
 def require_plain(path: str, *, folder: bool = False) -> None:
@@ -121,7 +128,7 @@ def lock(descriptor: int) -> bool:
 
 def _sync(path: str) -> None:
     """Wait until a file, or the names in a directory, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:

@@ -395,10 +395,10 @@ def test_loading_runs_no_pickle(
 def test_a_file_without_permission_is_named(
     tiny_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: str, mode: str) -> Any:
+    def refuse(path: str, mode: str, **how: Any) -> Any:
         if path.endswith("tensor00003_000"):
             raise PermissionError(13, "Permission denied")
-        return open(path, mode)
+        return open(path, mode, **how)
 
     monkeypatch.setattr(atomic, "open", refuse, raising=False)  # Root may open everything.
     message = refusal(tiny_checkpoint)
