@@ -80,7 +80,7 @@ class State:
     """What DST/.converting/state.json says of a conversion that is under way.
 
     files: {file: [size, time of its last change in ns]} of those that are finished.
-    checksums: {tensor: checksum} of what is in them.
+    checksums: {tensor: checksum} of what is in them. In the file there is a digest of all three.
     """
 
     identity: str
@@ -179,7 +179,11 @@ def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]
             # Without the device's number, which may be another one after the machine was started.
             name, stamp = os.path.relpath(path, source), stamps.get(path) or atomic.stamp(path)
             seen.append([name, stamp.size, stamp.changed])
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+    return _digest(seen)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _check_target(job: Job) -> None:
@@ -328,9 +332,10 @@ def _read_state(job: Job) -> State | None:
     try:
         with atomic.open_regular(path) as file:
             # A longer one is no JSON without its end.
-            state = State(**read_json(file.read(_MAX_STATE_BYTES)))
-        if not isinstance(state.files, dict) or not isinstance(state.checksums, dict):
-            raise ValueError("expected two objects")
+            fields = dict(read_json(file.read(_MAX_STATE_BYTES)))
+        if fields.pop("digest", None) != _digest(fields):
+            raise ValueError("expected another digest")
+        state = State(**fields)
     except FileNotFoundError:
         return None
     except (TypeError, ValueError):
@@ -351,7 +356,9 @@ def _begin(job: Job, work: str) -> State:
 
 
 def _write_state(work: str, state: State) -> None:
-    atomic.write(os.path.join(work, _STATE), [json.dumps(dataclasses.asdict(state)).encode()])
+    fields = dataclasses.asdict(state)
+    text = json.dumps(fields | {"digest": _digest(fields)})
+    atomic.write(os.path.join(work, _STATE), [text.encode()])
 
 
 def _put(job: Job, work: str, name: str, contents: Any) -> None:

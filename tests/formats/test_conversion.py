@@ -330,6 +330,23 @@ def test_a_damaged_state_starts_anew(
     assert contents(tmp_path) == contents(safe)
 
 
+def test_a_changed_state_is_not_believed(
+    released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its checksums are those of the index, which nothing computes again."""
+    first = "transformer/decoder_layer_0/rms_norm/scale"
+    with pytest.raises(KeyboardInterrupt):
+        convert(released, tmp_path / "begun", "safetensors", stop_after(40))
+    state = json.loads((tmp_path / "begun" / WORK / "state.json").read_text())
+    assert first in state["checksums"]
+    for number, checksum in enumerate((None, 5, "sha256:", f"sha256:{'0' * 64}")):
+        changed = {**state, "checksums": state["checksums"] | {first: checksum}}
+        target = shutil.copytree(tmp_path / "begun", tmp_path / f"{number}")  # with its times
+        (target / WORK / "state.json").write_text(json.dumps(changed))
+        convert(released, target, "safetensors")
+        assert contents(target) == contents(safe)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "released"])
 def test_files_of_others_are_never_removed(
     form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
