@@ -10,7 +10,6 @@ refused: what it points to is not DST's. SRC may hold links, as download caches 
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -371,7 +370,11 @@ def _copy(job: Job, work: str, name: str) -> None:
     path = os.path.join(job.source, name)
     if os.path.lexists(path):
         with atomic.open_regular(path) as file:
-            _put(job, work, name, iter(functools.partial(file.read, 1 << 20), b""))
+            text = file.read(forms.MAX_TOKENIZER_BYTES + 1)
+        if len(text) > forms.MAX_TOKENIZER_BYTES:
+            remedy = "take the file that came with the checkpoint"
+            raise error(path, f"at most {forms.MAX_TOKENIZER_BYTES} bytes", "more", remedy)
+        _put(job, work, name, [text])
 
 
 def _stamp(path: str) -> list[int]:

@@ -13,6 +13,7 @@ RELEASED, SAFETENSORS = "released", "safetensors"
 FOLDER = "ckpt-0"
 INDEX = "model.safetensors.index.json"
 WORK = ".converting"
+MAX_TOKENIZER_BYTES = 64 << 20  # Grok-1's has 2.2 MB
 
 Directory = str | os.PathLike[str]
 

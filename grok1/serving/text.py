@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import sentencepiece
 
 from grok1.formats import atomic
+from grok1.formats.forms import MAX_TOKENIZER_BYTES
 
-_MAX_BYTES = 64 << 20  # of a tokenizer; Grok-1's has 2.2 MB
 BOS_TOKEN = 1  # in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
     "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
@@ -29,7 +29,7 @@ def load_tokenizer(
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         with atomic.open_regular(os.fspath(path)) as file:
-            text = file.read(_MAX_BYTES + 1)
+            text = file.read(MAX_TOKENIZER_BYTES + 1)
     except FileNotFoundError as error:
         raise ValueError(
             f"{path}: expected a tokenizer, found no such file; {TOKENIZER_SOURCE}"
@@ -39,9 +39,9 @@ def load_tokenizer(
             f"{path}: expected a tokenizer, got a file that cannot be read ({error.strerror}); "
             f"{TOKENIZER_SOURCE}"
         ) from error
-    if len(text) > _MAX_BYTES:
+    if len(text) > MAX_TOKENIZER_BYTES:
         raise ValueError(
-            f"{path}: expected a tokenizer of at most {_MAX_BYTES} bytes, got more; "
+            f"{path}: expected a tokenizer of at most {MAX_TOKENIZER_BYTES} bytes, got more; "
             f"{TOKENIZER_SOURCE}"
         )
     try:

@@ -643,6 +643,19 @@ def test_a_tokenizer_that_is_no_file_is_named(
         convert(source, tmp_path / "target", "safetensors")
 
 
+def test_an_endless_tokenizer_is_not_copied(
+    released: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "MAX_TOKENIZER_BYTES", 1000)
+    source = shutil.copytree(released, tmp_path / "source")
+    (source / "tokenizer.model").write_bytes(bytes(1000))
+    convert(source, tmp_path / "target", "safetensors")
+    (source / "tokenizer.model").write_bytes(bytes(1001))
+    with pytest.raises(CheckpointError, match="source/tokenizer.model: expected at most 1000 byt"):
+        convert(source, tmp_path / "target", "safetensors")
+    assert (tmp_path / "target/tokenizer.model").read_bytes() == bytes(1000)
+
+
 @pytest.mark.parametrize(
     ("form", "name", "kind"),
     [
