@@ -43,8 +43,9 @@ class TensorFile:
 
 
 def error(where: str, expected: str, got: str, remedy: str) -> CheckpointError:
-    """Return the error whose sentence says all four."""
-    return CheckpointError(f"{where}: expected {expected}, got {got}; {remedy}")
+    """Return the error whose sentence, on one line, says all four."""
+    sentence = f"{where}: expected {expected}, got {got}; {remedy}"
+    return CheckpointError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence))
 
 
 def form(directory: Directory) -> str | None:

@@ -628,6 +628,19 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["{0}.safetensors", f"{WORK}/{{0}}", f"{WORK}/é{{0}}"])
+def test_names_in_an_error_stay_on_its_line(
+    name: str, released: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name.format("x\nerror: forged\x1b[31m\u2028")
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    assert checkpoint.main(["convert", str(released), str(tmp_path), "--to", "safetensors"]) == 1
+    shown = tmp_path / name.format("x\\nerror: forged\\x1b[31m\\u2028")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {shown}: expected only files ") and error.count("\n") == 1
+
+
 def link_to_itself(path: pathlib.Path) -> None:
     path.symlink_to(path.name)
 
