@@ -9,13 +9,11 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from grok1.ops.quantization import quantize
+from grok1.ops.quantization import RELEASED_SCALE_GROUPS, quantize
 from grok1.parallel.sharding import match_rule
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
-
-RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
 
 ParamTree = dict[str, dict[str, Any]]
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import pickle
 import subprocess
@@ -172,6 +173,17 @@ def test_sizes_that_are_too_large_together_are_refused():
     memory = {"num_layers": 512, "key_size": 4096, "sequence_len": 1 << 24}
     with pytest.raises(ValueError, match="sequence_len: expected one that makes at most 109951162"):
         changed(**memory)
+
+
+def test_heads_of_int8_weights_fill_their_scale_groups():
+    """Those of the attention's output; a checkpoint's files have no other weights there."""
+    for key_size, heads, groups in itertools.product(range(2, 12, 2), range(1, 9), (1, 2)):
+        sizes = {"key_size": key_size, "num_q_heads": heads * groups, "num_kv_heads": heads}
+        if key_size * heads * groups % 8 == 0:
+            changed(**sizes).param_shapes()
+        else:
+            with pytest.raises(ValueError, match="^num_q_heads: .* num_q_heads . key_size a mul"):
+                changed(**sizes)
 
 
 def test_a_dense_model_chooses_one_expert_of_none():
