@@ -58,7 +58,7 @@ def check_transformer(config: TransformerConfig) -> None:
     require(isinstance(flag, bool), "shard_activations", "true or false", flag)
     for field in ("data_axis", "model_axis"):
         axis = getattr(config, field)
-        named = isinstance(axis, str) and axis != REPLICA_AXIS
+        named = isinstance(axis, str) and axis not in ("", REPLICA_AXIS)
         require(named, field, f"the name of a mesh axis, not {REPLICA_AXIS!r}", axis)
         require(len(axis) <= MOST_LETTERS, field, f"at most {MOST_LETTERS} letters", axis)
     axis = config.model_axis

@@ -128,6 +128,8 @@ REFUSED = [
     ("model_axis", None, "the name of a mesh axis, not 'replica'"),
     ("data_axis", "a" * 65, "at most 64 letters"),
     ("model_axis", "a" * 65, "at most 64 letters"),
+    ("data_axis", "", "the name of a mesh axis, not 'replica'"),
+    ("model_axis", "", "the name of a mesh axis, not 'replica'"),
     ("data_axis", "replica", "the name of a mesh axis, not 'replica'"),
     ("model_axis", "data", "another name than data_axis"),
     ("fprop_dtype", jnp.float16, "bfloat16 or float32"),
