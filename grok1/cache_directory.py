@@ -53,6 +53,7 @@ def private_directory(path: Path) -> Path:
     if not os.path.lexists(level):
         with contextlib.suppress(FileExistsError):  # another process was faster
             level.mkdir(mode=0o700)
+            level.chmod(0o700)  # the umask may have taken some of it away
     info = level.lstat()
     if not level.is_dir():
         level.stat()  # raises OSError for a link that leads nowhere, or round in a circle

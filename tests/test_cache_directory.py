@@ -53,9 +53,11 @@ def test_the_directory_is_where_such_things_are_kept(
     assert cache_directory("kernels").parents[1] == tmp_path / "cache/grok-1-jax"
 
 
-def test_every_level_that_is_made_is_private(home: pathlib.Path) -> None:
+@pytest.mark.parametrize("umask", [0, 0o077, 0o177, 0o277, 0o777])
+def test_every_level_that_is_made_is_private(home: pathlib.Path, umask: int) -> None:
+    """And its owner's to use, whatever the umask."""
     home.rmdir()
-    before = os.umask(0)
+    before = os.umask(umask)
     try:
         found = levels()
     finally:
