@@ -1,7 +1,7 @@
 """Open a shared library; as a program, try in a process of its own whether that goes well.
 
 As a program it is given the library's path and the names to look up. It imports nothing of ours, to
-start fast.
+start fast. At its end it prints LOADED: a library may end the process, with any status.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROGRAM = __file__
+LOADED = "loaded\n"
 
 
 def open_library(content: bytes, path: Path, names: Iterable[str]) -> ctypes.CDLL:
@@ -42,3 +43,4 @@ if __name__ == "__main__":
         open_library(library_path.read_bytes(), library_path, sys.argv[2:])
     except (OSError, AttributeError) as error:
         sys.exit(str(error))
+    print(LOADED, end="")

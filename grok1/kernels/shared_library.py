@@ -19,7 +19,7 @@ import jaxlib
 
 from grok1.cache_directory import CacheError, cache_directory, private_directory, read
 from grok1.kernels.error import KernelError
-from grok1.kernels.open_library import PROGRAM, open_library
+from grok1.kernels.open_library import LOADED, PROGRAM, open_library
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "lanes.h"))
@@ -85,7 +85,9 @@ def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) ->
         try:
             # In a process of its own, since loading a broken one may end the process.
             python = sys.executable or "python3"
-            _run([python, "-I", "-S", PROGRAM, str(made), *names], ANSWER_LIMIT)
+            said = _run([python, "-I", "-S", PROGRAM, str(made), *names], ANSWER_LIMIT)
+            if not said.endswith(LOADED):
+                raise KernelError("it ends the process that loads it")
             library = open_library(content, made, names)
         except (KernelError, AttributeError) as error:
             wrong = f"{_called(compiler)} made a library that cannot be loaded: {error}"

@@ -294,18 +294,26 @@ def test_a_compiler_that_hangs_is_ended(
     wait_until_gone(fresh / "pids")
 
 
-def test_a_library_that_hangs_is_not_loaded(
-    fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ('extern "C" int pause();\nint result = pause();\n', "it has not ended within 1 s"),
+        ("#include <cstdlib>\nint result = (_Exit(0), 0);\n", "it ends the process that loads"),
+    ],
+    ids=["hangs", "ends"],
+)
+def test_a_library_that_does_not_return_is_not_loaded(
+    fresh: pathlib.Path, monkeypatch: pytest.MonkeyPatch, program: str, said: str
 ) -> None:
     real = shared_library._compiler()[0]
-    program = 'extern "C" int pause();\nstatic int result = pause();\n'
-    (fresh / "hangs.cc").write_text(program)
+    (fresh / "bad.cc").write_text(program)
     compiler = script(
-        fresh / "compiler", f'{TO_OUTPUT}{real} -shared -fPIC "{fresh}/hangs.cc" -o "$2"'
+        fresh / "compiler", f'{TO_OUTPUT}{real} -shared -fPIC "{fresh}/bad.cc" -o "$2"'
     )
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(shared_library, "ANSWER_LIMIT", 1)
-    with pytest.raises(KernelError, match="cannot be loaded: it has not ended within 1 s"):
+    monkeypatch.setattr(shared_library, "open_library", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(KernelError, match=f"cannot be loaded: {said}"):
         shared_library.load(NAMES)
 
 
