@@ -124,6 +124,11 @@ class Vocabulary:
             raise ValueError("parse_special needs a vocabulary that has a piece such as <|mask|>")
         marker, marker_id = next(iter(self.markers.items()))
         ids = self.tokenizer.encode(marker + text)
+        if marker_id not in ids:
+            raise ValueError(
+                f"expected a tokenizer that finds {marker} in any text, got one that does in some; "
+                f"{TOKENIZER_SOURCE}"
+            )
         return ids[ids.index(marker_id) + 1 :]
 
 

@@ -206,6 +206,20 @@ def test_a_broken_tokenizer_is_named(content: bytes, part: str, tmp_path: pathli
     assert sentence.endswith("or name it with --tokenizer")
 
 
+def test_a_tokenizer_of_words_is_named(tmp_path: pathlib.Path) -> None:
+    """It finds a marker only where that is a whole word; Grok-1's kind does so anywhere."""
+    model_type, dummy_prefix = CONTENT.rindex(b"\x18\x02"), CONTENT.rindex(b"\x18\x01")
+    changed = bytearray(CONTENT)
+    changed[model_type + 1], changed[dummy_prefix + 1] = 3, 0
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(changed)
+    words = Vocabulary(load_tokenizer(path, 4096))
+    assert "<|separator|>" in words.markers
+    for text in ("a<|separator|>b", "[EOS]a"):
+        with pytest.raises(ValueError, match=r"finds <\|separator\|> in any text, .*tokenizer$"):
+            words.encode(text, parse_special=True)
+
+
 def test_a_tokenizer_in_a_place_not_utf_8_is_read(tmp_path: pathlib.Path) -> None:
     path = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     path.write_bytes(CONTENT)
