@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from grok1.checks import require, require_integers, require_positive
-from grok1.ops.quantization import RELEASED_SCALE_GROUPS
 from grok1.parallel.sharding import REPLICA_AXIS
 
 if TYPE_CHECKING:
@@ -66,9 +65,6 @@ def check_transformer(config: TransformerConfig) -> None:
     require(config.key_size % 2 == 0, "key_size", "an even head width", config.key_size)
     multiple = f"a multiple of num_kv_heads = {config.num_kv_heads}"
     divides = config.num_q_heads % config.num_kv_heads == 0
-    require(divides, "num_q_heads", multiple, config.num_q_heads)
-    multiple = f"one that makes num_q_heads * key_size a multiple of {RELEASED_SCALE_GROUPS}"
-    divides = config.num_q_heads * config.key_size % RELEASED_SCALE_GROUPS == 0
     require(divides, "num_q_heads", multiple, config.num_q_heads)
     most, chosen = max(config.num_experts, 1), config.num_selected_experts
     require(chosen <= most, "num_selected_experts", f"at most num_experts = {most}", chosen)

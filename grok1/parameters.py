@@ -9,11 +9,14 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from grok1.ops.quantization import RELEASED_SCALE_GROUPS, quantize
+from grok1.checks import require
+from grok1.ops.quantization import quantize
 from grok1.parallel.sharding import match_rule
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
+
+RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
 
 ParamTree = dict[str, dict[str, Any]]
 
@@ -30,7 +33,8 @@ def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
     """Round the weight matrices of a float parameter tree to int8.
 
     The embedding, norms and router stay float32, as released; matrices that are split along
-    their contracted axis get `RELEASED_SCALE_GROUPS` groups, the others one.
+    their contracted axis get `RELEASED_SCALE_GROUPS` groups, the others one. Raises ValueError if
+    the attention's output has rows that the groups do not divide.
     """
     rules, model = config.partition_rules(), config.model.model_axis
 
@@ -38,7 +42,9 @@ def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
         spec = match_rule(rules, name)
         if model not in spec or name.endswith("embeddings"):
             return leaf
-        return quantize(leaf, RELEASED_SCALE_GROUPS if spec[-2] == model else 1)
+        groups, rows = RELEASED_SCALE_GROUPS if spec[-2] == model else 1, leaf.shape[-2]
+        require(rows % groups == 0, "num_q_heads * key_size", f"a multiple of {groups}", rows)
+        return quantize(leaf, groups)
 
     return {
         module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}

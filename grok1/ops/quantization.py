@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
