@@ -465,6 +465,8 @@ class Scheduler:
         self._slots = [s if s is not None and not s.finished else None for s in self._slots]
         for slot, taken in enumerate(self._slots):
             if taken is None and (handle := self._first_in_line()):
+                if any(s is not None and s.source == slot and not s.begun for s in self._slots):
+                    self._begin()  # before the prompt that it takes over is gone
                 self._start(slot, handle)
         self._begin()
 

@@ -497,8 +497,20 @@ def test_the_next_request_in_a_slot_is_not_spoilt(kernels):
         assert damaged(kernels).generate(good) == expected
 
 
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_prompt_is_taken_over_before_its_slot_goes(length):
+    """Where two slots become free together, and the first goes to another answer to it."""
+    drain()
+    one = Request("The cat", max_len=3, temperature=0.0, ignore_eos=True)
+    first, long = dataclasses.replace(one, max_len=length), dataclasses.replace(one, max_len=40)
+    several = dataclasses.replace(one, num_samples=2)
+    asked = [server().submit(r) for r in [*[long] * (SLOTS - 2), first, several, one]]
+    drain()
+    assert asked[SLOTS - 1].completions == [alone(one)[0]] * 2
+
+
 @pytest.mark.parametrize("kernels", ["plain", "xla_cpu", "cpu"])
-def test_a_prompt_with_nan_ends_at_once_and_spoils_no_other(kernels):
+def test_a_prompt_with_nan_spoils_no_other(kernels):
     bad = Request([8, 7, 8, 8, 8, 8, 9, 9, 9], max_len=5, allowed_tokens=[8, 9], ignore_eos=True)
     good = [dataclasses.replace(bad, prompt=prompt) for prompt in ([9, 8, 9], [8])]
     expected = damaged(kernels).generate(good)
@@ -518,7 +530,7 @@ def test_a_cancelled_prompt_with_nan_spoils_no_other():
     assert damaged("plain").generate(good) == expected
 
 
-def test_an_answer_with_nan_spoils_no_other_to_its_prompt():
+def test_an_answer_with_nan_spoils_no_other_sample():
     """Which take over what the first has read, in its slot or in another."""
     request = Request([8], num_samples=3 * SLOTS, allowed_tokens=[7, 8, 9], rng_seed=3, max_len=6)
     ones = [
