@@ -92,17 +92,14 @@ def find_peers(options: argparse.Namespace, errors: TextIO) -> multihost.Peers:
     return multihost.Peers(place, options.join_timeout, options.peer_timeout, errors, note=say)
 
 
-def keep_outputs(peers: multihost.Peers) -> None:
-    """Keep the outputs for process 0's answers and messages; the others say only what ended them.
+def keep_output(first: bool) -> None:
+    """Keep standard output for the answers of the first process.
 
-    gloo, which carries the collectives of CPUs, prints lines to stdout from C++.
+    gloo, which carries the collectives of CPUs, prints lines to it from C++.
     """
-    if peers.place.process == 0:
+    if first:
         # Never closed: the answers outlive whatever ends the interpreter.
-        copy = os.dup(1)
-        sys.stdout = os.fdopen(copy, "w", 1, sys.stdout.encoding, closefd=False)
-    else:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding, closefd=False)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.close(nothing)
@@ -345,10 +342,13 @@ def serve(worker: Worker, options: argparse.Namespace) -> None:
 
 def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:
     """Load the model and answer, as one of several processes."""
-    keep_outputs(peers)
+    first = peers.place.process == 0
+    if not first:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # they say only what ended them
     worker.call(peers.join)
     peers.phase("load")
     files, answers, left = worker.call(agree, peers, options)
+    keep_output(first)  # after --output was opened, which may be /dev/stdout
     count = peers.place.processes
     if not nothing_left(options, left):
         with ByteProgress("loading") as progress:

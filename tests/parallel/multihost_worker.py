@@ -11,6 +11,8 @@ meet COORDINATOR PROCESSES PROCESS TIMEOUT WHAT [...]: only meet, without jax, a
 often in place of messages, and ends; "share COUNT" bytes; be "deaf", that is read nothing more; or
 "fail" in the thread that takes messages.
 
+print ARGUMENTS: run.py with one answer, of no model, before which gloo prints a line. Without jax.
+
 read OUT COORDINATOR PROCESSES PROCESS NAME MESH...: what a golden model finds, logits, scores and
 greedy tokens.
 """
@@ -121,6 +123,27 @@ def main_meet(
         os._exit(1)
 
 
+def main_print(*arguments: str) -> None:
+    """Print one answer, without a model or jax."""
+    import run
+
+    def generate(*given: Any) -> None:
+        options, answers = given[2], given[4]
+        os.write(1, b"of gloo")
+        words = dict.fromkeys(("prompt", "text", "finish_reason", "prompt_logprobs", "error"))
+        numbers = dict.fromkeys(("prompt_ids", "token_ids", "logprobs", "top_logprobs"), [5])
+        completion = types.SimpleNamespace(**words, **numbers)
+        event = types.SimpleNamespace(
+            request=0, sample=0, finish_reason="length", completion=completion
+        )
+        (answers or run.make_printer(options)).show(event)
+
+    run.make_server, run.generate = lambda *_: run.say("loaded"), generate
+    run.multihost.Peers._start_jax = run.multihost.Peers.close = lambda _: None
+    sys.argv = ["run.py", *arguments]
+    sys.exit(run.main())
+
+
 def main_read(
     out: str, coordinator: str, processes: str, process: str, name: str, *meshes: str
 ) -> None:
@@ -169,6 +192,8 @@ if __name__ == "__main__":
         main_run(pathlib.Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
     elif sys.argv[1] == "meet":
         main_meet(*sys.argv[2:])
+    elif sys.argv[1] == "print":
+        main_print(*sys.argv[2:])
     else:
         try:
             main_read(*sys.argv[2:])

@@ -679,6 +679,26 @@ def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str)
     assert "process 0 of 2" in result.err and "the reader of its answers has gone" in result.err
 
 
+# Standard output, which gloo prints to from C++.
+
+
+@pytest.mark.parametrize("where", ["/dev/stdout", "/proc/self/fd/1", None])
+def test_standard_output_holds_the_answers_alone(
+    where: str | None, start: Start, address: str
+) -> None:
+    output = ["--json"] if where is None else ["--output", where]
+    result = finish(start(WORKER, "print", *place(address, 0, 1), *ASK, *output))
+    assert (result.status, result.err) == (0, "loaded\n")
+    assert [answer["token_ids"] for answer in result.answers] == [[5]]
+
+
+def test_a_closed_output_is_told_before_loading(start: Start, address: str) -> None:
+    closed = ("sh", "-c", 'exec "$0" "$@" >&-')
+    result = finish(start(WORKER, "print", *place(address, 0, 1), *ASK, before=closed))
+    sentence = "standard output is closed; send it to a file or a program that takes it"
+    assert (result.status, result.err) == (1, f"error: {sentence}\n")
+
+
 # The command line.
 
 
