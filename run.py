@@ -89,7 +89,8 @@ def find_peers(options: argparse.Namespace, errors: TextIO) -> multihost.Peers:
     place = multihost.find_place(
         options.coordinator, options.num_processes, options.process_id, options.join_timeout
     )
-    return multihost.Peers(place, options.join_timeout, options.peer_timeout, errors, note=say)
+    tell = functools.partial(say, file=errors)
+    return multihost.Peers(place, options.join_timeout, options.peer_timeout, tell)
 
 
 def keep_output(first: bool) -> None:

@@ -30,11 +30,10 @@ import re
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Self, TextIO
+from typing import Any, NamedTuple, NoReturn, Self
 
 from grok1.checks import is_integer
 from grok1.parallel.links import (
@@ -62,7 +61,7 @@ FROM_OTHERS = Expected({"alive": bool, "phase": str, "done": bool, "end": str}, 
 FROM_FIRST = Expected({**FROM_OTHERS.types, "begin": bool, "value": object}, limit=2**28)
 # jax's service must not end a process that this module has not: its limits are some factor longer.
 SLOWER = 10
-# How long the main thread gets, after a loss, to print what is finished.
+# How long the main thread gets, after a loss, to print what is finished; then the loss itself.
 LAST_WORDS = 2.0
 # Wakes the main thread after a loss. Not SIGINT where there is another: a shell script's background
 # processes ignore that one. Has an effect where Python raises KeyboardInterrupt for it.
@@ -152,28 +151,27 @@ class Peers:
     """All processes of a run, as one of them sees them.
 
     place: where this one stands. join_timeout: how many seconds it waits for all to come.
-    peer_timeout: after how many seconds without a sign of life a process counts as lost. errors:
-    where this process says what ended it. note: called now and then with what is waited for.
+    peer_timeout: after how many seconds without a sign of life a process counts as lost. say:
+    prints a line for the person, which may quote what another process sent: what is waited for, and
+    what ended this one.
 
     From `join` on threads watch the others. If one is lost, or ends by an error, they interrupt
-    the main thread as Ctrl-C does, so that it can print what is finished; it must then call `end`
-    or `leave`. After two seconds they end the process themselves, with status 1. `loss` is the
-    sentence that names what was lost.
+    the main thread as Ctrl-C does, so that it can print what is finished; it must then call `end`,
+    which no signal of theirs interrupts. After two seconds they end the process themselves, with
+    status 1. `loss` is the sentence that names what was lost.
     """
 
     def __init__(
         self,
         place: Place,
-        join_timeout: float = JOIN_TIMEOUT,
-        peer_timeout: float = PEER_TIMEOUT,
-        errors: TextIO = sys.stderr,
-        note: Callable[[str], object] | None = None,
+        join_timeout: float,
+        peer_timeout: float,
+        say: Callable[[str], object],
     ):
         self.place = place
         self.join_timeout = join_timeout
         self.peer_timeout = peer_timeout
-        self.errors = errors
-        self.note = note
+        self.say = say
         self.loss: str | None = None
         self._changed = threading.Condition()  # guards all that follows, and `loss`
         self._links: dict[int, Link] = {}  # on process 0 to all others, on these to process 0
@@ -228,6 +226,7 @@ class Peers:
 
     def end(self, reason: str) -> None:
         """Tell the others why this process ends now. If they ended before, `leave` with that."""
+        signal.signal(WAKE, signal.SIG_IGN)
         with self._changed:
             self._ending = True
             if self._losing:
@@ -237,17 +236,22 @@ class Peers:
 
     def leave(self) -> NoReturn:
         """Say what was lost and end this process, whatever its other threads do: status 1."""
-        self._leaving.acquire()  # for ever: it is said once
-        with contextlib.suppress(OSError, ValueError):
-            # In one write: other threads print, too.
-            print(f"error: {self.loss}\n", end="", file=self.errors, flush=True)
-        os._exit(1)
+        try:
+            self._leaving.acquire()  # for ever: it is said once
+            sentence = f"error: {self.loss}"
+            # In a thread: a pipe that nobody reads would keep this process.
+            saying = threading.Thread(target=self.say, args=(sentence,), daemon=True)
+            saying.start()
+            saying.join(LAST_WORDS)
+        finally:
+            os._exit(1)
 
     def await_loss(self) -> None:
         """Wait, up to the time-out, for the loss that may have caused an error in a collective.
 
         If there is one this process ends with it.
         """
+        signal.signal(WAKE, signal.SIG_IGN)
         with self._changed:
             self._changed.wait_for(lambda: self.loss, self.peer_timeout + LAST_WORDS)
             if self.loss is not None:
@@ -264,7 +268,8 @@ class Peers:
             self._changed.notify_all()
         jax.distributed.shutdown()
         with self._changed:
-            if self.loss:
+            if self._losing:
+                self._changed.wait_for(lambda: self.loss)
                 raise ValueError(self.loss)
             self._ending = True
 
@@ -288,8 +293,8 @@ class Peers:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
-                if not self._changed.wait(min(left, 10)) and self.note and left > 10:
-                    self.note(f"waiting for {self._missing()} at {self.place.coordinator}")
+                if not self._changed.wait(min(left, 10)) and left > 10:
+                    self.say(f"waiting for {self._missing()} at {self.place.coordinator}")
             all_there = len(self._links) == self.place.processes - 1
             self._complete = all_there and not self._losing
         if not all_there:

@@ -89,10 +89,11 @@ def main_meet(
     coordinator: str, processes: str, process: str, timeout: str, what: str, *more: str
 ) -> None:
     """Meet the other processes, and do one thing."""
+    from grok1.cli.console import say
     from grok1.parallel import multihost
 
     place = multihost.Place(coordinator, int(processes), int(process))
-    peers = multihost.Peers(place, 30, float(timeout))
+    peers = multihost.Peers(place, 30, float(timeout), say)
 
     def hear(*message: Any) -> None:
         take(*message)
@@ -150,7 +151,8 @@ def main_read(
     """Read a golden model on each mesh; process 0 writes down what comes out."""
     from grok1.parallel import multihost
 
-    peers = multihost.Peers(multihost.Place(coordinator, int(processes), int(process)), 60, 60)
+    place = multihost.Place(coordinator, int(processes), int(process))
+    peers = multihost.Peers(place, 60, 60, print)
     peers.join()
     import jax
     import numpy as np

@@ -1,5 +1,6 @@
 """Several processes as one run: the same answers, and an end in one sentence when one is lost."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -10,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -556,14 +559,22 @@ def test_a_dropped_process_comes_again(start: Start, address: str) -> None:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> multihost.Peers:
+def said() -> list[str]:
+    """What `alone` has said."""
+    return []
+
+
+@pytest.fixture
+def alone(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[multihost.Peers]:
     """Process 0 of two, without the other; the end of the process is SystemExit."""
 
     def leave(status: int) -> None:
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", leave)
-    return multihost.Peers(multihost.Place("127.0.0.1:1", 2, 0), errors=io.StringIO())
+    before = signal.signal(multihost.WAKE, signal.default_int_handler)
+    yield multihost.Peers(multihost.Place("127.0.0.1:1", 2, 0), 1, 1, said.append)
+    signal.signal(multihost.WAKE, before)
 
 
 def test_what_is_too_long_to_share_is_refused(
@@ -576,29 +587,81 @@ def test_what_is_too_long_to_share_is_refused(
         alone.share("x" * 100)
 
 
-def test_a_loss_is_printed_in_one_write(alone: multihost.Peers) -> None:
-    """Other threads print, too."""
+@pytest.mark.parametrize("name", ["end", "await_loss"])
+def test_a_loss_interrupts_no_end(
+    name: str, alone: multihost.Peers, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-C, which on a terminal all processes get."""
 
-    class Errors(io.StringIO):
-        def write(self, text: str) -> int:
-            written.append(text)
-            return len(text)
+    def lose(*_: object) -> None:
+        alone.loss = "process 1 was lost"
+        signal.raise_signal(multihost.WAKE)
 
-    written: list[str] = []
-    alone.errors, alone.loss = Errors(), "process 1 was lost"
+    alone._losing = True
+    monkeypatch.setattr(alone._changed, "wait_for", lose)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        getattr(alone, name)(*["it was interrupted"][: name == "end"])
+    assert ended.type is SystemExit and said == ["error: process 1 was lost"]
+
+
+def test_an_interrupt_ends_who_leaves(alone: multihost.Peers) -> None:
+    """Else the others that leave would wait for the one that was to say why."""
+    alone.say = lambda _: signal.raise_signal(signal.SIGINT)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        alone.leave()
+    assert ended.type is SystemExit
+
+
+def test_a_loss_that_nobody_reads_ends_the_process(
+    alone: multihost.Peers, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multihost, "LAST_WORDS", 0.1)
+    over = threading.Event()
+    alone.say = lambda sentence: over.wait(20) or said.append(sentence)
     with pytest.raises(SystemExit):
         alone.leave()
-    assert [text for text in written if text] == ["error: process 1 was lost\n"]
+    assert not said
+    over.set()
 
 
-def test_a_loss_that_cannot_be_told_ends_the_process(alone: multihost.Peers) -> None:
+@pytest.mark.usefixtures("alone")
+def test_a_loss_sends_no_control_characters() -> None:
+    """Another process may quote a file that holds some."""
+    options = argparse.Namespace(
+        coordinator="127.0.0.1:1", num_processes=2, process_id=0, join_timeout=1, peer_timeout=1
+    )
+    errors = io.StringIO()
+    peers = run.find_peers(options, errors)
+    peers.loss = "\x1b[31m: no such file"
+    with pytest.raises(SystemExit):
+        peers.leave()
+    assert errors.getvalue() == "error: \\x1b[31m: no such file\n"
+
+
+def test_a_loss_that_cannot_be_told_ends_the_process(
+    alone: multihost.Peers, said: list[str]
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
+    signal.signal(multihost.WAKE, signal.SIG_IGN)
     vars(alone).update(_send_all=fail, _complete=True)
     with pytest.raises(SystemExit):
         alone._lose("process 1 was lost")
-    assert alone.errors.getvalue() == "error: process 1 was lost\n"
+    assert said == ["error: process 1 was lost"]
+
+
+def test_a_loss_is_waited_for_at_the_end(
+    alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would strike while Python ends."""
+    jax = types.SimpleNamespace(distributed=types.SimpleNamespace(shutdown=lambda: None))
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    alone._losing = True
+    told = {"loss": "process 1 was lost"}
+    monkeypatch.setattr(alone._changed, "wait_for", lambda _: vars(alone).update(told))
+    with pytest.raises(ValueError, match="process 1 was lost"):
+        alone.close()
 
 
 def test_an_unexpected_error_waits_for_its_cause(
