@@ -456,12 +456,16 @@ def main() -> int:
 
 def run_and_exit() -> NoReturn:
     """Run the command as this process, which ends with its status."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main())
-    finally:
-        end_at_next_interrupt()  # all is done but for the end of Python itself
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            status = main()
+        finally:
+            end_at_next_interrupt()  # all is done but for the end of Python itself
+    except KeyboardInterrupt:  # before or after main could take it
+        os._exit(130)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
 """python -m grok1 does what python run.py does, from any directory."""
 
+import os
+import signal
 import sys
 from pathlib import Path
+
+# As in run.py, whose own lines only hold where it is the script.
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # As of a script: where run.py lies comes first, and not the current directory, in which a file
 # model.py may be another one.

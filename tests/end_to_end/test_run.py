@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -509,6 +510,21 @@ def test_ctrl_c_when_all_is_done_shows_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "") and "--prompt" in done.stdout
 
 
+@pytest.mark.parametrize("moment", ["open_standard_streams", "Worker", "end_at_next_interrupt"])
+def test_ctrl_c_around_the_command_shows_no_traceback(moment: str) -> None:
+    program = f"""
+import signal, sys, run
+def strike():
+    run.{moment} = real
+    signal.raise_signal(signal.SIGINT)
+real, run.{moment} = run.{moment}, strike
+sys.argv[1:] = ["--help"]
+run.run_and_exit()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def pipe_bytes(file: IO[bytes]) -> int:
     """How many bytes wait to be read."""
     return struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, b"0000"))[0]
@@ -554,9 +570,21 @@ def test_ctrl_c_is_obeyed_at_once_while_jax_is_imported(tiny: pathlib.Path) -> N
     assert interrupt(process) == Result(130, "", "interrupted\n")
 
 
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        f"runpy.run_path({run.__file__!r}, run_name='__main__')",
+        "runpy.run_module('grok1', run_name='__main__')",
+        f"__import__({SCRIPTS['grok-1'].partition(':')[0]!r})",
+    ],
+    ids=["script", "module", "installed"],
+)
 @pytest.mark.parametrize(("before", "status"), [("default_int_handler", 130), ("SIG_IGN", 1)])
 def test_ctrl_c_in_an_import_shows_no_traceback(
-    before: str, status: int, tmp_path: pathlib.Path
+    before: str, status: int, begin: str, tmp_path: pathlib.Path
 ) -> None:
     """Where it is ignored, as in the background of a shell script, it stays so."""
     (tmp_path / "socket.py").write_text(
@@ -565,8 +593,8 @@ def test_ctrl_c_in_an_import_shows_no_traceback(
     program = f"""
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.{before})
-sys.path.insert(0, {str(tmp_path)!r})
-runpy.run_path({run.__file__!r}, run_name="__main__")
+sys.path[:0] = [sys.path[0], {str(tmp_path)!r}]  # the first one is that of the script
+{begin}
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, "KeyboardInterrupt" in done.stderr) == (status, False)
