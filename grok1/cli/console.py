@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn, Self, TextIO
+
+PATIENCE = 1.0  # seconds for a message, in a pipe that does not block and is full
 
 
 def open_standard_streams() -> None:
@@ -42,7 +45,7 @@ def say(message: str, file: TextIO | None = None) -> None:
     """
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):
-        _write(f"{shown}\n", file or sys.stderr)
+        _write(f"{shown}\n", file or sys.stderr, PATIENCE)
 
 
 def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:
@@ -58,8 +61,10 @@ def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:
         raise _unwritable(error) from error
 
 
-def _write(text: str, stream: TextIO) -> None:
+def _write(text: str, stream: TextIO, patience: float | None = None) -> None:
     """Write all of a text at once, so that no other thread's comes between.
+
+    patience: how many seconds to wait for each part where writing itself does not; None: for ever.
 
     Past the stream's buffer: what it cannot write it would keep, and fail again when Python ends.
     """
@@ -69,8 +74,11 @@ def _write(text: str, stream: TextIO) -> None:
     stream.flush()
     data = text.encode(stream.encoding, "backslashreplace")  # what a terminal cannot show
     raw = getattr(stream.buffer, "raw", stream.buffer)
-    while data:  # a disk that is almost full takes a part, a pipe that does not block None
-        data = data[raw.write(data) or 0 :]
+    while data:  # a disk that is almost full takes a part
+        taken = raw.write(data)
+        if taken is None and not select.select([], [raw], [], patience)[1]:  # it does not block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        data = data[taken or 0 :]
 
 
 def check_output() -> None:

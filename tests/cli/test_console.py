@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from grok1.cli import console
 from grok1.cli.console import (
     ByteProgress,
     Progress,
@@ -187,6 +188,9 @@ class Slow(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return 1  # one that can be waited for
+
     def write(self, data: Any) -> int | None:
         self.ready = not self.ready
         if not self.ready:
@@ -217,6 +221,31 @@ def test_output_is_whole_or_an_error(buffered: bool, monkeypatch: pytest.MonkeyP
         raw.room = 0
         say("lost", stream)
         stream.flush()
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_full_pipe_that_does_not_block_is_waited_for(
+    answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For an answer as long as it takes, for a message a moment; no core is kept busy."""
+    monkeypatch.setattr(console, "PATIENCE", 0.1)
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    with open(receiver, "rb") as reader, open(sender, "w") as stream:
+        with pytest.raises(BlockingIOError):
+            while os.write(sender, b" " * 2**12):
+                pass
+        draining = threading.Timer(0.5, lambda: os.read(receiver, 2**20))
+        draining.start()
+        spent = time.thread_time()
+        if answer:
+            write_out("an answer", file=stream)
+        else:
+            say("a message", stream)
+        assert time.thread_time() - spent < 0.1
+        draining.join()
+        stream.close()
+        assert reader.read() == (b"an answer\n" if answer else b"")
 
 
 def run_with(redirections: str, *arguments: object) -> subprocess.CompletedProcess[str]:
