@@ -129,9 +129,9 @@ def mesh_sizes(text: str) -> tuple[int, int]:
         data, model = (int(part) for part in text.split(","))
     except ValueError:
         data = model = 0
-    if data < 1 or model < 1:
+    if not 0 < min(data, model) <= max(data, model) < 2**31:
         raise argparse.ArgumentTypeError(
-            f"expected two positive numbers DATA,MODEL such as 1,8, got {text!r}"
+            f"expected two numbers from 1 to {2**31 - 1}, DATA,MODEL such as 1,8, got {text!r}"
         )
     return data, model
 

@@ -295,7 +295,9 @@ def test_help_names_every_option(command: Command) -> None:
 # id -> (arguments, exit status, what the sentence must say)
 ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "mesh-of-one": (("--mesh", "8"), 2,
-                    "--mesh: expected two positive numbers DATA,MODEL such as 1,8, got '8'"),
+                    "--mesh: expected two numbers from 1 to 2147483647, DATA,MODEL such as 1,8, "
+                    "got '8'"),
+    "mesh-beyond-numbers": (("--mesh", f"1,{2**31}"), 2, "such as 1,8, got '1,2147483648'"),
     "mesh-of-three": (("--mesh", "1,2,4"), 2, "such as 1,8, got '1,2,4'"),
     "mesh-of-words": (("--mesh", "a,b"), 2, "such as 1,8, got 'a,b'"),
     "mesh-of-none": (("--mesh", "0,8"), 2, "such as 1,8, got '0,8'"),
@@ -468,8 +470,8 @@ def test_a_platform_that_is_not_here_is_one_sentence(platforms: str, tiny: pathl
 
 def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:
     """Virtual ones take threads and memory; of the largest numbers XLA would make a crash."""
-    result = finish(start("--checkpoint", tiny, "--prompt-ids", 5, "--mesh", f"{10**20},1"))
-    assert_one_sentence(result, 1, f"a mesh of {10**20},1 needs", "but this machine has 128, for")
+    result = finish(start("--checkpoint", tiny, "--prompt-ids", 5, "--mesh", f"{2**31 - 1},1"))
+    assert_one_sentence(result, 1, f"a mesh of {2**31 - 1},1 needs", "but this machine has 128,")
 
 
 @pytest.mark.parametrize("flag", ["-O", "-OO"])
