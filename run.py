@@ -400,7 +400,7 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
 
     Raises what should not happen, with its traceback.
     """
-    sentence, status = str(error), 1
+    sentence, status, trace = str(error), 1, ""
     if isinstance(error, BrokenPipeError):
         sentence, status = "the reader of its answers has gone, as with `| head`", 141
     elif isinstance(error, ModuleNotFoundError):
@@ -413,12 +413,12 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
         raise error
     else:
         peers.await_loss()  # which makes collectives fail
-        traceback.print_exception(error, file=errors)
+        trace = "".join(traceback.format_exception(error))
         sentence = f"{type(error).__name__}: {sentence.splitlines()[0] if sentence else ''}"
     if peers is not None:
         peers.end(sentence)
     if status != 141:
-        say(f"error: {sentence}", errors)
+        say(f"{trace}error: {sentence}", errors)
     if peers is not None or status == 141:
         os._exit(status)  # sys.exit would wait: for the other processes, for a flush
     return status
