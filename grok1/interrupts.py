@@ -24,6 +24,7 @@ def uninterrupted() -> Iterator[None]:
     def note(number: int, frame: Any) -> None:
         seen.append(number)
         if len(seen) > 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, note)

@@ -386,7 +386,7 @@ class Scheduler:
             if not queue and queue.open:
                 self._step(tokens, phase)
             refill()
-            return bool(queue.open)
+            return not all(handle.finished for handle in queue.open)
 
         going_on = True
         while going_on:
@@ -413,10 +413,11 @@ class Scheduler:
 
     def _end(self, handle: Handle, reason: str, error: str | None = None) -> None:
         """End all answers to a request that have not ended, and tell of it if it is an error."""
-        for sample in handle._end(reason, error):
-            if error:
-                self._put(handle, handle._answer(sample), None, "")
-        handle._queue.open.discard(handle)
+        with uninterrupted():
+            for sample in handle._end(reason, error):
+                if error:
+                    self._put(handle, handle._answer(sample), None, "")
+            handle._queue.open.discard(handle)
 
     def _put(self, handle: Handle, answer: Answer, token: int | None, text: str) -> None:
         """Tell whoever asked for it of a token, or that there are no more."""

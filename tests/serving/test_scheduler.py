@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import re
+import signal
 import time
 import weakref
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from grok1.execution import Execution
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import scheduler, steps
 from grok1.serving.request import Answer, AnswerError, CheckedRequest, Request
-from grok1.serving.scheduler import EventQueue, Scheduler, Statistics
+from grok1.serving.scheduler import EventQueue, Handle, Scheduler, Statistics
 from grok1.serving.steps import MOST_TOKENS
 from test_runner import TINY, make
 
@@ -606,6 +607,30 @@ def test_a_call_that_is_cut_anywhere_hangs_nothing(monkeypatch, kind, name, coun
         last = [e.sample for e in events if e.request == handle.number and e.finish_reason]
         assert {*last} == {*range(len(handle.completions))}
     assert server().generate(requests[1:]) == [alone(requests[1])[0]]
+
+
+@pytest.mark.parametrize("name", ["end", "_answer"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_cancel_that_is_interrupted_hangs_no_stream(monkeypatch, name, times):
+    drain()
+    handle = server().submit(Request([5], max_len=4, num_samples=3))
+    kind = Answer if name == "end" else Handle
+    work, left = getattr(kind, name), [signal.SIGINT] * times
+
+    def interrupted(*arguments):
+        result = work(*arguments)
+        while left:
+            signal.raise_signal(left.pop())
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            server().cancel(handle)
+    assert handle.finished and not server().busy
+    events = itertools.islice(server().stream(handle), 100)
+    assert all(event.finish_reason is None for event in events)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_failed_step_ends_requests_with_answers_in_line(monkeypatch):
