@@ -164,6 +164,11 @@ class AnswerFile:
             self.close = weakref.finalize(self, os.close, self._descriptor)
             if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device or a pipe is shared
                 self._take_up(resume)
+            elif resume:
+                raise ValueError(
+                    f"{path}: expected a file to resume, got a pipe or a device, which keeps no "
+                    "answers; start without --resume"
+                )
         except OSError as error:
             raise ValueError(
                 f"{path}: the answers cannot be written there ({error.strerror}); name another "

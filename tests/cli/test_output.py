@@ -254,7 +254,7 @@ def test_a_pipe_and_a_device_are_neither_locked_nor_reopened(tmp_path: pathlib.P
     path = tmp_path / "pipe"
     os.mkfifo(path)
     with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as reader:
-        file, other = opened(path), opened(path, resume=True)
+        file, other = opened(path), opened(path)
         for index in (2, 0):
             file.show(event(index, "eos"))
         file.close()
@@ -414,6 +414,14 @@ def test_a_run_that_is_killed_and_resumed_leaves_what_an_undisturbed_one_does(
     result = finish(start(*arguments, "--output", path, "--resume"))
     assert (result.status, result.out) == (0, "")
     assert sorted(path.read_bytes().splitlines()) == expected and len(expected) == 100
+
+
+def test_only_a_file_is_resumed(tmp_path: pathlib.Path) -> None:
+    """A pipe that is open to be read as well would swallow the answers."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", pathlib.Path("/dev/null")):
+        with pytest.raises(ValueError, match="expected a file to resume, got a pipe or a device"):
+            AnswerFile(path, [(0, 0)], ["x"], [None], resume=True)
 
 
 @pytest.mark.exhaustive
