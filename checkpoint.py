@@ -12,11 +12,10 @@ import argparse
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # jax takes a second to import: Ctrl-C ends it without showing where it struck.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -31,6 +30,7 @@ from grok1.cli.console import (
     Worker,
     end_at_next_interrupt,
     open_standard_streams,
+    run_command,
     say,
     write_out,
 )
@@ -306,5 +306,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    run_command(main)

@@ -34,6 +34,7 @@ from grok1.cli.console import (
     check_output,
     end_at_next_interrupt,
     open_standard_streams,
+    run_command,
     say,
     write_out,
 )
@@ -456,16 +457,7 @@ def main() -> int:
 
 def run_and_exit() -> NoReturn:
     """Run the command as this process, which ends with its status."""
-    try:
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            status = main()
-        finally:
-            end_at_next_interrupt()  # all is done but for the end of Python itself
-    except KeyboardInterrupt:  # before or after main could take it
-        os._exit(130)
-    sys.exit(status)
+    run_command(main)
 
 
 if __name__ == "__main__":

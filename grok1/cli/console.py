@@ -118,9 +118,25 @@ class Worker:
         return future.result()
 
 
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run a command as this process, which ends with its status; no Ctrl-C shows a traceback."""
+    try:
+        # In the background of a shell script Ctrl-C is ignored, and stays so.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            status = main()
+        finally:
+            end_at_next_interrupt()  # all is done but for the end of Python itself
+    except KeyboardInterrupt:  # before or after main could take it
+        os._exit(130)
+    sys.exit(status)
+
+
 def end_at_next_interrupt() -> None:
     """Have Ctrl-C end the process at once from now on, whatever it is doing to end itself."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def mesh_sizes(text: str) -> tuple[int, int]:

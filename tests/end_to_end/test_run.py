@@ -501,25 +501,44 @@ def test_ctrl_c_cuts_no_answer_for_a_slow_reader(tiny: pathlib.Path) -> None:
     assert [indices.count(i) for i in range(8)] == [4] * 8
 
 
-def test_ctrl_c_when_all_is_done_shows_no_traceback() -> None:
+@pytest.mark.parametrize("script", ["run.py", "checkpoint.py"])
+def test_ctrl_c_when_all_is_done_shows_no_traceback(script: str) -> None:
     program = (
-        "import atexit, signal, sys, run; sys.argv[1:] = ['--help']; "
-        "atexit.register(signal.raise_signal, signal.SIGINT); run.run_and_exit()"
+        "import atexit, runpy, signal, sys; sys.argv[1:] = ['--help']; "
+        "atexit.register(signal.raise_signal, signal.SIGINT); "
+        f"runpy.run_path({script!r}, run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (130, "") and "--prompt" in done.stdout
+    assert (done.returncode, done.stderr) == (130, "") and "options:" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["run.py", "checkpoint.py"])
+def test_ctrl_c_that_is_ignored_stays_so(script: str) -> None:
+    """As in the background of a shell script."""
+    program = (
+        "import atexit, runpy, signal, sys; sys.argv[1:] = ['--help']; "
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "atexit.register(lambda: print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)); "
+        f"runpy.run_path({script!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("True\n")
 
 
 @pytest.mark.parametrize("moment", ["open_standard_streams", "Worker", "end_at_next_interrupt"])
 def test_ctrl_c_around_the_command_shows_no_traceback(moment: str) -> None:
     program = f"""
 import signal, sys, run
+from grok1.cli import console
+place = console if "{moment}" == "end_at_next_interrupt" else run
 def strike():
-    run.{moment} = real
+    place.{moment} = real
     signal.raise_signal(signal.SIGINT)
-real, run.{moment} = run.{moment}, strike
+real, place.{moment} = place.{moment}, strike
 sys.argv[1:] = ["--help"]
 run.run_and_exit()
 """
