@@ -1,5 +1,6 @@
 """A prompt line, as a person meets it: in a terminal, and with prompts from a pipe."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -64,9 +65,9 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tiny: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Terminal]:
-    """A session whose answers are long, but not endless."""
-    model = changed(tiny, tmp_path / "model", sequence_len=1024)
-    settings = map(str, ("--max-len", 600, "--temperature", 0))
+    """A session whose answers are long, but not endless: a terminal not read from holds less."""
+    model = changed(tiny, tmp_path / "model", sequence_len=4096)
+    settings = map(str, ("--max-len", 3600, "--temperature", 0))
     session = Terminal("--checkpoint", model, "--interactive", *settings)
     yield session
     session.close()
@@ -91,7 +92,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
     time.sleep(0.2)  # it reads: between two keys Python's readline sees Ctrl-C only at the next
     terminal.type("\x03")
     terminal.wait_for(r"\n> $")
-    terminal.type("so " * 1100 + "\n")
+    terminal.type("so " * 1000 + "\n")
     terminal.wait_for(r"\n> $")
     terminal.type("\x10\x10\n")  # Ctrl-P twice: the last line but one, as it was typed
     assert PROMPT in terminal.wait_for(r"\n> $")
@@ -100,7 +101,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
     assert terminal.process.stderr is not None
     err = terminal.process.stderr.read().decode()
     hint = r"a prompt a line; Ctrl-C stops an answer, Ctrl-D ends\n"
-    mistake = r"error: the prompt has \d+ tokens, and the context of 1024 must hold [^\n]*\n"
+    mistake = r"error: the prompt has \d+ tokens, and the context of 4096 must hold [^\n]*\n"
     assert re.fullmatch(LOADED + hint + mistake, err), err
 
 
@@ -121,6 +122,38 @@ def test_prompts_from_a_pipe_are_answered_line_by_line_with_no_sign(
     block = r"time to first token [^\n]*\nbetween tokens [^\n]*\ntokens per second [^\n]*\n"
     mistakes = r"error: the prompt has 81 tokens[^\n]*\nerror: the prompt is not text in UTF-8[^\n]"
     assert re.fullmatch(LOADED + block + mistakes + r"*\n" + block, result.err), result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_ctrl_c_twice_ends_a_session_whose_output_nobody_reads(tiny: pathlib.Path) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    with subprocess.Popen(
+        [sys.executable, ROOT / "run.py", "--checkpoint", tiny, "--interactive", "--max-len", "5"],
+        stdin=subprocess.PIPE,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as session:
+        assert session.stdin is not None and session.stderr is not None
+        said = session.stderr.readline()
+        session.stdin.write(f"{PROMPT}\n" * 9)  # one that comes too early takes a line
+        session.stdin.flush()
+        signals = 0
+        while session.poll() is None and signals < 9:
+            time.sleep(1)
+            session.send_signal(signal.SIGINT)
+            signals += 1
+        session.kill()  # does nothing to one that has ended
+        said += session.stderr.read()
+    os.close(reading)
+    os.close(writing)
+    assert session.returncode == 130 and signals > 1
+    assert re.fullmatch(rf"{LOADED}interrupted\n", said), said
 
 
 def test_a_line_without_an_end_is_refused(
