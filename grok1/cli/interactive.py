@@ -17,7 +17,8 @@ class Keyboard:
     """Reads lines, and knows whether Ctrl-C was pressed since.
 
     While a line is read Ctrl-C clears it. At any other time it only sets `pressed`: an exception
-    between two arbitrary instructions could leave a request behind.
+    between two arbitrary instructions could leave a request behind. Pressed again before the next
+    line is read it ends the command: an answer may not stop, with nobody who reads the output.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Keyboard:
         return line.removesuffix("\n")
 
     def _interrupt(self, *_: object) -> None:
-        if self._reading:
+        if self._reading or self.pressed:
             self._reading = False
             raise KeyboardInterrupt
         self.pressed = True

@@ -193,7 +193,8 @@ class AnswerFile:
         except OSError as error:
             raise ValueError(
                 f"{self.path}: {len(self.done)} of {len(self.places)} answers are written, "
-                f"and no more can be ({error.strerror}); make room and start again with --resume"
+                f"and no more can be ({error.strerror}); mend that, and start again, with --resume "
+                "if it is a file"
             ) from error
 
     def _append(self, line: bytes) -> None:

@@ -492,6 +492,7 @@ class Peers:
 
     def _lose(self, sentence: str) -> None:
         """Take note of a loss, the first one only, and tell it to the others."""
+        sentence = " ".join(sentence.splitlines())  # as another process may have sent it
         with self._changed:
             if self._losing or self._ending:
                 return

@@ -193,8 +193,8 @@ def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
         with pytest.raises(ValueError) as error:
             file.show(event(1, "eos"))
     assert str(error.value) == (
-        f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); make "
-        "room and start again with --resume"
+        f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); mend "
+        "that, and start again, with --resume if it is a file"
     )
     assert file.done == {(0, 0)} and len(path.read_bytes()) == len(whole) + room
     file.close()

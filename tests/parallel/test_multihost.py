@@ -433,6 +433,12 @@ def test_a_wrong_message_of_a_process_ends_all(start: Start, address: str, said:
         ), result.err
 
 
+def test_the_sentence_of_another_process_is_one_line(start: Start, address: str) -> None:
+    first = meet(start, address, (0, 2), "stay")
+    meet(start, address, (1, 2), "say", b'{"end":"one\\nerror: two\\r\\n"}\n'.hex(), 1)
+    assert finish(first) == (1, "met\n", "error: one error: two\n")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_thread_that_fails_ends_all(start: Start, address: str, victim: int) -> None:
     pair = [meet(start, address, (i, 2), "fail" if i == victim else "stay") for i in (0, 1)]
