@@ -1,12 +1,15 @@
 """The command as the tests run it, in this process or in one of its own, and a tiny checkpoint."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,6 +38,28 @@ COUNTED = (
     r"\d+ tokens in [\d.]+ s, compilation included: [\d.]+ s to the first"
     r"( token, then [\d.]+ tokens/s)?\n"
 )
+
+
+@contextlib.contextmanager
+def halting_input(patch: pytest.MonkeyPatch, *pieces: bytes) -> Iterator[None]:
+    """Standard input that does not block, to which these pieces come with pauses between them."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def write() -> None:
+        for piece in pieces:
+            time.sleep(0.3)
+            os.write(writing, piece)
+        os.close(writing)
+
+    thread = threading.Thread(target=write)
+    with open(reading) as stream:
+        patch.setattr(sys, "stdin", stream)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn, Self, TextIO
+from typing import Any, BinaryIO, NoReturn, Self, TextIO
 
 PATIENCE = 1.0  # seconds for a message, in a pipe that does not block and is full
 
@@ -36,6 +37,28 @@ def open_standard_streams() -> None:
             os.set_inheritable(descriptor, True)
             mode = "w" if descriptor else "r"
             setattr(sys, name, open(descriptor, mode, buffering=1, closefd=False))  # noqa: SIM115
+
+
+class _Waiting(io.RawIOBase):
+    """Reads from a file, and waits where it would not: "nothing now" is not taken for the end."""
+
+    def __init__(self, raw: Any):
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while (count := self._raw.readinto(buffer)) is None:
+            select.select([self._raw], [], [])
+        return count
+
+
+def standard_input() -> BinaryIO:
+    """Return standard input as bytes, which may be one that another program set not to block."""
+    buffer: Any = sys.stdin.buffer
+    raw = getattr(buffer, "raw", None)
+    return buffer if raw is None else io.BufferedReader(_Waiting(raw))
 
 
 def say(message: str, file: TextIO | None = None) -> None:

@@ -1,12 +1,13 @@
 """A prompt line: each prompt is answered by itself, as it is typed."""
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from grok1.cli.console import Worker, say, write_out
+from grok1.cli.console import Worker, say, standard_input, write_out
 from grok1.cli.timing import Timing
 
 SIGN = "> "
@@ -31,6 +32,7 @@ class Keyboard:
                 import readline  # noqa: F401  # gives `input` its history
         # What is not UTF-8 reaches the tokenizer, which refuses it.
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        self._lines = io.TextIOWrapper(standard_input(), sys.stdin.encoding, "surrogateescape")
         self._before = signal.signal(signal.SIGINT, self._interrupt)
 
     def close(self) -> None:
@@ -57,7 +59,7 @@ class Keyboard:
     def _line(self) -> str:
         if self._terminal:
             return input(self._sign)
-        line = sys.stdin.readline(MOST_CHARACTERS + 1)
+        line = self._lines.readline(MOST_CHARACTERS + 1)
         if not line:
             raise EOFError
         if len(line) > MOST_CHARACTERS:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from grok1.checks import is_integer
+from grok1.cli.console import standard_input
 from grok1.serving.request_limits import MOST_SAMPLES
 from grok1.strict_json import read_json
 
@@ -74,8 +75,8 @@ def _numbered(file: str, name: str) -> Iterator[tuple[int, str]]:
     """Return an iterator over the lines that are not blank, with their numbers, from 1."""
     try:
         # Standard input stays open: another file would get its number.
-        given = contextlib.nullcontext(sys.stdin.buffer)
-        with given if file == STANDARD_INPUT else open(file, "rb") as opened:
+        given = file == STANDARD_INPUT
+        with contextlib.nullcontext(standard_input()) if given else open(file, "rb") as opened:
             lines = iter(functools.partial(opened.readline, MOST_BYTES + 1), b"")
             for number, line in enumerate(lines, 1):
                 text = _decode(line, number, f"{name}, line {number}")

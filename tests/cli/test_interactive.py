@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from commands import LOADED, PROMPT, Command, assert_one_sentence, changed
+from commands import LOADED, PROMPT, Command, assert_one_sentence, changed, halting_input
 from grok1.cli import interactive
 from paths import ROOT
 
@@ -122,6 +122,16 @@ def test_prompts_from_a_pipe_are_answered_line_by_line_with_no_sign(
     block = r"time to first token [^\n]*\nbetween tokens [^\n]*\ntokens per second [^\n]*\n"
     mistakes = r"error: the prompt has 81 tokens[^\n]*\nerror: the prompt is not text in UTF-8[^\n]"
     assert re.fullmatch(LOADED + block + mistakes + r"*\n" + block, result.err), result.err
+
+
+def test_a_pause_between_prompts_does_not_end_a_session(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["--checkpoint", tiny, "--max-len", 5, "--temperature", 0]
+    answer = command(*settings, "--json", "--prompt", PROMPT).answers[0]["text"]
+    first, second = PROMPT[:3].encode(), PROMPT[3:].encode()
+    with halting_input(monkeypatch, first, second + b"\n", first, second + b"\n"):
+        assert command(*settings, "--interactive").out == f"{answer}\n" * 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")

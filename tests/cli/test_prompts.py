@@ -11,7 +11,7 @@ import pytest
 
 import checkpoint
 import run
-from commands import PROMPT, Command, assert_one_sentence
+from commands import PROMPT, Command, assert_one_sentence, halting_input
 from grok1.cli import prompts
 from grok1.serving.request import Request
 
@@ -147,6 +147,11 @@ def test_standard_input_stays_open_when_it_is_read(monkeypatch: pytest.MonkeyPat
     give_input(monkeypatch, "A\n")
     prompts.read_lines("-")
     assert not sys.stdin.closed
+
+
+def test_a_pause_of_standard_input_is_not_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with halting_input(monkeypatch, b"one\ntw", b"o\n", b"three"):
+        assert [line.prompt for line in prompts.read_lines("-")] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("content", [None, "", " \n\n"])
