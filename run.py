@@ -114,6 +114,8 @@ def agree(
 
     Also returns where the answers go, if that is a file, and which prompts it is left to answer.
     """
+    from grok1 import backend
+
     first = peers.place.process == 0
     files: Any = ()
     answers = None
@@ -128,12 +130,14 @@ def agree(
             "options": {name: getattr(options, name) for name in SHARED} if first else {},
             "files": [None if file is None else str(file.absolute()) for file in files],
             "contents": contents(*files) if first else {},
+            "numerics": backend.numerics(),
             "left": left_over(options, answers) if first else [],
         }
     )
     vars(options).update(shared["options"])
     if first:
         return files, answers, shared["left"]
+    backend.use_numerics(shared["numerics"])
     if options.checkpoint is None:
         options.checkpoint = Path(shared["files"][0])
         if options.tokenizer is None and shared["files"][1] is not None:

@@ -481,7 +481,7 @@ def load_server(
     config = with_settings(read_model_config(directory), dtype, context)
     wanted = execution is None and kernels and (dtype == "bfloat16" or backend.on_cpu())
     compiled = wanted and dispatch.available()
-    local, between = split_over_hosts(*mesh, jax.process_count(), jax.local_device_count())
+    local, between = split_over_hosts(*mesh, jax.process_count(), backend.devices_of_each_process())
     server = InferenceRunner(
         name=str(directory),
         runner=ModelRunner(

@@ -1,9 +1,19 @@
 """The platform that jax runs on, asked for at this one place."""
 
+import collections
+from typing import Any
+
 import jax
 
 # Settings of jax, and the values with which the model's programs can be built.
 SETTINGS = {"jax_enable_x64": False, "jax_disable_jit": False}
+# Those on which the numbers depend that are drawn and computed.
+NUMERIC = (
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_default_matmul_precision",
+)
 
 
 def check_settings() -> None:
@@ -13,6 +23,34 @@ def check_settings() -> None:
             raise ValueError(
                 f"{name}: expected {wanted!r}, got {value!r}; leave {name.upper()} unset"
             )
+
+
+def numerics() -> dict[str, Any]:
+    """Return jax's version and the settings on which numbers depend, as JSON."""
+    return {"version": jax.__version__} | {name: jax.config.values[name] for name in NUMERIC}
+
+
+def use_numerics(wanted: dict[str, Any]) -> None:
+    """Compute as another process does that has these `numerics`. Raises ValueError if jax can't."""
+    if wanted["version"] != jax.__version__:
+        raise ValueError(
+            f"expected jax {wanted['version']}, which process 0 has, got {jax.__version__}; "
+            "install the same on all hosts"
+        )
+    for name in NUMERIC:
+        jax.config.update(name, wanted[name])
+
+
+def devices_of_each_process() -> int:
+    """Return how many devices every process has. Raises ValueError if not all have as many."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len({*counts.values()}) > 1:
+        got = ", ".join(f"{counts[i]} in process {i}" for i in sorted(counts))
+        raise ValueError(
+            f"expected as many devices in each process, got {got}; start all on hosts that are "
+            "alike, with the same XLA_FLAGS"
+        )
+    return jax.local_device_count()
 
 
 def platform() -> str:

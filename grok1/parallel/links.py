@@ -39,7 +39,8 @@ def _unpack(line: bytes | bytearray, types: Mapping[str, type]) -> tuple[str, An
     try:
         ((kind, content),) = json.loads(line.decode()).items()
         if isinstance(content, types[kind]):
-            return kind, content
+            # What another process says is shown on one line.
+            return kind, " ".join(content.splitlines()) if isinstance(content, str) else content
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         pass
     raise ValueError(f"not a message of this program: {bytes(line[:60])!r}")
@@ -109,13 +110,14 @@ class Link:
         return _unpack(line, expected.types)
 
     def ask(self, question: bytes, expected: Expected) -> tuple[str, Any]:
-        """Send a message and return the answer; without one the link is closed.
+        """Send a message and return the answer, all of which must come within the time-out.
 
-        Raises OSError if the connection ends, ValueError for an answer that is not expected.
+        Without one the link is closed. Raises OSError if the connection ends, ValueError for an
+        answer that is not expected.
         """
         try:
             self.send(question)
-            if (answer := self.receive(expected)) is not None:
+            if (answer := self.receive(expected._replace(seconds=self.timeout))) is not None:
                 return answer
             raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
         except TimeoutError as error:

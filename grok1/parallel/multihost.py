@@ -102,8 +102,13 @@ class Hello(NamedTuple):
 def host_and_port(address: str) -> tuple[str, int]:
     """Split HOST:PORT, or [IPV6]:PORT; ValueError if it is not that."""
     host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    known = re.fullmatch(r"[^\s.]{1,63}(\.[^\s.]{1,63})*\.?", host)  # else looking it up fails
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    known = re.fullmatch(r"[^][\s]+", host)
+    try:
+        host.encode("idna")  # as it is when it is looked up
+    except UnicodeError:
+        known = None
     if not known or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise ValueError(f"expected HOST:PORT such as 10.0.0.1:1234, got {address!r}")
     return host, int(port)
@@ -492,7 +497,6 @@ class Peers:
 
     def _lose(self, sentence: str) -> None:
         """Take note of a loss, the first one only, and tell it to the others."""
-        sentence = " ".join(sentence.splitlines())  # as another process may have sent it
         with self._changed:
             if self._losing or self._ending:
                 return

@@ -27,6 +27,7 @@ from grok1.parallel import links, multihost
 from grok1.parallel.sharding import split_over_hosts
 from paths import ROOT
 from processes import DEAF, MODEL, SLACK, TIMEOUT, Start, finish, place, start_pair
+from runner import Request, load_server
 
 WORKER = ROOT / "tests/parallel/multihost_worker.py"
 HOST = re.escape(socket.gethostname())
@@ -105,6 +106,30 @@ def test_two_processes_answer_as_one(
     for answer, expected in zip(first.answers, alone, strict=True):
         assert answer["token_ids"] == expected["token_ids"]
         assert answer["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5)
+
+
+def test_settings_of_jax_are_those_of_the_first_process(start: Start, address: str) -> None:
+    """With other random bits each would draw, and go on with, tokens of its own."""
+    drawn = [*ASK[:-4], "--temperature", 1.5, "--max-len", 6, "--json", "--mesh", "1,2"]
+    second = start(run.__file__, *place(address, 1), devices=1, JAX_DEFAULT_PRNG_IMPL="rbg")
+    first = finish(start(run.__file__, *place(address, 0), *drawn, devices=1))
+    assert (finish(second).status, first.status) == (0, 0)
+    (answer,) = first.answers
+    server = load_server(MODEL)
+    request = Request(answer["prompt_ids"], temperature=1.5, max_len=6)
+    (alone,) = server.generate([request])
+    assert answer["token_ids"] == alone.token_ids
+    assert answer["logprobs"] == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_processes_with_other_numbers_of_devices_are_refused(start: Start, address: str) -> None:
+    pair = [
+        start(run.__file__, *place(address, i), *ASK[:-1], "1,3", devices=1 + i) for i in (0, 1)
+    ]
+    for result in map(finish, pair):
+        assert result.status == 1
+        sentence = "expected as many devices in each process, got 1 in process 0, 2 in process 1; "
+        assert sentence in result.err, result.err
 
 
 def read(
@@ -541,6 +566,20 @@ def test_another_service_at_the_address_is_named(
     )
 
 
+def test_a_service_that_never_ends_a_line_is_not_waited_for(start: Start, address: str) -> None:
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as server:
+        process = meet(start, address, (1, 2), "stay", timeout=1)
+        connection, _ = server.accept()
+        deadline = time.monotonic() + 20
+        with connection, contextlib.suppress(OSError):  # it leaves
+            while time.monotonic() < deadline:
+                connection.sendall(b" ")
+                time.sleep(0.3)
+    result = finish(process, SLACK)
+    assert result.status == 1 and "got no answer for 1 s; correct --coordinator\n" in result.err
+
+
 @pytest.mark.parametrize(("what", "status"), [("stay", None), ("close", 0)])
 def test_a_loss_of_what_is_done_cuts_nothing_short(
     start: Start, address: str, what: str, status: int | None
@@ -793,6 +832,9 @@ def test_a_closed_output_is_told_before_loading(start: Start, address: str) -> N
         (["--distributed", "--coordinator", ":1"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", "a..b:1"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", "here:" + "1" * 5000], "expected HOST:PORT"),
+        (["--distributed", "--coordinator", "\xe9" * 63 + ":1"], "expected HOST:PORT"),
+        (["--distributed", "--coordinator", "[::1]]:1"], "expected HOST:PORT"),
+        (["--distributed", "--coordinator", "[a:1"], "expected HOST:PORT"),
         (["--distributed", "--num-processes", 0], "expected a whole number of at least 1, got '0'"),
         (["--peer-timeout", 1], "expected a number of seconds of at least 2, got '1'"),
     ],
