@@ -12,12 +12,16 @@ import argparse
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # jax takes a second to import: Ctrl-C ends it without showing where it struck.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":
+    if not __debug__:
+        sys.exit("error: python -O takes out what dm-haiku needs; start without it")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        # jax takes a second to import: Ctrl-C ends it without showing where it struck.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
 import jax.numpy as jnp

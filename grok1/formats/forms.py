@@ -59,6 +59,11 @@ def require_form(directory: Directory, remedy: str) -> str:
     """Return the form of the checkpoint in DIR; raises CheckpointError if there is none."""
     found = form(directory)
     if found is None:
-        got = "one with neither" if os.path.isdir(directory) else "no such directory"
+        if not os.path.isdir(directory):
+            got = "no such directory"
+        elif not os.access(directory, os.R_OK | os.X_OK):
+            got = "one that may not be read"
+        else:
+            got = "one with neither"
         raise error(str(directory), f"a directory that holds {FOLDER} or {INDEX}", got, remedy)
     return found

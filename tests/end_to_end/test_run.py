@@ -475,10 +475,9 @@ def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["-O", "-OO"])
-def test_python_without_assertions_is_refused(flag: str) -> None:
-    done = subprocess.run(
-        [sys.executable, flag, ROOT / "run.py", "--prompt", "A"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["run.py", "checkpoint.py"])
+def test_python_without_assertions_is_refused(flag: str, script: str) -> None:
+    done = subprocess.run([sys.executable, flag, ROOT / script], capture_output=True, text=True)
     assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), 1, "python -O takes out")
 
 

@@ -628,6 +628,17 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
+def test_a_directory_that_may_not_be_read_is_not_called_empty(
+    released: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system hides what is in it; root may read all."""
+    monkeypatch.setattr(os.path, "isfile", lambda _: False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == str(released))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(checkpoint.CheckpointError, match="got one that may not be read; name the"):
+        checkpoint.read_model_config(released)
+
+
 @pytest.mark.parametrize("name", ["{0}.safetensors", f"{WORK}/{{0}}", f"{WORK}/é{{0}}"])
 def test_names_in_an_error_stay_on_its_line(
     name: str, released: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
