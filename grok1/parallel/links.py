@@ -39,8 +39,7 @@ def _unpack(line: bytes | bytearray, types: Mapping[str, type]) -> tuple[str, An
     try:
         ((kind, content),) = json.loads(line.decode()).items()
         if isinstance(content, types[kind]):
-            # What another process says is shown on one line.
-            return kind, " ".join(content.splitlines()) if isinstance(content, str) else content
+            return kind, content
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         pass
     raise ValueError(f"not a message of this program: {bytes(line[:60])!r}")

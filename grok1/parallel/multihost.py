@@ -331,7 +331,7 @@ class Peers:
                 f"{address}: expected process 0 of this program, got {error}; correct --coordinator"
             ) from error
         if kind == "end":
-            raise ValueError(content)
+            raise ValueError(_one_line(content))
         link.name = self._name_of(0, content.get("host"))
         self._token = content.get("token")
         with self._changed:
@@ -480,10 +480,10 @@ class Peers:
 
     def _take(self, link: Link, kind: str, content: Any) -> None:
         if kind == "end":
-            self._lose(content)
+            self._lose(_one_line(content))
         with self._changed:
             if kind == "phase":
-                link.phase = content
+                link.phase = _one_line(content)
             elif kind == "value":
                 self._values.append(content)
             elif kind == "begin":
@@ -582,6 +582,11 @@ class Peers:
             one.settimeout(None)
         self._start(copy_bytes, near, link.socket)
         copy_bytes(link.socket, near, bytes(link.unread))
+
+
+def _one_line(text: str) -> str:
+    """Return what another process says as it is shown."""
+    return " ".join(text.splitlines())
 
 
 def _farewell(sentence: str) -> bytes:

@@ -264,6 +264,7 @@ class Scheduler:
         self._given_up: collections.deque[Handle] = collections.deque()  # to be cancelled
         self._unread: dict[EventQueue, None] = {}  # those with events that `step` returns
         self._state: State | None = None
+        self._torn = False  # a step is under way, or was cut and is not cleaned up after
         self._dispatches = self._done = 0  # steps, and how many of them are known to be done
         self._waited = 0.0  # seconds, for the devices
         self._known: set[Any] = set()  # programs that have been run
@@ -441,6 +442,9 @@ class Scheduler:
 
     def _whole_step(self, tokens: int, phase: Phase) -> None:
         began, waited, known = time.perf_counter(), self._waited, len(self._known)
+        if self._torn:  # by a third Ctrl-C
+            self._abandon(KeyboardInterrupt())
+        self._torn = True
         before, self._dispatched = self._dispatched, []
         try:
             others = any(sequence.decoding for sequence in self._slots if sequence)
@@ -453,6 +457,7 @@ class Scheduler:
                 before, self._dispatched = self._dispatched, []
             for found in before:
                 self._deliver(found)
+            self._torn = False
         except BaseException as error:
             self._abandon(error)  # memory that was given to a failed step is lost
             raise
@@ -672,6 +677,7 @@ class Scheduler:
     def _forget(self) -> None:
         self._slots = [None] * self._num_slots
         self._dispatched, self._prompts, self._state = [], {}, None
+        self._torn = False
 
 
 def _kind(sequence: _Sequence) -> tuple[int, bool]:

@@ -610,6 +610,35 @@ def test_a_call_that_is_cut_anywhere_hangs_nothing(monkeypatch, kind, name, coun
     assert server().generate(requests[1:]) == [alone(requests[1])[0]]
 
 
+@pytest.mark.parametrize("name", ["_fill", "_deliver", "_note", "_take", "_wait"])
+@pytest.mark.parametrize("last", ["_abandon", "_end", "_forget"])
+def test_a_step_whose_cleaning_up_is_cut_too_is_cleaned_up_after(monkeypatch, name, last):
+    """As by three Ctrl-C: no answer goes on with tokens that are missing in its midst."""
+    drain()
+    requests = [Request([n], max_len=12, ignore_eos=True) for n in (5, 6, 7)]
+    expected = [alone(request)[0] for request in requests]
+    handles = [server().submit(request) for request in requests]
+    for _ in range(3):
+        server().step()
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        for each in (name, last):
+            patch.setattr(Scheduler, each, cut)
+        with pytest.raises(KeyboardInterrupt):
+            server().step()
+    for _ in range(3):
+        server().step()
+    assert not server().busy
+    for handle, answer in zip(handles, expected, strict=True):
+        found = handle.completion
+        assert found.finish_reason == "error" and found.error.endswith("; ask again")
+        assert found.token_ids == answer.token_ids[: len(found.token_ids)]
+    assert server().generate(requests) == expected
+
+
 @pytest.mark.parametrize("name", ["end", "_answer"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_cancel_that_is_interrupted_hangs_no_stream(monkeypatch, name, times):
