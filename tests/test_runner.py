@@ -365,6 +365,7 @@ WRONG = {
     "biases in a list": (Request([5], logit_bias=[1.0]), "logit_bias must map token ids"),
     "an empty stop": (Request([5], stop=["a", ""]), "stop must hold texts .* not empty, got ''"),
     "a stop in ids": (Request([5], stop=[7]), "stop must hold texts that are not empty, got 7"),
+    "an array without axes": (Request([5], stop=np.array(7)), "stop must be a text, or a list of"),
     "one stop": (Request([5], stop=7), "stop must be a text, or a list of texts, got 7"),
     "one stop token": (Request([5], stop_tokens=7), "stop_tokens: expected .* ids, got 7"),
     "allowed words": (Request([5], allowed_tokens="ab"), "allowed_tokens: expected .* got 'ab'"),

@@ -38,6 +38,13 @@ FIELD_TYPES = (
 )  # of SampleSettings, in order
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy or jax as Python's, which has no largest one; others as they are."""
+    if not isinstance(value, str) and hasattr(value, "item") and np.ndim(value) == 0:
+        return value.item()
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt and how to continue it.
@@ -96,9 +103,7 @@ class Request:
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for field in (*INTEGERS, *NUMBERS):
-            value = getattr(self, field)
-            if not isinstance(value, str) and hasattr(value, "item") and np.ndim(value) == 0:
-                object.__setattr__(self, field, value.item())  # Python's, which has no largest one
+            object.__setattr__(self, field, _plain(getattr(self, field)))
 
 
 @dataclasses.dataclass
@@ -160,7 +165,7 @@ def encode(
             raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
         return vocabulary.encode(prompt, parse_special)
     try:
-        ids = tuple(prompt)  # an iterator can be read only once
+        ids = tuple(map(_plain, prompt))  # an iterator can be read only once
     except TypeError:
         ids = None
     if ids is None or isinstance(prompt, bytes):
@@ -175,17 +180,29 @@ class RequestError(ValueError):
     """One of several requests is wrong. index: its place among them. reason: what is wrong."""
 
     def __init__(self, index: int, reason: str):
-        super().__init__(f"request {index + 1}: {reason}")
+        super().__init__(index, reason)  # with which another process makes it again
         self.index = index
         self.reason = reason
 
+    def __str__(self) -> str:
+        return f"request {self.index + 1}: {self.reason}"
+
 
 class AnswerError(ValueError):
-    """An answer ended by an error. completions: all that were asked for, this one among them."""
+    """An answer ended by an error.
+
+    index: of its request. reason: what went wrong. completions: all that were asked for, this one
+    among them.
+    """
 
     def __init__(self, index: int, reason: str, completions: list[Completion]):
-        super().__init__(f"request {index + 1}: {reason}")
+        super().__init__(index, reason, completions)
+        self.index = index
+        self.reason = reason
         self.completions = completions
+
+    def __str__(self) -> str:
+        return f"request {self.index + 1}: {self.reason}"
 
 
 class CheckedRequest:
@@ -383,9 +400,10 @@ def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
 
 def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
     stops: Any = (request.stop,) if isinstance(request.stop, str) else request.stop
-    if not isinstance(stops, Iterable):
-        raise ValueError(f"stop must be a text, or a list of texts, got {stops!r}")
-    stops = tuple(stops)
+    try:
+        stops = tuple(stops)
+    except TypeError:
+        raise ValueError(f"stop must be a text, or a list of texts, got {stops!r}") from None
     for stop in stops:
         if not isinstance(stop, str) or not stop:
             raise ValueError(f"stop must hold texts that are not empty, got {stop!r}")

@@ -98,7 +98,7 @@ class Handle:
         self, owner: object, number: int, name: int, checked: CheckedRequest, queue: EventQueue
     ):
         self.number = number
-        self._owner = owner  # the scheduler
+        self._owner = owner  # stands for the scheduler, whose memory would stay with it
         self._name = name  # in its events
         self._checked = checked
         self._queue = queue
@@ -125,6 +125,9 @@ class Handle:
 
     def __copy__(self) -> Self:
         return self  # it stands for what the scheduler has
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
 
     def __repr__(self) -> str:
         reasons = [answer.finish_reason or "in progress" for answer in self.completions]
@@ -252,6 +255,7 @@ class Scheduler:
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
         self._pad_sizes = model.pad_sizes
         self._process = os.getpid()
+        self._identity = object()
         self._lock = threading.RLock()
         self._inside: set[int] = set()  # threads that hold the lock or wait for it
         self._submitted = 0
@@ -359,14 +363,14 @@ class Scheduler:
     def _check_own(self, handle: Handle) -> None:
         if not isinstance(handle, Handle):
             raise ValueError(f"expected what submit returned, got {handle!r}")
-        if handle._owner is not self:
+        if handle._owner is not self._identity:
             raise ValueError(f"{handle!r} was submitted to another server; ask that one")
 
     def _submit(
         self, checked: CheckedRequest, queue: EventQueue, name: int | None = None
     ) -> Handle:
         name = self._submitted if name is None else name
-        handle = Handle(self, self._submitted, name, checked, queue)
+        handle = Handle(self._identity, self._submitted, name, checked, queue)
         self._submitted += 1
         self._line.append(handle)
         return handle

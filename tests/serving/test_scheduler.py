@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import pickle
 import re
 import signal
 import threading
@@ -13,6 +14,7 @@ import time
 import weakref
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from grok1.execution import Execution
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import scheduler, steps
-from grok1.serving.request import Answer, AnswerError, CheckedRequest, Request
+from grok1.serving.request import Answer, AnswerError, CheckedRequest, Request, RequestError
 from grok1.serving.scheduler import EventQueue, Handle, Scheduler, Statistics
 from grok1.serving.steps import MOST_TOKENS
 from test_runner import TINY, make
@@ -218,7 +220,33 @@ def test_iterators_are_as_good_as_lists():
 
     expected = ask(list)
     assert ask(iter) == ask(np.array) == ask(dict.fromkeys) == expected
+
+    def on_device(values):
+        return values if isinstance(values[0], str) else jnp.array(values)
+
+    assert ask(on_device) == ask(lambda values: list(on_device(values))) == expected
     assert "stop" in {answer.finish_reason for answer in expected}
+
+
+def test_errors_come_whole_from_another_process():
+    """One that cannot be made again hangs a multiprocessing.Pool, and breaks other executors."""
+    completion = server().generate([Request([5], max_len=1)])[0]
+    for error in (RequestError(3, "why"), AnswerError(3, "why", [completion])):
+        for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert type(copied) is type(error) and vars(copied) == vars(error)
+            assert str(copied) == "request 4: why"
+
+
+def test_a_handle_keeps_no_model_in_memory():
+    model = make(slots=1)
+    handle = model.submit(Request([5], max_len=1))
+    assert copy.deepcopy([handle])[0] is handle
+    while model.busy:
+        model.step()
+    gone = weakref.ref(model._scheduler)
+    del model
+    gc.collect()
+    assert gone() is None and len(handle.completion.token_ids) == 1
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64, np.array])
