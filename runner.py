@@ -173,7 +173,8 @@ class InferenceRunner:
     Any thread may call any method, and each gets what it asked for, whichever thread's call lets
     the devices work on it; so may a loop over `generate_events` or `stream` ask for more. `logits`,
     `inspect` and `score` each keep other threads waiting until they are done. Several processes
-    must all make the same calls in one order, and so from one thread. In a forked process
+    must all make the same calls in one order, and so from one thread; if one fails, the others
+    wait for it without end, and must be killed (run.py watches its own). In a forked process
     everything raises RuntimeError: jax does not work there.
     """
 
