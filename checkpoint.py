@@ -9,6 +9,7 @@ python checkpoint.py --help says how to convert one form into the other, and to 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -183,7 +184,8 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
         layer at a time. Float parameters are written in the dtype that they have.
 
-    Each file appears whole or not at all: it is written under another name and then renamed. DIR
+    Each file appears whole or not at all: it is written under another name and then renamed. If
+    saving does not come to its end, DIR is no checkpoint until it is saved again. DIR
     may be a link to a directory; one in it, where something is to be written, is an OSError.
     Raises CheckpointError if ckpt-0 holds tensor files that this would not replace, ValueError if
     the layout has no place for the parameters, OSError if writing fails.
@@ -203,12 +205,22 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
             f"{len(stale)} that would be left over",
             "remove them, or save to another directory",
         )
-    for record in records:
-        arrays = _fetch(record, params[record.module][record.param])
-        path = os.path.join(folder, record.file)
-        atomic.write(path, pickle_file.contents(record.leaf, arrays))
-    if text is not None:
-        atomic.write(config_path, [text])
+    with _marked(directory):
+        for record in records:
+            arrays = _fetch(record, params[record.module][record.param])
+            path = os.path.join(folder, record.file)
+            atomic.write(path, pickle_file.contents(record.leaf, arrays))
+        if text is not None:
+            atomic.write(config_path, [text])
+
+
+@contextlib.contextmanager
+def _marked(directory: Directory) -> Iterator[None]:
+    """Mark DIR as half saved while the block replaces its files, and for good if it fails."""
+    marker = os.path.join(directory, forms.SAVING)
+    atomic.write(marker, [])
+    yield
+    atomic.remove(marker)
 
 
 def _native(array: Any) -> jax.ShapeDtypeStruct:

@@ -205,7 +205,9 @@ def _check_target(job: Job) -> None:
     for file in (*(output.file for output in job.outputs), forms.INDEX, *_COPIED, state):
         atomic.require_plain(os.path.join(job.target, file))
     other = forms.FOLDER if job.form == forms.SAFETENSORS else forms.INDEX
-    left = [other] if os.path.lexists(os.path.join(job.target, other)) else []
+    left = [
+        name for name in (other, forms.SAVING) if os.path.lexists(os.path.join(job.target, name))
+    ]
     with contextlib.suppress(FileNotFoundError):
         left += sorted(_tensor_files(job) - {output.file for output in job.outputs})
     own, others = (os.path.join(folder, "config.json") for folder in (job.source, job.target))

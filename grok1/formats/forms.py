@@ -2,7 +2,8 @@
 
 A checkpoint DIR comes in one of two forms: RELEASED, with one pickle a parameter and layer in
 DIR/ckpt-0 (pickle_file.py), or SAFETENSORS, with one file a layer and the index DIR/INDEX
-(safetensors.py). DIR/WORK marks a conversion that has not come to its end (conversion.py).
+(safetensors.py). DIR/WORK marks a conversion that has not come to its end (conversion.py), and
+DIR/SAVING a `checkpoint.save` that has not: files of two models may be there.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ RELEASED, SAFETENSORS = "released", "safetensors"
 FOLDER = "ckpt-0"
 INDEX = "model.safetensors.index.json"
 WORK = ".converting"
+SAVING = ".saving"
 MAX_TOKENIZER_BYTES = 64 << 20  # Grok-1's has 2.2 MB
 
 Directory = str | os.PathLike[str]

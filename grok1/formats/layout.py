@@ -110,6 +110,10 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
         raise forms.error(
             str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy
         )
+    if os.path.lexists(os.path.join(directory, forms.SAVING)):
+        got = f"one half saved ({forms.SAVING} is there)"
+        remedy = "save it again: files of the model before may be among the new ones"
+        raise forms.error(str(directory), "a whole checkpoint", got, remedy)
     if forms.form(directory) == forms.SAFETENSORS:
         return safetensors.check_files(directory, records)
     folder = os.path.join(directory, forms.FOLDER)

@@ -1,6 +1,7 @@
 """Checkpoints are read to the last bit and written as they were; anything else is refused."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -189,6 +190,35 @@ def test_a_save_that_fails_leaves_the_old_file_whole(
     assert {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()} == before
 
 
+@pytest.mark.parametrize("written", [1, 5, 7])
+def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
+    written: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of both would be in one array, and every file as it should be."""
+    first, second = (random_params(tiny_shapes(), seed=seed) for seed in (1, 2))
+    checkpoint.save(tmp_path, first)
+    placed, place = itertools.count(), atomic.place
+
+    def cut(temporary: str, path: str) -> None:
+        if path.endswith("_000") and next(placed) == written:
+            raise KeyboardInterrupt
+        place(temporary, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic, "place", cut)
+        checkpoint.save(tmp_path, second)
+    for read in (
+        lambda: checkpoint.load(tmp_path, tiny_shapes()),
+        lambda: checkpoint.convert(tmp_path, tmp_path / "other", "safetensors"),
+        lambda: checkpoint.verify(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match="got one half saved .*; save it again: files"):
+            read()
+    checkpoint.save(tmp_path, second, {})
+    assert_same(checkpoint.load(tmp_path, tiny_shapes()), second)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt-0", "config.json"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["ckpt-0", "ckpt-0/tensor00005_000", "ckpt-0/.tensor00005_000.partial", "config.json"],
@@ -203,7 +233,7 @@ def test_saving_follows_no_link(name: str, tmp_path: pathlib.Path) -> None:
         checkpoint.save(tmp_path / "saved", random_params(tiny_shapes()), {})
     files = {path.name: path.read_bytes() for path in (tmp_path / "others").iterdir()}
     assert files == {"file": b"of somebody else"}
-    assert set(os.listdir(tmp_path / "saved")) <= {"ckpt-0", "config.json"}
+    assert set(os.listdir(tmp_path / "saved")) <= {"ckpt-0", "config.json", ".saving"}
 
 
 @pytest.mark.parametrize("name", ["tensor00005_000", ".tensor00005_000.partial"])
