@@ -429,6 +429,16 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
     return status
 
 
+def check_surroundings() -> None:
+    """Raise ValueError if jax cannot work as Python was started, or where this program is."""
+    if not __debug__:
+        raise ValueError("python -O takes out what dm-haiku needs; start without it")
+    try:
+        str(ROOT).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{ROOT}: expected a path in UTF-8; move this program") from None
+
+
 def main() -> int:
     """Run the command; returns the exit status."""
     open_standard_streams()
@@ -437,8 +447,7 @@ def main() -> int:
     peers: multihost.Peers | None = None
     try:
         try:
-            if not __debug__:
-                raise ValueError("python -O takes out what dm-haiku needs; start without it")
+            check_surroundings()
             options = parse_arguments()
             if options.distributed:
                 signal.signal(multihost.WAKE, signal.default_int_handler)

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 
 # Settings of jax, and the values with which the model's programs can be built.
-SETTINGS = {"jax_enable_x64": False, "jax_disable_jit": False}
+SETTINGS = dict.fromkeys(
+    ("jax_enable_x64", "jax_disable_jit", "jax_no_tracing", "jax_no_execution"), False
+)
 # Those on which the numbers depend that are drawn and computed.
 NUMERIC = (
     "jax_default_prng_impl",

@@ -463,7 +463,7 @@ def test_load_server_says_what_is_wrong(options, message):
         load_server(**{"directory": directory, **options})
 
 
-@pytest.mark.parametrize("name", ["jax_enable_x64", "jax_disable_jit"])
+@pytest.mark.parametrize("name", ["jax_enable_x64", "jax_disable_jit", "jax_no_tracing"])
 def test_settings_of_jax_that_the_model_does_not_know_are_refused(name):
     jax.config.update(name, True)
     try:

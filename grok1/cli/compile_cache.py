@@ -29,8 +29,11 @@ def enable() -> str | None:
     try:
         directory = cache_directory("programs")
         remove_cut_entries(directory)
+        str(directory).encode()  # as XLA must
     except (OSError, CacheError) as error:
         return f"compiled programs cannot be kept ({error})"
+    except UnicodeEncodeError:
+        return f"compiled programs cannot be kept ({directory} is not a path in UTF-8)"
     # The run does not need the cache: it goes on where an entry cannot be read or written.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -25,9 +25,8 @@ class Keyboard:
     def __init__(self) -> None:
         self.pressed = False
         self._reading = False
-        self._terminal = sys.stdin.isatty()
-        self._sign = SIGN if self._terminal and sys.stdout.isatty() else ""
-        if self._terminal:
+        self._sign = SIGN if sys.stdin.isatty() and sys.stdout.isatty() else ""
+        if self._sign:
             with contextlib.suppress(ImportError):  # not on every platform
                 import readline  # noqa: F401  # gives `input` its history
         # What is not UTF-8 reaches the tokenizer, which refuses it.
@@ -57,7 +56,7 @@ class Keyboard:
         return line
 
     def _line(self) -> str:
-        if self._terminal:
+        if self._sign:
             return input(self._sign)
         line = self._lines.readline(MOST_CHARACTERS + 1)
         if not line:

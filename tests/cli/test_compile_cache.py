@@ -113,6 +113,15 @@ def test_a_directory_that_cannot_be_made_is_no_error(enabled: pathlib.Path) -> N
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
+def test_a_path_that_is_not_text_is_no_error(
+    enabled: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(enabled / "m\udcfcller"))
+    reason = compile_cache.enable() or ""
+    assert re.fullmatch(r"compiled .* kept \(.*m\udcfcller.* is not a path in UTF-8\)", reason)
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
 @pytest.mark.parametrize("level", range(4))
 def test_programs_that_others_can_write_are_not_run(enabled: pathlib.Path, level: int) -> None:
     directory = cache_directory("programs")

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -132,6 +133,30 @@ def test_a_pause_between_prompts_does_not_end_a_session(
     first, second = PROMPT[:3].encode(), PROMPT[3:].encode()
     with halting_input(monkeypatch, first, second + b"\n", first, second + b"\n"):
         assert command(*settings, "--interactive").out == f"{answer}\n" * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes a terminal as Linux gives it")
+def test_a_pause_in_a_terminal_does_not_end_a_session_whose_output_goes_elsewhere(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["--checkpoint", tiny, "--max-len", 5, "--temperature", 0]
+    answer = command(*settings, "--json", "--prompt", PROMPT).answers[0]["text"]
+    person, inside = os.openpty()
+    os.set_blocking(inside, False)
+
+    def type_slowly() -> None:
+        for keys in (f"{PROMPT}\n", "\x04"):
+            time.sleep(0.5)
+            os.write(person, keys.encode())
+
+    typing = threading.Thread(target=type_slowly)
+    with open(inside) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        typing.start()
+        result = command(*settings, "--interactive")
+        typing.join()
+    os.close(person)
+    assert (result.status, result.out) == (0, f"{answer}\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")

@@ -481,6 +481,13 @@ def test_python_without_assertions_is_refused(flag: str, script: str) -> None:
     assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), 1, "python -O takes out")
 
 
+def test_a_place_that_jax_cannot_name_is_refused(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROOT", pathlib.Path("/m\udcfcller"))
+    assert_one_sentence(command(), 1, "ller: expected a path in UTF-8; move this program")
+
+
 # Interruptions.
 
 
