@@ -98,13 +98,13 @@ class Decoded(NamedTuple):
     """The tokens of one dispatch, in the order in which they were drawn.
 
     sample: SampleOutput, each field with an axis before its own: MOST_TOKENS in `decode`, 1 in
-    `first_token`. drawn: bool [MOST_TOKENS or 1, B], for whom a token was drawn each time. finite:
-    the same shape, whether the logits that it was drawn from are; else it means nothing.
+    `first_token`. The `logprob` of a token that was drawn from logits that are not all finite is
+    NaN, and the token means nothing. drawn: bool [MOST_TOKENS or 1, B], for whom a token was drawn
+    each time.
     """
 
     sample: SampleOutput
     drawn: jax.Array
-    finite: jax.Array
 
 
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
@@ -190,10 +190,9 @@ def _draw(
     sample, slots = _sample(config, mesh, logits, chosen)
     settings = slots.settings
     still = jnp.where(drawing, settings.active, active)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return Decoded(sample, drawing, finite), slots._replace(
-        settings=settings._replace(active=still)
-    )
+    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
+    sample = sample._replace(logprob=jnp.where(finite, sample.logprob, jnp.nan))
+    return Decoded(sample, drawing), slots._replace(settings=settings._replace(active=still))
 
 
 def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
