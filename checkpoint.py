@@ -191,6 +191,8 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     the layout has no place for the parameters, OSError if writing fails.
     """
     records = files(jax.tree.map(_native, params))
+    if not records:
+        raise ValueError("params: expected parameters to save, got none")
     text = None if config is None else json.dumps(config, indent=2).encode()
     folder, config_path = (os.path.join(directory, name) for name in (forms.FOLDER, "config.json"))
     os.makedirs(directory, exist_ok=True)
@@ -205,7 +207,7 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
             f"{len(stale)} that would be left over",
             "remove them, or save to another directory",
         )
-    with _marked(directory):
+    with _marked(directory, os.path.join(folder, records[0].file)):
         for record in records:
             arrays = _fetch(record, params[record.module][record.param])
             path = os.path.join(folder, record.file)
@@ -215,11 +217,20 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
 
 
 @contextlib.contextmanager
-def _marked(directory: Directory) -> Iterator[None]:
-    """Mark DIR as half saved while the block replaces its files, and for good if it fails."""
+def _marked(directory: Directory, first: str) -> Iterator[None]:
+    """Mark DIR as half saved while the block replaces its files, `first` before the others.
+
+    The mark stays if the block fails, unless even that file is as it was.
+    """
     marker = os.path.join(directory, forms.SAVING)
+    before = atomic.stamp(first) if os.path.lexists(first) else None
     atomic.write(marker, [])
-    yield
+    try:
+        yield
+    except BaseException:
+        if before is not None and atomic.stamp(first) == before:
+            atomic.remove(marker)
+        raise
     atomic.remove(marker)
 
 

@@ -181,13 +181,28 @@ def test_a_save_that_fails_leaves_the_old_file_whole(
     checkpoint.save(tmp_path, random_params(tiny_shapes(), seed=1))
     before = {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()}
 
-    def full_disk(_: int) -> None:
+    def full_disk(_: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, random_params(tiny_shapes(), seed=2))
-    assert {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()} == before
+    fill = atomic.fill
+
+    def fill_little(path: str, contents: Any) -> None:
+        fill(path, contents)
+        if "tensor" in path:
+            raise OSError(28, "No space left on device")
+
+    for name, value in (("fill", fill_little), ("_sync", full_disk)):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(atomic, name, value)
+            checkpoint.save(tmp_path, random_params(tiny_shapes(), seed=2))
+        assert {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()} == before
+        assert_same(checkpoint.load(tmp_path, tiny_shapes()), random_params(tiny_shapes(), seed=1))
+
+
+def test_nothing_is_no_checkpoint_to_save(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="expected parameters to save, got none"):
+        checkpoint.save(tmp_path, {})
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("written", [1, 5, 7])
