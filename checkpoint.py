@@ -184,11 +184,12 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
         layer at a time. Float parameters are written in the dtype that they have.
 
-    Each file appears whole or not at all: it is written under another name and then renamed. If
-    saving does not come to its end, DIR is no checkpoint until it is saved again. DIR
-    may be a link to a directory; one in it, where something is to be written, is an OSError.
-    Raises CheckpointError if ckpt-0 holds tensor files that this would not replace, ValueError if
-    the layout has no place for the parameters, OSError if writing fails.
+    Each file appears whole or not at all: it is written under another name and then renamed. Once
+    one has replaced another, DIR is no checkpoint until saving has come to its end. DIR may be a
+    link to a directory; one in it, where something is to be written, is an OSError. Raises
+    CheckpointError if ckpt-0 holds tensor files that this would not replace, or another save or
+    conversion writes to DIR or was interrupted there, ValueError if the layout has no place for the
+    parameters, OSError if writing fails.
     """
     records = files(jax.tree.map(_native, params))
     if not records:
@@ -196,6 +197,23 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     text = None if config is None else json.dumps(config, indent=2).encode()
     folder, config_path = (os.path.join(directory, name) for name in (forms.FOLDER, "config.json"))
     os.makedirs(directory, exist_ok=True)
+    with forms.only_writer(directory):
+        _check_place(directory, records)
+        with _marked(directory, os.path.join(folder, records[0].file)):
+            for record in records:
+                arrays = _fetch(record, params[record.module][record.param])
+                path = os.path.join(folder, record.file)
+                atomic.write(path, pickle_file.contents(record.leaf, arrays))
+            if text is not None:
+                atomic.write(config_path, [text])
+
+
+def _check_place(directory: Directory, records: Sequence[TensorFile]) -> None:
+    """Make DIR/ckpt-0; raise CheckpointError or OSError if the files cannot be put there."""
+    folder, config_path = (os.path.join(directory, name) for name in (forms.FOLDER, "config.json"))
+    if os.path.lexists(os.path.join(directory, forms.WORK)):
+        remedy = "start the conversion again, or save to another directory"
+        raise forms.error(str(directory), "no conversion", "an unfinished one", remedy)
     atomic.make_folder(folder)
     for path in (*(os.path.join(folder, record.file) for record in records), config_path):
         atomic.require_plain(path)
@@ -207,23 +225,17 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
             f"{len(stale)} that would be left over",
             "remove them, or save to another directory",
         )
-    with _marked(directory, os.path.join(folder, records[0].file)):
-        for record in records:
-            arrays = _fetch(record, params[record.module][record.param])
-            path = os.path.join(folder, record.file)
-            atomic.write(path, pickle_file.contents(record.leaf, arrays))
-        if text is not None:
-            atomic.write(config_path, [text])
 
 
 @contextlib.contextmanager
 def _marked(directory: Directory, first: str) -> Iterator[None]:
     """Mark DIR as half saved while the block replaces its files, `first` before the others.
 
-    The mark stays if the block fails, unless even that file is as it was.
+    The mark stays if the block fails, unless the model before was whole and is as it was.
     """
     marker = os.path.join(directory, forms.SAVING)
-    before = atomic.stamp(first) if os.path.lexists(first) else None
+    whole = os.path.lexists(first) and not os.path.lexists(marker)
+    before = atomic.stamp(first) if whole else None
     atomic.write(marker, [])
     try:
         yield

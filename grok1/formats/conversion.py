@@ -268,8 +268,9 @@ def _working(job: Job) -> Iterator[str]:
     work = os.path.join(job.target, forms.WORK)
     state = os.path.join(work, _STATE)
     os.makedirs(job.target, exist_ok=True)
-    descriptor = _lock(job.target, work)
-    try:
+    with forms.only_writer(job.target):
+        _check_target(job)  # again: another program may have left something
+        atomic.make_folder(work)
         _check_work(job, work)
         _clean(job, work)
         try:
@@ -282,24 +283,6 @@ def _working(job: Job) -> Iterator[str]:
             raise
         atomic.remove(state)
         os.rmdir(work)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(target: str, work: str) -> int:
-    """Make DST/.converting, if need be, and return a descriptor that has it locked."""
-    while True:
-        atomic.make_folder(work)
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        if not atomic.lock(descriptor):
-            os.close(descriptor)
-            expected, got = "one conversion at a time", "another one at work"
-            raise error(target, expected, got, "wait until it ends")
-        # Who had the lock may have removed the directory since; another one may have made it again.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.lstat(work)):
-                return descriptor
-        os.close(descriptor)
 
 
 def _temporary_names(job: Job) -> set[str]:

@@ -6,9 +6,13 @@ DIR/ckpt-0 (pickle_file.py), or SAFETENSORS, with one file a layer and the index
 DIR/SAVING a `checkpoint.save` that has not: files of two models may be there.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
+
+from grok1.formats import atomic
 
 RELEASED, SAFETENSORS = "released", "safetensors"
 FOLDER = "ckpt-0"
@@ -42,6 +46,22 @@ class TensorFile:
     layer: int | None
     leaf: Any
     size: int
+
+
+@contextlib.contextmanager
+def only_writer(directory: Directory) -> Iterator[None]:
+    """Keep other saves and conversions away from DIR, which is there, until the block ends.
+
+    Raises CheckpointError if another one is at work.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not atomic.lock(descriptor):
+            expected, got = "one save or conversion at a time", "another one at work"
+            raise error(str(directory), expected, got, "wait until it ends")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def error(where: str, expected: str, got: str, remedy: str) -> CheckpointError:

@@ -205,6 +205,27 @@ def test_nothing_is_no_checkpoint_to_save(tmp_path: pathlib.Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_two_saves_to_one_place_do_not_mix(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (random_params(tiny_shapes(), seed=seed) for seed in (1, 2))
+    write, refused = atomic.write, []
+
+    def meanwhile(*arguments: Any) -> None:
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+            patch.setattr(atomic, "write", write)
+            checkpoint.save(tmp_path, second)
+        refused.append(str(caught.value))
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write", meanwhile)
+        checkpoint.save(tmp_path, first)
+    sentence = "expected one save or conversion at a time, got another one at work; wait until"
+    assert len(refused) > 7 and all(sentence in error for error in refused)
+    assert_same(checkpoint.load(tmp_path, tiny_shapes()), first)
+
+
 @pytest.mark.parametrize("written", [1, 5, 7])
 def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
     written: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +250,16 @@ def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
     ):
         with pytest.raises(CheckpointError, match="got one half saved .*; save it again: files"):
             read()
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    # A save that fails at once leaves it as it was: a mixture.
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(pickle_file, "contents", full_disk)
+        checkpoint.save(tmp_path, second)
+    with pytest.raises(CheckpointError, match="got one half saved"):
+        checkpoint.load(tmp_path, tiny_shapes())
     checkpoint.save(tmp_path, second, {})
     assert_same(checkpoint.load(tmp_path, tiny_shapes()), second)
     assert sorted(os.listdir(tmp_path)) == ["ckpt-0", "config.json"]

@@ -443,33 +443,44 @@ def test_two_conversions_to_one_place_do_not_mix(
 
     def again(*_: int) -> None:
         if not refused:
-            with pytest.raises(CheckpointError, match="one conversion at a time") as caught:
-                convert(released, tmp_path, "safetensors")
-            refused.append(caught)
+            for write in (
+                lambda: convert(released, tmp_path, "safetensors"),
+                lambda: save(tmp_path, 3, seed=1),
+            ):
+                with pytest.raises(CheckpointError, match="one save or conversion at a time"):
+                    write()
+                refused.append(write)
 
     convert(released, tmp_path, "safetensors", again)
-    assert refused and not verify(tmp_path)[1]
+    assert len(refused) == 2 and not verify(tmp_path)[1]
 
 
-def test_the_lock_is_never_that_of_a_removed_directory(
-    released: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_what_appears_before_the_lock_is_seen(
+    released: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """One conversion ends between the opening and the locking by the next one."""
-    lock, ended = atomic.lock, []
+    """A save that another process was killed in, after the first look at the target."""
+    lock = atomic.lock
 
     def late(descriptor: int) -> bool:
-        if not ended:
-            ended.append((tmp_path / WORK).rmdir())
-            (tmp_path / WORK).mkdir()  # by a third one
+        (tmp_path / forms.SAVING).touch()
         return lock(descriptor)
 
-    def others(*_: int) -> None:
-        with pytest.raises(CheckpointError, match="one conversion at a time"):
-            convert(released, tmp_path, "safetensors")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="left over"):
+        patch.setattr(atomic, "lock", late)
+        convert(released, tmp_path, "safetensors")
+    assert not (tmp_path / WORK).exists()
 
-    monkeypatch.setattr(atomic, "lock", late)
-    convert(released, tmp_path, "safetensors", others)
-    assert ended and not verify(tmp_path)[1]
+
+def test_nothing_is_saved_into_an_unfinished_conversion(
+    released: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(released, tmp_path, "safetensors", stop_after(40))
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="expected no conversion, got an unfinished one; st"):
+        save(tmp_path, 3, seed=1)
+    assert contents(tmp_path) == before
+    convert(released, tmp_path, "safetensors")
 
 
 def test_a_state_is_read_under_the_lock(
