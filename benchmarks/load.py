@@ -126,7 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    count = number(1, 10**6, int, "a whole number of at least 1")
+    count = number(int, 1, 10**6)
     add("--turns", type=count, default=7, metavar="N", help="readings and loads, in turns (7)")
     add("--devices", type=int, choices=(1, 2, 4, 8), default=1, help="the model axis (1)")
     add(

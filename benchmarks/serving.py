@@ -241,7 +241,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--latency", action="store_true", help="measure tokens beside a prompt that is read")
     add("--batch", action="store_true", help="measure many slots beside one")
     add("--host", action="store_true", help="measure the host's share of a step")
-    count = number(1, 10**6, int, "a whole number of at least 1")
+    count = number(int, 1, 10**6)
     add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     return parser.parse_args(arguments)

@@ -334,11 +334,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    count = number(1, 10**9, int, "a whole number of at least 1")
+    count = number(int, 1, 10**9)
     add("--requests", type=count, default=2000, metavar="N", help="how many to serve (2000)")
     add("--pool", type=count, default=150, metavar="N", help="how many different ones (150)")
     add("--points", type=count, default=8, metavar="N", help="how often memory is measured (8)")
-    seed = number(0, 2**32 - 1, int, "a whole number of at least 0")
+    seed = number(int, 0, 2**32 - 1)
     add("--seed", type=seed, default=0, metavar="N", help="what is drawn, and when it comes (0)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     return parser.parse_args(arguments)

@@ -552,9 +552,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    count = number(1, 10**6, int, "a whole number of at least 1")
+    count = number(int, 1, 10**6)
     add("--config", choices=CONFIGS, default="quarter", help="the model (quarter)")
-    add("--layers", type=number(1, 64, int, "a whole number from 1 to 64"), metavar="N",
+    add("--layers", type=number(int, 1, 64), metavar="N",
         help="of grok-1-rank (64)")  # fmt: skip
 
     add("--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"of {', '.join(FORMS)} (all)")

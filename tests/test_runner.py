@@ -363,10 +363,10 @@ WRONG = {
     ),
     "a bias of no token": (Request([5], logit_bias={4096: 1.0}), "from 0 to 4095, got 4096"),
     "biases in a list": (Request([5], logit_bias=[1.0]), "logit_bias must map token ids"),
-    "an empty stop": (Request([5], stop=["a", ""]), "stop must hold texts .* not empty, got ''"),
-    "a stop in ids": (Request([5], stop=[7]), "stop must hold texts that are not empty, got 7"),
-    "an array without axes": (Request([5], stop=np.array(7)), "stop must be a text, or a list of"),
-    "one stop": (Request([5], stop=7), "stop must be a text, or a list of texts, got 7"),
+    "an empty stop": (Request([5], stop=["a", ""]), "stop must hold strings .* not empty, got ''"),
+    "a stop in ids": (Request([5], stop=[7]), "stop must hold strings that are not empty, got 7"),
+    "an array without axes": (Request([5], stop=np.array(7)), "stop must be a string or a list of"),
+    "one stop": (Request([5], stop=7), "stop must be a string or a list of strings, got 7"),
     "one stop token": (Request([5], stop_tokens=7), "stop_tokens: expected .* ids, got 7"),
     "allowed words": (Request([5], allowed_tokens="ab"), "allowed_tokens: expected .* got 'ab'"),
     "stop_tokens": (Request([5], stop_tokens=[-1]), "expected token ids from 0 to 4095, got -1"),
@@ -391,7 +391,7 @@ WRONG = {
     "a flag for a number": (Request([5], min_p=True), "min_p must be one number, got True"),
     "a prompt without axes": (Request(np.array(5)), "list of token ids, got array.5."),
     "a large seed of numpy": (Request([5], rng_seed=np.uint64(2**63)), "got 9223372036854775808"),
-    "a prompt in bytes": (Request(b"cat"), "expected a text or a list of token ids, got b'cat'"),
+    "a prompt in bytes": (Request(b"cat"), "expected a string or a list of token ids, got b'cat'"),
     "no samples": (Request([5], num_samples=0), "num_samples must be .* 1 to 1024, got 0"),
     "too many samples": (Request([5], num_samples=1025), "num_samples must be .* got 1025"),
     "half a sample": (Request([5], num_samples=1.5), "num_samples must be .* got 1.5"),
@@ -510,7 +510,7 @@ def test_logits_and_score_refuse_what_are_no_tokens(tiny):
         tiny.logits([[5.5, 6]])
     with pytest.raises(ValueError, match="score takes a list of texts, got one text 'The cat'"):
         tiny.score("The cat")
-    with pytest.raises(ValueError, match="expected a text or a list of token ids, got 5"):
+    with pytest.raises(ValueError, match="expected a string or a list of token ids, got 5"):
         tiny.score([5, 6])
 
 

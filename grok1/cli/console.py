@@ -185,8 +185,10 @@ def token_ids(text: str) -> list[int]:
         ) from None
 
 
-def number(low: float, high: float, kind: type, wanted: str) -> Any:
-    """Return a parser for a number in [low, high]."""
+def number(kind: type, low: float, high: float, note: str = "") -> Any:
+    """Return a parser for an int or float in [low, high]; `note` ends what it says is expected."""
+    name = "an integer" if kind is int else "a number"
+    wanted = f"{name} from {low:.10g} to {high:.10g}{note}"
 
     def parse(text: str) -> Any:
         try:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from grok1.cli.console import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
 from grok1.parallel import multihost
@@ -55,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar='"5 6 7"',
         help="token ids to continue, may be repeated; needs no tokenizer",
     )
-    count = number(1, 2**31 - 1, int, "a whole number of at least 1")
+    count = number(int, 1, 2**31 - 1)
     add(
         "--max-len",
         type=count,
@@ -64,14 +65,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--temperature",
-        type=number(0, 1e6, float, "a number of at least 0 (0: the most probable token)"),
+        type=number(float, 0, 1e6, " (0: the most probable token)"),
         default=0.7,
         metavar="X",
         help="0 takes the most probable token (0.7)",
     )
     add(
         "--top-k",
-        type=number(0, 2**31 - 1, int, "a whole number of at least 0 (0: no limit)"),
+        type=number(int, 0, 2**31 - 1, " (0: no limit)"),
         default=0,
         metavar="N",
         help="draw from the N most probable tokens (0: no limit)",
@@ -79,38 +80,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--nucleus-p",
         "--top-p",
-        type=number(sys.float_info.min, 1, float, "a number above 0 and at most 1"),
+        type=number(float, sys.float_info.min, 1),
         default=1.0,
         metavar="X",
         help="draw from the fewest tokens whose probability reaches X (1)",
     )
     add(
         "--min-p",
-        type=number(0, 1, float, "a number from 0 to 1"),
+        type=number(float, 0, 1),
         default=0.0,
         metavar="X",
         help="draw from the tokens X times as probable as the most probable one, or more (0)",
     )
     add(
         "--repetition-penalty",
-        type=number(
-            1 / LARGEST_PENALTY,
-            LARGEST_PENALTY,
-            float,
-            f"a number from {1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}",
-        ),
+        type=number(float, 1 / LARGEST_PENALTY, LARGEST_PENALTY),
         default=1.0,
         metavar="X",
         help="above 1 tokens of prompt and answer come back less (1)",
     )
     add(
         "--presence-penalty",
-        type=number(
-            -LARGEST_BIAS,
-            LARGEST_BIAS,
-            float,
-            f"a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}",
-        ),
+        type=number(float, -LARGEST_BIAS, LARGEST_BIAS),
         default=0.0,
         metavar="X",
         help="above 0 tokens of the answer come back less (0)",
@@ -128,7 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--seed",
-        type=number(0, 2**32 - 1, int, "a whole number from 0 to 4294967295"),
+        type=number(int, 0, 2**32 - 1),
         default=42,
         metavar="N",
         help="the same seed gives the same text (42)",
@@ -158,7 +149,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add(
         "--num-samples",
-        type=number(1, MOST_SAMPLES, int, f"a whole number from 1 to {MOST_SAMPLES}"),
+        type=number(int, 1, MOST_SAMPLES),
         default=1,
         metavar="N",
         help="so many answers to each prompt, which is read once; the seed counts up (1)",
@@ -193,8 +184,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     check_distributed(parser, options)
     check_prompts(parser, options)
     check_routing(parser, options)
-    if options.plan and options.distributed:
-        parser.error("--plan and --distributed do not go together: one process makes a plan")
+    check_plan(parser, options)
     if options.prompts is None:
         options.prompts = [] if options.prompts_file else [DEFAULT_PROMPT]
     options.places = [f"request {number}" for number, _ in enumerate(options.prompts, 1)]
@@ -256,11 +246,8 @@ def check_prompts(parser: Parser, options: argparse.Namespace) -> None:
         "--plan": options.plan,
         "--num-samples": options.num_samples > 1,
     }
-    given = [name for name, value in others.items() if value]
-    if options.interactive and given:
-        parser.error(
-            f"--interactive and {given[0]} do not go together: prompts are typed, answers printed"
-        )
+    if options.interactive:
+        refuse(parser, "--interactive", others, "prompts are typed, answers printed")
 
 
 def check_routing(parser: Parser, options: argparse.Namespace) -> None:
@@ -272,11 +259,15 @@ def check_routing(parser: Parser, options: argparse.Namespace) -> None:
         "--distributed": options.distributed,
         "--plan": options.plan,
     }
-    given = [name for name, value in others.items() if value]
-    if options.show_routing and given:
-        parser.error(
-            f"--show-routing and {given[0]} do not go together: it prints a table for people"
-        )
+    if options.show_routing:
+        refuse(parser, "--show-routing", others, "it prints a table for people")
+
+
+def refuse(parser: Parser, name: str, others: dict[str, Any], reason: str) -> None:
+    """Exit with status 2 if one of the options was given that do not go together with another."""
+    given = [other for other, value in others.items() if value]
+    if given:
+        parser.error(f"{name} and {given[0]} do not go together: {reason}")
 
 
 def add_plan(parser: Parser) -> None:
@@ -306,6 +297,18 @@ def add_plan(parser: Parser) -> None:
     )
 
 
+def check_plan(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if prompts are to be answered, or several processes are to plan."""
+    others = {
+        "--prompt": options.prompts,
+        "--prompts-file": options.prompts_file,
+        "--output": options.output,
+        "--distributed": options.distributed,
+    }
+    if options.plan:
+        refuse(parser, "--plan", others, "a plan is made by one process, without prompts")
+
+
 def add_distributed(parser: Parser) -> None:
     """Add the options of a run of several processes."""
     add = parser.add_argument_group("several processes, as a rule one a host").add_argument
@@ -322,17 +325,17 @@ def add_distributed(parser: Parser) -> None:
     )
     add(
         "--num-processes",
-        type=number(1, 2**20, int, "a whole number of at least 1"),
+        type=number(int, 1, 2**20),
         metavar="N",
         help="how many processes are started, each with the same coordinator",
     )
     add(
         "--process-id",
-        type=number(0, 2**20, int, "a whole number of at least 0"),
+        type=number(int, 0, 2**20),
         metavar="I",
         help="which one this is, from 0",
     )
-    seconds = number(2, 1e6, float, "a number of seconds of at least 2")
+    seconds = number(float, 2, 1e6, " (seconds)")
     add(
         "--peer-timeout",
         type=seconds,

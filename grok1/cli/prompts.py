@@ -121,10 +121,10 @@ def _parse(text: str, place: str) -> Line:
     ids = isinstance(prompt, list) and all(map(is_integer, prompt))
     if not isinstance(prompt, str) and not ids:
         raise ValueError(
-            f"{place}: prompt: expected a text or a list of token ids, got {_shown(prompt)}"
+            f"{place}: prompt: expected a string or a list of token ids, got {_shown(prompt)}"
         )
     if name is not None and type(name) not in (str, int):
-        raise ValueError(f"{place}: id: expected a text or a whole number, got {_shown(name)}")
+        raise ValueError(f"{place}: id: expected a string or an integer, got {_shown(name)}")
     return Line(prompt, name, fields, place)
 
 
@@ -214,9 +214,9 @@ def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
 
 _NAMES = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     type(None): "null",
 }
 

@@ -169,7 +169,7 @@ def encode(
     except TypeError:
         ids = None
     if ids is None or isinstance(prompt, bytes):
-        raise ValueError(f"expected a text or a list of token ids, got {prompt!r}")
+        raise ValueError(f"expected a string or a list of token ids, got {prompt!r}")
     for token in ids:
         if not (is_integer(token) and 0 <= token < config.vocab_size):
             raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {token!r}")
@@ -403,12 +403,12 @@ def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
     try:
         stops = tuple(stops)
     except TypeError:
-        raise ValueError(f"stop must be a text, or a list of texts, got {stops!r}") from None
+        raise ValueError(f"stop must be a string or a list of strings, got {stops!r}") from None
     for stop in stops:
         if not isinstance(stop, str) or not stop:
-            raise ValueError(f"stop must hold texts that are not empty, got {stop!r}")
+            raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
     if stops and vocabulary is None:
-        raise ValueError("stop, a text, needs a tokenizer; give stop_tokens instead")
+        raise ValueError("stop, a string, needs a tokenizer; give stop_tokens instead")
     return stops
 
 

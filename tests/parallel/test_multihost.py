@@ -835,8 +835,8 @@ def test_a_closed_output_is_told_before_loading(start: Start, address: str) -> N
         (["--distributed", "--coordinator", "\xe9" * 63 + ":1"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", "[::1]]:1"], "expected HOST:PORT"),
         (["--distributed", "--coordinator", "[a:1"], "expected HOST:PORT"),
-        (["--distributed", "--num-processes", 0], "expected a whole number of at least 1, got '0'"),
-        (["--peer-timeout", 1], "expected a number of seconds of at least 2, got '1'"),
+        (["--distributed", "--num-processes", 0], "expected an integer from 1 to 1048576, got '0'"),
+        (["--peer-timeout", 1], "expected a number from 2 to 1000000 (seconds), got '1'"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(
