@@ -233,8 +233,10 @@ def _penalised(logits: jax.Array, settings: SampleSettings) -> jax.Array:
     if settings.repetition_penalty is not None:
         penalty = settings.repetition_penalty[:, None]
         worse = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        worse = jnp.nan_to_num(worse)  # what is too large for float32 becomes its largest
         assert settings.in_prompt is not None and settings.in_answer is not None
-        logits = jnp.where(settings.in_prompt | settings.in_answer, worse, logits)
+        before = settings.in_prompt | settings.in_answer
+        logits = jnp.where(before & jnp.isfinite(logits), worse, logits)
     if settings.presence_penalty is not None:
         assert settings.in_answer is not None
         logits -= jnp.where(settings.in_answer, settings.presence_penalty[:, None], 0)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY
 from grok1.serving.sampling import (
     TOP_K,
     TOP_LOGPROBS,
@@ -403,6 +404,41 @@ def test_a_tiny_temperature_takes_the_best_token_and_stays_finite(temperature: f
     assert np.isfinite(output.logprob).all()
 
 
+@pytest.mark.parametrize("largest", [30, 1e30, 3.4e38])
+def test_of_finite_logits_every_number_is_one(largest: float) -> None:
+    """At the limits of every setting: an allowed token, its probability, and no NaN."""
+    rng = np.random.default_rng(14)
+    tiny, half = np.finfo(np.float32).tiny, 256
+    logits = rng.uniform(-1, 1, (2 * half, 50)) * largest
+    logits[rng.random(logits.shape) < 0.1] = largest
+    mask = rng.random(logits.shape) < 0.3
+    mask[:half] = False
+    mask[np.arange(half), rng.integers(0, 50, half)] = True  # one token only
+    mask[half:, 7] = True
+
+    def any_of(*values: float) -> np.ndarray:
+        return rng.choice(values, len(logits)).astype(np.float32)
+
+    settings = {
+        "mask": mask,
+        "temperature": any_of(0, 1e-45, tiny, 1, 1e6, np.finfo(np.float32).max),
+        "nucleus_p": any_of(tiny, 0.5, 1),
+        "min_p": any_of(0, 0.5, 1),
+        "top_k": any_of(0, 1, 3, 2**31 - 256),
+        "repetition_penalty": any_of(1 / LARGEST_PENALTY, 1, LARGEST_PENALTY),
+        "presence_penalty": any_of(-LARGEST_BIAS, 0, LARGEST_BIAS),
+        "bias": rng.choice([-LARGEST_BIAS, 0, LARGEST_BIAS], logits.shape),
+        "in_prompt": rng.random(logits.shape) < 0.5,
+        "in_answer": rng.random(logits.shape) < 0.5,
+        "top_logprobs": any_of(0, TOP_LOGPROBS),
+    }
+    output = draw(logits.astype(np.float32), **settings)
+    assert np.take_along_axis(mask, output.token_id, axis=1).all()
+    assert (output.prob > 0).all() and (output.prob <= 1).all()
+    assert (output.logprob <= 0).all()
+    assert (output.top_k_probs >= 0).all() and (output.top_logprobs <= 0).all()
+
+
 def test_logprob_is_the_models_own_before_mask_temperature_and_filters() -> None:
     rng = np.random.default_rng(8)
     logits = rng.normal(size=(32, 50)).astype(np.float32) * 3
@@ -444,7 +480,7 @@ def test_a_token_at_minus_infinity_is_drawn_only_if_nothing_else_is_allowed() ->
     logits[:, [2, 4]] = 1, 0
     mask = np.ones(logits.shape, bool)
     mask[32:, [0, 2, 4, 6, 7]] = False
-    output = draw(logits, mask=mask, temperature=1e38)
+    output = draw(logits, mask=mask, temperature=1e38, in_prompt=True)
     assert set(output.token_id[:32, 0]) == {2, 4}
     assert set(output.token_id[32:, 0]) == {1, 3, 5}
     np.testing.assert_allclose(output.prob[:32], 1 / 2)
