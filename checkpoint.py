@@ -48,6 +48,7 @@ from model import LanguageModelConfig, grok_1
 
 __all__ = [
     "CheckpointError",
+    "check_config",
     "check_files",
     "config_in",
     "convert",
@@ -63,7 +64,7 @@ __all__ = [
 def read_model_config(directory: Directory) -> LanguageModelConfig:
     """Return the configuration in DIR/config.json; without one, Grok-1's own.
 
-    Raises ValueError if DIR holds no checkpoint or config.json is not a configuration.
+    Raises ValueError if DIR holds no whole checkpoint or config.json is not a configuration.
     """
     forms.require_form(directory, "name the right one, or download the checkpoint into it")
     return config_in(directory)
@@ -78,6 +79,14 @@ def config_in(directory: Directory) -> LanguageModelConfig:
         return LanguageModelConfig.from_dict(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{os.path.join(directory, 'config.json')}: {error}") from error
+
+
+def check_config(directory: Directory, config: LanguageModelConfig) -> None:
+    """Raise CheckpointError unless DIR still has the configuration that was read from it."""
+    if read_model_config(directory) != config:
+        where = os.path.join(directory, "config.json")
+        got, remedy = "another one", "load it again when nothing writes there"
+        raise forms.error(where, "the configuration of before the weights were read", got, remedy)
 
 
 def check_files(directory: Directory, shapes: Params) -> list[Any]:
@@ -187,8 +196,8 @@ def save(directory: Directory, params: Params, config: dict[str, Any] | None = N
     Each file appears whole or not at all: it is written under another name and then renamed. Once
     one has replaced another, DIR is no checkpoint until saving has come to its end. DIR may be a
     link to a directory; one in it, where something is to be written, is an OSError. Raises
-    CheckpointError if ckpt-0 holds tensor files that this would not replace, or another save or
-    conversion writes to DIR or was interrupted there, ValueError if the layout has no place for the
+    CheckpointError if DIR holds tensor files that this would not replace, or another save or
+    conversion writes there or was interrupted, ValueError if the layout has no place for the
     parameters, OSError if writing fails.
     """
     records = files(jax.tree.map(_native, params))
@@ -214,6 +223,9 @@ def _check_place(directory: Directory, records: Sequence[TensorFile]) -> None:
     if os.path.lexists(os.path.join(directory, forms.WORK)):
         remedy = "start the conversion again, or save to another directory"
         raise forms.error(str(directory), "no conversion", "an unfinished one", remedy)
+    if os.path.lexists(index := os.path.join(directory, forms.INDEX)):
+        expected, got = "no checkpoint in another form", "one that would be left over"
+        raise forms.error(index, expected, got, "remove it, or save to another directory")
     atomic.make_folder(folder)
     for path in (*(os.path.join(folder, record.file) for record in records), config_path):
         atomic.require_plain(path)

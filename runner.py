@@ -479,7 +479,8 @@ def load_server(
     if slots < 1:
         raise ValueError(f"slots: expected at least 1, got {slots}")
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
-    config = with_settings(read_model_config(directory), dtype, context)
+    stored = read_model_config(directory)
+    config = with_settings(stored, dtype, context)
     wanted = execution is None and kernels and (dtype == "bfloat16" or backend.on_cpu())
     compiled = wanted and dispatch.available()
     local, between = split_over_hosts(*mesh, jax.process_count(), backend.devices_of_each_process())
@@ -499,6 +500,7 @@ def load_server(
         pad_sizes=pad_sizes,
     )
     server.initialize(requests, progress)
+    checkpoint.check_config(directory, stored)  # a save may have replaced both it and the weights
     return server
 
 

@@ -77,8 +77,22 @@ def form(directory: Directory) -> str | None:
     return SAFETENSORS if os.path.isfile(os.path.join(directory, INDEX)) else None
 
 
+def require_whole(directory: Directory) -> None:
+    """Raise CheckpointError if a conversion or a save into DIR has not come to its end."""
+    if os.path.lexists(os.path.join(directory, WORK)):
+        got = "a conversion's unfinished one"
+        remedy = f"start the same conversion again, or remove {WORK} and what it made"
+    elif os.path.lexists(os.path.join(directory, SAVING)):
+        got = f"one half saved ({SAVING} is there)"
+        remedy = "save it again: files of the model before may be among the new ones"
+    else:
+        return
+    raise error(str(directory), "a whole checkpoint", got, remedy)
+
+
 def require_form(directory: Directory, remedy: str) -> str:
-    """Return the form of the checkpoint in DIR; raises CheckpointError if there is none."""
+    """Return the form of the checkpoint in DIR; raises CheckpointError if there is no whole one."""
+    require_whole(directory)
     found = form(directory)
     if found is None:
         if not os.path.isdir(directory):

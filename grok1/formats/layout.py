@@ -105,15 +105,7 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     Returns where the arrays of each parameter lie, in the order of `records`, which are those of
     `files`. Raises CheckpointError.
     """
-    if os.path.lexists(os.path.join(directory, forms.WORK)):
-        remedy = f"start the same conversion again, or remove {forms.WORK} and what it made"
-        raise forms.error(
-            str(directory), "a whole checkpoint", "a conversion's unfinished one", remedy
-        )
-    if os.path.lexists(os.path.join(directory, forms.SAVING)):
-        got = f"one half saved ({forms.SAVING} is there)"
-        remedy = "save it again: files of the model before may be among the new ones"
-        raise forms.error(str(directory), "a whole checkpoint", got, remedy)
+    forms.require_whole(directory)
     if forms.form(directory) == forms.SAFETENSORS:
         return safetensors.check_files(directory, records)
     folder = os.path.join(directory, forms.FOLDER)

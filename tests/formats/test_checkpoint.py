@@ -29,6 +29,7 @@ from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1
 from paths import DATA
+from runner import load_server
 from small import (
     LAYER,
     Damage,
@@ -205,6 +206,28 @@ def test_nothing_is_no_checkpoint_to_save(tmp_path: pathlib.Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_weights_go_with_the_configuration_that_was_read(tmp_path: pathlib.Path) -> None:
+    """A save may come to its end between the reading of config.json and of the tensor files."""
+    shutil.copytree(GOLDEN / "three-layers", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["output_multiplier_scale"] *= 2
+
+    def save(*_: int) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(CheckpointError, match="config.json: expected the configuration of before"):
+        load_server(tmp_path, kernels=False, progress=save)
+    load_server(tmp_path, kernels=False)
+
+
+def test_a_save_replaces_no_model_in_the_other_form(tmp_path: pathlib.Path) -> None:
+    checkpoint.convert(GOLDEN / "three-layers", tmp_path, "safetensors")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(CheckpointError, match="index.json: expected no checkpoint in another form"):
+        checkpoint.save(tmp_path, random_params(tiny_shapes()))
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_two_saves_to_one_place_do_not_mix(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +270,7 @@ def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
         lambda: checkpoint.load(tmp_path, tiny_shapes()),
         lambda: checkpoint.convert(tmp_path, tmp_path / "other", "safetensors"),
         lambda: checkpoint.verify(tmp_path),
+        lambda: checkpoint.read_model_config(tmp_path),
     ):
         with pytest.raises(CheckpointError, match="got one half saved .*; save it again: files"):
             read()
