@@ -255,8 +255,11 @@ def generate(
     left: Sequence[int],
     answers: AnswerFile | None = None,
     phase: Callable[[str], object] = lambda _: None,
-) -> None:
-    """Print the answers that are left, or write them to a file; then a line of statistics."""
+) -> str | None:
+    """Print the answers that are left, or write them to a file; then a line of statistics.
+
+    Returns a sentence if errors ended some of them.
+    """
     from runner import MOST_TOKENS
 
     if options.show_routing and server.config.model.num_experts < 2:
@@ -281,11 +284,12 @@ def generate(
                     timing.take(place, event.finish_reason is not None)
                     if options.show_routing and event.finish_reason is not None:
                         ended[place] = event.completion
-                with uninterrupted():
+                with uninterrupted(signal.SIGINT, multihost.WAKE):
                     printer.show(event._replace(request=left[event.request]))
         finally:
             # After an interruption too: nothing that was computed is lost.
-            printer.close()
+            with uninterrupted(multihost.WAKE):
+                printer.close()
     say(timing.line())
     for index, sample in sorted(ended):
         several = f".{sample + 1}" if options.num_samples > 1 else ""
@@ -293,10 +297,11 @@ def generate(
         show_routing(worker, server, ended[index, sample])
     if options.stats:
         say(timing.block(work_of(server)))
-    if failed:
-        (index, _), error = min(failed.items())
-        others = f" ({len(failed)} answers ended by an error)" if len(failed) > 1 else ""
-        raise ValueError(f"{options.places[left[index]]}: {error}{others}")
+    if not failed:
+        return None
+    (index, _), error = min(failed.items())
+    others = f" ({len(failed)} answers ended by an error)" if len(failed) > 1 else ""
+    return f"{options.places[left[index]]}: {error}{others}"
 
 
 def show_routing(worker: Worker, server: Any, answer: Any) -> None:
@@ -342,8 +347,8 @@ def serve(worker: Worker, options: argparse.Namespace) -> None:
     if options.interactive:
         request = functools.partial(prompts.request_for, options)
         interactive.converse(worker, server, request, options.stats)
-    else:
-        generate(worker, server, options, left, answers)
+    elif failure := generate(worker, server, options, left, answers):
+        raise ValueError(failure)
 
 
 def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:
@@ -359,7 +364,9 @@ def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost
     if not nothing_left(options, left):
         with ByteProgress("loading") as progress:
             server = worker.call(make_server, options, left, progress, *files, count)
-        generate(worker, server, options, left, answers, peers.phase)
+        failure = generate(worker, server, options, left, answers, peers.phase)
+        if failure and first:  # who has all answers, and ends the others
+            raise ValueError(failure)
     worker.call(peers.close)
 
 
@@ -460,6 +467,7 @@ def main() -> int:
         except Exception as error:
             return fail(error, peers, errors)
     except KeyboardInterrupt:
+        signal.signal(multihost.WAKE, signal.SIG_IGN)
         end_at_next_interrupt()
         if peers is not None:
             peers.end("it was interrupted")

@@ -8,29 +8,33 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted(*signals: int) -> Iterator[None]:
     """Put off a KeyboardInterrupt until the block is done, for `with`; a second one comes at once.
 
     What is in the midst of being done is then neither lost nor cut. It comes in place of an
-    exception of the block. Only in the main thread, where Python raises it, and where its own
-    handler is set.
+    exception of the block. Only in the main thread, where Python raises it, and for those of the
+    signals (Ctrl-C's if none is given) for which Python's own handler of Ctrl-C is set.
     """
+    handler = signal.default_int_handler
     in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    caught = [s for s in signals or (signal.SIGINT,) if in_main and signal.getsignal(s) is handler]
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)
         if len(seen) > 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.default_int_handler(number, frame)
+            restore()
+            handler(number, frame)
 
-    signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for number in caught:
+            signal.signal(number, handler)
+
+    for number in caught:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()
         if seen:
             raise KeyboardInterrupt

@@ -22,6 +22,23 @@ def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
     assert done == [1, 3] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGUSR1])
+def test_several_signals_are_put_off_together(first: signal.Signals) -> None:
+    both, done = (signal.SIGINT, signal.SIGUSR1), []
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted(*both):
+            signal.raise_signal(first)
+            done.append(1)
+            for second in both:
+                signal.raise_signal(second)
+                done.append(2)
+        assert done == [1]
+        assert {signal.getsignal(number) for number in both} == {signal.default_int_handler}
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_an_interrupt_is_not_lost_where_the_block_fails() -> None:
     with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
         signal.raise_signal(signal.SIGINT)

@@ -513,7 +513,7 @@ class Peers:
 
     def _leave_soon(self) -> NoReturn:
         """Wake the main thread, which has a little time to print what is finished; then leave."""
-        if signal.getsignal(WAKE) is signal.default_int_handler:
+        if callable(signal.getsignal(WAKE)):  # `default_int_handler`, or who puts it off
             os.kill(os.getpid(), WAKE)
             time.sleep(LAST_WORDS)
         self.leave()

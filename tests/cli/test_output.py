@@ -26,6 +26,7 @@ from commands import COUNTED, LOADED, PROMPT, Command, assert_one_sentence, chan
 from grok1.cli import output
 from grok1.cli.output import AnswerFile
 from grok1.formats import atomic
+from grok1.parallel.multihost import WAKE
 from paths import ROOT
 from runner import Completion, Event
 
@@ -279,6 +280,33 @@ def test_a_fingerprint_changes_with_all_that_an_answer_depends_on() -> None:
 
 
 # The command.
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1], [2, 1]])
+def test_a_lost_process_cuts_no_line(order: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss strikes while an answer is printed, or those that are left are."""
+    printed: list[int] = []
+
+    class Server:
+        def generate_events(self, *_: Any) -> Iterator[Event]:
+            yield from (event(index, "eos") for index in order)
+            raise KeyboardInterrupt
+
+    def interrupted(line: str) -> None:
+        if len(printed) == len(order) - 2:
+            signal.raise_signal(WAKE)
+        printed.append(json.loads(line)["id"])
+
+    monkeypatch.setattr(output, "write_out", interrupted)
+    options = run.parse_arguments(["--json", *(f"--prompt-ids={i}" for i in range(3))])
+    options.ids = [0, 1, 2]
+    before = signal.signal(WAKE, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.generate(run.Worker(), Server(), options, range(3))
+    finally:
+        signal.signal(WAKE, before)
+    assert printed == sorted(order)
 
 
 def test_answers_that_are_written_are_forgotten(tmp_path: pathlib.Path) -> None:

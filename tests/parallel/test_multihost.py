@@ -23,6 +23,7 @@ import pytest
 import golden
 import run
 from commands import COUNTED, Result
+from grok1.interrupts import uninterrupted
 from grok1.parallel import links, multihost
 from grok1.parallel.sharding import split_over_hosts
 from paths import ROOT
@@ -647,6 +648,65 @@ def test_a_loss_interrupts_no_end(
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         getattr(alone, name)(*["it was interrupted"][: name == "end"])
     assert ended.type is SystemExit and said == ["error: process 1 was lost"]
+
+
+def test_a_loss_leaves_time_for_what_is_being_printed(
+    alone: multihost.Peers, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    vars(alone).update(_complete=True)
+    with pytest.raises(KeyboardInterrupt), uninterrupted(multihost.WAKE):
+        with pytest.raises(SystemExit):
+            alone._lose("process 1 was lost")
+        assert waited == [multihost.LAST_WORDS] and said == ["error: process 1 was lost"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_process_0_alone_ends_by_a_failed_answer(
+    process: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait until it has printed what did not fail."""
+    done = []
+    replacements = {
+        "agree": lambda *_: ((), None, [0]),
+        "keep_output": lambda _: None,
+        "make_server": lambda *_: None,
+        "generate": lambda *_: "request 1: expected finite logits",
+    }
+    for name, function in replacements.items():
+        monkeypatch.setattr(run, name, function)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    peers: Any = types.SimpleNamespace(
+        place=multihost.Place("127.0.0.1:1", 2, process),
+        join=lambda: None,
+        phase=lambda _: None,
+        close=lambda: done.append("closed"),
+    )
+    options = run.parse_arguments(["--prompt", "Hi"])
+    failure = pytest.raises(ValueError, match="request 1: expected finite logits")
+    with failure if process == 0 else contextlib.nullcontext():
+        run.serve_together(run.Worker(), options, peers)
+    sys.stderr.close()
+    assert done == ["closed"] * process
+
+
+def test_a_loss_just_after_an_interrupt_silences_nothing(
+    alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    told: list[str] = []
+    monkeypatch.setattr(alone, "end", told.append)
+    monkeypatch.setattr(run, "find_peers", lambda *_: alone)
+    monkeypatch.setattr(run, "serve_together", interrupted)
+    monkeypatch.setattr(run, "end_at_next_interrupt", lambda: signal.raise_signal(multihost.WAKE))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--distributed"])
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        run.main()
+    assert ended.type is SystemExit and told == ["it was interrupted"]
+    assert capfd.readouterr().err == "interrupted\n"
 
 
 def test_an_interrupt_ends_who_leaves(alone: multihost.Peers) -> None:
