@@ -101,8 +101,9 @@ class Request:
                 with contextlib.suppress(TypeError):  # an array without axes, refused later
                     object.__setattr__(self, field, tuple(value))
         if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        for field in (*INTEGERS, *NUMBERS):
+            bias = {token: _plain(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
+        for field in (*INTEGERS, *NUMBERS, *FLAGS):
             object.__setattr__(self, field, _plain(getattr(self, field)))
 
 

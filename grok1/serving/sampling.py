@@ -131,11 +131,12 @@ def validate_settings(settings: SampleSettings) -> None:
     if settings.min_p is not None:
         check("min_p", settings.min_p, "a number from 0 to 1", in_range)
     if settings.repetition_penalty is not None:
+        least = float(np.float32(1 / LARGEST_PENALTY))  # a little less than in float64
         check(
             "repetition_penalty",
             settings.repetition_penalty,
-            f"a number from {1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g} (1: none)",
-            lambda x: (x >= 1 / LARGEST_PENALTY) & (x <= LARGEST_PENALTY),
+            f"a number from {least:g} to {LARGEST_PENALTY:g} (1: none)",
+            lambda x: (x >= least) & (x <= LARGEST_PENALTY),
         )
     if settings.presence_penalty is not None:
         number = f"a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g} (0: none)"

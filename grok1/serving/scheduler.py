@@ -330,7 +330,7 @@ class Scheduler:
         """
         self._check_own(handle)
         self.alone(self._stop_reading, handle._queue)
-        yield from self._read(handle._queue, tokens)
+        return self._read(handle._queue, tokens)
 
     def answer(
         self, requests: Iterable[CheckedRequest], tokens: int = 1, phase: Phase = lambda _: None

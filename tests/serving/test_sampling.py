@@ -404,6 +404,13 @@ def test_a_tiny_temperature_takes_the_best_token_and_stays_finite(temperature: f
     assert np.isfinite(output.logprob).all()
 
 
+@pytest.mark.parametrize("kind", [float, np.float32])
+def test_a_penalty_may_be_at_its_limits(kind: type) -> None:
+    settings = make_settings(np.zeros([1, 5], np.float32))
+    for value in (1 / LARGEST_PENALTY, LARGEST_PENALTY):
+        validate_settings(settings._replace(repetition_penalty=kind(value)))
+
+
 @pytest.mark.parametrize("largest", [30, 1e30, 3.4e38])
 def test_of_finite_logits_every_number_is_one(largest: float) -> None:
     """At the limits of every setting: an allowed token, its probability, and no NaN."""

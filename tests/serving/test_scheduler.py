@@ -249,15 +249,17 @@ def test_a_handle_keeps_no_model_in_memory():
     assert gone() is None and len(handle.completion.token_ids) == 1
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64, np.array])
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64, np.array, jnp.int32])
 def test_numbers_of_any_kind_are_as_python_has_them(kind):
     drain()
     fields = {"rng_seed": 5, "max_len": 7, "min_len": 2, "top_k": 3, "top_logprobs": 2}
     typed = {name: kind(value) for name, value in fields.items()}
     temperature = np.array(0.5)
-    request = Request([5], **typed, temperature=temperature, num_samples=kind(2))
+    typed |= {"num_samples": kind(2), "logit_bias": {9: kind(4)}, "ignore_eos": np.True_}
+    request = Request([5], **typed, temperature=temperature)
     temperature[...] = np.nan
-    plain = Request([5], **fields, temperature=0.5, num_samples=2)
+    fields |= {"num_samples": 2, "logit_bias": {9: 4}, "ignore_eos": True}
+    plain = Request([5], **fields, temperature=0.5)
     assert server().generate([request]) == server().generate([plain])
     with pytest.raises(ValueError, match="max_len = 100"):
         server().submit(Request([5], max_len=kind(100)))
@@ -330,6 +332,16 @@ def test_an_answer_that_others_cancel_is_what_there_is_of_it():
     tokens += [event.token_id for event in events]  # what was drawn before
     assert handle.completion.finish_reason == "cancelled"
     assert handle.completion.token_ids == tokens and len(tokens) < 30
+
+
+def test_a_stream_has_all_that_comes_after_the_call():
+    drain()
+    handle = server().submit(Request([5], max_len=6, ignore_eos=True))
+    stream = server().stream(handle)
+    assert not [event for _ in range(4) for event in server().step()]
+    assert [event.token_id for event in stream] == handle.completion.token_ids
+    with pytest.raises(ValueError, match="expected what submit returned, got 5"):
+        server().stream(5)
 
 
 def test_leaving_an_iterator_cancels_what_it_asked_for():
