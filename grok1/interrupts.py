@@ -9,11 +9,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def uninterrupted(*signals: int) -> Iterator[None]:
-    """Put off a KeyboardInterrupt until the block is done, for `with`; a second one comes at once.
+    """Put off a KeyboardInterrupt until the block is done, for `with`.
 
-    What is in the midst of being done is then neither lost nor cut. It comes in place of an
-    exception of the block. Only in the main thread, where Python raises it, and for those of the
-    signals (Ctrl-C's if none is given) for which Python's own handler of Ctrl-C is set.
+    What is in the midst of being done is then neither lost nor cut. The same signal once more comes
+    at once. KeyboardInterrupt comes in place of an exception of the block. Only in the main thread,
+    where Python raises it, and for those of the signals (Ctrl-C's if none is given) for which
+    Python's own handler of Ctrl-C is set.
     """
     handler = signal.default_int_handler
     in_main = threading.current_thread() is threading.main_thread()
@@ -21,10 +22,10 @@ def uninterrupted(*signals: int) -> Iterator[None]:
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
+        if number in seen:
             restore()
             handler(number, frame)
+        seen.append(number)
 
     def restore() -> None:
         for number in caught:

@@ -50,6 +50,26 @@ def as_json(value: Any) -> str:
         ) from None
 
 
+class Lines:
+    """Prints lines; one that was cut, by an interruption or an error, once more before the next."""
+
+    def __init__(self) -> None:
+        self._cut = ""
+
+    def print(self, line: str) -> None:
+        """Print a line. Raises OSError."""
+        self.print_again()
+        self._cut = line
+        write_out(line)
+        self._cut = ""
+
+    def print_again(self) -> None:
+        """Print the line that was cut, if one was, below its half. Raises OSError."""
+        if self._cut:
+            write_out(f"\n{self._cut}")
+            self._cut = ""
+
+
 class TextPrinter:
     """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
 
@@ -58,6 +78,7 @@ class TextPrinter:
         self.begun = self.alone and isinstance(prompts[0], str)
         self.several = {index for index, sample in places if sample}
         self.open: dict[Place, Any] = {}
+        self.lines = Lines()
         if self.begun:
             write_out(prompts[0], end="")
 
@@ -77,6 +98,7 @@ class TextPrinter:
         """End the line, and print what answers there are of an interrupted batch."""
         if self.begun:
             write_out("")
+        self.lines.print_again()
         for place in sorted(self.open):
             self._whole(place)
 
@@ -88,7 +110,7 @@ class TextPrinter:
         # Ids do not run on into an answer, as words do.
         between = " | " if answer.prompt is None else ""
         label = f"{index + 1}.{sample + 1}" if index in self.several else f"{index + 1}"
-        write_out(f"[{label}] {prompt}{between}{text}")
+        self.lines.print(f"[{label}] {prompt}{between}{text}")
 
 
 class JsonPrinter:
@@ -101,6 +123,7 @@ class JsonPrinter:
         self.ids = ids
         self.waiting = collections.deque(places)
         self.finished: dict[Place, Any] = {}
+        self.lines = Lines()
 
     def show(self, event: Any) -> None:
         """Print the answers that are finished and whose turn it is."""
@@ -111,12 +134,13 @@ class JsonPrinter:
 
     def close(self) -> None:
         """Print the other finished answers of an interrupted batch."""
+        self.lines.print_again()
         for place in sorted(self.finished):
             self._print(place)
 
     def _print(self, place: Place) -> None:
         fields = named(self.ids[place[0]]) | answer_fields(self.finished.pop(place))
-        write_out(as_json(fields))
+        self.lines.print(as_json(fields))
 
 
 def named(name: str | int | None) -> dict[str, Any]:

@@ -263,7 +263,7 @@ class Peers:
                 self.leave()
 
     def close(self) -> None:
-        """End in good order: jax waits until all have called it."""
+        """End in good order, when all have called it."""
         import jax
 
         self.phase("the end")
@@ -271,12 +271,23 @@ class Peers:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+            # Not in jax's own barrier, which aborts all where one is late: it may still print.
+            self._changed.wait_for(self._all_done)
+            self._raise_loss()
         jax.distributed.shutdown()
         with self._changed:
-            if self._losing:
-                self._changed.wait_for(lambda: self.loss)
-                raise ValueError(self.loss)
+            self._raise_loss()
             self._ending = True
+
+    def _all_done(self) -> bool:
+        """Whether nobody is to be waited for at the end; self._changed is held."""
+        return self._losing or all(link.done for link in self._links.values())
+
+    def _raise_loss(self) -> None:
+        """Raise ValueError if there is a loss, once it is known; self._changed is held."""
+        if self._losing:
+            self._changed.wait_for(lambda: self.loss)
+            raise ValueError(self.loss)
 
     # ------------------------------------------------------------------------------ coming together
 

@@ -282,6 +282,38 @@ def test_a_fingerprint_changes_with_all_that_an_answer_depends_on() -> None:
 # The command.
 
 
+@pytest.mark.parametrize("again", ["show", "close"])
+def test_a_line_that_is_cut_is_printed_again(
+    again: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by a second Ctrl-C. The answers after it do not stand behind its half."""
+    write, printed = output.write_out, []
+
+    def cut(line: str) -> None:
+        printed.append(line)
+        if len(printed) == 2:
+            write(line[:3], end="")
+            raise KeyboardInterrupt
+        write(line)
+
+    monkeypatch.setattr(output, "write_out", cut)
+    places = [(i, 0) for i in range(3)]
+    whole = {"{": output.JsonPrinter(places, [1, 2, 3]), "[": output.TextPrinter("ABC", places)}
+    for first, printer in whole.items():
+        printed.clear()
+        with pytest.raises(KeyboardInterrupt):
+            for index in (0, 1):
+                printer.show(event(index, "eos"))
+        if again == "show":
+            printer.show(event(2, "eos"))
+        printer.close()
+        lines = capsys.readouterr().out.splitlines()
+        half = lines.pop(1)
+        count = 3 if again == "show" else 2
+        assert len(half) == 3 and lines[1].startswith(half)
+        assert len(lines) == len({*lines}) == count and all(line[0] == first for line in lines)
+
+
 @pytest.mark.parametrize("order", [[0, 2, 1], [2, 1]])
 def test_a_lost_process_cuts_no_line(order: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss strikes while an answer is printed, or those that are left are."""

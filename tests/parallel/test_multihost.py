@@ -709,6 +709,23 @@ def test_a_loss_just_after_an_interrupt_silences_nothing(
     assert capfd.readouterr().err == "interrupted\n"
 
 
+def test_jax_shuts_down_when_all_are_done(
+    alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its barrier aborts all processes where one is late, as who prints to a slow reader is."""
+    over = threading.Event()
+    jax = types.SimpleNamespace(distributed=types.SimpleNamespace(shutdown=over.set))
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    link: Any = types.SimpleNamespace(done=False, send=lambda _: None)
+    alone._links[1] = link
+    thread = threading.Thread(target=alone.close, daemon=True)
+    thread.start()
+    assert not over.wait(0.3)
+    alone._take(link, "done", True)
+    thread.join(20)
+    assert over.is_set() and not thread.is_alive()
+
+
 def test_an_interrupt_ends_who_leaves(alone: multihost.Peers) -> None:
     """Else the others that leave would wait for the one that was to say why."""
     alone.say = lambda _: signal.raise_signal(signal.SIGINT)
