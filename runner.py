@@ -188,6 +188,7 @@ class InferenceRunner:
         between_hosts_config: tuple[int, int] = (1, 1),
         pad_sizes: Sequence[int] = (1024,),
     ):
+        pad_sizes = list(pad_sizes)
         if not pad_sizes or any(size < 1 for size in pad_sizes):
             raise ValueError(f"pad_sizes: expected positive chunk lengths, got {pad_sizes!r}")
         self.name = name

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -458,6 +459,20 @@ def test_a_runner_inspects_one_prompt(mesh):
     sites = (site for site in ("embeddings",))  # an iterator is read once
     own = server.inspect(prompt, sites, hooks={"embeddings": look}).captured.embeddings.shape
     assert own[0] == 9 and {*shapes} == {(1 if mesh is None else mesh[0], *own)}
+
+
+def test_an_interrupt_waits_for_a_trace():
+    """jax and haiku may be left with a part of it, and raise something else."""
+    server, later = golden.runner("three-layers"), []
+
+    def press(_, x):
+        signal.raise_signal(signal.SIGINT)
+        later.append("went on")
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        server.inspect([5, 6], (), hooks={"embeddings": press})
+    assert later
 
 
 def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):

@@ -239,6 +239,9 @@ def test_stop_tokens_and_stop_strings_end_an_answer_that_does_not_show_them(tiny
     assert by_text.token_ids == free.token_ids[:count] and count < len(free.token_ids)
     (late,) = tiny.generate([Request("The cat", **asked, stop=stop, min_len=count + 1)])
     assert late.text.startswith(free.text[: cut + len(stop)])
+    for least in range(count + 1):  # also where the stop string has begun before
+        (same,) = tiny.generate([Request("The cat", **asked, stop=stop, min_len=least)])
+        assert (same.text, same.token_ids) == (by_text.text, by_text.token_ids)
 
 
 def test_bias_and_penalties_change_what_is_drawn(tiny):

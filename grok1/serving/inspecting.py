@@ -17,6 +17,7 @@ from grok1.inspection import (
     check_sites,
     nbytes,
 )
+from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import all_model_axes, axis_size
 from grok1.serving.memory_budget import free_memory, own_device
 from grok1.serving.scoring import check_length
@@ -63,10 +64,11 @@ def inspect(
     _check_room(model, capture, layers, length)
     tokens = np.full([_rows(model), length], config.pad_token, np.int32)
     tokens[:, : len(ids)] = ids
-    logits, captured = inspect_step(
-        model.params, tokens, config=config, execution=model.executions.prefill,
-        capture=capture, capture_layers=layers, hooks=tuple((hooks or {}).items()),
-    )  # fmt: skip
+    with uninterrupted():  # jax and haiku bear no exception while they trace
+        logits, captured = inspect_step(
+            model.params, tokens, config=config, execution=model.executions.prefill,
+            capture=capture, capture_layers=layers, hooks=tuple((hooks or {}).items()),
+        )  # fmt: skip
     own = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
     return Inspection(
         np.array(ids, np.int32), None, np.asarray(logits[0, : len(ids)]), Captured(**own)

@@ -336,8 +336,7 @@ class Answer:
         new = "" if reason in ("eos", "stop") else self._words.push(token)
         if reason is not None:
             new += self._words.finish()
-        if self.count >= self.checked.request.min_len:
-            new = self._filter.push(new)
+        new = self._filter.push(new, early=self.count < self.checked.request.min_len)
         if reason is not None:
             new += self._filter.finish()
         answer.text += new

@@ -25,6 +25,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -46,9 +47,10 @@ from grok1.serving.steps import (
     start,
 )
 
-# Dispatched and not known to be done. XLA's CPU client takes no more than a number of its own, and
-# devices that wait for each other in a collective then wait for ever.
+# Dispatched and not known to be done, by all schedulers together. XLA's CPU client takes no more
+# than a number of its own, and devices that wait for each other in a collective then wait for ever.
 MOST_IN_FLIGHT = 16
+_schedulers: weakref.WeakSet[Any] = weakref.WeakSet()
 HAND_OVER = 1e-4  # seconds, in which a thread that waits for the lock gets it
 
 
@@ -274,6 +276,7 @@ class Scheduler:
         self._waited = 0.0  # seconds, for the devices
         self._known: set[Any] = set()  # programs that have been run
         self.statistics = Statistics()
+        _schedulers.add(self)
 
     def alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Call a function while no other thread does anything here."""
@@ -326,9 +329,10 @@ class Scheduler:
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
         """Return an iterator over the tokens of one request, which lets all others go on, too.
 
-        Raises ValueError if the request is none of this scheduler's.
+        Raises ValueError if the request is none of this scheduler's, or `tokens` as for `step`.
         """
         self._check_own(handle)
+        _check_tokens(tokens)
         self.alone(self._stop_reading, handle._queue)
         return self._read(handle._queue, tokens)
 
@@ -440,8 +444,7 @@ class Scheduler:
 
     def _step(self, tokens: int, phase: Phase = lambda _: None) -> None:
         """Dispatch the next step, and deliver the tokens of the one before it."""
-        if tokens not in range(1, MOST_TOKENS + 1):
-            raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
+        _check_tokens(tokens)
         with uninterrupted():
             self._whole_step(tokens, phase)
 
@@ -590,7 +593,7 @@ class Scheduler:
         What the host gives are numpy arrays: legal on the mesh of many processes, which arrays on
         the device of one are not, and sent by jax's own call in less time than by hand.
         """
-        if self._dispatches - self._done >= MOST_IN_FLIGHT:
+        if self._dispatches - self._done >= max(1, MOST_IN_FLIGHT // len(_schedulers)):
             self._wait(self._state)
             self._done = self._dispatches
         self._dispatches += 1
@@ -686,6 +689,12 @@ class Scheduler:
         self._slots = [None] * self._num_slots
         self._dispatched, self._prompts, self._state = [], {}, None
         self._torn = False
+
+
+def _check_tokens(tokens: int) -> None:
+    """Raise ValueError unless so many can be drawn in a step."""
+    if tokens not in range(1, MOST_TOKENS + 1):
+        raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
 
 
 def _kind(sequence: _Sequence) -> tuple[int, bool]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from grok1.interrupts import uninterrupted
 from grok1.serving.request import NOT_FINITE, encode
 from grok1.serving.steps import LoadedModel, logits_step, new_memory, score_step
 
@@ -102,5 +103,6 @@ def _read(model: LoadedModel, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
     memory = new_memory(**where, batch=model.num_slots)
     for first in range(0, padded, size):
         chunk = whole[:, :, first : first + size]
-        result, memory = step(model.params, memory, *chunk, **where)
+        with uninterrupted():  # jax and haiku bear no exception while they trace
+            result, memory = step(model.params, memory, *chunk, **where)
         yield result

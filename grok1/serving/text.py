@@ -203,13 +203,17 @@ class StopFilter:
         self._held = ""  # what may be the beginning of a stop string
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """Take more of the text; returns what can be shown."""
+    def push(self, text: str, early: bool = False) -> str:
+        """Take more of the text; returns what can be shown.
+
+        early: a stop string may begin in it, but one that is complete in it ends nothing.
+        """
         if self.stopped:
             return ""
-        text = self._held + text
-        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
-        if found:
+        before, text = len(self._held), self._held + text
+        first = {stop: max(0, before - len(stop) + 1) for stop in self._stops}
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s, first[s])) >= 0]
+        if found and not early:
             self.stopped = True
             return text[: min(found)[1]]
         longest = max(map(len, self._stops), default=1) - 1

@@ -342,6 +342,8 @@ def test_a_stream_has_all_that_comes_after_the_call():
     assert [event.token_id for event in stream] == handle.completion.token_ids
     with pytest.raises(ValueError, match="expected what submit returned, got 5"):
         server().stream(5)
+    with pytest.raises(ValueError, match="tokens must be an integer from 1 to 16, got 0"):
+        server().stream(handle, 0)
 
 
 def test_leaving_an_iterator_cancels_what_it_asked_for():
@@ -793,6 +795,7 @@ def test_a_long_prompt_bounds_the_steps_in_flight(monkeypatch):
 
     monkeypatch.setattr(scheduler, "prefill", dispatched)
     monkeypatch.setattr(scheduler.Scheduler, "_wait", waited)
+    monkeypatch.setattr(scheduler, "_schedulers", weakref.WeakSet())
     config = dataclasses.replace(TINY, sequence_len=256)
     long = make(config, slots=1, mesh=(1, 2), pad_sizes=(4,))
     (answer,) = long.generate([Request([5, 6, 7, 8] * 50, temperature=0.0, max_len=3)])
@@ -808,6 +811,26 @@ def test_a_prompt_of_hundreds_of_chunks_is_read_on_a_mesh(mesh):
     server = make(config, slots=8, mesh=mesh, pad_sizes=(4,))
     (answer,) = server.generate([Request([5, 6, 7, 8] * 250, temperature=0.0, max_len=3)])
     assert len(answer.token_ids) == 3
+
+
+@pytest.mark.slow
+def test_servers_that_share_devices_do_not_wait_for_each_other():
+    """Together they dispatch no more than XLA's CPU client takes; else it aborts the process."""
+    servers = [make(slots=1, mesh=(1, 8), pad_sizes=(1,)) for _ in range(5)]
+    request = Request([*range(5, 60)], temperature=0.0, max_len=2)
+    (expected,) = servers[0].generate([request])
+    found = []
+
+    def ask(server):
+        for _ in range(5):
+            found.extend(server.generate([request]))
+
+    threads = [threading.Thread(target=ask, args=(server,), daemon=True) for server in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [expected] * 25
 
 
 @pytest.mark.exhaustive

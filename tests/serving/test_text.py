@@ -171,6 +171,20 @@ def test_random_texts_show_nothing_of_a_stop_string_and_lose_nothing():
         assert filtered(stops, list(text)) == (expected, bool(ends))
 
 
+def test_a_stop_string_that_is_complete_early_ends_nothing():
+    rng = np.random.default_rng(2)
+    for _ in range(2000):
+        text = "".join(rng.choice(list("ab"), rng.integers(0, 20)))
+        stops = ["".join(rng.choice(list("ab"), rng.integers(1, 6))) for _ in range(2)]
+        early = int(rng.integers(0, len(text) + 1))
+        stop = StopFilter(stops)
+        shown = "".join(stop.push(char, i < early) for i, char in enumerate(text))
+        ends = [(i + len(s), i) for s in stops for i in range(len(text)) if text[i:].startswith(s)]
+        late = [(end, begin) for end, begin in ends if end > early]
+        assert shown + stop.finish() == (text[: min(late)[1]] if late else text)
+        assert stop.stopped == bool(late)
+
+
 def test_what_cannot_become_a_stop_string_is_shown_at_once():
     stop = StopFilter(["\n\nHuman:"])
     assert [stop.push(part) for part in ("a", "\n", "\nHum", "b\n", "c")] == [
