@@ -15,11 +15,16 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    if not __debug__:
-        sys.exit("error: python -O takes out what dm-haiku needs; start without it")
+    from grok1.cli.startup import check_surroundings
+
+    try:
+        check_surroundings(Path(__file__).resolve().parent)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         # jax takes a second to import: Ctrl-C ends it without showing where it struck.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

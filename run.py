@@ -7,6 +7,7 @@ options hold for all, and only it prints. When a process is lost, all end and sa
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,8 +41,9 @@ from grok1.cli.console import (
 )
 from grok1.cli.options import parse_arguments
 from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, as_json, fingerprint
+from grok1.cli.startup import check_surroundings
 from grok1.cli.timing import Timing
-from grok1.formats import forms
+from grok1.formats import atomic, forms
 from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
 
@@ -74,7 +76,7 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     tokenizer = options.tokenizer
     if tokenizer is None and needs_words(options):
         own = directory / "tokenizer.model"
-        tokenizer = own if own.is_file() else TOKENIZER
+        tokenizer = own if os.path.lexists(own) else TOKENIZER
     return directory, tokenizer
 
 
@@ -153,12 +155,18 @@ def agree(
 
 
 def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
-    """Return fingerprints of the files on which all processes must agree to take the same steps."""
+    """Return fingerprints of the files on which all processes must agree to take the same steps.
+
+    One that cannot be read has an empty one: loading says what is wrong with it.
+    """
     files = {"config.json": directory / "config.json", "tokenizer": tokenizer}
-    return {
-        name: hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
-        for name, file in files.items()
-    }
+    found = dict.fromkeys(files, "")
+    for name, file in files.items():
+        with contextlib.suppress(OSError), atomic.open_regular(str(file or os.devnull)) as opened:
+            # Larger ones are refused, by loading as well.
+            text = opened.read(forms.MAX_TOKENIZER_BYTES)
+            found[name] = hashlib.sha256(text).hexdigest()
+    return found
 
 
 def open_answers(
@@ -436,16 +444,6 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
     return status
 
 
-def check_surroundings() -> None:
-    """Raise ValueError if jax cannot work as Python was started, or where this program is."""
-    if not __debug__:
-        raise ValueError("python -O takes out what dm-haiku needs; start without it")
-    try:
-        str(ROOT).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{ROOT}: expected a path in UTF-8; move this program") from None
-
-
 def main() -> int:
     """Run the command; returns the exit status."""
     open_standard_streams()
@@ -454,7 +452,7 @@ def main() -> int:
     peers: multihost.Peers | None = None
     try:
         try:
-            check_surroundings()
+            check_surroundings(ROOT)
             options = parse_arguments()
             if options.distributed:
                 signal.signal(multihost.WAKE, signal.default_int_handler)

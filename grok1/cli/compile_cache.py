@@ -9,6 +9,7 @@ import jax
 
 from grok1.backend import on_cpu
 from grok1.cache_directory import CacheError, cache_directory
+from grok1.formats import atomic
 
 # A file whose time says up to when the entries have been looked at.
 CHECKED = "checked"
@@ -53,7 +54,11 @@ def remove_cut_entries(directory: Path) -> None:
     checked.touch()
     for entry in directory.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another start has just removed it
-            if entry.stat().st_mtime_ns >= since and not is_whole(entry.read_bytes()):
+            if entry.stat().st_mtime_ns < since:
+                continue
+            with atomic.open_regular(str(entry)) as file:
+                whole = is_whole(file.read())
+            if not whole:
                 entry.unlink()
 
 

@@ -107,10 +107,13 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     """
     forms.require_whole(directory)
     if forms.form(directory) == forms.SAFETENSORS:
-        return safetensors.check_files(directory, records)
-    folder = os.path.join(directory, forms.FOLDER)
-    _check_names(folder, records)
-    return [_read_header(folder, record) for record in records]
+        found = safetensors.check_files(directory, records)
+    else:
+        folder = os.path.join(directory, forms.FOLDER)
+        _check_names(folder, records)
+        found = [_read_header(folder, record) for record in records]
+    forms.require_whole(directory)  # of what is replaced from now on the stamps will differ
+    return found
 
 
 def tensor_names(folder: str) -> set[str]:

@@ -155,6 +155,12 @@ def test_a_cut_entry_is_found_the_first_time_it_is_looked_at(tmp_path: pathlib.P
     assert whole.exists() and old.exists() and not cut.exists()
 
 
+def test_a_pipe_among_the_entries_stops_no_start(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "x-cache")
+    with pytest.raises(OSError, match="it is not a regular file"):
+        compile_cache.remove_cut_entries(tmp_path)
+
+
 def test_an_entry_may_go_while_others_are_looked_at(tmp_path: pathlib.Path) -> None:
     """Another start removes it, or jax does."""
     gone, cut = tmp_path / "jit_gone-cache", tmp_path / "jit_cut-cache"

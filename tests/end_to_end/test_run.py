@@ -190,6 +190,24 @@ def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
     assert json.loads(capsys.readouterr().out)["prompt_ids"] == [3]
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_a_file_of_any_size_is_refused_with_an_output_too(
+    name: str, tiny: pathlib.Path, tmp_path: pathlib.Path, command: Command
+) -> None:
+    """None of it is read beyond what such a file may hold, nor waited for."""
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model" / name
+    arguments = ["--checkpoint", file.parent, "--prompt", PROMPT, "--output"]
+    with open(file, "ab") as opened:
+        opened.truncate(2**40)
+    result = command(*arguments, tmp_path / "one")
+    assert_one_sentence(result, 1, str(file), "expected", "got more")
+    file.unlink()
+    os.mkfifo(file)
+    result = command(*arguments, tmp_path / "other")
+    assert_one_sentence(result, 1, str(file), "expected", "it is not a regular file")
+
+
 def test_token_ids_need_no_tokenizer(
     tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
@@ -484,6 +502,14 @@ def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:
 def test_python_without_assertions_is_refused(flag: str, script: str) -> None:
     done = subprocess.run([sys.executable, flag, ROOT / script], capture_output=True, text=True)
     assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), 1, "python -O takes out")
+
+
+@pytest.mark.parametrize("script", ["run.py", "checkpoint.py"])
+def test_without_room_for_temporary_files_it_ends(script: str) -> None:
+    full = ["bash", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, ROOT / script]
+    done = subprocess.run(full, capture_output=True, text=True)
+    result = Result(done.returncode, done.stdout, done.stderr)
+    assert_one_sentence(result, 1, "No usable temporary directory found in", "or set TMPDIR to a")
 
 
 def test_a_place_that_jax_cannot_name_is_refused(

@@ -24,7 +24,7 @@ import checkpoint
 import reference
 from checkpoint import CheckpointError
 from commands import Command, Result, assert_one_sentence, changed
-from grok1.formats import atomic, pickle_file
+from grok1.formats import atomic, layout, pickle_file
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import named_shardings, parameter_specs
 from model import LanguageModelConfig, grok_1
@@ -226,6 +226,22 @@ def test_a_save_replaces_no_model_in_the_other_form(tmp_path: pathlib.Path) -> N
     with pytest.raises(CheckpointError, match="index.json: expected no checkpoint in another form"):
         checkpoint.save(tmp_path, random_params(tiny_shapes()))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_save_that_begins_while_headers_are_read_is_seen(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has replaced some files before their headers were read, and does not go on."""
+    checkpoint.save(tmp_path, random_params(tiny_shapes()))
+    read = layout._read_header
+
+    def begin(*arguments: Any) -> Any:
+        (tmp_path / ".saving").touch()
+        return read(*arguments)
+
+    monkeypatch.setattr(layout, "_read_header", begin)
+    with pytest.raises(CheckpointError, match="got one half saved"):
+        checkpoint.check_files(tmp_path, tiny_shapes())
 
 
 def test_two_saves_to_one_place_do_not_mix(

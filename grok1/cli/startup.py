@@ -1,0 +1,23 @@
+"""What must hold before jax and dm-haiku are imported. Imports nothing but Python's own."""
+
+import tempfile
+from pathlib import Path
+
+
+def check_surroundings(program: Path) -> None:
+    """Raise ValueError if jax or dm-haiku cannot be imported or work here.
+
+    program: the directory of this program.
+    """
+    if not __debug__:
+        raise ValueError("python -O takes out what dm-haiku needs; start without it")
+    try:
+        str(program).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{program}: expected a path in UTF-8; move this program") from None
+    try:
+        tempfile.gettempdir()  # as an import of dm-haiku does
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.strerror}; make room there, or set TMPDIR to a directory that can be written"
+        ) from None
