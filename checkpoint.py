@@ -39,6 +39,7 @@ from grok1.cli.console import (
     Parser,
     Worker,
     end_at_next_interrupt,
+    limit_reached,
     open_standard_streams,
     run_command,
     say,
@@ -355,6 +356,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as problem:
         progress.close()
         say(f"error: {problem}")
+        return 1
+    except (MemoryError, RuntimeError) as problem:
+        if (sentence := limit_reached(problem)) is None:
+            raise
+        progress.close()
+        say(f"error: {sentence}")
         return 1
     except ModuleNotFoundError as problem:
         say(f"error: {problem.name} is not installed; run: pip install -r requirements.txt")

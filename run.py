@@ -34,6 +34,7 @@ from grok1.cli.console import (
     Worker,
     check_output,
     end_at_next_interrupt,
+    limit_reached,
     open_standard_streams,
     run_command,
     say,
@@ -425,6 +426,8 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
         sentence, status = "the reader of its answers has gone, as with `| head`", 141
     elif isinstance(error, ModuleNotFoundError):
         sentence = f"{error.name} is not installed; run: pip install -r requirements.txt"
+    elif (limit := limit_reached(error)) is not None:
+        sentence = limit
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in sentence:
         sentence = f"too little memory for the model or its cache ({error}); use more devices"
     elif isinstance(error, ValueError | OSError):

@@ -118,6 +118,17 @@ def _unwritable(error: OSError) -> OSError:
     return OSError(f"standard output {why}; send it to a file or a program that takes it")
 
 
+def limit_reached(error: BaseException) -> str | None:
+    """Return a sentence if an error means that a process got no more memory or threads."""
+    if isinstance(error, MemoryError):
+        what, limit = "memory", "ulimit -v"
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        what, limit = "threads", "ulimit -u"
+    else:
+        return None
+    return f"this process got no more {what}; raise its limit ({limit}), or use a larger machine"
+
+
 class Worker:
     """A thread that makes calls, one after the other; the main thread only waits for them.
 

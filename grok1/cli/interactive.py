@@ -56,9 +56,15 @@ class Keyboard:
         return line
 
     def _line(self) -> str:
-        if self._sign:
-            return input(self._sign)
-        line = self._lines.readline(MOST_CHARACTERS + 1)
+        try:
+            if self._sign:
+                return input(self._sign)
+            line = self._lines.readline(MOST_CHARACTERS + 1)
+        except OSError as error:
+            raise OSError(
+                f"standard input: expected prompts, got an error ({error.strerror}); start it from "
+                "a terminal or with prompts that can be read"
+            ) from error
         if not line:
             raise EOFError
         if len(line) > MOST_CHARACTERS:

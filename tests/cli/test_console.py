@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import checkpoint
+import run
 from grok1.cli import console
 from grok1.cli.console import (
     ByteProgress,
@@ -323,3 +325,28 @@ def test_a_conversion_needs_no_streams(tmp_path: pathlib.Path) -> None:
     done = run_with("<&- 2>&-", *convert)
     assert done.returncode == 0 and done.stdout.startswith(f"{target}: ")
     assert run_with("2>&-", "checkpoint.py", "verify", target).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "error: this process got no more memory; raise its limit (ulimit -v), or"),
+        (RuntimeError("can't start new thread"), "error: this process got no more threads; raise"),
+    ],
+)
+@pytest.mark.parametrize("command", [run, checkpoint])
+def test_a_limit_of_the_process_is_named(
+    command: Any,
+    error: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "parse_arguments", fail)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert command.main() == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(said) and captured.err.count("\n") == 1 and not captured.out

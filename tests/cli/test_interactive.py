@@ -15,7 +15,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from commands import LOADED, PROMPT, Command, assert_one_sentence, changed, halting_input
+from commands import (
+    LOADED,
+    PROMPT,
+    Command,
+    Result,
+    assert_one_sentence,
+    changed,
+    halting_input,
+)
 from grok1.cli import interactive
 from paths import ROOT
 
@@ -198,6 +206,18 @@ def test_a_line_without_an_end_is_refused(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(1000)), "utf-8"))
     result = command("--checkpoint", tiny, "--interactive")
     assert_one_sentence(result, 1, "standard input: expected at most 100 characters in a line, got")
+
+
+def test_an_input_that_cannot_be_read_is_told(tiny: pathlib.Path) -> None:
+    """As nohup leaves it: open, and only for writing."""
+    arguments = ["--checkpoint", tiny, "--interactive", "--max-len", 1]
+    with open(os.devnull, "wb") as only_written:
+        done = subprocess.run(
+            [sys.executable, ROOT / "run.py", *map(str, arguments)],
+            stdin=only_written, capture_output=True, text=True,
+        )  # fmt: skip
+    result = Result(done.returncode, done.stdout, done.stderr)
+    assert_one_sentence(result, 1, "standard input: expected prompts, got an error (Bad file de")
 
 
 def test_settings_that_fit_no_prompt_are_told_before_the_weights_are_loaded(
