@@ -385,6 +385,9 @@ WRONG = {
     "a fractional id": (Request([1.7]), "expected token ids from 0 to 4095, got 1.7"),
     "a fractional max_len": (Request([5], max_len=2.5), "max_len must be an integer"),
     "a seed in words": (Request([5], rng_seed="x"), "rng_seed must be .* 0 to 4294967295, got 'x'"),
+    "a key for a seed": (Request([5], rng_seed=jax.random.key(0)), "rng_seed must be .* got Array"),
+    "an endless top_k": (Request([5], top_k=float("inf")), "top_k must be an integer .* got inf"),
+    "places to truncate": (Request([5], truncate=np.array(["left"] * 2)), "truncate must be None"),
     "a seed of 33 bits": (Request([5], rng_seed=2**32), "rng_seed must be .* got 4294967296"),
     "no top_k": (Request([5], top_k=None), "top_k must be one number, got None"),
     "a number in words": (
@@ -409,7 +412,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("tokens", [0, -1, MOST_TOKENS + 1, 1.5, None])
+@pytest.mark.parametrize("tokens", [0, -1, MOST_TOKENS + 1, 1.5, None, True])
 def test_a_step_of_a_wrong_number_of_tokens_is_refused_and_ends_nothing(tokens, tiny):
     handle = tiny.submit(Request([5], max_len=2, ignore_eos=True))
     expected = f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens}"

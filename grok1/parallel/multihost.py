@@ -61,6 +61,8 @@ FROM_OTHERS = Expected({"alive": bool, "phase": str, "done": bool, "end": str}, 
 FROM_FIRST = Expected({**FROM_OTHERS.types, "begin": bool, "value": object}, limit=2**28)
 # jax's service must not end a process that this module has not: its limits are some factor longer.
 SLOWER = 10
+# Nor one that still prints when another is lost that had done its part: seconds, some months.
+UNWATCHED = 10**7
 # How long the main thread gets, after a loss, to print what is finished; then the loss itself.
 LAST_WORDS = 2.0
 # Wakes the main thread after a loss. Not SIGINT where there is another: a shell script's background
@@ -561,7 +563,7 @@ class Peers:
             self.place.processes,
             self.place.process,
             initialization_timeout=int(self.join_timeout) + slow,
-            heartbeat_timeout_seconds=slow,
+            heartbeat_timeout_seconds=UNWATCHED,
             shutdown_timeout_seconds=slow,
             coordinator_bind_address=f"127.0.0.1:{port}",
         )

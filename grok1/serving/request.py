@@ -41,7 +41,8 @@ FIELD_TYPES = (
 def _plain(value: Any) -> Any:
     """Return a number of NumPy or jax as Python's, which has no largest one; others as they are."""
     if not isinstance(value, str) and hasattr(value, "item") and np.ndim(value) == 0:
-        return value.item()
+        with contextlib.suppress(NotImplementedError):  # of a key of jax.random
+            return value.item()
     return value
 
 
@@ -360,7 +361,7 @@ def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int
     max_len, most = request.max_len, len(ids)
     if max_len is not None and (not is_integer(max_len) or max_len < 1):
         raise ValueError(f"max_len must be an integer of at least 1, got {max_len}")
-    if request.truncate not in (None, "left"):
+    if request.truncate is not None and str(request.truncate) != "left":
         raise ValueError(f'truncate must be None or "left", got {request.truncate!r}')
     room = context - (1 if max_len is None else max_len)  # for the prompt
     if request.truncate == "left" and room > 0:

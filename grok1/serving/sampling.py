@@ -108,10 +108,11 @@ def validate_settings(settings: SampleSettings) -> None:
 
     def check(field: str, value: Any, allowed: str, holds: Callable[[Any], Any]) -> None:
         try:
-            numbers = np.asarray(value, np.float64)
+            with np.errstate(all="ignore"):
+                numbers = np.asarray(value, np.float64)
+                wrong = active & ~holds(numbers)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{field} must be {allowed}, got {value!r}") from None
-        wrong = active & ~holds(numbers)
         if np.any(wrong):
             index = np.argwhere(wrong)[0]
             got = np.broadcast_to(numbers, wrong.shape)[tuple(index)]

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import jax
 import numpy as np
 
+from grok1.checks import is_integer
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
 from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
@@ -693,7 +694,7 @@ class Scheduler:
 
 def _check_tokens(tokens: int) -> None:
     """Raise ValueError unless so many can be drawn in a step."""
-    if tokens not in range(1, MOST_TOKENS + 1):
+    if not is_integer(tokens) or tokens not in range(1, MOST_TOKENS + 1):
         raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
 
 

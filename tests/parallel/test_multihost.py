@@ -726,6 +726,19 @@ def test_jax_shuts_down_when_all_are_done(
     assert over.is_set() and not thread.is_alive()
 
 
+def test_jax_ends_no_process_that_prints(
+    alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may be lost that had done its part: jax would abort this one, which has not."""
+    limits: dict[str, float] = {}
+    distributed = types.SimpleNamespace(initialize=lambda *_, **given: limits.update(given))
+    config = types.SimpleNamespace(update=lambda *_: None)
+    jax = types.SimpleNamespace(distributed=distributed, config=config)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    alone._start_jax()
+    assert limits["heartbeat_timeout_seconds"] > 30 * 24 * 3600
+
+
 def test_an_interrupt_ends_who_leaves(alone: multihost.Peers) -> None:
     """Else the others that leave would wait for the one that was to say why."""
     alone.say = lambda _: signal.raise_signal(signal.SIGINT)
