@@ -360,6 +360,15 @@ def serve(worker: Worker, options: argparse.Namespace) -> None:
         raise ValueError(failure)
 
 
+def connect_processes(server: Any, peers: multihost.Peers) -> None:
+    """Wait until all processes have loaded the model, and connect them for their steps."""
+    from grok1.parallel.sharding import connect
+
+    peers.meet()
+    if server.mesh is not None:
+        connect(server.mesh)
+
+
 def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:
     """Load the model and answer, as one of several processes."""
     first = peers.place.process == 0
@@ -373,6 +382,7 @@ def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost
     if not nothing_left(options, left):
         with ByteProgress("loading") as progress:
             server = worker.call(make_server, options, left, progress, *files, count)
+        worker.call(connect_processes, server, peers)
         failure = generate(worker, server, options, left, answers, peers.phase)
         if failure and first:  # who has all answers, and ends the others
             raise ValueError(failure)

@@ -123,7 +123,7 @@ def limit_reached(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         what, limit = "memory", "ulimit -v"
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        what, limit = "threads", "ulimit -u"
+        what, limit = "threads", "ulimit -u, or -v for their stacks"
     else:
         return None
     return f"this process got no more {what}; raise its limit ({limit}), or use a larger machine"

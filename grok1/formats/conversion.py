@@ -210,9 +210,10 @@ def _check_target(job: Job) -> None:
     ]
     with contextlib.suppress(FileNotFoundError):
         left += sorted(_tensor_files(job) - {output.file for output in job.outputs})
-    own, others = (os.path.join(folder, "config.json") for folder in (job.source, job.target))
-    if os.path.lexists(others) and not os.path.lexists(own):
-        left.append("config.json")
+    for name in _COPIED:
+        own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
+        if os.path.lexists(others) and not os.path.lexists(own):
+            left.append(name)
     if left:
         got = f"{len(left)} of another one that would be left over"
         remedy = "remove what is there, or name another directory"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 PAUSE = 0.2  # seconds, between two attempts
+KEEP_ALIVE = 30  # seconds, between two signs of life that the system sends
 
 
 class Expected(NamedTuple):
@@ -49,12 +50,17 @@ class Link:
     """A connection that carries messages.
 
     Whatever waits longer than `timeout` seconds raises TimeoutError, which is an OSError. `name`,
-    `phase` and `done` are what the process at the other end has said of itself.
+    `phase`, `ready` and `done` are what the process at the other end has said of itself.
     """
 
     def __init__(self, connection: socket.socket, timeout: float):
         with contextlib.suppress(OSError):  # it may have ended already
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Those of jax say nothing for long, and networks forget what is idle for minutes.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+                if hasattr(socket, option):  # not on every platform
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), KEEP_ALIVE)
         connection.settimeout(timeout)
         self.socket = connection
         self.timeout = timeout
@@ -62,6 +68,7 @@ class Link:
         self.failure: str | None = None  # why this side shut it
         self.name = ""
         self.phase = "the start"
+        self.ready = False
         self.done = False
         self._sending = threading.Lock()
 

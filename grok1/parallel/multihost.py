@@ -50,13 +50,15 @@ JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
 BEAT = 0.5  # between signs of life
 # A process that was started with another version is refused; to be raised when a message changes.
-PROTOCOL = 1
+PROTOCOL = 2
 MOST_PENDING = 32  # connections that have not said yet what they are
 LONGEST_SENTENCE = 4000  # characters; up to 12 bytes each in JSON
 GREETING = Expected({"hello": dict, "jax": str}, limit=2**10, seconds=5)
 WELCOME = Expected({"welcome": dict, "end": str}, limit=2**16)
 RELAYED = Expected({"jax": bool}, limit=2**10)
-FROM_OTHERS = Expected({"alive": bool, "phase": str, "done": bool, "end": str}, limit=2**16)
+FROM_OTHERS = Expected(
+    {"alive": bool, "phase": str, "ready": bool, "done": bool, "end": str}, limit=2**16
+)
 # The prompts of a run are one message.
 FROM_FIRST = Expected({**FROM_OTHERS.types, "begin": bool, "value": object}, limit=2**28)
 # jax's service must not end a process that this module has not: its limits are some factor longer.
@@ -264,6 +266,16 @@ class Peers:
             if self.loss is not None:
                 self.leave()
 
+    def meet(self) -> None:
+        """Wait until all have called it, however late they are. Raises ValueError for a loss."""
+        first = self.place.process == 0
+        if not first:
+            self._send_all(pack(ready=True))
+        with self._changed:
+            self._wait_for_all("ready")
+        if first:
+            self._send_all(pack(ready=True))
+
     def close(self) -> None:
         """End in good order, when all have called it."""
         import jax
@@ -274,16 +286,21 @@ class Peers:
             self._closing = True
             self._changed.notify_all()
             # Not in jax's own barrier, which aborts all where one is late: it may still print.
-            self._changed.wait_for(self._all_done)
-            self._raise_loss()
+            self._wait_for_all("done")
+        self._start(self._finish_alone)  # should jax wait for one whose connection is lost
         jax.distributed.shutdown()
         with self._changed:
             self._raise_loss()
             self._ending = True
 
-    def _all_done(self) -> bool:
-        """Whether nobody is to be waited for at the end; self._changed is held."""
-        return self._losing or all(link.done for link in self._links.values())
+    def _wait_for_all(self, said: str) -> None:
+        """Wait until all links are "ready" or "done"; self._changed is held.
+
+        Raises ValueError for a loss.
+        """
+        links = self._links.values()
+        self._changed.wait_for(lambda: self._losing or all(getattr(x, said) for x in links))
+        self._raise_loss()
 
     def _raise_loss(self) -> None:
         """Raise ValueError if there is a loss, once it is known; self._changed is held."""
@@ -484,7 +501,7 @@ class Peers:
         )
 
     def _finish_alone(self) -> None:
-        """End in good order, in the time-out, if one is lost while jax shuts down: all is done."""
+        """End in good order when jax has not shut down in the time-out: all is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing)
         time.sleep(self.peer_timeout)
@@ -501,6 +518,8 @@ class Peers:
                 self._values.append(content)
             elif kind == "begin":
                 self._complete = True
+            elif kind == "ready":
+                link.ready = True
             elif kind == "done":
                 link.done = True
             self._changed.notify_all()

@@ -9,6 +9,8 @@ The model axis can be longer than there are key/value heads. The mesh then has a
 scale groups that do not divide further are split over the first, everything else over both.
 """
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +146,19 @@ def on_shards(
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def connect(mesh: Mesh) -> None:
+    """Have the devices of a mesh exchange something along all its axes, and along each of them.
+
+    The processes are connected by it. With gloo they must come to that within 30 seconds of each
+    other, and later, to a step, they need not.
+    """
+    names = mesh.axis_names
+    for count in range(1, len(names) + 1):
+        for axes in itertools.combinations(names, count):
+            total = on_shards(functools.partial(jax.lax.psum, axis_name=axes), mesh, P(), P())
+            jax.block_until_ready(jax.jit(total)(np.zeros([], np.float32)))
 
 
 def sum_over(x: jax.Array, mesh: AnyMesh | None, axes: Axes) -> jax.Array:

@@ -754,20 +754,21 @@ def test_released_files_are_not_left_beside_others(
         convert(safe, tmp_path / "b", "released")
 
 
-def test_a_config_that_is_not_the_sources_is_not_left(
-    monkeypatch: pytest.MonkeyPatch, released: pathlib.Path, tmp_path: pathlib.Path
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_no_file_of_another_model_is_left(
+    name: str, monkeypatch: pytest.MonkeyPatch, released: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Without config.json, a checkpoint is Grok-1: a stale one would make it another model."""
     shutil.copytree(released, tmp_path / "source")
-    (tmp_path / "source/config.json").unlink()
+    (tmp_path / "source" / name).unlink()
     (tmp_path / "target").mkdir()
-    (tmp_path / "target/config.json").write_text("{}")
+    (tmp_path / "target" / name).write_text("{}")
     monkeypatch.setattr(checkpoint, "grok_1", lambda: model(3))
-    with pytest.raises(CheckpointError, match="target/config.json: expected only files that the n"):
+    with pytest.raises(CheckpointError, match=f"target/{name}: expected only files that the new"):
         convert(tmp_path / "source", tmp_path / "target", "safetensors")
-    (tmp_path / "target/config.json").unlink()
+    (tmp_path / "target" / name).unlink()
     convert(tmp_path / "source", tmp_path / "target", "safetensors")
-    assert not (tmp_path / "target/config.json").exists()
+    assert not (tmp_path / "target" / name).exists()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(

@@ -140,6 +140,7 @@ def main_print(*arguments: str) -> None:
         (answers or run.make_printer(options)).show(event)
 
     run.make_server, run.generate = lambda *_: run.say("loaded"), generate
+    run.connect_processes = lambda *_: None
     run.multihost.Peers._start_jax = run.multihost.Peers.close = lambda _: None
     sys.argv = ["run.py", *arguments]
     sys.exit(run.main())

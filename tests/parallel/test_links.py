@@ -156,3 +156,15 @@ def test_a_send_to_who_does_not_read_ends(pair: Pair) -> None:
     assert link.failure == "it has read nothing for 1 s"
     assert link.receive(ANY) is None  # shut: half a message is out
     assert far.recv(1)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="the system sends them as it likes")
+def test_a_silent_connection_is_kept_alive() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as connection,
+    ):
+        Link(connection, 1)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        seconds = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        assert seconds == connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 30

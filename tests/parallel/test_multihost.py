@@ -24,7 +24,7 @@ import golden
 import run
 from commands import COUNTED, Result
 from grok1.interrupts import uninterrupted
-from grok1.parallel import links, multihost
+from grok1.parallel import links, multihost, sharding
 from grok1.parallel.sharding import split_over_hosts
 from paths import ROOT
 from processes import DEAF, MODEL, SLACK, TIMEOUT, Start, finish, place, start_pair
@@ -593,6 +593,12 @@ def test_a_loss_of_what_is_done_cuts_nothing_short(
     assert first.poll() == status
 
 
+def test_a_shutdown_of_jax_that_hangs_is_not_waited_for(start: Start, address: str) -> None:
+    """As where the network has forgotten its connection: all is done."""
+    pair = [meet(start, address, (index, 2), "close", timeout=1) for index in (0, 1)]
+    assert [finish(process, SLACK).status for process in pair] == [0, 0]
+
+
 def test_a_dropped_process_comes_again(start: Start, address: str) -> None:
     """Process 0 may drop a connection before it has read what it is."""
     host, port = address.split(":")
@@ -672,6 +678,7 @@ def test_process_0_alone_ends_by_a_failed_answer(
         "agree": lambda *_: ((), None, [0]),
         "keep_output": lambda _: None,
         "make_server": lambda *_: None,
+        "connect_processes": lambda *_: None,
         "generate": lambda *_: "request 1: expected finite logits",
     }
     for name, function in replacements.items():
@@ -724,6 +731,25 @@ def test_jax_shuts_down_when_all_are_done(
     alone._take(link, "done", True)
     thread.join(20)
     assert over.is_set() and not thread.is_alive()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_connect_when_all_have_loaded(
+    process: int, alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo takes 30 seconds and no more from the first to the last."""
+    sent: list[bytes] = []
+    link: Any = types.SimpleNamespace(ready=False, send=sent.append)
+    alone.place, alone._links[1 - process] = alone.place._replace(process=process), link
+    over = threading.Event()
+    monkeypatch.setattr(sharding, "connect", lambda mesh: mesh.set())
+    server = types.SimpleNamespace(mesh=over)
+    thread = threading.Thread(target=run.connect_processes, args=(server, alone), daemon=True)
+    thread.start()
+    assert not over.wait(0.3) and len(sent) == process
+    alone._take(link, "ready", True)
+    thread.join(20)
+    assert over.is_set() and sent == [links.pack(ready=True)]
 
 
 def test_jax_ends_no_process_that_prints(
