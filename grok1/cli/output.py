@@ -1,6 +1,7 @@
 """Where answers go: to standard output as text or JSON lines, or to a file that can be resumed."""
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -186,7 +187,9 @@ class AnswerFile:
             how = os.O_RDWR if resume else os.O_WRONLY
             self._descriptor = os.open(path, how | os.O_APPEND | os.O_CREAT, 0o666)
             self.close = weakref.finalize(self, os.close, self._descriptor)
-            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device or a pipe is shared
+            self._regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+            self._size = 0  # of the file, as this run knows it
+            if self._regular:  # a device or a pipe is shared
                 self._take_up(resume)
             elif resume:
                 raise ValueError(
@@ -223,8 +226,26 @@ class AnswerFile:
 
     def _append(self, line: bytes) -> None:
         """Put a line at the end of the file, where it is when this returns."""
+        if self._regular:
+            self._check_unchanged()
         while line:  # a disk that is almost full takes a part of it
-            line = line[os.write(self._descriptor, line) :]
+            written = os.write(self._descriptor, line)
+            self._size += written
+            line = line[written:]
+
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if the path has another file now, or this one was cut or added to.
+
+        Editors save by renaming a new file, and what this run wrote to the old one would be lost.
+        """
+        found = os.fstat(self._descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(found, os.stat(self.path)) and found.st_size == self._size:
+                return
+        raise ValueError(
+            f"{self.path}: expected the file as this run left it, got one that another program has "
+            "removed, replaced or changed; start again, with --resume if the file is there"
+        )
 
     def _take_up(self, resume: bool) -> None:
         """Keep other runs away, and find out what is done; half a line at the end is cut off."""
@@ -252,6 +273,7 @@ class AnswerFile:
                 elif len(line) > MOST_BYTES or not self._may_begin(line):
                     self._refuse(line, place)
         os.ftruncate(self._descriptor, whole)
+        self._size = whole
 
     def _may_begin(self, half: bytes) -> bool:
         """Whether an interruption of this run, or of the machine, may have left half a line so."""

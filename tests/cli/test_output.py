@@ -239,6 +239,43 @@ sys.stdin.read()
     assert opened(path, resume=True).done == {(0, 0)}
 
 
+def _replace(path: pathlib.Path) -> None:
+    new = path.with_name("new")  # as an editor saves
+    new.write_bytes(path.read_bytes())
+    new.rename(path)
+
+
+CHANGES = {
+    "replaced": _replace,
+    "removed": lambda path: path.unlink(),
+    "cut": lambda path: os.truncate(path, 5),
+    "added to": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_file_that_another_program_changes_is_not_written_on(
+    how: str, resume: bool, tmp_path: pathlib.Path
+) -> None:
+    """What is written to a file that has no name any more is lost."""
+    path = tmp_path / "out"
+    if resume:
+        path.write_text(OURS)
+    file = opened(path, resume=resume)
+    file.show(event(0, "eos"))
+    CHANGES[how](path)
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(ValueError, match="out: expected the file as this run left it, got one .*"):
+        file.show(event(2, "eos"))
+    assert (path.read_bytes() if path.exists() else None) == before and (2, 0) not in file.done
+    file.close()
+    if how == "replaced":
+        again = opened(path, resume=True)
+        again.show(event(2, "eos"))
+        assert {0, 2} <= {*indices(path)}
+
+
 def test_without_locks_in_the_file_system_it_is_written(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
