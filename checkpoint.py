@@ -39,6 +39,7 @@ from grok1.cli.console import (
     Parser,
     Worker,
     end_at_next_interrupt,
+    given_path,
     limit_reached,
     open_standard_streams,
     run_command,
@@ -309,9 +310,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")
     text = "write a checkpoint in another form; interrupted, the same command goes on"
     command = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
-    command.add_argument("source", metavar="SRC", help="directory that holds the checkpoint")
-    command.add_argument("target", metavar="DST", help="directory to write to; made if need be")
-    command.add_argument(
+    add = command.add_argument
+    add("source", type=given_path, metavar="SRC", help="directory that holds the checkpoint")
+    add("target", type=given_path, metavar="DST", help="directory to write to; made if need be")
+    add(
         "--to",
         choices=(forms.SAFETENSORS, forms.RELEASED),
         required=True,
@@ -319,7 +321,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     text = "check all headers, float values and, of safetensors, the checksum of every tensor"
     command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
-    command.add_argument("directory", metavar="DIR", help="directory that holds the checkpoint")
+    add = command.add_argument
+    add("directory", type=given_path, metavar="DIR", help="directory that holds the checkpoint")
     return parser.parse_args(arguments)
 
 

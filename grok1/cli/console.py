@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NoReturn, Self, TextIO
 
@@ -194,6 +195,13 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"expected token ids such as '5 6 7', got {text!r}"
         ) from None
+
+
+def given_path(text: str) -> Path:
+    """Return a path; of an empty one, which is that of the working directory, nobody thought."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty string")
+    return Path(text)
 
 
 def number(kind: type, low: float, high: float, note: str = "") -> Any:

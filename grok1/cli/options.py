@@ -3,10 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from grok1.cli.console import Parser, byte_rate, byte_size, mesh_sizes, number, token_ids
+from grok1.cli.console import (
+    Parser,
+    byte_rate,
+    byte_size,
+    given_path,
+    mesh_sizes,
+    number,
+    token_ids,
+)
 from grok1.parallel import multihost
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_SAMPLES
 
@@ -31,13 +38,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add(
         "--checkpoint",
-        type=Path,
+        type=given_path,
         metavar="DIR",
         help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
     )
     add(
         "--tokenizer",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="SentencePiece model; by default DIR/tokenizer.model, else the demo's",
     )
@@ -215,7 +222,7 @@ def add_prompts(parser: Parser) -> None:
     )
     add(
         "--output",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="write each answer to FILE as it ends, as a JSON object a line, and print none",
     )

@@ -10,6 +10,7 @@ refused: what it points to is not DST's. SRC may hold links, as download caches 
 
 import contextlib
 import dataclasses
+import filecmp
 import hashlib
 import json
 import logging
@@ -214,11 +215,20 @@ def _check_target(job: Job) -> None:
         own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
         if os.path.lexists(others) and not os.path.lexists(own):
             left.append(name)
+        elif not _is_replaceable(job, own, others):
+            remedy = "move it to another place, or name another directory"
+            raise error(others, "no file, or the source's own", "another program's", remedy)
     if left:
         got = f"{len(left)} of another one that would be left over"
         remedy = "remove what is there, or name another directory"
         where = os.path.join(job.target, left[0])
         raise error(where, "only files that the new checkpoint replaces", got, remedy)
+
+
+def _is_replaceable(job: Job, own: str, others: str) -> bool:
+    """Whether a file of DST may be replaced: it is the same, or DST holds a checkpoint already."""
+    converted = os.path.lexists(os.path.join(job.target, forms.WORK)) or forms.form(job.target)
+    return bool(converted) or not os.path.lexists(others) or filecmp.cmp(own, others, shallow=False)
 
 
 def _tensor_files(job: Job) -> set[str]:

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+import jax
 import pytest
 
 import checkpoint
@@ -359,6 +360,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "seed": (("--seed", "-1"), 2, "--seed: expected an integer from 0 to 4294967295, got '-1'"),
     "dtype": (("--dtype", "int8"), 2, "--dtype: invalid choice: 'int8'"),
     "no-option": (("--tempratur", "1"), 2, "unrecognized arguments: --tempratur 1"),
+    "no-path": (("--output", ""), 2, "--output: expected a path, got an empty string"),
     "no-value": (("--prompt",), 2, "--prompt: expected one argument"),
     "empty-prompt": (("--prompt", ""), 1,
                      "request 1: the prompt is empty; give at least one token"),
@@ -489,6 +491,22 @@ def test_a_platform_that_is_not_here_is_one_sentence(platforms: str, tiny: pathl
     result = finish(start("--checkpoint", tiny, "--prompt-ids", 5, JAX_PLATFORMS=platforms))
     sentence = f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got none"
     assert_one_sentence(result, 1, sentence, "correct it or leave it unset")
+
+
+def test_no_devices_at_all_are_one_sentence(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Getting local topologies failed\nmore")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    platforms = jax.config.values["jax_platforms"]
+    jax.config.update("jax_platforms", None)
+    try:
+        result = command("--checkpoint", tiny, "--prompt-ids", 5)
+    finally:
+        jax.config.update("jax_platforms", platforms)
+    assert_one_sentence(result, 1, "error: jax found no devices (Getting local topologies failed)")
 
 
 def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:

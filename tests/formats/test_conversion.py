@@ -561,6 +561,7 @@ def _total(directory: pathlib.Path) -> int:
         (["convert", "a"], "required: DST, --to; --help"),
         (["convert", "a", "b", "--to", "zip"], "argument --to: invalid choice: 'zip'"),
         (["verify", "a", "b"], "unrecognized arguments: b"),
+        (["convert", "a", "", "--to", "released"], "DST: expected a path, got an empty string"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(
@@ -769,6 +770,24 @@ def test_no_file_of_another_model_is_left(
     (tmp_path / "target" / name).unlink()
     convert(tmp_path / "source", tmp_path / "target", "safetensors")
     assert not (tmp_path / "target" / name).exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_a_file_of_another_program_is_not_replaced(
+    name: str, released: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    other = tmp_path / name
+    other.write_text('{"of": "another program"}')
+    with pytest.raises(
+        CheckpointError, match=f"{name}: expected no file, or the source's own, got"
+    ):
+        convert(released, tmp_path, "safetensors")
+    assert contents(tmp_path) == {name: other.read_bytes()}
+    shutil.copy(released / name, other)
+    convert(released, tmp_path, "safetensors")
+    other.write_text("damaged")  # of a checkpoint, which is replaced as a whole
+    convert(released, tmp_path, "safetensors")
+    assert other.read_bytes() == (released / name).read_bytes()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
