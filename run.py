@@ -132,25 +132,32 @@ def agree(
         {
             "options": {name: getattr(options, name) for name in SHARED} if first else {},
             "files": [None if file is None else str(file.absolute()) for file in files],
-            "contents": contents(*files) if first else {},
+            "program": program(),
             "numerics": backend.numerics(),
+            "contents": contents(*files) | weights(files[0]) if first else {},
             "left": left_over(options, answers) if first else [],
         }
     )
     vars(options).update(shared["options"])
     if first:
         return files, answers, shared["left"]
+    if program() != shared["program"]:
+        raise ValueError(
+            f"{ROOT}: expected this program as on process 0, got another version of it; install "
+            "the same on all hosts"
+        )
     backend.use_numerics(shared["numerics"])
     if options.checkpoint is None:
         options.checkpoint = Path(shared["files"][0])
         if options.tokenizer is None and shared["files"][1] is not None:
             options.tokenizer = Path(shared["files"][1])
     directory, tokenizer = choose_files(options)
-    for name, found in contents(directory, tokenizer).items():
-        if found != shared["contents"][name]:
+    for name, found in (contents(directory, tokenizer) | weights(directory)).items():
+        # Of weights what is not there, or in the other form, is not known.
+        if found != shared["contents"].get(name, found):
             raise ValueError(
-                f"the {name} of {directory if name == 'config.json' else tokenizer} is not that of "
-                "process 0; give all processes the same files"
+                f"{tokenizer if name == 'tokenizer' else directory}: expected the same {name} as "
+                "on process 0, got something else; give all processes the same files"
             )
     return (directory, tokenizer), None, shared["left"]
 
@@ -168,6 +175,23 @@ def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
             text = opened.read(forms.MAX_TOKENIZER_BYTES)
             found[name] = hashlib.sha256(text).hexdigest()
     return found
+
+
+def weights(directory: Path) -> dict[str, str]:
+    """Return fingerprints of the files of the weights; none if they cannot be read."""
+    with contextlib.suppress(OSError):  # loading says what is wrong
+        return forms.samples(directory)
+    return {}
+
+
+def program() -> str:
+    """Return a fingerprint of this program's own files."""
+    found = hashlib.sha256()
+    for name in ("model.py", "runner.py", "checkpoint.py", "run.py", "grok1/**/*"):
+        for file in sorted(ROOT.glob(name)):
+            if file.suffix in (".py", ".cc", ".h"):
+                found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def open_answers(
@@ -219,10 +243,12 @@ def make_server(
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a lost driver
         why = (str(error) or "no driver found").splitlines()[0]
-        raise ValueError(
-            f"JAX_PLATFORMS={jax.config.values['jax_platforms']}: expected platforms of which "
-            f"devices are here, got none ({why}); correct it or leave it unset"
-        ) from error
+        if platforms := jax.config.values["jax_platforms"]:
+            raise ValueError(
+                f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got "
+                f"none ({why}); correct it or leave it unset"
+            ) from error
+        raise ValueError(f"jax found no devices ({why})") from error
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -365,8 +391,16 @@ def connect_processes(server: Any, peers: multihost.Peers) -> None:
     from grok1.parallel.sharding import connect
 
     peers.meet()
-    if server.mesh is not None:
+    if server.mesh is None:
+        return
+    try:
         connect(server.mesh)
+    except RuntimeError as error:
+        peers.await_loss()  # perhaps of a process that was lost
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the devices of all processes could not be connected ({reason}); start them again"
+        ) from error
 
 
 def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:

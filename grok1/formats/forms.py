@@ -8,8 +8,11 @@ DIR/SAVING a `checkpoint.save` that has not: files of two models may be there.
 
 import contextlib
 import dataclasses
+import hashlib
 import os
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from grok1.formats import atomic
@@ -19,6 +22,8 @@ FOLDER = "ckpt-0"
 INDEX = "model.safetensors.index.json"
 WORK = ".converting"
 SAVING = ".saving"
+TENSORS = r"tensor[0-9]+_[0-9]+|.+\.safetensors"  # names of the files that hold them
+SAMPLES, SAMPLE_BYTES = 4, 4096  # that `samples` reads of each of these files
 MAX_TOKENIZER_BYTES = 64 << 20  # Grok-1's has 2.2 MB
 
 Directory = str | os.PathLike[str]
@@ -103,3 +108,29 @@ def require_form(directory: Directory, remedy: str) -> str:
             got = "one with neither"
         raise error(str(directory), f"a directory that holds {FOLDER} or {INDEX}", got, remedy)
     return found
+
+
+def samples(directory: Directory) -> dict[str, str]:
+    """Return a digest of a few blocks of each file that holds tensors, by its name in DIR and size.
+
+    Other weights have others, unless they differ in a few places only: to read all of Grok-1's
+    takes minutes. Raises OSError.
+    """
+    folder = FOLDER if form(directory) == RELEASED else ""
+    names = os.listdir(os.path.join(directory, folder))
+    files = sorted(os.path.join(folder, name) for name in names if re.fullmatch(TENSORS, name))
+    paths = [os.path.join(directory, file) for file in files]
+    with ThreadPoolExecutor(16) as pool:  # a network's file system takes a while to answer
+        found = zip(files, pool.map(_sample, paths), strict=True)
+        return {f"{file} of {size} bytes": digest for file, (size, digest) in found}
+
+
+def _sample(path: str) -> tuple[int, str]:
+    """Return the size of a file, and a digest of some of its blocks."""
+    sample = hashlib.sha256()
+    with atomic.open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        for block in range(SAMPLES):
+            file.seek((2 * block + 1) * size // (2 * SAMPLES))
+            sample.update(file.read(SAMPLE_BYTES))
+    return size, sample.hexdigest()

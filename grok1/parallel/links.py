@@ -188,14 +188,28 @@ def copy_bytes(
     target: socket.socket,
     first: bytes = b"",
     keep: socket.socket | None = None,
-) -> None:
-    """Copy `first` and all bytes until either side ends; then end both, but leave `keep` open."""
+) -> bool:
+    """Copy `first` and all bytes until either side ends; then end both, but leave `keep` open.
+
+    Returns whether it was `source` that ended.
+    """
+    ended = False
     with contextlib.suppress(OSError):
         target.sendall(first)
-        while piece := source.recv(2**16):
+        while piece := _read(source):
             target.sendall(piece)
+        ended = True
     if target is not keep:
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)  # whoever reads from it closes it
     if source is not keep:
         source.close()
+    return ended
+
+
+def _read(source: socket.socket) -> bytes:
+    """Return the next bytes, none at the end."""
+    try:
+        return source.recv(2**16)
+    except OSError:
+        return b""

@@ -592,12 +592,33 @@ class Peers:
         kept = []  # open when process 0 dies: see the top of this file
         for near in accepted(listener):
             kept.append(near)
-            with contextlib.suppress(OSError, ValueError):
-                question = pack(jax=self._token)
-                link, _, _ = self._ask(question, RELAYED, self.peer_timeout)
-                link.socket.settimeout(None)
-                self._start(copy_bytes, near, link.socket, b"", near)
-                self._start(copy_bytes, link.socket, near, bytes(link.unread), near)
+            self._start(self._carry, near)
+
+    def _carry(self, near: socket.socket) -> None:
+        """On the others: carry one of jax's connections, whose loss is that of process 0."""
+        given_up = threading.Event()
+
+        def send_on(far: socket.socket) -> None:
+            if copy_bytes(near, far, keep=near):  # jax itself has ended it
+                given_up.set()
+
+        try:
+            link, _, _ = self._ask(pack(jax=self._token), RELAYED, self.peer_timeout)
+        except (OSError, ValueError) as error:
+            how = f"could not be made ({error})"
+        else:
+            link.socket.settimeout(None)
+            self._start(send_on, link.socket)
+            copy_bytes(link.socket, near, bytes(link.unread), near)
+            how = "was closed"
+        with self._changed:
+            # If process 0 has ended, or says why all do, the thread that listens knows at once.
+            over = self._changed.wait_for(
+                lambda: self._closing or self._losing or self._ending, self.peer_timeout
+            )
+        if not over and not given_up.is_set():
+            name = self._links[0].name
+            self._lose(f"a second connection of {self._name} to {name} {how}; start all again")
 
     def _serve_jax(self, link: Link) -> None:
         """On process 0: carry one relay's connection to jax's service, once it is there."""

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -288,9 +289,42 @@ def test_a_process_with_other_files_is_refused(
     own = ["--checkpoint", tmp_path, "--tokenizer", tmp_path / "tokenizer.model"]
     own = own[: 2 if different == "config.json" else 4]
     second = finish(start(run.__file__, *place(address, 1), *own))
-    assert second.status == 1
-    assert f"the {different} of {tmp_path}" in second.err and second.err.count("\n") == 1
+    assert second.status == 1 and second.err.count("\n") == 1
+    assert f"error: {tmp_path}" in second.err and f"the same {different} as on" in second.err
     assert second.err.removeprefix("error: ") in finish(first).err
+
+
+def test_a_process_with_other_weights_is_refused(
+    start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    """It would give other tokens than any of the two models, and no error."""
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    largest = max((other / "ckpt-0").iterdir(), key=lambda file: file.stat().st_size)
+    values = bytearray(largest.read_bytes())
+    for i in range(len(values) // 16, len(values) // 2):
+        values[i] ^= 0x80
+    largest.write_bytes(values)
+    first = start(run.__file__, *place(address, 0), *ASK)
+    second = finish(start(run.__file__, *place(address, 1), "--checkpoint", other))
+    file = f"ckpt-0/{largest.name} of {len(values)} bytes"
+    told = f"{other}: expected the same {file} as on process 0, got something else"
+    assert second.status == 1 and second.err.startswith(f"error: {told}; give all")
+    assert told in finish(first).err
+
+
+def test_a_process_of_another_program_is_refused(
+    start: Start, address: str, tmp_path: pathlib.Path
+) -> None:
+    for name in ("run.py", "runner.py", "model.py", "checkpoint.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "grok1", tmp_path / "grok1")
+    with (tmp_path / "grok1" / "ops" / "layers.py").open("a") as file:
+        file.write("# changed\n")
+    first = start(run.__file__, *place(address, 0), *ASK)
+    second = finish(start(tmp_path / "run.py", *place(address, 1)))
+    told = f"{tmp_path}: expected this program as on process 0, got another version of it"
+    assert second.status == 1 and second.err.startswith(f"error: {told}; install the same")
+    assert told in finish(first).err
 
 
 def test_a_process_that_never_comes_is_named(start: Start, address: str) -> None:
@@ -731,6 +765,53 @@ def test_jax_shuts_down_when_all_are_done(
     alone._take(link, "done", True)
     thread.join(20)
     assert over.is_set() and not thread.is_alive()
+
+
+@pytest.mark.parametrize("ended", ["far", "near", "never made", "far, at the end"])
+def test_a_lost_connection_of_jax_is_a_loss(
+    ended: str, alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else jax waits for minutes, or for ever; it may itself end one, and make another."""
+    (jax, near), (far, first) = socket.socketpair(), socket.socketpair()
+
+    def ask(*_: object) -> tuple[links.Link, str, bool]:
+        if ended == "never made":
+            raise ValueError("no answer for 1 s")
+        return links.Link(far, 1), "jax", True
+
+    monkeypatch.setattr(alone, "_ask", ask)
+    alone._links[0] = types.SimpleNamespace(name="process 0", send=lambda _: None)  # type: ignore
+    alone._closing = ended == "far, at the end"
+    carrying = threading.Thread(target=alone._carry, args=(near,), daemon=True)
+    with jax, near, far, first:
+        carrying.start()
+        if ended != "never made":
+            jax.sendall(b"question")
+            assert first.recv(8) == b"question"
+            (jax if ended == "near" else first).close()
+        carrying.join(10)
+    how = {"far": "was closed", "never made": "could not be made .no answer for 1 s."}.get(ended)
+    sentence = rf"a second connection of process 0 of 2 .* to process 0 {how}; start all again"
+    assert re.fullmatch(sentence, alone.loss or "") if how else alone.loss is None
+    assert not carrying.is_alive()
+
+
+def test_devices_that_cannot_be_connected_are_one_sentence(
+    alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("Gloo: DEADLINE_EXCEEDED\nmore")
+
+    monkeypatch.setattr(sharding, "connect", fail)
+    monkeypatch.setattr(alone, "meet", lambda: None)
+    server = types.SimpleNamespace(mesh="a mesh")
+    with pytest.raises(
+        ValueError, match=r"could not be connected \(Gloo: DEADLINE_EXCEEDED\); sta"
+    ):
+        run.connect_processes(server, alone)
+    alone.loss = "process 1 was lost"  # the cause, which is said in its place
+    with pytest.raises(SystemExit):
+        run.connect_processes(server, alone)
 
 
 @pytest.mark.parametrize("process", [0, 1])
