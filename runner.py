@@ -8,7 +8,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 import checkpoint
 from checkpoint import read_model_config
 from grok1 import backend
-from grok1.checks import require
+from grok1.checks import is_integer, require
 from grok1.execution import Execution, Executions, fastest
 from grok1.inspection import Hook
 from grok1.kernels import dispatch
@@ -188,9 +188,9 @@ class InferenceRunner:
         between_hosts_config: tuple[int, int] = (1, 1),
         pad_sizes: Sequence[int] = (1024,),
     ):
-        pad_sizes = list(pad_sizes)
-        if not pad_sizes or any(size < 1 for size in pad_sizes):
-            raise ValueError(f"pad_sizes: expected positive chunk lengths, got {pad_sizes!r}")
+        sizes = list(pad_sizes) if isinstance(pad_sizes, Iterable) else []
+        positive = bool(sizes) and all(is_integer(size) and size >= 1 for size in sizes)
+        require(positive, "pad_sizes", "a list of integers >= 1", pad_sizes)
         self.name = name
         self.runner = runner
         if load is not None:
@@ -198,7 +198,7 @@ class InferenceRunner:
         self.config = runner.model
         self.tokenizer_path = tokenizer_path
         self.mesh_config = (local_mesh_config, between_hosts_config)
-        self.pad_sizes = sorted({min(size, self.config.sequence_len) for size in pad_sizes})
+        self.pad_sizes = sorted({min(int(size), self.config.sequence_len) for size in sizes})
         self.tokenizer: sentencepiece.SentencePieceProcessor | None = None
         self.vocabulary: Vocabulary | None = None
         self.mesh: Mesh | None = None
@@ -362,7 +362,7 @@ class InferenceRunner:
         What is known of them is found out again when they are answered: kept for a million
         requests it would take gigabytes.
         """
-        if isinstance(requests, str | Request):
+        if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
             raise ValueError(f"expected a list of requests, got {requests!r}; put it in a list")
         requests = list(requests)
         for index, request in enumerate(requests):
@@ -419,13 +419,23 @@ class InferenceRunner:
 
     @property
     def bos_token(self) -> int:
-        """The id of [BOS], which a text that is scored begins with."""
-        return BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
+        """The id of [BOS], which a text that is scored begins with.
+
+        Raises ValueError if the tokenizer has none.
+        """
+        bos = BOS_TOKEN if self.tokenizer is None else self.tokenizer.bos_id()
+        if bos < 0:
+            raise ValueError(
+                f"{self.tokenizer_path}: expected a tokenizer with a piece for the beginning of a "
+                "text, [BOS], got one without; train it with bos_id"
+            )
+        return bos
 
     def score_tokens(self, texts: Sequence[str | Sequence[int]]) -> list[TokenScores]:
         """Return what `score` does, and whether each token is the likeliest at its place."""
         if isinstance(texts, str):
             raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
+        require(isinstance(texts, Iterable), "texts", "a list of texts or of token ids", texts)
         ids = [self.encode(text) for text in texts]
         return self._with_model(scoring.score, ids, self.bos_token)
 
@@ -477,8 +487,9 @@ def load_server(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
-    if slots < 1:
-        raise ValueError(f"slots: expected at least 1, got {slots}")
+    require(is_integer(slots) and slots >= 1, "slots", "an integer >= 1", slots)
+    pair = isinstance(mesh, Sequence) and len(mesh) == 2 and all(map(is_integer, mesh))
+    require(pair, "mesh", "the sizes (data, model), two integers", mesh)
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
     stored = read_model_config(directory)
     config = with_settings(stored, dtype, context)

@@ -1,6 +1,7 @@
 """Requests in, tokens out: each request gets what it would get alone."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -398,6 +399,9 @@ WRONG = {
     "a prompt without axes": (Request(np.array(5)), "list of token ids, got array.5."),
     "a large seed of numpy": (Request([5], rng_seed=np.uint64(2**63)), "got 9223372036854775808"),
     "a prompt in bytes": (Request(b"cat"), "expected a string or a list of token ids, got b'cat'"),
+    "a prompt in a bytearray": (Request(bytearray(b"cat")), "list of token ids, got bytearray"),
+    "a prompt without an order": (Request({5, 6}), "list of token ids, got {5, 6}"),
+    "stop tokens in bytes": (Request([5], stop_tokens=b"ab"), "stop_tokens: .* got b'ab'"),
     "no samples": (Request([5], num_samples=0), "num_samples must be .* 1 to 1024, got 0"),
     "too many samples": (Request([5], num_samples=1025), "num_samples must be .* got 1025"),
     "half a sample": (Request([5], num_samples=1.5), "num_samples must be .* got 1.5"),
@@ -449,7 +453,7 @@ def test_before_it_is_initialized_a_runner_says_what_to_call(use):
         use(server)
 
 
-@pytest.mark.parametrize("requests", ["words", Request([5])])
+@pytest.mark.parametrize("requests", ["words", Request([5]), None])
 def test_requests_come_in_a_list(requests, tiny):
     with pytest.raises(ValueError, match="expected a list of requests"):
         tiny.generate(requests)
@@ -459,7 +463,13 @@ def test_requests_come_in_a_list(requests, tiny):
     ("options", "message"),
     [
         ({"dtype": "bf16"}, "dtype: expected float32 or bfloat16, got 'bf16'"),
-        ({"slots": 0}, "slots: expected at least 1, got 0"),
+        ({"slots": 0}, "slots: expected an integer >= 1, got 0"),
+        ({"slots": "2"}, "slots: expected an integer >= 1, got '2'"),
+        ({"mesh": (1,)}, "mesh: expected the sizes .data, model., two integers, got .1,"),
+        ({"mesh": 8}, "mesh: expected the sizes"),
+        ({"pad_sizes": [16.5]}, "pad_sizes: expected a list of integers >= 1, got .16.5."),
+        ({"pad_sizes": []}, "pad_sizes: expected a list of integers >= 1"),
+        ({"pad_sizes": 16}, "pad_sizes: expected a list of integers >= 1, got 16"),
         ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0 or model"),
     ],
 )
@@ -518,6 +528,14 @@ def test_logits_and_score_refuse_what_are_no_tokens(tiny):
         tiny.score("The cat")
     with pytest.raises(ValueError, match="expected a string or a list of token ids, got 5"):
         tiny.score([5, 6])
+    with pytest.raises(ValueError, match="texts: expected a list of texts or of token ids, got 5"):
+        tiny.score(5)
+
+
+def test_scores_need_a_tokenizer_with_bos(monkeypatch, tiny):
+    monkeypatch.setattr(tiny, "tokenizer", types.SimpleNamespace(bos_id=lambda: -1))
+    with pytest.raises(ValueError, match="tokenizer with a piece for the beginning of a text"):
+        tiny.score(["The cat"])
 
 
 def score_by_hand(server, ids, start, end, bos=True):

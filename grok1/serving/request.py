@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ NOT_FINITE = (
     "expected finite logits, got NaN or infinity, so the weights are damaged; look for the file "
     "with `python checkpoint.py verify DIRECTORY`"
 )
+NO_LIST = str | bytes | bytearray | memoryview  # of token ids or strings
 INTEGERS = "rng_seed", "max_len", "min_len", "num_samples", "top_logprobs"
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
@@ -98,7 +99,8 @@ class Request:
         # Whoever made a list may change it later, and an iterator can be read only once.
         for field in ("prompt", "allowed_tokens", "stop", "stop_tokens"):
             value = getattr(self, field)
-            if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+            unordered = field == "prompt" and isinstance(value, Set | Mapping)
+            if isinstance(value, Iterable) and not isinstance(value, NO_LIST) and not unordered:
                 with contextlib.suppress(TypeError):  # an array without axes, refused later
                     object.__setattr__(self, field, tuple(value))
         if isinstance(self.logit_bias, Mapping):
@@ -170,7 +172,7 @@ def encode(
         ids = tuple(map(_plain, prompt))  # an iterator can be read only once
     except TypeError:
         ids = None
-    if ids is None or isinstance(prompt, bytes):
+    if ids is None or isinstance(prompt, NO_LIST | Set | Mapping):
         raise ValueError(f"expected a string or a list of token ids, got {prompt!r}")
     for token in ids:
         if not (is_integer(token) and 0 <= token < config.vocab_size):
