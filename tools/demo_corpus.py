@@ -10,6 +10,8 @@ import argparse
 import gzip
 import io
 import os
+import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,9 +38,15 @@ def read_documents(path_gz: str | os.PathLike) -> list[str]:
 
     Returns:
       The documents in file order, without leading and trailing newlines; empty ones are dropped.
+
+    Raises:
+      ValueError: it cannot be read.
     """
-    with gzip.open(path_gz, "rt", encoding="utf-8", newline="\n") as file:
-        text = "\n" + file.read()
+    try:
+        with gzip.open(path_gz, "rt", encoding="utf-8", newline="\n") as file:
+            text = "\n" + file.read()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"{path_gz}: expected gzipped text in UTF-8, got {error}") from error
     parts = (part.strip("\n") for part in text.split(f"\n{SEPARATOR}\n"))
     return [part for part in parts if part]
 
@@ -111,7 +119,10 @@ def main() -> None:
     parser.add_argument("output", help="where to write the tokenizer")
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
-    train_tokenizer(read_documents(arguments.corpus), arguments.output, arguments.vocab_size)
+    try:
+        train_tokenizer(read_documents(arguments.corpus), arguments.output, arguments.vocab_size)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

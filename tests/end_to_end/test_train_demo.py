@@ -1,11 +1,13 @@
 """The recipe of the demo, on a tiny model and random tokens."""
 
 import dataclasses
+import gzip
 
 import jax
 import numpy as np
 import pytest
 
+import demo_corpus
 import train_demo
 
 STEPS = 6
@@ -91,3 +93,20 @@ def test_the_balance_loss_is_least_for_an_even_router(recipe):
 
     assert extra(0.0) == pytest.approx(1, rel=1e-4)
     assert extra(10.0) > 1.05
+
+
+BROKEN = {
+    "missing": None,
+    "cut": gzip.compress(b"a" * 9999)[:20],
+    "no gzip": b"no gzip",
+    "damaged": b"\x1f\x8b\xff",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_documents_that_cannot_be_read_are_one_sentence(how, tmp_path):
+    corpus = tmp_path / "corpus.gz"
+    if BROKEN[how] is not None:
+        corpus.write_bytes(BROKEN[how])
+    with pytest.raises(ValueError, match="corpus.gz: expected gzipped text in UTF-8, got "):
+        demo_corpus.read_documents(corpus)
