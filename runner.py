@@ -168,7 +168,7 @@ class InferenceRunner:
     largest, the rest in the smallest that holds it.
 
     `initialize()` loads everything; the other methods need it. Then `executions` says how each kind
-    of step is run.
+    of step is run, and no attribute can be set: what was loaded would not change with it.
 
     Any thread may call any method, and each gets what it asked for, whichever thread's call lets
     the devices work on it; so may a loop over `generate_events` or `stream` ask for more. `logits`,
@@ -217,6 +217,7 @@ class InferenceRunner:
         requests: checked before the weights are loaded, which may take long. progress: called as
         progress(bytes_done, bytes_total). Raises ValueError with the reason in one sentence.
         """
+        vars(self).pop("_fixed", None)
         if self.mesh_config != ((1, 1), (1, 1)):
             sizes, between = self.mesh_config
             if between == (1, 1):
@@ -235,6 +236,15 @@ class InferenceRunner:
             self.params, self.config, self.executions, self.num_slots, self.pad_sizes
         )
         self._loaded = model, Scheduler(model)
+        self._fixed = frozenset(vars(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("_fixed", ()):
+            raise AttributeError(
+                f"{name}: expected no change to a loaded model, which goes on as it was loaded; "
+                "load another one, with the arguments that differ"
+            )
+        super().__setattr__(name, value)
 
     @property
     def _scheduler(self) -> Scheduler:
@@ -394,8 +404,9 @@ class InferenceRunner:
         capture: names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of
         which layers; None: all. hooks: pure functions (layer, array) -> array by site, as a
         LanguageModel's call takes them. Their arrays have T = the tokens of the prompt, and as B
-        that prompt as often as the mesh's data axis is long. Each new function object compiles
-        anew, and so does each length with hooks.
+        that prompt as often as the mesh's data axis is long. Each new function object, a bound
+        method too, compiles anew, and so does each length with hooks; what it reads from outside,
+        such as a variable, is fixed then.
 
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.

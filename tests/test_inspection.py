@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import signal
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from grok1 import inspection
 from grok1.execution import ONE_DEVICE, Execution
 from grok1.inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
 from grok1.serving import memory_budget
-from grok1.serving.steps import apply_model, new_memory
+from grok1.serving.steps import MOST_HOOKED, apply_model, new_memory
 from model import LanguageModelConfig, Router, TransformerConfig, grok_1
 
 SITES = tuple(site for site in CAPTURE_SITES if site != "embeddings")
@@ -459,6 +461,37 @@ def test_a_runner_inspects_one_prompt(mesh):
     sites = (site for site in ("embeddings",))  # an iterator is read once
     own = server.inspect(prompt, sites, hooks={"embeddings": look}).captured.embeddings.shape
     assert own[0] == 9 and {*shapes} == {(1 if mesh is None else mesh[0], *own)}
+
+
+def test_a_bound_method_is_a_new_hook_each_time():
+    """Two of one object are equal, and its attributes may have changed in between."""
+
+    class Ablate:
+        expert = 0
+
+        def hook(self, _, x):
+            return x.at[..., self.expert].set(-jnp.inf)
+
+    runner, ablate = golden.runner("three-layers"), Ablate()
+    found = []
+    for expert in (0, 1):
+        ablate.expert = expert
+        captured = runner.inspect([5, 6, 7], hooks={"router_logits": ablate.hook}).captured
+        assert expert not in captured.expert_index
+        found.append(captured.router_probs)
+    assert not np.array_equal(*found)
+
+
+def test_programs_of_old_hooks_are_forgotten():
+    """One that is kept takes megabytes."""
+    runner, alive = golden.runner("three-layers"), []
+    for shift in range(MOST_HOOKED + 3):
+        hook = lambda _, x, shift=shift: x + shift  # noqa: E731
+        runner.inspect([5], (), hooks={"embeddings": hook})
+        alive.append(weakref.ref(hook))
+        del hook
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True] * 3 + [False] * MOST_HOOKED
 
 
 def test_an_interrupt_waits_for_a_trace():

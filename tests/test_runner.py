@@ -489,6 +489,16 @@ def test_settings_of_jax_that_the_model_does_not_know_are_refused(name):
         jax.config.update(name, False)
 
 
+@pytest.mark.parametrize("name", ["config", "params", "mesh", "executions", "tokenizer", "runner"])
+def test_a_loaded_model_is_not_changed(name, tiny):
+    """A change of `config` reached `inspect` and not `generate`, without a word."""
+    before = getattr(tiny, name)
+    with pytest.raises(AttributeError, match=f"{name}: expected no change to a loaded model, .*"):
+        setattr(tiny, name, None)
+    assert getattr(tiny, name) is before
+    tiny.statistics = type(tiny.statistics)()  # takes effect
+
+
 def test_words_need_a_tokenizer():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         golden.runner("three-layers").generate([Request("words")])
@@ -533,7 +543,8 @@ def test_logits_and_score_refuse_what_are_no_tokens(tiny):
 
 
 def test_scores_need_a_tokenizer_with_bos(monkeypatch, tiny):
-    monkeypatch.setattr(tiny, "tokenizer", types.SimpleNamespace(bos_id=lambda: -1))
+    without = types.SimpleNamespace(bos_id=lambda: -1)
+    monkeypatch.setitem(vars(tiny), "tokenizer", without)
     with pytest.raises(ValueError, match="tokenizer with a piece for the beginning of a text"):
         tiny.score(["The cat"])
 

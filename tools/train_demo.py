@@ -146,14 +146,23 @@ def save_state(path: Path, state: State, recipe: str) -> None:
 
 
 def load_state(path: Path, like: State, recipe: str) -> State:
-    """Read a state that has the structure of `like`; ValueError if its recipe is another."""
-    with np.load(path) as saved:
-        if str(saved["recipe"]) != recipe:
-            raise ValueError(
-                f"{path}: expected a state of the recipe {recipe}, got one of {saved['recipe']}; "
-                "name another file with --state, or remove this one"
-            )
-        leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+    """Read a state that has the structure of `like`.
+
+    Raises ValueError if it is damaged, or its recipe is another.
+    """
+    remedy = "name another file with --state, or remove this one"
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            found = str(saved["recipe"])
+            leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+    except Exception as error:  # whatever a damaged archive leads to
+        raise ValueError(
+            f"{path}: expected a state of training, got {error!r}; {remedy}"
+        ) from error
+    if found != recipe:
+        raise ValueError(
+            f"{path}: expected a state of the recipe {recipe}, got one of {found}; {remedy}"
+        )
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

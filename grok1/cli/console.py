@@ -17,6 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NoReturn, Self, TextIO
 
+MOST_BYTES = 1e18  # of a device, or a second
 PATIENCE = 1.0  # seconds for a message, in a pipe that does not block and is full
 
 
@@ -230,7 +231,7 @@ def quantity(units: dict[str, float], example: str) -> Any:
             value = float(match[1]) * units[match[2]] if match else 0.0
         except (KeyError, ValueError):
             value = 0.0
-        if not 0 < value < math.inf:
+        if not 0 < value < MOST_BYTES:
             known = ", ".join(unit for unit in units if unit)
             raise argparse.ArgumentTypeError(
                 f"expected a number and a unit such as {example} (units: {known}), got {text!r}"

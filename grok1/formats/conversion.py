@@ -167,13 +167,13 @@ def _safe_output(file: str, members: list[TensorFile]) -> Output:
 
 
 def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]) -> str:
-    """Return a digest of what is converted: the names, sizes and times of all files.
+    """Return a digest of what is converted: names, sizes, times and samples of all files.
 
-    Those of the tensors' files are as they were when their headers were checked.
+    Names, sizes and times of the tensors' files are as they were when their headers were checked.
     """
     stamps = {array.path: array.stamp for array in located.values()}
     paths = stamps.keys() | {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
-    seen: list[Any] = [form, layout.read_config(source)]
+    seen: list[Any] = [form, layout.read_config(source), forms.samples(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
             # Without the device's number, which may be another one after the machine was started.
@@ -205,6 +205,7 @@ def _check_target(job: Job) -> None:
     state = os.path.join(forms.WORK, _STATE)
     for file in (*(output.file for output in job.outputs), forms.INDEX, *_COPIED, state):
         atomic.require_plain(os.path.join(job.target, file))
+    _check_index(job)
     other = forms.FOLDER if job.form == forms.SAFETENSORS else forms.INDEX
     left = [
         name for name in (other, forms.SAVING) if os.path.lexists(os.path.join(job.target, name))
@@ -229,6 +230,14 @@ def _is_replaceable(job: Job, own: str, others: str) -> bool:
     """Whether a file of DST may be replaced: it is the same, or DST holds a checkpoint already."""
     converted = os.path.lexists(os.path.join(job.target, forms.WORK)) or forms.form(job.target)
     return bool(converted) or not os.path.lexists(others) or filecmp.cmp(own, others, shallow=False)
+
+
+def _check_index(job: Job) -> None:
+    """Raise CheckpointError if DST has an index of another program, whose files are not ours."""
+    path = os.path.join(job.target, forms.INDEX)
+    if os.path.lexists(path) and not safetensors.is_own_index(job.target):
+        remedy = "name another directory, or remove it"
+        raise error(path, "no index, or one of this program", "another program's", remedy)
 
 
 def _tensor_files(job: Job) -> set[str]:

@@ -111,7 +111,7 @@ def require_form(directory: Directory, remedy: str) -> str:
 
 
 def samples(directory: Directory) -> dict[str, str]:
-    """Return a digest of a few blocks of each file that holds tensors, by its name in DIR and size.
+    """Return a digest of the size and a few blocks of each file that holds tensors, by its name.
 
     Other weights have others, unless they differ in a few places only: to read all of Grok-1's
     takes minutes. Raises OSError.
@@ -121,16 +121,14 @@ def samples(directory: Directory) -> dict[str, str]:
     files = sorted(os.path.join(folder, name) for name in names if re.fullmatch(TENSORS, name))
     paths = [os.path.join(directory, file) for file in files]
     with ThreadPoolExecutor(16) as pool:  # a network's file system takes a while to answer
-        found = zip(files, pool.map(_sample, paths), strict=True)
-        return {f"{file} of {size} bytes": digest for file, (size, digest) in found}
+        return dict(zip(files, pool.map(_sample, paths), strict=True))
 
 
-def _sample(path: str) -> tuple[int, str]:
-    """Return the size of a file, and a digest of some of its blocks."""
-    sample = hashlib.sha256()
+def _sample(path: str) -> str:
     with atomic.open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
+        sample = hashlib.sha256(str(size).encode())
         for block in range(SAMPLES):
             file.seek((2 * block + 1) * size // (2 * SAMPLES))
             sample.update(file.read(SAMPLE_BYTES))
-    return size, sample.hexdigest()
+    return sample.hexdigest()

@@ -206,6 +206,20 @@ def read_index(directory: Directory) -> Index:
     return Index(files, checksums, size)
 
 
+def is_own_index(directory: Directory) -> bool:
+    """Return whether the index of DIR is of this form, whole or damaged, or of another program."""
+    with atomic.open_regular(os.path.join(directory, forms.INDEX)) as file:
+        text = file.read(_MAX_INDEX_BYTES + 1)
+    try:
+        fields = read_json(text)
+    except ValueError:
+        return True  # damaged
+    match fields:
+        case {"metadata": {"format": str(kind)}}:
+            return kind.startswith(_FORMAT.partition("/")[0])
+    return False
+
+
 def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]]) -> None:
     """Raise CheckpointError unless the index has exactly the tensors of `files`, each in its."""
     arrays = {

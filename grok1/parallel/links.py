@@ -183,6 +183,18 @@ def accepted(listener: socket.socket) -> Iterator[socket.socket]:
             yield connection
 
 
+def begins_with(connection: socket.socket, beginning: bytes, timeout: float) -> bool:
+    """Whether these bytes come first, and in time; reads no more, and leaves no time-out."""
+    connection.settimeout(timeout)
+    found = b""
+    while len(found) < len(beginning) and beginning.startswith(found):
+        if not (piece := _read(connection, len(beginning) - len(found))):
+            break
+        found += piece
+    connection.settimeout(None)
+    return found == beginning
+
+
 def copy_bytes(
     source: socket.socket,
     target: socket.socket,
@@ -207,9 +219,9 @@ def copy_bytes(
     return ended
 
 
-def _read(source: socket.socket) -> bytes:
-    """Return the next bytes, none at the end."""
+def _read(source: socket.socket, most: int = 2**16) -> bytes:
+    """Return the next bytes, none at the end, or if none come in time."""
     try:
-        return source.recv(2**16)
+        return source.recv(most)
     except OSError:
         return b""

@@ -40,6 +40,7 @@ from grok1.parallel.links import (
     Expected,
     Link,
     accepted,
+    begins_with,
     copy_bytes,
     insist,
     listen_everywhere,
@@ -61,6 +62,7 @@ FROM_OTHERS = Expected(
 )
 # The prompts of a run are one message.
 FROM_FIRST = Expected({**FROM_OTHERS.types, "begin": bool, "value": object}, limit=2**28)
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # how each of jax's connections begins (RFC 9113, 3.4)
 # jax's service must not end a process that this module has not: its limits are some factor longer.
 SLOWER = 10
 # Nor one that still prints when another is lost that had done its part: seconds, some months.
@@ -196,6 +198,8 @@ class Peers:
         self._jax_port = 0
         self._token = secrets.token_hex(16)  # by which process 0 knows the others' relays
         self._leaving = threading.Lock()
+        # Open when process 0 dies: see the top of this file.
+        self._carried: list[socket.socket] = []
 
     # ------------------------------------------------------------------------------- for all
 
@@ -589,17 +593,19 @@ class Peers:
 
     def _relay(self, listener: socket.socket) -> None:
         """On the others: carry jax's connections to process 0."""
-        kept = []  # open when process 0 dies: see the top of this file
         for near in accepted(listener):
-            kept.append(near)
             self._start(self._carry, near)
 
     def _carry(self, near: socket.socket) -> None:
         """On the others: carry one of jax's connections, whose loss is that of process 0."""
+        if not begins_with(near, HTTP2, self.peer_timeout):  # another program's
+            near.close()
+            return
+        self._carried.append(near)
         given_up = threading.Event()
 
         def send_on(far: socket.socket) -> None:
-            if copy_bytes(near, far, keep=near):  # jax itself has ended it
+            if copy_bytes(near, far, HTTP2, near):  # jax itself has ended it
                 given_up.set()
 
         try:

@@ -21,7 +21,7 @@ from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import all_model_axes, axis_size
 from grok1.serving.memory_budget import free_memory, own_device
 from grok1.serving.scoring import check_length
-from grok1.serving.steps import LoadedModel, inspect_step
+from grok1.serving.steps import LoadedModel, SameHook, inspect_step
 
 
 class Inspection(NamedTuple):
@@ -65,13 +65,14 @@ def inspect(
     tokens = np.full([_rows(model), length], config.pad_token, np.int32)
     tokens[:, : len(ids)] = ids
     with uninterrupted():  # jax and haiku bear no exception while they trace
-        logits, captured = inspect_step(
+        own = tuple((site, SameHook(hook)) for site, hook in (hooks or {}).items())
+        logits, captured = inspect_step(own)(
             model.params, tokens, config=config, execution=model.executions.prefill,
-            capture=capture, capture_layers=layers, hooks=tuple((hooks or {}).items()),
+            capture=capture, capture_layers=layers,
         )  # fmt: skip
-    own = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
+    found = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
     return Inspection(
-        np.array(ids, np.int32), None, np.asarray(logits[0, : len(ids)]), Captured(**own)
+        np.array(ids, np.int32), None, np.asarray(logits[0, : len(ids)]), Captured(**found)
     )
 
 

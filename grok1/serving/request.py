@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ class Request:
         # Whoever made a list may change it later, and an iterator can be read only once.
         for field in ("prompt", "allowed_tokens", "stop", "stop_tokens"):
             value = getattr(self, field)
-            unordered = field == "prompt" and isinstance(value, Set | Mapping)
+            unordered = field == "prompt" and isinstance(value, set | frozenset)
             if isinstance(value, Iterable) and not isinstance(value, NO_LIST) and not unordered:
                 with contextlib.suppress(TypeError):  # an array without axes, refused later
                     object.__setattr__(self, field, tuple(value))
@@ -172,7 +172,7 @@ def encode(
         ids = tuple(map(_plain, prompt))  # an iterator can be read only once
     except TypeError:
         ids = None
-    if ids is None or isinstance(prompt, NO_LIST | Set | Mapping):
+    if ids is None or isinstance(prompt, NO_LIST | set | frozenset):
         raise ValueError(f"expected a string or a list of token ids, got {prompt!r}")
     for token in ids:
         if not (is_integer(token) and 0 <= token < config.vocab_size):

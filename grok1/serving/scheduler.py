@@ -83,6 +83,10 @@ class EventQueue:
         """Append an event."""
         self._events.append(event)
 
+    def put_back(self, event: Event) -> None:
+        """Insert an event as the first one."""
+        self._events.appendleft(event)
+
     def take(self) -> Event | None:
         """Remove the first event and return it; None if there is none. From any thread."""
         try:
@@ -325,7 +329,14 @@ class Scheduler:
         MOST_TOKENS.
         """
         self.alone(self._step, tokens)
-        return self.alone(self._take_unread)
+        events: list[Event] = []
+        sources: list[EventQueue] = []
+        try:
+            self.alone(self._take_unread, events, sources)
+        except KeyboardInterrupt:  # nobody gets them
+            self.alone(self._put_back, events, sources)
+            raise
+        return events
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
         """Return an iterator over the tokens of one request, which lets all others go on, too.
@@ -409,9 +420,22 @@ class Scheduler:
         queue.read_by_step = False
         self._unread.pop(queue, None)
 
-    def _take_unread(self) -> list[Event]:
-        unread, self._unread = self._unread, {}
-        return [event for queue in unread for event in iter(queue.take, None)]
+    def _take_unread(self, events: list[Event], sources: list[EventQueue]) -> None:
+        """Append the events that `step` returns, and of each the queue where it was."""
+        with uninterrupted():
+            for queue in self._unread:
+                for event in iter(queue.take, None):
+                    events.append(event)
+                    sources.append(queue)
+            self._unread = {}
+
+    def _put_back(self, events: list[Event], sources: list[EventQueue]) -> None:
+        """Undo `_take_unread`."""
+        with uninterrupted():
+            for event, queue in zip(reversed(events), reversed(sources), strict=True):
+                queue.put_back(event)
+                if queue.read_by_step:
+                    self._unread[queue] = None
 
     def _first_in_line(self) -> Handle | None:
         while self._line and self._line[0].finished:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import haiku as hk
@@ -38,6 +38,7 @@ from grok1.serving.sampling import SampleOutput, SampleSettings, sample_logits
 if TYPE_CHECKING:
     from model import LanguageModelConfig
 
+MOST_HOOKED = 16  # sets of hooks whose programs are kept
 MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
 
 
@@ -468,25 +469,43 @@ def score_step(
     return readable(found, execution.mesh), output.model_state
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "execution", "capture", "capture_layers", "hooks")
-)
-def inspect_step(
-    params: Any,
-    tokens: jax.Array,
-    *,
-    config: LanguageModelConfig,
-    execution: Execution,
-    capture: tuple[str, ...],
-    capture_layers: tuple[int, ...] | None,
-    hooks: tuple[tuple[str, Hook], ...],
-) -> tuple[jax.Array, Captured]:
-    """Read whole sequences [B, T], without a memory -> logits [B, T, V] and what is captured."""
-    output = apply_model(
-        config, execution, params, tokens, capture=capture, capture_layers=capture_layers,
-        hooks=dict(hooks),
-    )  # fmt: skip
-    return readable((output.logits, output.captured), execution.mesh)
+class SameHook:
+    """A hook that equals none but itself: two equal bound methods may do different things."""
+
+    def __init__(self, hook: Hook):
+        self.hook = hook
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameHook) and other.hook is self.hook
+
+    def __hash__(self) -> int:
+        return id(self.hook)
+
+
+@functools.lru_cache(maxsize=MOST_HOOKED)
+def inspect_step(hooks: tuple[tuple[str, SameHook], ...]) -> Callable[..., Any]:
+    """Return a compiled step that reads whole sequences with hooks; the last few are kept.
+
+    It takes (params, tokens [B, T]) and, as static arguments, config, execution, capture and
+    capture_layers, and returns logits [B, T, V] and what is captured.
+    """
+
+    def step(
+        params: Any,
+        tokens: jax.Array,
+        *,
+        config: LanguageModelConfig,
+        execution: Execution,
+        capture: tuple[str, ...],
+        capture_layers: tuple[int, ...] | None,
+    ) -> tuple[jax.Array, Captured]:
+        output = apply_model(
+            config, execution, params, tokens, capture=capture, capture_layers=capture_layers,
+            hooks={site: same.hook for site, same in hooks},
+        )  # fmt: skip
+        return readable((output.logits, output.captured), execution.mesh)
+
+    return jax.jit(step, static_argnames=("config", "execution", "capture", "capture_layers"))
 
 
 def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:

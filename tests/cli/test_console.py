@@ -67,7 +67,7 @@ def test_sizes_have_units(text: str, size: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["80", "", "GiB", "-1GB", "0GB", "80Gb", "1e999GB", "1.2.3GB", "1GB/s"]
+    "text", ["80", "", "GiB", "-1GB", "0GB", "80Gb", "1e999GB", "1e30GiB", "1.2.3GB", "1GB/s"]
 )
 def test_a_size_without_a_known_unit_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="such as 80GiB .*MiB, GiB"):

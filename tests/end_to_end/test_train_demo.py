@@ -56,6 +56,25 @@ def recipe(monkeypatch, tmp_path):
     return train
 
 
+@pytest.mark.parametrize("how", ["empty", "cut", "flipped", "text", "an array", "no recipe"])
+def test_a_damaged_state_is_one_sentence(how, tmp_path):
+    path, state = tmp_path / "state.npz", train_demo.State({"w": np.ones(99)}, (), np.zeros([]))
+    train_demo.save_state(path, state, "recipe")
+    assert train_demo.load_state(path, state, "recipe").params["w"].sum() == 99
+    data = path.read_bytes()
+    if how == "an array":
+        with path.open("wb") as file:
+            np.save(file, np.ones(3))
+    elif how == "no recipe":
+        np.savez(path, np.ones(3))
+    else:
+        middle = len(data) // 4
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        path.write_bytes({"empty": b"", "cut": data[:-9], "flipped": flipped, "text": b"x"}[how])
+    with pytest.raises(ValueError, match="state.npz: expected a state of training, got .*--state"):
+        train_demo.load_state(path, state, "recipe")
+
+
 @pytest.mark.exhaustive
 def test_training_continues_after_an_interruption_as_if_there_had_been_none(recipe):
     whole = recipe("whole.npz")

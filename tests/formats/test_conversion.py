@@ -297,7 +297,7 @@ def test_a_finished_file_that_was_touched_is_written_again(
     assert contents(tmp_path) == contents(safe)
 
 
-@pytest.mark.parametrize("change", ["touched", "config", "other"])
+@pytest.mark.parametrize("change", ["touched", "config", "other", "other, same times"])
 def test_another_source_starts_anew(
     change: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -311,7 +311,11 @@ def test_another_source_starts_anew(
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"sequence_len": 9}))
     else:
+        times = {file: file.stat().st_mtime_ns for file in source.rglob("*")}
         save(source, 3, seed=2)
+        if change == "other, same times":  # as an archive or a build may have them
+            for file, time_ns in times.items():
+                os.utime(file, ns=(time_ns, time_ns))
     convert(source, target, "safetensors")
     assert f"{source} is not what {target} was begun with: starting anew" in caplog.messages
     assert (target / safetensors.OUTER).stat().st_ino != old
@@ -788,6 +792,19 @@ def test_a_file_of_another_program_is_not_replaced(
     other.write_text("damaged")  # of a checkpoint, which is replaced as a whole
     convert(released, tmp_path, "safetensors")
     assert other.read_bytes() == (released / name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "released"])
+def test_an_index_of_another_program_is_not_replaced(
+    form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    text = json.dumps({"metadata": {"total_size": 5}, "weight_map": {"model.norm": "model.st"}})
+    (tmp_path / INDEX).write_text(text)
+    (tmp_path / "config.json").write_text('{"architectures": ["of another"]}')
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="index.json: expected no index, or one of this pro"):
+        convert(released if form == "safetensors" else safe, tmp_path, form)
+    assert contents(tmp_path) == before
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(

@@ -306,7 +306,7 @@ def test_a_process_with_other_weights_is_refused(
     largest.write_bytes(values)
     first = start(run.__file__, *place(address, 0), *ASK)
     second = finish(start(run.__file__, *place(address, 1), "--checkpoint", other))
-    file = f"ckpt-0/{largest.name} of {len(values)} bytes"
+    file = f"ckpt-0/{largest.name}"
     told = f"{other}: expected the same {file} as on process 0, got something else"
     assert second.status == 1 and second.err.startswith(f"error: {told}; give all")
     assert told in finish(first).err
@@ -785,15 +785,27 @@ def test_a_lost_connection_of_jax_is_a_loss(
     carrying = threading.Thread(target=alone._carry, args=(near,), daemon=True)
     with jax, near, far, first:
         carrying.start()
+        jax.sendall(multihost.HTTP2 + b"question")
         if ended != "never made":
-            jax.sendall(b"question")
-            assert first.recv(8) == b"question"
+            received = first.recv(64)
+            while len(received) < len(multihost.HTTP2) + 8:
+                received += first.recv(64)
+            assert received == multihost.HTTP2 + b"question"
             (jax if ended == "near" else first).close()
         carrying.join(10)
     how = {"far": "was closed", "never made": "could not be made .no answer for 1 s."}.get(ended)
     sentence = rf"a second connection of process 0 of 2 .* to process 0 {how}; start all again"
     assert re.fullmatch(sentence, alone.loss or "") if how else alone.loss is None
     assert not carrying.is_alive()
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.0\r\n\r\n", multihost.HTTP2[:9]])
+def test_a_stranger_at_a_relay_is_dropped(said: bytes, alone: multihost.Peers) -> None:
+    other, near = socket.socketpair()
+    with other, near:
+        other.sendall(said)
+        alone._carry(near)  # after the time-out
+        assert other.recv(1) == b"" and alone.loss is None and not alone._carried
 
 
 def test_devices_that_cannot_be_connected_are_one_sentence(

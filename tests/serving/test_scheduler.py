@@ -454,6 +454,28 @@ def test_the_log_probabilities_of_a_prompt_are_those_of_its_logits(length):
     assert server().generate([Request(prompt, max_len=1)])[0].prompt_logprobs is None
 
 
+def test_an_interrupt_loses_no_event(monkeypatch):
+    drain()
+    wanted = [server().submit(Request([5 + i], max_len=6, ignore_eos=True)) for i in range(2)]
+    scheduler = server()._scheduler
+    take, turns, events = scheduler._take_unread, itertools.cycle((True, False)), []
+
+    def interrupted(*lists):
+        take(*lists)
+        if lists[0] and next(turns):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "_take_unread", interrupted)
+    while server().busy:
+        try:
+            events += server().step()
+        except KeyboardInterrupt:
+            assert server().busy
+    for handle in wanted:
+        own = [event.token_id for event in events if event.request == handle.number]
+        assert own == handle.completion.token_ids and len(own) == 6
+
+
 def test_statistics_count_what_was_decoded():
     drain()
     server().statistics = Statistics()
