@@ -799,11 +799,11 @@ def test_a_lost_connection_of_jax_is_a_loss(
     assert not carrying.is_alive()
 
 
-@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.0\r\n\r\n", multihost.HTTP2[:9]])
-def test_a_stranger_at_a_relay_is_dropped(said: bytes, alone: multihost.Peers) -> None:
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.0\r\n\r\n", multihost.HTTP2[:9]])
+def test_a_stranger_at_a_relay_is_dropped(sent: bytes, alone: multihost.Peers) -> None:
     other, near = socket.socketpair()
     with other, near:
-        other.sendall(said)
+        other.sendall(sent)
         alone._carry(near)  # after the time-out
         assert other.recv(1) == b"" and alone.loss is None and not alone._carried
 
