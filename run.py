@@ -391,16 +391,8 @@ def connect_processes(server: Any, peers: multihost.Peers) -> None:
     from grok1.parallel.sharding import connect
 
     peers.meet()
-    if server.mesh is None:
-        return
-    try:
+    if server.mesh is not None:
         connect(server.mesh)
-    except RuntimeError as error:
-        peers.await_loss()  # perhaps of a process that was lost
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"the devices of all processes could not be connected ({reason}); start them again"
-        ) from error
 
 
 def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:
@@ -480,8 +472,12 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
         raise error
     else:
         peers.await_loss()  # which makes collectives fail
-        trace = "".join(traceback.format_exception(error))
         sentence = f"{type(error).__name__}: {sentence.splitlines()[0] if sentence else ''}"
+        if re.search("gloo|nccl", sentence, re.IGNORECASE):
+            sentence = f"the connection of the devices of all processes failed ({sentence})"
+            sentence += "; look at the network between the hosts, and start them again"
+        else:
+            trace = "".join(traceback.format_exception(error))
     if peers is not None:
         peers.end(sentence)
     if status != 141:

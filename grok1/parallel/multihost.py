@@ -513,7 +513,7 @@ class Peers:
             os._exit(0)
 
     def _take(self, link: Link, kind: str, content: Any) -> None:
-        if kind == "end":
+        if kind == "end" and not link.done:  # what is done is no loss
             self._lose(_one_line(content))
         with self._changed:
             if kind == "phase":

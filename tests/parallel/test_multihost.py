@@ -808,22 +808,32 @@ def test_a_stranger_at_a_relay_is_dropped(sent: bytes, alone: multihost.Peers) -
         assert other.recv(1) == b"" and alone.loss is None and not alone._carried
 
 
-def test_devices_that_cannot_be_connected_are_one_sentence(
-    alone: multihost.Peers, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_connection_of_devices_is_one_sentence(
+    alone: multihost.Peers, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_: object) -> None:
-        raise RuntimeError("Gloo: DEADLINE_EXCEEDED\nmore")
-
-    monkeypatch.setattr(sharding, "connect", fail)
-    monkeypatch.setattr(alone, "meet", lambda: None)
-    server = types.SimpleNamespace(mesh="a mesh")
-    with pytest.raises(
-        ValueError, match=r"could not be connected \(Gloo: DEADLINE_EXCEEDED\); sta"
-    ):
-        run.connect_processes(server, alone)
+    error = RuntimeError("Gloo context failed: DEADLINE_EXCEEDED\nmore")
+    with pytest.raises(SystemExit):
+        run.fail(error, alone, sys.stderr)
+    assert re.fullmatch(
+        r"error: the connection of the devices of all processes failed \(RuntimeError: Gloo "
+        r"context failed: DEADLINE_EXCEEDED\); look at the network [^\n]*\n",
+        capsys.readouterr().err,
+    )
     alone.loss = "process 1 was lost"  # the cause, which is said in its place
     with pytest.raises(SystemExit):
-        run.connect_processes(server, alone)
+        run.fail(error, alone, sys.stderr)
+    assert said == ["error: process 1 was lost"]
+
+
+def test_who_is_done_may_be_interrupted(alone: multihost.Peers) -> None:
+    """As it may be killed: process 0 prints what there is."""
+    link: Any = types.SimpleNamespace(done=False)
+    alone._take(link, "done", True)
+    alone._take(link, "end", "process 1 ended: it was interrupted")
+    assert alone.loss is None
+    link.done = False
+    alone._take(link, "end", "process 1 ended: it was interrupted")
+    assert alone.loss == "process 1 ended: it was interrupted"
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -937,10 +947,10 @@ def test_an_unexpected_error_waits_for_its_cause(
 
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as exit_:
-        run.fail(RuntimeError("gloo: connection closed\nmore"), Peers(), errors)
+        run.fail(RuntimeError("something broke\nmore"), Peers(), errors)
     assert exit_.value.code == 1
-    assert told == ["waited", "RuntimeError: gloo: connection closed"]
-    assert errors.getvalue().endswith("error: RuntimeError: gloo: connection closed\n")
+    assert told == ["waited", "RuntimeError: something broke"]
+    assert errors.getvalue().endswith("error: RuntimeError: something broke\n")
     told.clear()
     errors.truncate(0)
     with pytest.raises(SystemExit):
