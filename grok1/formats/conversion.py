@@ -216,20 +216,38 @@ def _check_target(job: Job) -> None:
         own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
         if os.path.lexists(others) and not os.path.lexists(own):
             left.append(name)
-        elif not _is_replaceable(job, own, others):
-            remedy = "move it to another place, or name another directory"
-            raise error(others, "no file, or the source's own", "another program's", remedy)
     if left:
         got = f"{len(left)} of another one that would be left over"
         remedy = "remove what is there, or name another directory"
         where = os.path.join(job.target, left[0])
         raise error(where, "only files that the new checkpoint replaces", got, remedy)
+    _check_replaced(job)
 
 
-def _is_replaceable(job: Job, own: str, others: str) -> bool:
-    """Whether a file of DST may be replaced: it is the same, or DST holds a checkpoint already."""
-    converted = os.path.lexists(os.path.join(job.target, forms.WORK)) or forms.form(job.target)
-    return bool(converted) or not os.path.lexists(others) or filecmp.cmp(own, others, shallow=False)
+def _check_replaced(job: Job) -> None:
+    """Raise CheckpointError if a file of another program would be replaced."""
+    if _is_ours(job):
+        return
+    for name in (*(output.file for output in job.outputs), *_COPIED):
+        own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
+        same = name in _COPIED and os.path.lexists(own) and os.path.lexists(others)
+        if os.path.lexists(others) and not (same and filecmp.cmp(own, others, shallow=False)):
+            remedy = "move it to another place, or name another directory"
+            raise error(others, "no file, or the source's own", "another program's", remedy)
+
+
+def _is_ours(job: Job) -> bool:
+    """Whether DST holds a checkpoint, or a part of one, which is replaced as a whole."""
+    if os.path.lexists(os.path.join(job.target, forms.INDEX)):
+        return True
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        if _fields_of_state(job).keys() >= {"identity", "files", "checksums"}:
+            return True
+    first = os.path.join(job.target, forms.FOLDER, "tensor00000_000")
+    with contextlib.suppress(OSError, pickle_file.LayoutError), atomic.open_regular(first) as file:
+        pickle_file.read_header(file, os.fstat(file.fileno()).st_size)
+        return True
+    return False
 
 
 def _check_index(job: Job) -> None:
@@ -332,23 +350,32 @@ def _clean(job: Job, work: str) -> None:
 
 def _read_state(job: Job) -> State | None:
     """Return how far an earlier call with the same source came; None: there was none."""
-    path = os.path.join(job.target, forms.WORK, _STATE)
     try:
-        with atomic.open_regular(path) as file:
-            # A longer one is no JSON without its end.
-            fields = dict(read_json(file.read(_MAX_STATE_BYTES)))
-        if fields.pop("digest", None) != _digest(fields):
-            raise ValueError("expected another digest")
-        state = State(**fields)
+        state = _load_state(job)
     except FileNotFoundError:
         return None
     except (TypeError, ValueError):
+        path = os.path.join(job.target, forms.WORK, _STATE)
         _log.warning("%s is damaged: starting anew", path)
         return None
     if state.identity != job.identity:
         _log.warning("%s is not what %s was begun with: starting anew", job.source, job.target)
         return None
     return state
+
+
+def _load_state(job: Job) -> State:
+    """Return what DST says of a conversion. Raises OSError, TypeError or ValueError."""
+    fields = _fields_of_state(job)
+    if fields.pop("digest", None) != _digest(fields):
+        raise ValueError("expected another digest")
+    return State(**fields)
+
+
+def _fields_of_state(job: Job) -> dict[str, Any]:
+    with atomic.open_regular(os.path.join(job.target, forms.WORK, _STATE)) as file:
+        # A longer one is no JSON without its end.
+        return dict(read_json(file.read(_MAX_STATE_BYTES)))
 
 
 def _begin(job: Job, work: str) -> State:

@@ -497,7 +497,8 @@ def test_a_state_is_read_under_the_lock(
     lock, seen = atomic.lock, []
 
     def late(descriptor: int) -> bool:
-        shutil.copy(safe / safetensors.OUTER, tmp_path)
+        for name in (safetensors.OUTER, INDEX):
+            shutil.copy(safe / name, tmp_path)
         (tmp_path / WORK / "state.json").unlink()
         return lock(descriptor)
 
@@ -792,6 +793,30 @@ def test_a_file_of_another_program_is_not_replaced(
     other.write_text("damaged")  # of a checkpoint, which is replaced as a whole
     convert(released, tmp_path, "safetensors")
     assert other.read_bytes() == (released / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("released", "ckpt-0/model.bin"),  # beside which a config.json is not a checkpoint's
+        ("released", f"{WORK}/other"),
+        ("released", "ckpt-0/tensor00001_000"),
+        ("safetensors", "layer-00.safetensors"),
+    ],
+)
+def test_no_file_is_replaced_where_no_checkpoint_is(
+    form: str, name: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("of somebody else")
+    if name.endswith("other"):
+        (tmp_path / name).unlink()
+    if name != "layer-00.safetensors":
+        (tmp_path / "config.json").write_text('{"of": "another program"}')
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="expected no file, or the source's own, got another"):
+        convert(released if form == "safetensors" else safe, tmp_path, form)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("form", ["safetensors", "released"])
