@@ -151,6 +151,8 @@ def agree(
         options.checkpoint = Path(shared["files"][0])
         if options.tokenizer is None and shared["files"][1] is not None:
             options.tokenizer = Path(shared["files"][1])
+    if shared["files"][1] is None:
+        options.tokenizer = None  # nothing of the run is text
     directory, tokenizer = choose_files(options)
     for name, found in (contents(directory, tokenizer) | weights(directory)).items():
         # Of weights what is not there, or in the other form, is not known.

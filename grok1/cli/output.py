@@ -188,7 +188,7 @@ class AnswerFile:
             self._descriptor = os.open(path, how | os.O_APPEND | os.O_CREAT, 0o666)
             self.close = weakref.finalize(self, os.close, self._descriptor)
             self._regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
-            self._size = 0  # of the file, as this run knows it
+            self._size = 0  # of the file, at least: standard error may go there, too
             if self._regular:  # a device or a pipe is shared
                 self._take_up(resume)
             elif resume:
@@ -234,17 +234,17 @@ class AnswerFile:
             line = line[written:]
 
     def _check_unchanged(self) -> None:
-        """Raise ValueError if the path has another file now, or this one was cut or added to.
+        """Raise ValueError if the path has another file now, or this one was cut.
 
         Editors save by renaming a new file, and what this run wrote to the old one would be lost.
         """
         found = os.fstat(self._descriptor)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(found, os.stat(self.path)) and found.st_size == self._size:
+            if os.path.samestat(found, os.stat(self.path)) and found.st_size >= self._size:
                 return
         raise ValueError(
             f"{self.path}: expected the file as this run left it, got one that another program has "
-            "removed, replaced or changed; start again, with --resume if the file is there"
+            "removed, replaced or cut; start again, with --resume if the file is there"
         )
 
     def _take_up(self, resume: bool) -> None:

@@ -145,6 +145,12 @@ def _plan(source: str, target: str, form: str, shapes: layout.Params) -> Job:
         checksums = safetensors.read_index(source).checksums
         outputs = [Output(f"{forms.FOLDER}/{r.file}", [r], r.size) for r in records]
     with _writing(target):
+        for name in _COPIED:  # before anything in DST is touched
+            with (
+                contextlib.suppress(FileNotFoundError),
+                atomic.open_regular(os.path.join(source, name)),
+            ):
+                pass
         identity = _identity(source, form, located)
         job = Job(source, target, form, records, located, checksums, outputs, identity)
         _check_target(job)

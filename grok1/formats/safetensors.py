@@ -213,7 +213,7 @@ def is_own_index(directory: Directory) -> bool:
     try:
         fields = read_json(text)
     except ValueError:
-        return True  # damaged
+        return _FORMAT.encode() in text[:200]  # damaged
     match fields:
         case {"metadata": {"format": str(kind)}}:
             return kind.startswith(_FORMAT.partition("/")[0])

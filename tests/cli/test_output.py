@@ -239,6 +239,16 @@ sys.stdin.read()
     assert opened(path, resume=True).done == {(0, 0)}
 
 
+def test_messages_may_go_to_the_same_file(tmp_path: pathlib.Path) -> None:
+    """As with --output /dev/stdout >all.log 2>&1."""
+    file = opened(tmp_path / "out")
+    with (tmp_path / "out").open("ab") as messages:
+        messages.write(b"loaded\n")
+    file.show(event(0, "eos"))
+    assert (tmp_path / "out").read_text().startswith('loaded\n{"index": 0')
+    file.close()
+
+
 def _replace(path: pathlib.Path) -> None:
     new = path.with_name("new")  # as an editor saves
     new.write_bytes(path.read_bytes())
@@ -249,7 +259,6 @@ CHANGES = {
     "replaced": _replace,
     "removed": lambda path: path.unlink(),
     "cut": lambda path: os.truncate(path, 5),
-    "added to": lambda path: path.write_bytes(path.read_bytes() + b"x"),
 }
 
 

@@ -823,13 +823,14 @@ def test_no_file_is_replaced_where_no_checkpoint_is(
 def test_an_index_of_another_program_is_not_replaced(
     form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    text = json.dumps({"metadata": {"total_size": 5}, "weight_map": {"model.norm": "model.st"}})
-    (tmp_path / INDEX).write_text(text)
     (tmp_path / "config.json").write_text('{"architectures": ["of another"]}')
-    before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="index.json: expected no index, or one of this pro"):
-        convert(released if form == "safetensors" else safe, tmp_path, form)
-    assert contents(tmp_path) == before
+    text = json.dumps({"metadata": {"total_size": 5}, "weight_map": {"model.norm": "model.st"}})
+    for index in (text, "", "version https://git-lfs.github.com/spec/v1", '{"a": NaN}'):
+        (tmp_path / INDEX).write_text(index)
+        before = contents(tmp_path)
+        with pytest.raises(CheckpointError, match="index.json: expected no index, or one of this"):
+            convert(released if form == "safetensors" else safe, tmp_path, form)
+        assert contents(tmp_path) == before
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(

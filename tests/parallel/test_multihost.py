@@ -276,6 +276,12 @@ def test_an_error_of_one_process_ends_the_other(
     assert without_progress(result.err) == told
 
 
+def test_a_tokenizer_is_not_asked_for_where_nothing_is_text(start: Start, address: str) -> None:
+    second = start(run.__file__, *place(address, 1), "--tokenizer", ROOT / "tokenizer.model")
+    first = finish(start(run.__file__, *place(address, 0), *ASK, "--max-len", 2))
+    assert (first.status, finish(second)) == (0, (0, "", ""))
+
+
 @pytest.mark.parametrize("different", ["config.json", "tokenizer"])
 def test_a_process_with_other_files_is_refused(
     different: str, start: Start, address: str, tmp_path: pathlib.Path
