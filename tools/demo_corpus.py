@@ -118,7 +118,10 @@ def main() -> None:
     parser.add_argument("corpus", help="gzipped training documents")
     parser.add_argument("output", help="where to write the tokenizer")
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     arguments = parser.parse_args()
+    if os.path.lexists(arguments.output) and not arguments.overwrite:
+        parser.error(f"{arguments.output} exists; name another file, or give --overwrite")
     try:
         train_tokenizer(read_documents(arguments.corpus), arguments.output, arguments.vocab_size)
     except (ValueError, OSError, RuntimeError) as error:

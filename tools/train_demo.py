@@ -2,9 +2,9 @@
 
     python tools/train_demo.py --corpus stories.txt.gz --validation stories_valid.txt.gz
 
-trains a tokenizer (unless --tokenizer exists), a float32 model, rounds it to int8 in the released
-group layout, and writes `checkpoints/demo/`. It saves its state as it goes: the same command after
-an interruption continues where it stopped. Everything is seeded.
+trains a tokenizer and a float32 model, rounds it to int8 in the released group layout, and writes
+both to a new directory. It saves its state as it goes: the same command after an interruption
+continues where it stopped. Everything is seeded.
 """
 
 import argparse
@@ -32,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402  (after the path)
 from demo_corpus import encode_documents, read_documents, train_tokenizer  # noqa: E402
 from grok1.execution import Execution  # noqa: E402
+from grok1.formats import forms  # noqa: E402
+from grok1.serving.text import load_tokenizer  # noqa: E402
 from model import LanguageModelConfig, TransformerConfig  # noqa: E402
 
 CONFIG = LanguageModelConfig(
@@ -235,8 +237,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", required=True, help="gzipped training documents, a line <|doc|> after each")
     add("--validation", required=True, help="gzipped held-out documents, in the same form")
-    add("--tokenizer", type=Path, default=ROOT / "tokenizer.model", help="trained if missing")
-    add("--output", type=Path, default=ROOT / "checkpoints" / "demo", help="checkpoint directory")
+    add(
+        "--tokenizer", type=Path, help="one that exists; by default OUTPUT/tokenizer.model, trained"
+    )
+    add("--output", type=Path, default=Path("trained-demo"), help="directory of the checkpoint")
+    add("--overwrite", action="store_true", help="replace a checkpoint that is there")
     add("--state", type=Path, default=Path("train_demo.npz"), help="where training is saved")
     add("--steps", type=int, default=1700, help=f"of {TOKENS_PER_STEP} tokens")
     add("--learning-rate", type=float, default=3e-3, help="at its peak")
@@ -245,15 +250,33 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check_output(options: argparse.Namespace) -> None:
+    """Raise ValueError if the checkpoint would replace another one."""
+    if forms.form(options.output) and not options.overwrite:
+        raise ValueError(
+            f"{options.output} holds a checkpoint; name another directory with --output, or give "
+            "--overwrite"
+        )
+
+
+def get_tokenizer(
+    options: argparse.Namespace, documents: Sequence[str]
+) -> sentencepiece.SentencePieceProcessor:
+    """Return the tokenizer that was named, or that of the output, trained if it is not there."""
+    own = options.output / "tokenizer.model"
+    if options.tokenizer is None and not own.exists():
+        options.output.mkdir(parents=True, exist_ok=True)
+        return train_tokenizer(documents, own, CONFIG.vocab_size)
+    return load_tokenizer(options.tokenizer or own, CONFIG.vocab_size)
+
+
 def main() -> None:
     """Run the whole recipe."""
     options = parse()
+    check_output(options)
     documents = read_documents(options.corpus)
     validation = read_documents(options.validation)
-    if options.tokenizer.exists():
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(options.tokenizer))
-    else:
-        tokenizer = train_tokenizer(documents, options.tokenizer, CONFIG.vocab_size)
+    tokenizer = get_tokenizer(options, documents)
     tokens = encode_documents(tokenizer, documents)
     print(f"{len(documents)} documents, {len(tokens)} tokens", flush=True)
     params = train(tokens, options)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import gzip
+import shutil
+import sys
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import demo_corpus
 import train_demo
+from paths import ROOT
 
 STEPS = 6
 
@@ -129,3 +132,43 @@ def test_documents_that_cannot_be_read_are_one_sentence(how, tmp_path):
         corpus.write_bytes(BROKEN[how])
     with pytest.raises(ValueError, match="corpus.gz: expected gzipped text in UTF-8, got "):
         demo_corpus.read_documents(corpus)
+
+
+# ------------------------------------------------------------------------------ what is overwritten
+
+FILES = "--corpus", "-", "--validation", "-"
+
+
+def test_training_does_not_replace_a_checkpoint():
+    # What the tool did with its defaults, after four steps: the bundled demo was gone.
+    options = train_demo.parse([*FILES, "--steps", "4", "--output", str(ROOT / "checkpoints/demo")])
+    with pytest.raises(ValueError, match="demo holds a checkpoint; name another directory with"):
+        train_demo.check_output(options)
+    options.overwrite = True
+    train_demo.check_output(options)
+    train_demo.check_output(train_demo.parse([*FILES]))  # a new directory by default
+
+
+def test_the_tokenizer_is_trained_into_the_output(monkeypatch, tmp_path):
+    def train(documents, path, vocab_size):
+        assert documents == ["a story"] and vocab_size == 4096
+        shutil.copy(ROOT / "tokenizer.model", path)
+
+    monkeypatch.setattr(train_demo, "train_tokenizer", train)
+    options = train_demo.parse([*FILES, "--output", str(tmp_path / "new")])
+    train_demo.get_tokenizer(options, ["a story"])
+    assert (tmp_path / "new" / "tokenizer.model").exists()
+    monkeypatch.delattr(train_demo, "train_tokenizer")
+    assert train_demo.get_tokenizer(options, []).vocab_size() == 4096  # after an interruption
+
+
+def test_the_tokenizer_tool_does_not_replace_a_file(monkeypatch, capsys, tmp_path):
+    there = tmp_path / "tokenizer.model"
+    there.write_bytes(b"mine")
+    monkeypatch.setattr(sys, "argv", ["demo_corpus.py", "corpus.gz", str(there)])
+    with pytest.raises(SystemExit) as ended:
+        demo_corpus.main()
+    assert (
+        ended.value.code == 2 and "name another file, or give --overwrite" in capsys.readouterr()[1]
+    )
+    assert there.read_bytes() == b"mine"
