@@ -69,6 +69,7 @@ def draw_request(rng: np.random.Generator, config: LanguageModelConfig) -> Reque
         "min_p": float(rng.uniform(0, 0.5)),
         "repetition_penalty": float(rng.uniform(0.5, 2)),
         "presence_penalty": float(rng.uniform(-1, 2)),
+        "frequency_penalty": float(rng.uniform(-0.5, 1)),
         "logit_bias": {token: float(rng.uniform(-5, 5)) for token in [config.eos_token, *ids(9)]},
         # Few enough that answers end at one of them, and that the same one is drawn again.
         "allowed_tokens": [config.eos_token, *rng.choice(size, rng.integers(9, 40)).tolist()],

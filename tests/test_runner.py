@@ -261,6 +261,19 @@ def test_bias_and_penalties_change_what_is_drawn(tiny):
     assert len(set(novel.token_ids)) == 30 and not {5, never} & set(novel.token_ids)
 
 
+def test_the_frequency_penalty_counts_how_often_a_token_came(tiny):
+    penalty = 0.25
+    (answer,) = tiny.generate(
+        [Request([5, 6], temperature=0.0, max_len=30, frequency_penalty=penalty)]
+    )
+    logits = tiny.logits([[5, 6, *answer.token_ids]])[0]
+    counts = np.zeros(logits.shape[-1])
+    for position, token in enumerate(answer.token_ids, 1):
+        assert token == np.argmax(logits[position] - penalty * counts)
+        counts[token] += 1
+    assert counts.max() > 1  # what is penalised more than once comes again
+
+
 def test_the_models_own_first_choices_are_reported(tiny):
     asked, plain = tiny.generate(
         [Request([5, 6, 7], rng_seed=3, max_len=6, top_logprobs=3), Request([9], max_len=2)]

@@ -114,6 +114,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="above 0 tokens of the answer come back less (0)",
     )
     add(
+        "--frequency-penalty",
+        type=number(float, -LARGEST_BIAS, LARGEST_BIAS),
+        default=0.0,
+        metavar="X",
+        help="above 0 tokens come back the less, the more often they are in the answer (0)",
+    )
+    add(
         "--stop",
         action="append",
         metavar="TEXT",

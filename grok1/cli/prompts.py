@@ -150,6 +150,7 @@ def command_settings(options: argparse.Namespace) -> dict[str, Any]:
         "min_p": options.min_p,
         "repetition_penalty": options.repetition_penalty,
         "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
         "stop": options.stop,
         "truncate": options.truncate,
         "num_samples": options.num_samples,

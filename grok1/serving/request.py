@@ -30,12 +30,12 @@ NO_LIST = str | bytes | bytearray | memoryview  # of token ids or strings
 INTEGERS = "rng_seed", "max_len", "min_len", "num_samples", "top_logprobs"
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
-    *("repetition_penalty", "presence_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 FLAGS = "parse_special", "ignore_eos", "prompt_logprobs"
 FIELD_TYPES = (
-    *(np.float32, np.float32, bool, bool, np.int32),
-    *(np.float32, np.float32, np.float32, np.float32, bool, bool, np.int32),
+    *(np.float32, np.float32, bool, bool, np.int32, np.float32, np.float32, np.float32),
+    *(np.float32, np.float32, bool, np.int32, np.int32),
 )  # of SampleSettings, in order
 
 
@@ -62,7 +62,8 @@ class Request:
         200, or as many as fit.
     min_len: no token and no stop string ends the answer before so many tokens.
     truncate: "left" keeps only the newest tokens of a prompt that is too long.
-    repetition_penalty, presence_penalty, logit_bias (by token id): as in SampleSettings.
+    repetition_penalty, presence_penalty, frequency_penalty, logit_bias (by token id): as in
+        SampleSettings.
     allowed_tokens: the only ids that may be drawn.
     stop: one text or more that end the answer, which then does not show it. stop_tokens: ids that
         do. ignore_eos: the end-of-sequence token ends nothing.
@@ -94,6 +95,7 @@ class Request:
     top_logprobs: int = 0
     num_samples: int = 1
     prompt_logprobs: bool = False
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         # Whoever made a list may change it later, and an iterator can be read only once.
@@ -253,7 +255,7 @@ class CheckedRequest:
             "active": True,
             "bias": bias,
             "in_prompt": _marked(self.ids, size),
-            "in_answer": np.zeros([size], bool),
+            "in_answer": np.zeros([size], np.int32),
         }
         pairs = zip(SampleSettings(**settings), FIELD_TYPES, strict=True)
         fields: list[Any] = [np.asarray(value).astype(dtype) for value, dtype in pairs]

@@ -42,8 +42,10 @@ class SampleSettings(NamedTuple):
         before, in prompt and answer, and multiplies the negative ones (Keskar et al. 2019, "CTRL",
         section 4.1, as it is in use); 1 changes nothing.
     presence_penalty: float32 [B]; is subtracted from the logits of the tokens in the answer.
+    frequency_penalty: float32 [B]; is subtracted as often as a token is in the answer.
     bias: float32 [B, V]; is added to the logits.
-    in_prompt, in_answer: bool [B, V]; the tokens that came before. With the penalties.
+    in_prompt: bool [B, V]; the tokens in the prompt. in_answer: int32 [B, V]; how often each token
+        is in the answer. With the penalties.
     top_logprobs: int32 [B], up to TOP_LOGPROBS; how many of the model's own first choices are
         reported. Of any sequence that asks for some, all TOP_LOGPROBS are.
     """
@@ -56,6 +58,7 @@ class SampleSettings(NamedTuple):
     min_p: jax.Array | None = None
     repetition_penalty: jax.Array | None = None
     presence_penalty: jax.Array | None = None
+    frequency_penalty: jax.Array | None = None
     bias: jax.Array | None = None
     in_prompt: jax.Array | None = None
     in_answer: jax.Array | None = None
@@ -139,10 +142,10 @@ def validate_settings(settings: SampleSettings) -> None:
             f"a number from {least:g} to {LARGEST_PENALTY:g} (1: none)",
             lambda x: (x >= least) & (x <= LARGEST_PENALTY),
         )
-    if settings.presence_penalty is not None:
-        number = f"a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g} (0: none)"
-        penalty = settings.presence_penalty
-        check("presence_penalty", penalty, number, lambda x: abs(x) <= LARGEST_BIAS)
+    for field in ("presence_penalty", "frequency_penalty"):
+        if (penalty := getattr(settings, field)) is not None:
+            number = f"a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g} (0: none)"
+            check(field, penalty, number, lambda x: abs(x) <= LARGEST_BIAS)
     if settings.bias is not None:
         largest = np.max(np.abs(np.asarray(settings.bias, np.float64)), axis=-1)
         most = f"numbers from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}"
@@ -237,11 +240,14 @@ def _penalised(logits: jax.Array, settings: SampleSettings) -> jax.Array:
         worse = jnp.where(logits > 0, logits / penalty, logits * penalty)
         worse = jnp.nan_to_num(worse)  # what is too large for float32 becomes its largest
         assert settings.in_prompt is not None and settings.in_answer is not None
-        before = settings.in_prompt | settings.in_answer
+        before = settings.in_prompt | (settings.in_answer > 0)
         logits = jnp.where(before & jnp.isfinite(logits), worse, logits)
     if settings.presence_penalty is not None:
         assert settings.in_answer is not None
-        logits -= jnp.where(settings.in_answer, settings.presence_penalty[:, None], 0)
+        logits -= jnp.where(settings.in_answer > 0, settings.presence_penalty[:, None], 0)
+    if settings.frequency_penalty is not None:
+        assert settings.in_answer is not None
+        logits -= settings.frequency_penalty[:, None] * settings.in_answer
     return logits if settings.bias is None else logits + settings.bias
 
 

@@ -173,7 +173,7 @@ def _sample(
     drawn = slots.drawn + active
     over = jnp.any(slots.ends & drawn_token, axis=-1) | (drawn >= slots.limit)
     assert settings.in_answer is not None
-    settings = settings._replace(active=active & ~over, in_answer=settings.in_answer | drawn_token)
+    settings = settings._replace(active=active & ~over, in_answer=settings.in_answer + drawn_token)
     token = jnp.where(active[:, None], sample.token_id, slots.token)
     return sample, slots._replace(token=token, drawn=drawn, settings=settings)
 
@@ -537,9 +537,10 @@ def _idle_slots(config: LanguageModelConfig, batch: int) -> Slots:
         min_p=reals,
         repetition_penalty=reals,
         presence_penalty=reals,
+        frequency_penalty=reals,
         bias=marks.astype(jnp.float32),
         in_prompt=marks,
-        in_answer=marks,
+        in_answer=marks.astype(jnp.int32),
         top_logprobs=rows,
     )
     return Slots(rows[:, None], rows, rows.astype(jnp.uint32), settings, marks, rows, rows)

@@ -302,7 +302,7 @@ def test_help_names_every_option(command: Command) -> None:
     result = command("--help")
     assert result.status == 0 and result.err == ""
     for option in ("checkpoint", "tokenizer", "prompt", "prompt-ids", "max-len", "temperature",
-                   "top-k", "nucleus-p", "min-p", "repetition-penalty", "presence-penalty", "stop",
+                   "top-k", "nucleus-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty", "stop",
                    "truncate", "seed", "mesh", "dtype", "json"):  # fmt: skip
         assert f"--{option}" in result.out
 

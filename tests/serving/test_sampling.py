@@ -35,9 +35,10 @@ PLAIN: dict[str, tuple[Any, Any]] = {  # the type of each field, and the value t
     "min_p": (np.float32, 0.0),
     "repetition_penalty": (np.float32, 1.0),
     "presence_penalty": (np.float32, 0.0),
+    "frequency_penalty": (np.float32, 0.0),
     "bias": (np.float32, 0.0),
     "in_prompt": (bool, False),
-    "in_answer": (bool, False),
+    "in_answer": (np.int32, 0),
     "top_logprobs": (np.int32, 0),
 }
 EVEN = [True, False] * 4
@@ -95,12 +96,15 @@ def exact_nucleus(logits: np.ndarray, top_p: float, temperature: float = 1.0) ->
 def exact_logits(logits: np.ndarray, **settings: Any) -> np.ndarray:
     """Logits [V] with penalties and bias, float64."""
     logits = logits.astype(np.float64)
-    answer = np.broadcast_to(settings.get("in_answer", False), logits.shape)
+    counts = np.broadcast_to(np.asarray(settings.get("in_answer", 0), np.int32), logits.shape)
+    answer = counts > 0
     before = answer | np.broadcast_to(settings.get("in_prompt", False), logits.shape)
     penalty = np.float64(np.float32(settings.get("repetition_penalty", 1)))
     logits = np.where(before, np.where(logits > 0, logits / penalty, logits * penalty), logits)
     presence = np.float64(np.float32(settings.get("presence_penalty", 0)))
-    return logits - presence * answer + np.asarray(settings.get("bias", 0), np.float32)
+    frequency = np.float64(np.float32(settings.get("frequency_penalty", 0)))
+    logits = logits - presence * answer - frequency * counts
+    return logits + np.asarray(settings.get("bias", 0), np.float32)
 
 
 def exact_distribution(
@@ -262,6 +266,7 @@ def test_filters_apply_in_order_each_to_the_renormalised_rest() -> None:
         {"min_p": 0.3, "temperature": 2.0},
         {"min_p": 0.25, "top_k": 6, "nucleus_p": 0.9, "temperature": 1.3},
         {"repetition_penalty": 1.7, "in_prompt": [True] * 2 + [False] * 6, "in_answer": EVEN},
+        {"frequency_penalty": 0.4, "in_answer": [3, 0, 1, 0, 0, 2, 0, 1]},
         {"presence_penalty": 0.9, "bias": np.arange(8) / 4, "in_answer": EVEN, "min_p": 0.1},
     ],
     ids=str,
@@ -291,9 +296,10 @@ def test_a_sequence_gets_the_same_bits_in_any_slot_and_company() -> None:
         "min_p": np.array([0, 0.1, 0, 0, 1], np.float32),
         "repetition_penalty": np.array([1, 1.3, 1, 2, 1], np.float32),
         "presence_penalty": np.array([0, 0.5, -1, 0, 9], np.float32),
+        "frequency_penalty": np.array([0, 0.25, 0, -1, 2], np.float32),
         "bias": rng.normal(size=logits.shape).astype(np.float32),
         "in_prompt": rng.random(logits.shape) < 0.5,
-        "in_answer": rng.random(logits.shape) < 0.5,
+        "in_answer": rng.integers(0, 3, logits.shape, np.int32),
         "top_logprobs": np.full(5, 3, np.int32),
     }
     keys = jax.random.split(jax.random.key(4), 5)
@@ -325,18 +331,19 @@ def test_penalties_and_bias_change_the_logits_as_computed_by_hand() -> None:
     """Probabilities before the filters, in order, at tokens that came before or did not."""
     logits = np.array([[2.0, -1.0, 0.5, -3.0, 1.0, 0.0]], np.float32)
     in_prompt = np.array([[True, True, False, False, False, True]])
-    in_answer = np.array([[False, False, True, True, False, True]])
+    in_answer = np.array([[0, 0, 1, 2, 0, 3]])
     bias = np.array([[0.0, 0.0, 0.0, 1.0, -2.0, 0.25]], np.float32)
     output = draw(
         logits,
         repetition_penalty=2.0,
         presence_penalty=0.5,
+        frequency_penalty=0.125,
         bias=bias,
         in_prompt=in_prompt,
         in_answer=in_answer,
     )
-    # 2 / 2; -1 * 2; 0.5 / 2 - 0.5; -3 * 2 - 0.5 + 1; 1 - 2; 0 - 0.5 + 0.25
-    by_hand = np.array([1.0, -2.0, -0.25, -5.5, -1.0, -0.25])
+    # 2 / 2; -1 * 2; 0.5 / 2 - 0.5 - 1 / 8; -3 * 2 - 0.5 - 2 / 8 + 1; 1 - 2; 0 - 0.5 - 3 / 8 + 0.25
+    by_hand = np.array([1.0, -2.0, -0.375, -5.75, -1.0, -0.625])
     order = np.argsort(-by_hand, kind="stable")
     np.testing.assert_array_equal(output.top_k_token_ids[0], order)
     probabilities = np.exp(by_hand) / np.exp(by_hand).sum()
@@ -434,9 +441,10 @@ def test_of_finite_logits_every_number_is_one(largest: float) -> None:
         "top_k": any_of(0, 1, 3, 2**31 - 256),
         "repetition_penalty": any_of(1 / LARGEST_PENALTY, 1, LARGEST_PENALTY),
         "presence_penalty": any_of(-LARGEST_BIAS, 0, LARGEST_BIAS),
+        "frequency_penalty": any_of(-LARGEST_BIAS, 0, LARGEST_BIAS),
         "bias": rng.choice([-LARGEST_BIAS, 0, LARGEST_BIAS], logits.shape),
         "in_prompt": rng.random(logits.shape) < 0.5,
-        "in_answer": rng.random(logits.shape) < 0.5,
+        "in_answer": rng.integers(0, 3, logits.shape, np.int32),
         "top_logprobs": any_of(0, TOP_LOGPROBS),
     }
     output = draw(logits.astype(np.float32), **settings)
@@ -555,6 +563,7 @@ def test_full_vocabulary_split_over_devices_draws_the_same_tokens() -> None:
         ),
         ({"repetition_penalty": np.inf}, "repetition_penalty must be a number .*, got inf"),
         ({"presence_penalty": np.nan}, "presence_penalty must be a number from -1e.09 .* got nan"),
+        ({"frequency_penalty": 2e9}, "frequency_penalty must be a number from -1e.09 .* got 2e.09"),
         ({"bias": [[0] * 4 + [np.inf]] * 2}, "bias must be numbers from -1e.09 to 1e.09, got inf"),
         ({"bias": [[0] * 5, [np.nan] * 5]}, "bias must be numbers .*, got nan in sequence 1"),
         ({"top_logprobs": 21}, "top_logprobs must be an integer from 0 to 20, got 21"),

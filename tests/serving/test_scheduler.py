@@ -52,6 +52,7 @@ requests = st.builds(
     min_p=st.sampled_from([0.0, 0.2]),
     repetition_penalty=st.sampled_from([1.0, 1.5]),
     presence_penalty=st.sampled_from([0.0, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
     logit_bias=st.sampled_from([None, {2: 12.0}, {66: 9.0, 67: 9.0}]),
     stop=st.sampled_from([(), ("e",), (" the", "an")]),
     stop_tokens=st.sampled_from([(), (66,)]),
