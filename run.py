@@ -58,8 +58,8 @@ MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, an
 # What process 0 decides for all; the files may lie elsewhere on each host.
 SHARED = (
     "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch", "context",
-    "settings", "places", "ids", "num_samples", "streamed", "kernels",
+    "presence_penalty", "frequency_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch",
+    "context", "settings", "places", "ids", "num_samples", "streamed", "kernels",
 )  # fmt: skip
 
 

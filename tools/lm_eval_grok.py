@@ -133,6 +133,7 @@ class GrokLM(LM):
         }
         if not settings.pop("do_sample", sampled.get("temperature", 0) > 0):
             sampled = {"temperature": 0.0}
+        sampled.setdefault("temperature", 1.0)  # as in the harness's own models
         if settings:
             known = (*SAMPLING, *LENGTHS, "until", "do_sample")
             name = next(iter(settings))

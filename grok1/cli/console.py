@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NoReturn, Self, TextIO
 
+from grok1.serving.names import nearest_name
+
 MOST_BYTES = 1e18  # of a device, or a second
 PATIENCE = 1.0  # seconds for a message, in a pipe that does not block and is full
 
@@ -249,6 +251,15 @@ byte_rate = quantity({f"{unit}/s": size for unit, size in SIZES.items()}, "3.35T
 
 class Parser(argparse.ArgumentParser):
     """Ends with one sentence where argparse would print its whole usage."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an option that is not there gets the name of the most similar one."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = re.findall(r"--[a-z-]+", self.format_help())
+            hint = nearest_name(unknown[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
 
     def print_help(self, file: Any = None) -> None:
         """Print all options; OSError if they cannot be."""

@@ -15,7 +15,12 @@ from grok1.cli.console import (
     token_ids,
 )
 from grok1.parallel import multihost
-from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_SAMPLES
+from grok1.serving.request_limits import (
+    DEFAULT_TEMPERATURE,
+    LARGEST_BIAS,
+    LARGEST_PENALTY,
+    MOST_SAMPLES,
+)
 
 DEFAULT_PROMPT = "Once upon a time"
 
@@ -73,9 +78,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--temperature",
         type=number(float, 0, 1e6, " (0: the most probable token)"),
-        default=0.7,
+        default=DEFAULT_TEMPERATURE,
         metavar="X",
-        help="0 takes the most probable token (0.7)",
+        help=f"0 takes the most probable token ({DEFAULT_TEMPERATURE})",
     )
     add(
         "--top-k",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from grok1.checks import is_integer
 from grok1.cli.console import standard_input
+from grok1.serving.names import PUBLISHED, nearest_name, published_names
 from grok1.serving.request_limits import MOST_SAMPLES
 from grok1.strict_json import read_json
 
@@ -125,7 +126,10 @@ def _parse(text: str, place: str) -> Line:
         )
     if name is not None and type(name) not in (str, int):
         raise ValueError(f"{place}: id: expected a string or an integer, got {_shown(name)}")
-    return Line(prompt, name, fields, place)
+    try:
+        return Line(prompt, name, published_names(fields), place)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _shown(value: Any) -> str:
@@ -205,9 +209,10 @@ def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[A
 def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
     """Raise ValueError if a setting has another name or type than the fields of a Request."""
     if name not in hints:
+        known = ", ".join(field for field in hints if field != "prompt")
         raise ValueError(
-            f'{place}: expected the keys "prompt", "id" and settings of a request '
-            f"({', '.join(field for field in hints if field != 'prompt')}), got {_shown(name)}"
+            f'{place}: expected the keys "prompt", "id" and settings of a request ({known}), got '
+            f"{_shown(name)}{nearest_name(name, [*hints, *PUBLISHED])}"
         )
     if not _fits(value, hints[name]):
         raise ValueError(f"{place}: {name}: expected {_words(hints[name])}, got {_shown(value)}")

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from grok1.checks import is_integer, is_number
-from grok1.serving.request_limits import LARGEST_BIAS, MOST_SAMPLES
+from grok1.serving.names import PUBLISHED, nearest_name, published_names
+from grok1.serving.request_limits import DEFAULT_TEMPERATURE, LARGEST_BIAS, MOST_SAMPLES
 from grok1.serving.sampling import SampleSettings, validate_settings
 from grok1.serving.steps import Slots
 from grok1.serving.text import Detokenizer, StopFilter, Vocabulary
@@ -47,16 +50,41 @@ def _plain(value: Any) -> Any:
     return value
 
 
+Kind = TypeVar("Kind", bound=type)
+
+
+def _with_other_names(kind: Kind) -> Kind:
+    """Let fields be given and read by the names that they have elsewhere, too."""
+    make = vars(kind)["__init__"]
+    known = [field.name for field in dataclasses.fields(kind)]
+
+    @functools.wraps(make)
+    def init(self: Any, *values: Any, **fields: Any) -> None:
+        fields = published_names(fields)
+        if wrong := next((name for name in fields if name not in known), None):
+            hint = nearest_name(wrong, [*known, *PUBLISHED])
+            raise TypeError(f"{kind.__name__} has no field {wrong!r}{hint}")
+        make(self, *values, **fields)
+
+    kind.__init__ = init  # type: ignore[misc]
+    for name, published in PUBLISHED.items():
+        setattr(kind, name, property(operator.attrgetter(published)))
+    return kind
+
+
+@_with_other_names
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt and how to continue it.
 
-    What is given as a list, an iterator or a dictionary is copied.
+    What is given as a list, an iterator or a dictionary is copied. seed, top_p and max_tokens are
+    other names of rng_seed, nucleus_p and max_len.
 
     prompt: text, or token ids; nothing is put before it. Token 0 is padding: it takes a position,
         but no other token sees it.
-    temperature: 0 is greedy. nucleus_p: top-p, 1 keeps all. top_k: 0 keeps all. min_p: keeps the
-        tokens at least so probable, beside the most probable one; 0 keeps all.
+    temperature: 0 is greedy, 1 the model's own distribution. nucleus_p: top-p, 1 keeps all. top_k:
+        0 keeps all. min_p: keeps the tokens at least so probable, beside the most probable one; 0
+        keeps all.
     rng_seed: from 0 to 2**32 - 1; the same request with the same seed gives the same tokens.
     max_len: how many tokens to generate at most; prompt and max_len must fit the context. None:
         200, or as many as fit.
@@ -76,7 +104,7 @@ class Request:
     """
 
     prompt: str | Sequence[int]
-    temperature: float = 1.0
+    temperature: float = DEFAULT_TEMPERATURE
     nucleus_p: float = 1.0
     rng_seed: int = 42
     max_len: int | None = None

@@ -1,4 +1,9 @@
-"""What a request can ask for at most; known without jax, which takes seconds to import."""
+"""What a request can ask for at most, and what its defaults are.
+
+Known without jax, which takes seconds to import.
+"""
+
+DEFAULT_TEMPERATURE = 0.7  # in API and command
 
 MOST_SAMPLES = 1024  # answers to one prompt
 LARGEST_BIAS = 1e9  # and the largest presence penalty: logits stay finite

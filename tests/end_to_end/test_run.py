@@ -302,8 +302,9 @@ def test_help_names_every_option(command: Command) -> None:
     result = command("--help")
     assert result.status == 0 and result.err == ""
     for option in ("checkpoint", "tokenizer", "prompt", "prompt-ids", "max-len", "temperature",
-                   "top-k", "nucleus-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty", "stop",
-                   "truncate", "seed", "mesh", "dtype", "json"):  # fmt: skip
+                   "top-k", "nucleus-p", "min-p", "repetition-penalty", "presence-penalty",
+                   "frequency-penalty", "stop", "truncate", "seed", "mesh", "dtype",
+                   "json"):  # fmt: skip
         assert f"--{option}" in result.out
 
 
@@ -359,7 +360,10 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "half-a-token": (("--max-len", "1.5"), 2, "from 1 to 2147483647, got '1.5'"),
     "seed": (("--seed", "-1"), 2, "--seed: expected an integer from 0 to 4294967295, got '-1'"),
     "dtype": (("--dtype", "int8"), 2, "--dtype: invalid choice: 'int8'"),
-    "no-option": (("--tempratur", "1"), 2, "unrecognized arguments: --tempratur 1"),
+    "no-option": (
+        ("--tempratur", "1"), 2,
+        "unrecognized arguments: --tempratur 1; the nearest is --temperature",
+    ),
     "no-path": (("--output", ""), 2, "--output: expected a path, got an empty string"),
     "no-value": (("--prompt",), 2, "--prompt: expected one argument"),
     "empty-prompt": (("--prompt", ""), 1,
