@@ -100,13 +100,14 @@ def expected(answer: Completion, alone: Completion) -> Completion:
     """Return what an answer should be: that of its request alone, or as much of it as came."""
     if answer.finish_reason != "cancelled":
         return alone
-    count, scores = len(answer.token_ids), answer.prompt_logprobs
+    count, scores, top = len(answer.token_ids), answer.prompt_logprobs, answer.prompt_top_logprobs
     return dataclasses.replace(
         alone,
         token_ids=alone.token_ids[:count],
         logprobs=alone.logprobs[:count],
         top_logprobs=alone.top_logprobs[:count],
         prompt_logprobs=None if scores is None else (alone.prompt_logprobs or [])[: len(scores)],
+        prompt_top_logprobs=None if top is None else (alone.prompt_top_logprobs or [])[: len(top)],
         text=(alone.text or "")[: len(answer.text or "")],
         finish_reason="cancelled",
     )

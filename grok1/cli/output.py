@@ -35,6 +35,8 @@ def answer_fields(answer: Any) -> dict[str, Any]:
         fields["top_logprobs"] = answer.top_logprobs
     if answer.prompt_logprobs is not None:
         fields["prompt_logprobs"] = answer.prompt_logprobs
+    if answer.prompt_top_logprobs is not None:
+        fields["prompt_top_logprobs"] = answer.prompt_top_logprobs
     if answer.error is not None:
         fields["error"] = answer.error
     return fields

@@ -98,7 +98,8 @@ class Request:
     top_logprobs: how many of the model's own first choices to report beside each token.
     num_samples: how many answers, up to 1024; the prompt is read once. Answer i, from 0, is that
         of the same request with rng_seed + i, modulo 2**32.
-    prompt_logprobs: report the log-probability of each token of the prompt.
+    prompt_logprobs: report the log-probability of each token of the prompt, and `top_logprobs` of
+        the model's own first choices beside each.
     parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
         name; else they are text like any other.
     """
@@ -151,8 +152,9 @@ class Completion:
     (the context is full), "cancelled", "error", or None while it goes on. top_logprobs: for each
     token, as many as asked for of the model's own first choices, (token id, log-probability).
     prompt_logprobs: the log-probability of each token of the prompt, None for the first one, which
-    follows nothing; None if not asked for. error: of an answer that ended by an error, what went
-    wrong, in one sentence.
+    follows nothing; None if not asked for. prompt_top_logprobs: as top_logprobs, for each token of
+    the prompt, None for the first one; None unless both are asked for. error: of an answer that
+    ended by an error, what went wrong, in one sentence.
     """
 
     prompt: str | None
@@ -163,6 +165,7 @@ class Completion:
     finish_reason: str | None
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None
     error: str | None = None
 
 
@@ -268,6 +271,11 @@ class CheckedRequest:
         self.ends = self.stop_tokens | (set() if request.ignore_eos else {config.eos_token})
         _check_settings(self)
 
+    @property
+    def prompt_top_logprobs(self) -> bool:
+        """Whether the model's own first choices are reported beside the prompt's tokens."""
+        return self.request.prompt_logprobs and self.request.top_logprobs > 0
+
     def slot(self, sample: int = 0) -> Slots:
         """Return what a slot needs for one answer, as numpy arrays without the axis of slots.
 
@@ -322,6 +330,7 @@ class Answer:
             text=None if vocabulary is None else "",
             finish_reason=None,
             prompt_logprobs=[None] if request.prompt_logprobs else None,
+            prompt_top_logprobs=[None] if checked.prompt_top_logprobs else None,
         )
 
     @property
@@ -329,10 +338,16 @@ class Answer:
         """Whether there are no more tokens."""
         return self.reason is not None
 
-    def take_prompt(self, logprobs: Sequence[float]) -> None:
-        """Append to the log-probabilities of the prompt's tokens."""
-        if self.completion.prompt_logprobs is not None:
-            self.completion.prompt_logprobs += logprobs
+    def take_prompt(self, logprobs: np.ndarray, *top: np.ndarray) -> None:
+        """Append to the log-probabilities of the prompt's tokens.
+
+        logprobs: [n]. top: ids and log-probabilities [n, at least as many as asked for].
+        """
+        answer = self.completion
+        if answer.prompt_logprobs is not None:
+            answer.prompt_logprobs += logprobs.tolist()
+        if answer.prompt_top_logprobs is not None:
+            answer.prompt_top_logprobs += map(self._first_choices, *top)
 
     def take(self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: Any) -> str:
         """Append a token to the answer; returns what of the text is new and final.
@@ -343,9 +358,8 @@ class Answer:
         self.count += 1
         answer.token_ids.append(token)
         answer.logprobs.append(logprob)
-        if wanted := request.top_logprobs:
-            first = zip(top_ids[:wanted].tolist(), top_logprobs[:wanted].tolist(), strict=True)
-            answer.top_logprobs.append(list(first))
+        if request.top_logprobs:
+            answer.top_logprobs.append(self._first_choices(top_ids, top_logprobs))
         reason = self._reason(token)
         new = self._text(token, reason)
         # Last: whoever looks at a finished answer, from another thread too, sees all of it.
@@ -353,6 +367,11 @@ class Answer:
         if reason is not None:
             self.end(reason)
         return new
+
+    def _first_choices(self, ids: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, float]]:
+        """Return as many as asked for of the model's own first choices."""
+        wanted = self.checked.request.top_logprobs
+        return list(zip(ids[:wanted].tolist(), logprobs[:wanted].tolist(), strict=True))
 
     def end(self, reason: str, error: str | None = None) -> None:
         """End the answer, if it has not ended."""

@@ -228,7 +228,7 @@ def sample_logits(rngs: jax.Array, logits: jax.Array, settings: SampleSettings) 
     )
     if settings.top_logprobs is not None:
         asked = jnp.any((settings.top_logprobs > 0) & settings.active)
-        ids, logprobs = _first_choices(logits, asked)
+        ids, logprobs = lax.cond(asked, first_choices, _no_choices, logits)
         output = output._replace(top_logprob_ids=ids, top_logprobs=logprobs)
     return jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros_like(x)), output)
 
@@ -271,19 +271,16 @@ def _if_any(asked: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax
     return lax.cond(jnp.any(asked), function, lambda x: x, x)
 
 
-def _first_choices(logits: jax.Array, asked: jax.Array) -> tuple[jax.Array, jax.Array]:
+def first_choices(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ids and log-probabilities [B, min(TOP_LOGPROBS, V)] of the largest logits [B, V]."""
-    count = min(TOP_LOGPROBS, logits.shape[-1])
+    ids = lax.top_k(logits, min(TOP_LOGPROBS, logits.shape[-1]))[1].astype(jnp.int32)
+    return ids, log_probabilities(logits, ids)
 
-    def find() -> tuple[jax.Array, jax.Array]:
-        ids = lax.top_k(logits, count)[1].astype(jnp.int32)
-        return ids, log_probabilities(logits, ids)
 
-    def skip() -> tuple[jax.Array, jax.Array]:
-        shape = (logits.shape[0], count)
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-
-    return lax.cond(asked, find, skip)
+def _no_choices(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Zeros of the shapes that `first_choices` returns."""
+    shape = (logits.shape[0], min(TOP_LOGPROBS, logits.shape[-1]))
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
 
 def _weights(logits: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ from grok1.serving.steps import (
     MOST_TOKENS,
     Decoded,
     LoadedModel,
+    PromptScores,
     State,
     decode,
     first_token,
@@ -147,6 +148,7 @@ class Handle:
             answer = Answer(self._checked, sample)
             # One list, as there was one prompt.
             answer.completion.prompt_logprobs = self.completion.prompt_logprobs
+            answer.completion.prompt_top_logprobs = self.completion.prompt_top_logprobs
             answer = self._answers.setdefault(sample, answer)  # another thread may make it, too
         if self._ended:
             answer.end(*self._ended)
@@ -212,10 +214,10 @@ class _Tokens(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """Log-probabilities [R, T] of a prompt's tokens that are on their way: by row, whose."""
+    """What is reported of a prompt's tokens that is on its way: by row, whose."""
 
     number: int
-    found: Any
+    found: PromptScores
     scored: dict[int, tuple[Handle, int]]
 
 
@@ -550,11 +552,11 @@ class Scheduler:
             return
         phase("prefill")
         order = sorted(reading, key=lambda slot: reading[slot].handle.number)
-        size, scored = _kind(reading[order[0]])
+        size, scored, top = kind = _kind(reading[order[0]])
         per_part = self._num_slots // self._parts
         chosen: dict[int, int] = {}  # the slot by the part of the data axis
         for slot in order:
-            if _kind(reading[slot]) == (size, scored):
+            if _kind(reading[slot]) == kind:
                 chosen.setdefault(slot // per_part, slot)
         tokens, following = np.zeros([2, self._parts, size], np.int32)
         length = np.zeros([self._parts], np.int32)
@@ -567,7 +569,9 @@ class Scheduler:
             counts[part] = reading[slot].handle, len(after)
         inputs = [tokens, length, places, *([following] if scored else [])]
         state = self._current()
-        scores, self._state = self._run(prefill, self._params, state, *inputs, kind=(size, scored))
+        scores, self._state = self._run(
+            prefill, self._params, state, *inputs, kind=kind, top_logprobs=top
+        )
         if scores is not None:
             self._dispatched.append(_Scores(self._dispatches, scores, counts))
         for slot in chosen.values():
@@ -612,7 +616,7 @@ class Scheduler:
         found, self._state = self._run(decode, self._params, self._current(), *given)
         self._note(found, count, decoding, first=False)
 
-    def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None) -> Any:
+    def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None, **options: Any) -> Any:
         """Dispatch a step; of one kind there is one program, compiled when it is first run.
 
         What the host gives are numpy arrays: legal on the mesh of many processes, which arrays on
@@ -625,7 +629,7 @@ class Scheduler:
         self._known.add((step, kind))
         how = self._executions
         execution = how.prefill if step is prefill else how.decode
-        return step(*inputs, config=self._config, execution=execution)
+        return step(*inputs, config=self._config, execution=execution, **options)
 
     def _note(
         self, found: Decoded, count: int, drawing: dict[int, _Sequence], *, first: bool
@@ -666,10 +670,11 @@ class Scheduler:
                 self._take(sequence, token, logprob, *first)
 
     def _deliver_scores(self, done: _Scores) -> None:
-        (scores,) = self._fetch(done.number, done.found)
+        wanted = [array for array in done.found if array is not None]
+        scores, *top = self._fetch(done.number, *wanted)
         for row, (handle, count) in done.scored.items():
             if np.all(np.isfinite(scores[row, :count])):
-                handle._answers[0].take_prompt(scores[row, :count].tolist())
+                handle._answers[0].take_prompt(*(x[row, :count] for x in (scores, *top)))
             else:
                 self._end(handle, "error", NOT_FINITE)
 
@@ -722,6 +727,7 @@ def _check_tokens(tokens: int) -> None:
         raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
 
 
-def _kind(sequence: _Sequence) -> tuple[int, bool]:
-    """Return the length of its next chunk, and whether its tokens are scored."""
-    return sequence.chunks[0], sequence.answer.checked.request.prompt_logprobs
+def _kind(sequence: _Sequence) -> tuple[int, bool, bool]:
+    """Return the length of its next chunk, whether its tokens are scored, and with alternatives."""
+    checked = sequence.answer.checked
+    return sequence.chunks[0], checked.request.prompt_logprobs, checked.prompt_top_logprobs

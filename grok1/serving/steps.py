@@ -33,7 +33,7 @@ from grok1.parallel.sharding import (
     parameter_specs,
     readable,
 )
-from grok1.serving.sampling import SampleOutput, SampleSettings, sample_logits
+from grok1.serving.sampling import SampleOutput, SampleSettings, first_choices, sample_logits
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
@@ -106,6 +106,19 @@ class Decoded(NamedTuple):
 
     sample: SampleOutput
     drawn: jax.Array
+
+
+class PromptScores(NamedTuple):
+    """What is reported of one chunk of a prompt.
+
+    logprob: float32 [R, T], the log-probability of the token after each. top_logprob_ids: int32
+    [R, T, min(TOP_LOGPROBS, V)], the model's own first choices there, in order. top_logprobs:
+    float32, their log-probabilities. The last two are None where nobody asked for them.
+    """
+
+    logprob: jax.Array
+    top_logprob_ids: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
 
 
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
@@ -285,7 +298,9 @@ def _positions(cache: jax.Array) -> jax.Array:
     return jnp.arange(cache.shape[2])[:, None, None]
 
 
-@_step
+@functools.partial(
+    jax.jit, static_argnames=("config", "execution", "top_logprobs"), donate_argnames=("state",)
+)
 def prefill(
     params: Any,
     state: State,
@@ -296,13 +311,15 @@ def prefill(
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
-) -> tuple[jax.Array | None, State]:
+    top_logprobs: bool = False,
+) -> tuple[PromptScores | None, State]:
     """Read one chunk of a prompt, one for each part of the data axis.
 
     tokens: int32 [R, T], of which the first `length` [R] are real (0: nothing is read). slot:
     int32 [R], whose prompt it is; R is the size of the data axis, and each row's slot lies in its
-    own part of that axis. following: int32 [R, T], the token after each.
-    Returns float32 [R, T], the log-probabilities of `following`, if given; and the state.
+    own part of that axis. following: int32 [R, T], the token after each. top_logprobs: report the
+    model's own first choices, too.
+    Returns the scores of `following`, if given; and the state.
     """
     memory, slots, before = state
     output = apply_model(
@@ -311,12 +328,31 @@ def prefill(
     )  # fmt: skip
     logits, scores = output.logits, None
     if following is not None:
-        scores = readable(_log_probabilities(logits, following), execution.mesh)
+        scores = PromptScores(_log_probabilities(logits, following))
+        if top_logprobs:
+            scores = scores._replace(**_first_choices(logits, config, execution.mesh))
+        scores = readable(scores, execution.mesh)
         last = jnp.maximum(length - 1, 0)[:, None, None]
         logits = jnp.take_along_axis(logits, last, axis=1)
     rows = _whole_rows(logits, config, execution.mesh)
     rows = before.at[slot].set(jnp.where(length[:, None] > 0, rows, before[slot]))
     return scores, _placed(State(output.model_state, slots, rows), config, execution.mesh)
+
+
+def _first_choices(
+    logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None
+) -> dict[str, jax.Array]:
+    """Return the last two fields of PromptScores, of logits [R, T, V]."""
+    rows = P(config.model.data_axis)
+    find = on_shards(first_choices, mesh, rows, rows)
+
+    def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return find(_whole_rows(position[:, None], config, mesh))
+
+    # One position after the other: no device holds [R, T, V].
+    found = lax.map(at, jnp.moveaxis(logits, 1, 0))
+    ids, logprobs = (jnp.moveaxis(x, 0, 1) for x in found)
+    return {"top_logprob_ids": ids, "top_logprobs": logprobs}
 
 
 @_step

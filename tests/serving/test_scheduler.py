@@ -167,6 +167,9 @@ def check(found, events, request, cancelled):
     assert expected.text.startswith(found.text)
     if request.prompt_logprobs:
         assert found.prompt_logprobs == expected.prompt_logprobs[: len(found.prompt_logprobs)]
+    if found.prompt_top_logprobs is not None:
+        count = len(found.prompt_top_logprobs)
+        assert found.prompt_top_logprobs == expected.prompt_top_logprobs[:count]
 
 
 def test_a_request_takes_a_free_slot_while_others_go_on():
@@ -475,6 +478,27 @@ def test_an_interrupt_loses_no_event(monkeypatch):
     for handle in wanted:
         own = [event.token_id for event in events if event.request == handle.number]
         assert own == handle.completion.token_ids and len(own) == 6
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_the_prompt_has_first_choices_beside_its_tokens(mesh):
+    prompt = [(7 * i) % 4093 + 3 for i in range(21)]  # in two chunks and a part
+    asked = Request(prompt, max_len=1, num_samples=2, prompt_logprobs=True, top_logprobs=3)
+    scored = dataclasses.replace(asked, top_logprobs=0)
+    own = server() if mesh == (1, 1) else make(slots=4, mesh=mesh)
+    both = own.generate([asked, scored])
+    assert both[2].prompt_top_logprobs is None
+    assert both[2].prompt_logprobs == both[0].prompt_logprobs
+    logits = server().logits([prompt])[0].astype(np.float64)
+    scores = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    for answer in both[:2]:
+        first, *others = answer.prompt_top_logprobs
+        assert first is None and len(others) == len(prompt) - 1
+        for position, found in enumerate(others):
+            best = np.argsort(-scores[position], kind="stable")[:3]
+            assert [token for token, _ in found] == best.tolist()
+            values = [value for _, value in found]
+            np.testing.assert_allclose(values, scores[position, best], rtol=0, atol=2e-5)
 
 
 def test_statistics_count_what_was_decoded():
