@@ -27,6 +27,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     # It ends the imports below without showing where it struck.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+from grok1 import default_files
 from grok1.cli import interactive, prompts
 from grok1.cli.console import (
     ByteProgress,
@@ -49,10 +50,6 @@ from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
 
 ROOT = Path(__file__).resolve().parent
-RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
-# Where the package was installed, and not cloned, it holds the demo.
-DEMO = RELEASED / "demo" if RELEASED.is_dir() else ROOT / "grok1" / "demo"
-TOKENIZER = DEMO / "tokenizer.model"
 MOST_SLOTS = 8
 MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, and end in no answer
 # What process 0 decides for all; the files may lie elsewhere on each host.
@@ -67,17 +64,15 @@ def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """Return the checkpoint directory and the tokenizer, None if only ids are given."""
     directory = options.checkpoint
     if directory is None:
-        directory = RELEASED if forms.form(RELEASED) else DEMO
-        if directory == DEMO:
-            why = (
-                "checkpoints/ckpt-0 is not there" if RELEASED.is_dir() else "no --checkpoint given"
-            )
+        directory = default_files.default_checkpoint()
+        if directory == default_files.DEMO:
+            cloned = default_files.RELEASED.is_dir()
+            why = "checkpoints/ckpt-0 is not there" if cloned else "no --checkpoint given"
             say(f"{why}: using the small bundled demo model")
     forms.require_form(directory, "name the right one with --checkpoint")
     tokenizer = options.tokenizer
     if tokenizer is None and needs_words(options):
-        own = directory / "tokenizer.model"
-        tokenizer = own if os.path.lexists(own) else TOKENIZER
+        tokenizer = default_files.default_tokenizer(directory)
     return directory, tokenizer
 
 
@@ -236,8 +231,7 @@ def make_server(
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     import jax  # Takes seconds: after all that can be checked without it.
 
-    from grok1 import backend
-    from grok1.cli import compile_cache
+    from grok1 import backend, compile_cache
     from grok1.kernels import dispatch as kernels
     from runner import RequestError, load_server
 
@@ -438,8 +432,8 @@ def show_plan(options: argparse.Namespace) -> None:
     from runner import with_settings
 
     directory = options.checkpoint
-    if directory is None and forms.form(RELEASED):
-        directory = RELEASED
+    if directory is None and default_files.default_checkpoint() == default_files.RELEASED:
+        directory = default_files.RELEASED
     config = grok_1() if directory is None else config_in(directory)
     config = with_settings(config, options.dtype or "bfloat16", options.context)
     jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))

@@ -54,8 +54,7 @@ import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 
 from baseline import Baseline  # noqa: E402
-from grok1 import backend  # noqa: E402
-from grok1.cli import compile_cache  # noqa: E402
+from grok1 import backend, compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.execution import fastest  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402

@@ -17,7 +17,7 @@ LAYERS = (
     {"backend", "cache_directory", "checks", "inspection", "interrupts", "strict_json"},
     {"ops"},
     {"config_checks", "kernels", "parallel"},
-    {"execution", "formats", "parameters", "reference"},
+    {"compile_cache", "default_files", "execution", "formats", "parameters", "reference"},
     {"serving"},
     {"hlo", "plan"},
     {"cli"},

@@ -160,7 +160,7 @@ def _load(
             f"expected mesh=DATAxMODEL, such as 1x8, and a number as batch_size, got {mesh!r} and "
             f"{batch_size!r}"
         ) from None
-    from grok1.cli import compile_cache
+    from grok1 import compile_cache
     from runner import load_server
 
     compile_cache.enable()

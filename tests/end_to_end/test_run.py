@@ -34,6 +34,7 @@ from commands import (
     finish,
     start,
 )
+from grok1 import default_files
 from grok1.cli import options
 from paths import DATA, ROOT
 from runner import Completion, Event
@@ -212,7 +213,7 @@ def test_a_file_of_any_size_is_refused_with_an_output_too(
 def test_token_ids_need_no_tokenizer(
     tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr(run, "TOKENIZER", tmp_path / "tokenizer.model")
+    monkeypatch.setattr(default_files, "TOKENIZER", tmp_path / "tokenizer.model")
     arguments = ["--checkpoint", tiny, "--prompt-ids", "5 6 7", "--max-len", 4]
     (answer,) = command(*arguments, "--json").answers
     assert answer["prompt"] is answer["text"] is None
@@ -288,13 +289,13 @@ def test_bfloat16_runs_and_is_announced(tiny: pathlib.Path, command: Command) ->
 def test_without_a_checkpoint_the_demo_is_used_and_said_to_be(
     tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr(run, "RELEASED", tmp_path)
-    monkeypatch.setattr(run, "DEMO", tiny)
+    monkeypatch.setattr(default_files, "RELEASED", tmp_path)
+    monkeypatch.setattr(default_files, "DEMO", tiny)
     result = command("--max-len", 1)
     assert result.out.startswith(options.DEFAULT_PROMPT)
     assert result.err.startswith("checkpoints/ckpt-0 is not there: using the small bundled demo")
-    monkeypatch.setattr(run, "RELEASED", tiny)
-    monkeypatch.setattr(run, "DEMO", tmp_path)
+    monkeypatch.setattr(default_files, "RELEASED", tiny)
+    monkeypatch.setattr(default_files, "DEMO", tmp_path)
     assert re.fullmatch(LOADED + COUNTED, command("--max-len", 1).err)
 
 

@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from commands import COUNTED, LOADED, PROMPT, finish, start_program
+from grok1 import compile_cache
 from grok1.cache_directory import cache_directory
-from grok1.cli import compile_cache
 from paths import ROOT
 
 # The command, and on its standard error how often jax asked for a program and found it.
