@@ -9,7 +9,7 @@ B is the number of slots: sequences that the compiled steps serve at once.
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,11 @@ from grok1.serving.request import (
     CheckedRequest,
     Completion,
     Event,
+    Prompt,
     Request,
     RequestError,
+    as_list,
+    as_requests,
     encode,
 )
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
@@ -209,7 +212,7 @@ class InferenceRunner:
 
     def initialize(
         self,
-        requests: Sequence[Request] = (),
+        requests: Iterable[Request | Prompt] = (),
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Make the mesh, check the files, load the tokenizer and then the weights.
@@ -229,7 +232,7 @@ class InferenceRunner:
             self.tokenizer = load_tokenizer(self.tokenizer_path, self.config.vocab_size)
             self.vocabulary = Vocabulary(self.tokenizer)
         self.num_slots = self.runner.num_slots(self.mesh)
-        self._check_all(requests)
+        self._check_all(as_requests(requests, {})[0])
         self.params = self.runner.load_or_init(self.mesh, progress)
         self.executions = self.runner.executions(self.mesh)
         model = LoadedModel(
@@ -277,11 +280,13 @@ class InferenceRunner:
             request = yield None
             yield self.generate([request])[0].text
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, prompt: Request | Prompt, **settings: Any) -> Handle:
         """Put a request in line; `step`, and whatever else is asked for answers, works on it.
 
+        prompt: a Request, or a string or token ids, of which one is made with these settings.
         Raises ValueError that names the field, what it may hold and what it holds.
         """
+        (request,), _ = as_requests([prompt], settings)
         return self._scheduler.submit(self._check(request))
 
     def step(self, tokens: int = 1) -> list[Event]:
@@ -323,12 +328,28 @@ class InferenceRunner:
         """End a request where it is; its slot is free for the next one. Its answer stays."""
         self._scheduler.cancel(handle)
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, in their order. Raises ValueError before the first token.
+    @overload
+    def generate(self, prompts: str | Sequence[int], **settings: Any) -> Completion: ...
 
-        A request that wants several answers has as many in the list, one after another. Raises
+    @overload
+    def generate(self, prompts: Request, **settings: Any) -> Any: ...
+
+    @overload
+    def generate(
+        self, prompts: Iterable[Request | Prompt], **settings: Any
+    ) -> list[Completion]: ...
+
+    def generate(self, prompts: Any, **settings: Any) -> Any:
+        """Answer one prompt -> its Completion, or several -> a list of theirs, in their order.
+
+        prompts: a string, token ids or a Request, or a list of these. settings: fields of Request,
+        for strings and ids: `generate("The fox", temperature=0, max_len=20)`.
+
+        A request with num_samples above 1 has as many completions in the list, one after another,
+        which is a list, too, if it is the only one. Raises ValueError before the first token, and
         AnswerError (a ValueError), which holds all answers, if one ended by an error.
         """
+        requests, single = as_requests(prompts, settings)
         found: dict[tuple[int, int], Completion] = {}
         for event in self.generate_events(requests, tokens=MOST_TOKENS):
             if event.finish_reason is not None:
@@ -337,23 +358,25 @@ class InferenceRunner:
         for index, sample in sorted(found):
             if (error := found[index, sample].error) is not None:
                 raise AnswerError(index, error, answers)
-        return answers
+        return answers[0] if single and len(answers) == 1 else answers
 
     def generate_events(
         self,
-        requests: Sequence[Request],
+        prompts: Request | Prompt | Iterable[Request | Prompt],
         phase: Phase = lambda _: None,
         tokens: int = 1,
+        **settings: Any,
     ) -> Iterator[Event]:
         """Return an iterator over each token of each request as it is drawn.
 
-        All requests are checked at once: ValueError names the request and what is wrong with it.
-        Requests beyond the number of slots wait in order. One that is given up, by leaving the
-        iterator, is cancelled with all others. An answer that ends by an error has a last event
-        that says so. phase: called with "prefill" and "decode" as these begin. tokens: how many
-        come at a time, as in `step`.
+        prompts, settings: as for `generate`. All requests are checked at once: ValueError names the
+        request and what is wrong with it. Requests beyond the number of slots wait in order. One
+        that is given up, by leaving the iterator, is cancelled with all others. An answer that ends
+        by an error has a last event that says so. phase: called with "prefill" and "decode" as
+        these begin. tokens: how many come at a time, as in `step`.
         """
-        scheduler, requests = self._scheduler, self._check_all(requests)
+        scheduler, (requests, _) = self._scheduler, as_requests(prompts, settings)
+        self._check_all(requests)
         return scheduler.answer(map(self._check, requests), tokens, phase)
 
     def encode(self, prompt: str | Sequence[int], parse_special: bool = False) -> list[int]:
@@ -363,46 +386,74 @@ class InferenceRunner:
         """
         return encode(prompt, self.config, self.vocabulary, parse_special)
 
+    def decode(self, token_ids: Any) -> Any:
+        """Return the text of token ids, or a list of texts of a list of token ids.
+
+        The space that every text begins with is left out. Raises ValueError without a tokenizer,
+        and for ids that it does not have.
+        """
+        if self.vocabulary is None:
+            raise ValueError("to decode token ids takes a tokenizer; load the model with one")
+        several, single = as_list(token_ids)
+        texts = [self.vocabulary.decode(self.encode(ids)) for ids in several]
+        return texts[0] if single else texts
+
     def _check(self, request: Request) -> CheckedRequest:
         return CheckedRequest(request, self.config, self.vocabulary)
 
-    def _check_all(self, requests: Sequence[Request]) -> list[Request]:
-        """Return the requests, all of which are right. Raises RequestError.
+    def _check_all(self, requests: Iterable[Request]) -> None:
+        """Raise RequestError unless all requests are right.
 
         What is known of them is found out again when they are answered: kept for a million
         requests it would take gigabytes.
         """
-        if isinstance(requests, str | Request) or not isinstance(requests, Iterable):
-            raise ValueError(f"expected a list of requests, got {requests!r}; put it in a list")
-        requests = list(requests)
         for index, request in enumerate(requests):
             try:
                 self._check(request)
             except ValueError as error:
                 raise RequestError(index, str(error)) from error
-        return requests
 
     # ------------------------------------------------------------------------------ research
 
     def logits(self, token_ids: Any) -> np.ndarray:
-        """Return the float32 logits [B, T, V] of int token ids [B, T] (or [T], as one row).
+        """Return the float32 logits [B, T, V] of int token ids [B, T].
 
-        Raises ValueError if T exceeds the context or an id is out of range.
+        A string, several strings of as many tokens, and one row of ids [T] are taken as well; of
+        one B is 1. Raises ValueError if T exceeds the context or an id is out of range.
         """
+        texts = [token_ids] if isinstance(token_ids, str) else token_ids
+        if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
+            token_ids = [self.encode(text) for text in texts]
         return self._with_model(scoring.logits, token_ids)
+
+    @overload
+    def inspect(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, capture: Any = ..., *, capture_layers: Any = ..., hooks: Any = ...
+    ) -> Inspection: ...
+
+    @overload
+    def inspect(
+        self,
+        prompts: Iterable[Prompt],
+        capture: Any = ...,
+        *,
+        capture_layers: Any = ...,
+        hooks: Any = ...,
+    ) -> list[Inspection]: ...
 
     def inspect(
         self,
-        prompt: str | Sequence[int],
+        prompts: Any,
         capture: Collection[str] = ("router_probs", "expert_index"),
         *,
         capture_layers: Sequence[int] | None = None,
         hooks: Mapping[str, Hook] | None = None,
-    ) -> Inspection:
-        """Read one prompt and return what happens inside, position by position.
+    ) -> Any:
+        """Read one prompt, or each of several, and return what happens inside, by position.
 
-        capture: names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of
-        which layers; None: all. hooks: pure functions (layer, array) -> array by site, as a
+        prompts: a string or token ids -> an Inspection, or a list of these -> a list. capture:
+        names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of which
+        layers; None: all. hooks: pure functions (layer, array) -> array by site, as a
         LanguageModel's call takes them. Their arrays have T = the tokens of the prompt, and as B
         that prompt as often as the mesh's data axis is long. Each new function object, a bound
         method too, compiles anew, and so does each length with hooks; what it reads from outside,
@@ -411,22 +462,35 @@ class InferenceRunner:
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.
         """
-        ids = self.encode(prompt)
-        found = self._with_model(inspecting.inspect, ids, capture, capture_layers, hooks)
-        if self.tokenizer is None:
-            return found
-        pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
-        return found._replace(pieces=pieces)
+        several, single = as_list(prompts)
+        found = []
+        for ids in [self.encode(prompt) for prompt in several]:
+            one = self._with_model(inspecting.inspect, ids, capture, capture_layers, hooks)
+            if self.tokenizer is not None:
+                pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
+                one = one._replace(pieces=pieces)
+            found.append(one)
+        return found[0] if single else found
 
-    def score(self, texts: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
-        """Return, for each text or list of token ids, the log-probability of each of its tokens.
+    @overload
+    def score(self, texts: Prompt) -> np.ndarray: ...  # type: ignore[overload-overlap]
 
-        float32 [tokens] each, the first token given [BOS]; their sum is that of the whole text,
-        every byte counted once. A text longer than the context is read in windows that overlap by
-        half, so that each token sees at least half a context of text before it. Raises ValueError
-        if one of them is NaN or infinite.
+    @overload
+    def score(self, texts: Iterable[Prompt]) -> list[np.ndarray]: ...
+
+    def score(self, texts: Any) -> Any:
+        """Return the log-probability of each token of a text, or for each of several texts.
+
+        texts: a string or token ids -> an array, or a list of these -> a list. float32 [tokens]
+        each, the first token given [BOS]; their sum is that of the whole text, every byte counted
+        once. A text longer than the context is read in windows that overlap by half, so that each
+        token sees at least half a context of text before it. Raises ValueError if one of them is
+        NaN or infinite.
         """
-        return [scores.logprobs for scores in self.score_tokens(texts)]
+        found = self.score_tokens(texts)
+        if isinstance(found, TokenScores):
+            return found.logprobs
+        return [scores.logprobs for scores in found]
 
     @property
     def bos_token(self) -> int:
@@ -442,13 +506,18 @@ class InferenceRunner:
             )
         return bos
 
-    def score_tokens(self, texts: Sequence[str | Sequence[int]]) -> list[TokenScores]:
+    @overload
+    def score_tokens(self, texts: Prompt) -> TokenScores: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def score_tokens(self, texts: Iterable[Prompt]) -> list[TokenScores]: ...
+
+    def score_tokens(self, texts: Any) -> Any:
         """Return what `score` does, and whether each token is the likeliest at its place."""
-        if isinstance(texts, str):
-            raise ValueError(f"score takes a list of texts, got one text {texts[:40]!r}; wrap it")
-        require(isinstance(texts, Iterable), "texts", "a list of texts or of token ids", texts)
-        ids = [self.encode(text) for text in texts]
-        return self._with_model(scoring.score, ids, self.bos_token)
+        several, single = as_list(texts)
+        ids = [self.encode(text) for text in several]
+        scores = self._with_model(scoring.score, ids, self.bos_token)
+        return scores[0] if single else scores
 
 
 def with_settings(

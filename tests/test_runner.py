@@ -424,7 +424,6 @@ WRONG = {
     ),
     "a flag that is a number": (Request([5], ignore_eos=1), "ignore_eos must be True or False"),
     "a number beyond all": (Request([5], temperature=10**400), "temperature must be a finite"),
-    "bare words": ("The little", "expected a Request, got 'The little'"),
     "no allowed token": (Request([5], allowed_tokens=[]), "allowed_tokens must hold"),
 }
 
@@ -466,10 +465,56 @@ def test_before_it_is_initialized_a_runner_says_what_to_call(use):
         use(server)
 
 
-@pytest.mark.parametrize("requests", ["words", Request([5]), None])
-def test_requests_come_in_a_list(requests, tiny):
-    with pytest.raises(ValueError, match="expected a list of requests"):
-        tiny.generate(requests)
+GREEDY = {"temperature": 0.0, "max_len": 5}
+
+
+@pytest.mark.parametrize("one", ["The cat", [5, 6, 7], np.array([5, 6, 7]), (5, 6, 7)])
+def test_a_string_or_ids_are_as_good_as_a_request(one, tiny):
+    (expected,) = tiny.generate([Request(one, **GREEDY)])
+    assert tiny.generate(one, **GREEDY) == expected
+    assert tiny.generate(Request(one, **GREEDY)) == expected
+    assert tiny.generate([one, one], **GREEDY) == [expected] * 2
+    handle = tiny.submit(one, **GREEDY)
+    ids = [event.token_id for event in tiny.stream(handle)]
+    assert ids == expected.token_ids
+    assert [event.token_id for event in tiny.generate_events(one, **GREEDY)] == ids
+
+
+def test_a_list_may_mix_strings_ids_and_requests(tiny):
+    mixed = tiny.generate(["The cat", [5, 6], Request("The cat")])
+    assert mixed == tiny.generate([Request("The cat"), Request([5, 6]), Request("The cat")])
+    several = tiny.generate(Request("The cat", num_samples=2, max_len=3))
+    assert several == tiny.generate([Request("The cat", num_samples=2, max_len=3)])
+    assert tiny.generate([]) == tiny.score([]) == tiny.inspect([]) == tiny.decode([]) == []
+
+
+def test_one_text_gets_one_result_and_several_a_list(tiny):
+    ids = tiny.encode("The cat")
+    for one in ("The cat", ids):
+        np.testing.assert_array_equal(tiny.score(one), tiny.score([ids])[0])
+        np.testing.assert_array_equal(tiny.logits(one), tiny.logits([ids]))
+        found, (same, other) = tiny.inspect(one), tiny.inspect([one, [5, 6]])
+        assert found.pieces == same.pieces and len(other.token_ids) == 2
+        np.testing.assert_array_equal(found.captured.router_probs, same.captured.router_probs)
+    assert tiny.logits(["The cat", "The cat"]).shape == (2, len(ids), 4096)
+    assert tiny.score_tokens("The cat").greedy.shape == (len(ids),)
+    assert tiny.decode(ids) == "The cat" and tiny.decode([ids, [5]]) == ["The cat", "\n\n"]
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"cat", {5, 6}, {"prompt": "x"}])
+@pytest.mark.parametrize("method", ["generate", "score", "inspect", "decode", "generate_events"])
+def test_what_is_no_prompt_is_refused(method, prompts, tiny):
+    with pytest.raises(ValueError, match="expected a string, token ids, a Request, or a list of"):
+        getattr(tiny, method)(prompts)
+
+
+def test_settings_beside_a_request_are_refused(tiny):
+    with pytest.raises(ValueError, match="max_len is given beside a Request, which has its own"):
+        tiny.generate(["The cat", Request("The cat")], max_len=3)
+    with pytest.raises(
+        TypeError, match="Request has no field 'max_length'; the nearest is max_len"
+    ):
+        tiny.generate("The cat", max_length=3)
 
 
 @pytest.mark.parametrize(
@@ -547,12 +592,10 @@ def test_logits_and_score_refuse_what_are_no_tokens(tiny):
         tiny.logits([[5, 6], [7]])
     with pytest.raises(ValueError, match="expected integer token ids"):
         tiny.logits([[5.5, 6]])
-    with pytest.raises(ValueError, match="score takes a list of texts, got one text 'The cat'"):
-        tiny.score("The cat")
-    with pytest.raises(ValueError, match="expected a string or a list of token ids, got 5"):
-        tiny.score([5, 6])
-    with pytest.raises(ValueError, match="texts: expected a list of texts or of token ids, got 5"):
-        tiny.score(5)
+    with pytest.raises(ValueError, match="expected a string or a list of token ids, got None"):
+        tiny.score([None, 6])
+    with pytest.raises(ValueError, match="expected token ids from 0 to 4095, got 5.5"):
+        tiny.score([5.5, 6])
 
 
 def test_scores_need_a_tokenizer_with_bos(monkeypatch, tiny):

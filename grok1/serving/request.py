@@ -213,6 +213,41 @@ def encode(
     return [int(token) for token in ids]
 
 
+Prompt = str | Sequence[int]  # what a Request is made of
+
+
+def as_list(prompts: Any) -> tuple[list[Any], bool]:
+    """Return what is asked for as a list, and whether it is one thing: a string, ids, a Request.
+
+    Raises ValueError for what is neither that nor several of them.
+    """
+    if isinstance(prompts, str | Request):
+        return [prompts], True
+    if not isinstance(prompts, Iterable) or isinstance(prompts, NO_LIST | Set | Mapping):
+        raise ValueError(
+            f"expected a string, token ids, a Request, or a list of these, got {prompts!r}"
+        )
+    several = list(prompts)
+    ids = [_plain(item) for item in several]
+    if several and all(map(is_number, ids)):
+        return [ids], True
+    return several, False
+
+
+def as_requests(prompts: Any, settings: Mapping[str, Any]) -> tuple[list[Any], bool]:
+    """Return what is asked for as a list of Requests, and whether it is one; as `as_list`.
+
+    settings: fields of the Requests that are made of strings and ids. Raises ValueError also if
+    there are some, and a Request, which has its own.
+    """
+    several, single = as_list(prompts)
+    if settings and any(isinstance(prompt, Request) for prompt in several):
+        name = next(iter(settings))
+        raise ValueError(f"{name} is given beside a Request, which has its own; put it in there")
+    made = [x if isinstance(x, Request) else Request(x, **settings) for x in several]
+    return made, single
+
+
 class RequestError(ValueError):
     """One of several requests is wrong. index: its place among them. reason: what is wrong."""
 
