@@ -233,7 +233,7 @@ def make_server(
 
     from grok1 import backend, compile_cache
     from grok1.kernels import dispatch as kernels
-    from runner import RequestError, load_server
+    from runner import RequestError, load_model
 
     try:
         jax.devices()
@@ -255,7 +255,7 @@ def make_server(
     began = time.perf_counter()
     progress.start()
     try:
-        server = load_server(
+        server = load_model(
             directory,
             tokenizer,
             mesh=mesh,
@@ -266,6 +266,7 @@ def make_server(
             requests=prompts.make_requests(options, left),
             progress=progress,
             kernels=options.kernels,
+            compile_cache=False,  # or enabled above
         )
     except RequestError as error:
         raise ValueError(f"{options.places[left[error.index]]}: {error.reason}") from error

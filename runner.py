@@ -7,8 +7,11 @@ B is the number of slots: sequences that the compiled steps serve at once.
 """
 
 import dataclasses
+import inspect
+import logging
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import jax
@@ -21,6 +24,8 @@ import checkpoint
 from checkpoint import read_model_config
 from grok1 import backend
 from grok1.checks import is_integer, require
+from grok1.compile_cache import enable as enable_compile_cache
+from grok1.default_files import default_checkpoint, default_tokenizer
 from grok1.execution import Execution, Executions, fastest
 from grok1.inspection import Hook
 from grok1.kernels import dispatch
@@ -35,6 +40,7 @@ from grok1.parallel.sharding import (
 from grok1.serving import inspecting, scoring
 from grok1.serving.inspecting import Inspection
 from grok1.serving.memory_budget import check_memory
+from grok1.serving.names import nearest_name
 from grok1.serving.request import (
     AnswerError,
     CheckedRequest,
@@ -68,6 +74,7 @@ __all__ = [
     "SampleSettings",
     "Statistics",
     "TokenScores",
+    "load_model",
     "load_server",
     "load_tokenizer",
     "make_mesh",
@@ -79,6 +86,11 @@ __all__ = [
 ]
 
 
+# Fields of an Execution that it has from the mesh and the platform.
+RUNNERS_OWN = {"mesh", "data_axis", "model_axis", "kernels"}
+_log = logging.getLogger(__name__)
+
+
 class ModelRunner:
     """The model, how many sequences it serves at once, and its weights.
 
@@ -87,7 +99,8 @@ class ModelRunner:
     the mesh, at least one, rounded up to a multiple of the data axis.
     checkpoint_path: a directory that holds a checkpoint; None: random int8 weights, `rng_seed`.
     kernels: use compiled kernels. execution: how every step is run; its mesh must be None, since
-    the runner makes it, and `kernels` is not read; None: what is fastest, for each kind of step.
+    the runner makes it, and `kernels` is not read; None: what is fastest, for each kind of step,
+    but for `settings`, other fields of Execution.
     """
 
     def __init__(
@@ -99,6 +112,7 @@ class ModelRunner:
         *,
         kernels: bool = False,
         execution: Execution | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         if not bs_per_device > 0:
             raise ValueError(f"bs_per_device: expected a number above 0, got {bs_per_device!r}")
@@ -110,14 +124,20 @@ class ModelRunner:
             require(given, "execution", "a grok1.execution.Execution, or None", execution)
             expected = "one without a mesh; give the sizes of the mesh instead"
             require(execution.mesh is None, "execution", expected, execution.mesh)
+            require(not settings, "settings", "none beside an execution, which has them", settings)
         self.rng_seed = rng_seed
         self.kernels = kernels
         self.execution = execution
+        self.settings = dict(settings or {})
 
     def executions(self, mesh: Mesh | None) -> Executions:
         """Return how each kind of step is run on this mesh."""
         if self.execution is None:
-            return fastest(self.model, mesh, compiled=self.kernels)
+            how = fastest(self.model, mesh, compiled=self.kernels)
+            settings = self.settings
+            if settings.get("expert_dispatch", "dynamic") != "dynamic":
+                settings = {"kernels": "plain", **settings}  # the only forms that it has
+            return Executions(*(dataclasses.replace(one, **settings) for one in how))
         execution = dataclasses.replace(self.execution, mesh=mesh)
         return Executions(execution, execution)
 
@@ -245,7 +265,7 @@ class InferenceRunner:
         if name in vars(self).get("_fixed", ()):
             raise AttributeError(
                 f"{name}: expected no change to a loaded model, which goes on as it was loaded; "
-                "load another one, with the arguments that differ"
+                "load another one, by load_model with the arguments that differ"
             )
         super().__setattr__(name, value)
 
@@ -537,8 +557,8 @@ def with_settings(
     )
 
 
-def load_server(
-    directory: str | os.PathLike,
+def load_model(
+    directory: str | os.PathLike | None = None,
     tokenizer_path: str | os.PathLike | None = None,
     *,
     mesh: tuple[int, int] = (1, 1),
@@ -549,19 +569,25 @@ def load_server(
     requests: Sequence[Request] = (),
     progress: Callable[[int, int], object] | None = None,
     kernels: bool = True,
+    compile_cache: bool = True,
     execution: Execution | None = None,
+    **settings: Any,
 ) -> InferenceRunner:
-    """Load the checkpoint in `directory` and return an initialised runner: the short way in.
+    """Load a checkpoint and return an initialised runner, which generates: the short way in.
 
-    tokenizer_path: a SentencePiece model; None: prompts are token ids. mesh: (data, model), over
-    the devices of all processes once jax.distributed has started; each then makes the same calls.
+    directory: of the checkpoint; None: `checkpoints/` if it holds the released weights, else the
+    demo. tokenizer_path: a SentencePiece model; None: DIR/tokenizer.model, else that of the demo if
+    the model has as many tokens; with neither, prompts are token ids. mesh: (data, model), over the
+    devices of all processes once jax.distributed has started; each then makes the same calls.
     slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
     context: how many tokens a sequence has room for, at most the model's own context, the default.
     pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use
     those in grok1/kernels, which are compiled when they are first wanted; where that cannot be, a
-    warning in the log says so, and the plain form does the same, only slower. On a GPU they
-    are for bfloat16. execution: as in ModelRunner.
+    warning in the log says so, and the plain form does the same, only slower. On a GPU they are for
+    bfloat16. compile_cache: keep what jax compiles from now on for the next start, where run.py
+    does; not with several processes. execution: as in ModelRunner. settings: or some of its fields:
+    router, expert_dispatch, scan_unroll, shard_activations.
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
@@ -570,9 +596,18 @@ def load_server(
     require(is_integer(slots) and slots >= 1, "slots", "an integer >= 1", slots)
     pair = isinstance(mesh, Sequence) and len(mesh) == 2 and all(map(is_integer, mesh))
     require(pair, "mesh", "the sizes (data, model), two integers", mesh)
+    known = {field.name for field in dataclasses.fields(Execution)} - RUNNERS_OWN
+    if wrong := next((name for name in settings if name not in known), None):
+        known |= inspect.signature(load_model).parameters.keys()
+        raise TypeError(f"load_model has no argument {wrong!r}{nearest_name(wrong, known)}")
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
+    directory = default_checkpoint() if directory is None else directory
     stored = read_model_config(directory)
     config = with_settings(stored, dtype, context)
+    if tokenizer_path is None:
+        tokenizer_path = _find_tokenizer(directory, config.vocab_size)
+    if compile_cache and jax.process_count() == 1 and (reason := enable_compile_cache()):
+        _log.warning(reason)
     wanted = execution is None and kernels and (dtype == "bfloat16" or backend.on_cpu())
     compiled = wanted and dispatch.available()
     local, between = split_over_hosts(*mesh, jax.process_count(), backend.devices_of_each_process())
@@ -584,6 +619,7 @@ def load_server(
             directory,
             kernels=compiled,
             execution=execution,
+            settings=settings,
         ),
         load=None,
         tokenizer_path=tokenizer_path,
@@ -594,6 +630,26 @@ def load_server(
     server.initialize(requests, progress)
     checkpoint.check_config(directory, stored)  # a save may have replaced both it and the weights
     return server
+
+
+def _find_tokenizer(directory: str | os.PathLike, vocab_size: int) -> Path | None:
+    """Return the tokenizer in a checkpoint's directory, or the demo's if it has as many pieces."""
+    path = default_tokenizer(directory)
+    if path.parent != Path(directory):
+        try:
+            load_tokenizer(path, vocab_size)
+        except ValueError:
+            return None
+    return path
+
+
+def load_server(
+    directory: str | os.PathLike | None = None,
+    tokenizer_path: str | os.PathLike | None = None,
+    **options: Any,
+) -> InferenceRunner:
+    """`load_model` by its first name."""
+    return load_model(directory, tokenizer_path, **options)
 
 
 def sample_from_model(

@@ -1,7 +1,6 @@
 """Compiled programs are kept, so that the next start does not compile them again."""
 
 import contextlib
-import os
 import warnings
 from pathlib import Path
 
@@ -15,15 +14,17 @@ from grok1.formats import atomic
 CHECKED = "checked"
 # Before it XLA printed an error for each entry that a CPU with AVX-512 read, its own ones too.
 FIRST_QUIET = (0, 10, 2)
+_ours: str | None = None  # the directory that `enable` has chosen
 
 
 def enable() -> str | None:
     """Let jax keep what it compiles from now on; returns why it cannot, or None.
 
-    What the person has set with JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE holds.
+    What the person has set of jax_compilation_cache_dir or jax_enable_compilation_cache holds.
     """
+    global _ours
     enabled = jax.config.values["jax_enable_compilation_cache"]
-    if not enabled or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if not enabled or jax.config.values["jax_compilation_cache_dir"] not in (None, "", _ours):
         return None
     if jax.__version_info__ < FIRST_QUIET and on_cpu():
         return None
@@ -37,7 +38,8 @@ def enable() -> str | None:
         return f"compiled programs cannot be kept ({directory} is not a path in UTF-8)"
     # The run does not need the cache: it goes on where an entry cannot be read or written.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    _ours = str(directory)
+    jax.config.update("jax_compilation_cache_dir", _ours)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return None
