@@ -14,9 +14,9 @@ def test_the_examples_of_requests_run(
     monkeypatch.chdir(ROOT)
     readme = (ROOT / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    load, many, _ = [text for text in snippets if "load_server(" in text]
+    load, many, _ = [text for text in snippets if "load_model(" in text]
     names: dict[str, object] = {}
-    for text in (load.replace("temperature=0.7", "max_len=5"), many):
+    for text in (load.replace("max_tokens=60", "max_tokens=5"), many):
         exec(compile(text, "README.md", "exec"), names)
     king, answers, scored = names["king"], names["answers"], names["scored"]
     assert king.finish_reason == "stop" and "." not in king.text
