@@ -64,7 +64,9 @@ __all__ = [
     "read_config",
     "read_model_config",
     "save",
+    "shapes_in",
     "verify",
+    "write",
 ]
 
 
@@ -94,6 +96,14 @@ def check_config(directory: Directory, config: LanguageModelConfig) -> None:
         where = os.path.join(directory, "config.json")
         got, remedy = "another one", "load it again when nothing writes there"
         raise forms.error(where, "the configuration of before the weights were read", got, remedy)
+
+
+def shapes_in(directory: Directory, config: LanguageModelConfig) -> Params:
+    """Return the parameters of a model with the types that they have in DIR.
+
+    The weights are int8 with scales, as released, or floats; embedding, norms and router floats.
+    """
+    return layout.shapes_in(directory, config.param_shapes())
 
 
 def check_files(directory: Directory, shapes: Params) -> list[Any]:
@@ -194,8 +204,44 @@ def _get_layer(stack: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(stack, index, axis=0, keepdims=False)
 
 
-def save(directory: Directory, params: Params, config: dict[str, Any] | None = None) -> None:
-    """Write parameters as DIR/ckpt-0, and `config` as DIR/config.json if it is given.
+def save(
+    directory: Directory,
+    params: Params,
+    config: LanguageModelConfig | Mapping[str, Any] | None = None,
+) -> None:
+    """Write the parameters of a model as DIR/ckpt-0, and its configuration as DIR/config.json.
+
+    params: int8 with scales, or floats, in any of the types that they may have: `load` and
+        `load_model` read what they find. config: the model's, or its fields; None: Grok-1's,
+        without a config.json, as in the released form.
+
+    Raises ValueError if the parameters are not those of the configuration, the rest as `write`.
+    """
+    if isinstance(config, LanguageModelConfig):
+        config = config.to_dict()
+    model = grok_1() if config is None else LanguageModelConfig.from_dict(dict(config))
+    wanted, given = _shapes_of(model.param_shapes()), _shapes_of(params)
+    for name in sorted(wanted.keys() | given.keys()):
+        if (expected := wanted.get(name)) != (got := given.get(name)):
+            needed = "give the configuration that belongs to the parameters"
+            if config is None:
+                needed += ", as save(directory, params, config): without one they are Grok-1's"
+            raise ValueError(
+                f"{name}: expected {expected or 'none'}, got {got or 'none'}; {needed}"
+            )
+    write(directory, params, config)
+
+
+def _shapes_of(params: Params) -> dict[str, list[int]]:
+    return {
+        f"{module}/{name}": list(leaf.shape)
+        for module, leaves in params.items()
+        for name, leaf in leaves.items()
+    }
+
+
+def write(directory: Directory, params: Params, config: Mapping[str, Any] | None = None) -> None:
+    """Write any tree of parameters in the released layout, and `config` as DIR/config.json.
 
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
         layer at a time. Float parameters are written in the dtype that they have.
@@ -285,7 +331,7 @@ def convert(
 
     See `conversion.convert`; what the files hold is in config.json, or else Grok-1's.
     """
-    shapes = read_model_config(source).param_shapes()
+    shapes = shapes_in(source, read_model_config(source))
     return conversion.convert(source, target, form, shapes, progress)
 
 
@@ -294,7 +340,8 @@ def verify(directory: Directory, progress: Progress | None = None) -> tuple[str,
 
     See `conversion.verify`; what the files hold is in config.json, or else Grok-1's.
     """
-    return conversion.verify(directory, read_model_config(directory).param_shapes(), progress)
+    shapes = shapes_in(directory, read_model_config(directory))
+    return conversion.verify(directory, shapes, progress)
 
 
 # ---------------------------------------------------------------------------------------- the shell

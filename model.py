@@ -216,6 +216,12 @@ class LanguageModelConfig:
         """Round the weight matrices of a float parameter tree to int8, grouped as released."""
         return parameters.quantize_params(self, params)
 
+    def dequantize_params(
+        self, params: Mapping[str, Any], dtype: Any = jnp.float32
+    ) -> dict[str, dict[str, Any]]:
+        """Return a parameter tree with float matrices in place of the int8 ones."""
+        return parameters.dequantize_params(params, dtype)
+
 
 def grok_1() -> LanguageModelConfig:
     """Return the published configuration: 314 billion parameters."""

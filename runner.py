@@ -154,9 +154,11 @@ class ModelRunner:
         for execution in self.executions(mesh):
             check_execution(self.model, execution)
             dispatch.check(execution.kernels)
+        shapes = None
         if self.checkpoint_path is not None:
-            checkpoint.check_files(self.checkpoint_path, self.model.param_shapes())
-        check_memory(self.model, mesh, self.num_slots(mesh))
+            shapes = checkpoint.shapes_in(self.checkpoint_path, self.model)
+            checkpoint.check_files(self.checkpoint_path, shapes)
+        check_memory(self.model, mesh, self.num_slots(mesh), shapes)
 
     def load_or_init(
         self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
@@ -166,19 +168,19 @@ class ModelRunner:
         progress: called as progress(bytes_done, bytes_total) while loading. Raises
         checkpoint.CheckpointError (a ValueError) if the files are not as they should be.
         """
-        config = self.model
-        shapes = config.param_shapes()
+        config, path = self.model, self.checkpoint_path
+        shapes = config.param_shapes() if path is None else checkpoint.shapes_in(path, config)
         shardings = None
         if mesh is not None:
             specs = parameter_specs(shapes, config.partition_rules(mesh), mesh)
             shardings = named_shardings(specs, mesh)
-        if self.checkpoint_path is None:
+        if path is None:
             params = config.init_params(self.rng_seed, quantized=True)
             module, name = EMBEDDINGS
             params[module][name] = params[module][name].astype(config.fprop_dtype)
             return params if shardings is None else jax.device_put(params, shardings)
         dtypes = {"/".join(EMBEDDINGS): config.fprop_dtype}
-        return checkpoint.load(self.checkpoint_path, shapes, shardings, dtypes, progress)
+        return checkpoint.load(path, shapes, shardings, dtypes, progress)
 
 
 class InferenceRunner:

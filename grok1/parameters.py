@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from grok1.checks import require
-from grok1.ops.quantization import quantize
+from grok1.ops.quantization import QuantizedWeight8bit, dequantize, quantize
 from grok1.parallel.sharding import match_rule
 
 if TYPE_CHECKING:
@@ -50,3 +50,16 @@ def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
         module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
         for module, leaves in params.items()
     }
+
+
+def dequantize_params(params: Any, dtype: Any = jnp.float32) -> ParamTree:
+    """Return a parameter tree with float matrices in place of the int8 ones."""
+
+    def is_quantized(leaf: Any) -> bool:
+        return isinstance(leaf, QuantizedWeight8bit)
+
+    return jax.tree.map(
+        lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,
+        params,
+        is_leaf=is_quantized,
+    )

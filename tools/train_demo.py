@@ -283,7 +283,7 @@ def main() -> None:
     quantized = jax.jit(CONFIG.quantize_params)(params)
     for name, weights in (("float32", params), ("int8", quantized)):
         print(f"held out, {name}: {held_out(weights, tokenizer, validation):.4f} nats per byte")
-    checkpoint.save(options.output, quantized, CONFIG.to_dict())
+    checkpoint.save(options.output, quantized, CONFIG)
     print(f"wrote {options.output}")
 
 

@@ -8,6 +8,7 @@ follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... What is ins
 pickle_file.py's to know. A checkpoint of the form that safetensors.py knows is checked just so.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from grok1.formats import atomic, forms, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
@@ -23,6 +25,7 @@ from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.strict_json import read_json
 
 STACKED = "transformer/decoder_layer/"
+FLOATS = "float32", "bfloat16", "float16"  # in which parameters that are no int8 may be stored
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -116,6 +119,55 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     return found
 
 
+def shapes_in(directory: Directory, shapes: Params) -> dict[str, dict[str, Any]]:
+    """Return `shapes` with the types that parameters have in DIR: int8 with scales, or floats.
+
+    One file of each parameter is looked at, and left to `check_files` if it is not as it should be.
+    """
+    first: dict[tuple[str, str], TensorFile] = {}
+    for record in files(shapes):
+        first.setdefault((record.module, record.param), record)
+    find = _find_safetensors if forms.form(directory) == forms.SAFETENSORS else _find_released
+    types = find(directory, list(first.values()))
+    return {
+        module: {
+            param: _retyped(leaf, types.get((module, param))) for param, leaf in leaves.items()
+        }
+        for module, leaves in shapes.items()
+    }
+
+
+def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Any, Any]:
+    """Return what the files of these records hold."""
+    found: dict[Any, Any] = {}
+    for record in records:
+        path = os.path.join(directory, forms.FOLDER, record.file)
+        with (
+            contextlib.suppress(OSError, pickle_file.LayoutError),
+            atomic.open_regular(path) as file,
+        ):
+            leaf = pickle_file.read_header(file, os.fstat(file.fileno()).st_size)
+            found[record.module, record.param] = leaf
+    return found
+
+
+def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[Any, Any]:
+    """Return what is stored for these records as one array each, which is a float one."""
+    found: dict[Any, Any] = {}
+    for file, members in safetensors.layout(records).items():
+        with contextlib.suppress(CheckpointError):
+            arrays = safetensors.arrays_in(os.path.join(directory, file))
+            found |= {(r.module, r.param): arrays[r.name] for r in members if r.name in arrays}
+    return found
+
+
+def _retyped(leaf: Any, stored: Any) -> Any:
+    """Return a leaf [L, ...] or [...] with the type of a stored one, if that is a float array."""
+    if not isinstance(stored, pickle_file.Located) or stored.dtype not in FLOATS:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, np.dtype(stored.dtype))
+
+
 def tensor_names(folder: str) -> set[str]:
     """Return the names in a folder that are those of tensor files. Raises OSError."""
     return {name for name in os.listdir(folder) if re.fullmatch("tensor[0-9]+_[0-9]+", name)}
@@ -184,9 +236,9 @@ def _read_header(folder: str, record: TensorFile) -> Any:
         return jax.tree.map(place, leaf)
     kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
     if kinds == (True, False) and "float" in leaf.dtype:
-        remedy = "this checkpoint is not quantised: load it as float, or quantise and save it first"
+        remedy = "its other files are quantized: save them all in one type"
     elif kinds == (False, True):
-        remedy = "this checkpoint is quantised: load it as int8 with scales"
+        remedy = "its other files are floats: save them all in one type"
     elif "-" in got:
         remedy = "save it again, little-endian and in C order"
     else:

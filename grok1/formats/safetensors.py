@@ -170,6 +170,19 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     return [leaves[record.name] for record in records]
 
 
+def arrays_in(path: str) -> dict[str, pickle_file.Located]:
+    """Return the types and shapes of a file's tensors by name, as its header says, unchecked.
+
+    Raises CheckpointError if it has no header.
+    """
+    found = {}
+    for name, entry in _read_header(path)[0].items():
+        match entry:
+            case {"dtype": str(code), "shape": list(shape)} if code in _DTYPES:
+                found[name] = pickle_file.Located(tuple(shape), _DTYPES[code], 0, path)
+    return found
+
+
 def read_index(directory: Directory) -> Index:
     """Return the index of DIR, its own form checked. Raises CheckpointError."""
     path = os.path.join(directory, forms.INDEX)

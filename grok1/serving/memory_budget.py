@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -40,15 +40,20 @@ def free_memory(device: jax.Device) -> int | None:
     return None if limit is None else limit - limits.get("bytes_in_use", 0)
 
 
-def check_memory(config: LanguageModelConfig, mesh: Mesh | None, num_slots: int) -> None:
-    """Raise ValueError if a device has less memory than weights and cache take."""
+def check_memory(
+    config: LanguageModelConfig, mesh: Mesh | None, num_slots: int, stored: Any = None
+) -> None:
+    """Raise ValueError if a device has less memory than weights and cache take.
+
+    stored: the types of the weights, as in `steps.stored_shapes`.
+    """
     device = own_device(mesh)
     free = free_memory(device)
     if device.platform == "cpu":
         # Virtual devices share the host's memory, and equal weights.
-        needed, where, more = device_bytes(config, None, num_slots), "here", ""
+        needed, where, more = device_bytes(config, None, num_slots, stored), "here", ""
     else:
-        needed, where = device_bytes(config, mesh, num_slots), "on each device"
+        needed, where = device_bytes(config, mesh, num_slots, stored), "on each device"
         more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"
     if free is not None and needed > free:
         raise ValueError(

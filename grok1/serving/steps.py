@@ -124,9 +124,12 @@ class PromptScores(NamedTuple):
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
 
 
-def stored_shapes(config: LanguageModelConfig) -> dict[str, dict[str, Any]]:
-    """Return the parameters as they lie on the devices: as released, the embedding in bfloat16."""
-    shapes = config.param_shapes()
+def stored_shapes(config: LanguageModelConfig, stored: Any = None) -> dict[str, dict[str, Any]]:
+    """Return the parameters as they lie on the devices, the embedding in the activation dtype.
+
+    stored: their types as they are in a checkpoint; None: int8 with scales, as released.
+    """
+    shapes = config.param_shapes() if stored is None else jax.tree.map(lambda x: x, stored)
     module, name = EMBEDDINGS
     table = shapes[module][name]
     shapes[module][name] = jax.ShapeDtypeStruct(table.shape, config.fprop_dtype)
@@ -597,7 +600,11 @@ def new_state(
 
 
 def abstract_inputs(
-    config: LanguageModelConfig, execution: Execution, batch: int, chunk: int | None = None
+    config: LanguageModelConfig,
+    execution: Execution,
+    batch: int,
+    chunk: int | None = None,
+    stored: Any = None,
 ) -> tuple[Any, ...]:
     """Return what `prefill` of a chunk length, or `decode`, takes, without any data.
 
@@ -614,7 +621,7 @@ def abstract_inputs(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
         )
 
-    shapes = stored_shapes(config)
+    shapes = stored_shapes(config, stored)
     params = place(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh))
     memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch, execution=execution))
     memory = place(memory, memory_specs(config))
@@ -631,9 +638,15 @@ def abstract_inputs(
     return params, state, array(prompts, chunk), array(prompts), array(prompts)
 
 
-def device_bytes(config: LanguageModelConfig, mesh: AnyMesh | None, batch: int) -> int:
-    """Return the bytes that one device holds between steps: parameters, and `batch` memories."""
-    params, state, *_ = abstract_inputs(config, config.model.execution(mesh), batch)
+def device_bytes(
+    config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, stored: Any = None
+) -> int:
+    """Return the bytes that one device holds between steps: parameters, and `batch` memories.
+
+    stored: as in `stored_shapes`.
+    """
+    execution = config.model.execution(mesh)
+    params, state, *_ = abstract_inputs(config, execution, batch, stored=stored)
 
     def own(array: Any) -> int:
         shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)

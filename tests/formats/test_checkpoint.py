@@ -90,7 +90,7 @@ def test_layers_are_read_in_lexicographic_order() -> None:
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_saving_a_golden_model_gives_back_its_bytes(name: str, tmp_path: pathlib.Path) -> None:
     params = checkpoint.load(GOLDEN / name, golden_shapes(name))
-    checkpoint.save(tmp_path, params, checkpoint.read_config(GOLDEN / name))
+    checkpoint.write(tmp_path, params, checkpoint.read_config(GOLDEN / name))
     expected = {path.name: path for path in (GOLDEN / name / "ckpt-0").iterdir()}
     assert {path.name for path in (tmp_path / "ckpt-0").iterdir()} == set(expected)
     for file, path in expected.items():
@@ -117,7 +117,7 @@ def test_all_files_of_the_model_are_as_released() -> None:
 
 def test_what_is_saved_can_be_unpickled_by_a_program_with_the_class(tmp_path: pathlib.Path) -> None:
     params = random_params(tiny_shapes())
-    checkpoint.save(tmp_path, params)
+    checkpoint.write(tmp_path, params)
     program = """
 import dataclasses, glob, pickle, sys
 @dataclasses.dataclass
@@ -157,29 +157,29 @@ def test_params_are_saved_alike_from_anywhere_and_in_any_order(tmp_path: pathlib
         ("strange", jax.tree.map(strange, params)),
         ("sharded", jax.device_put(params, shardings)),
     ):
-        checkpoint.save(tmp_path / name, variant)
+        checkpoint.write(tmp_path / name, variant)
         for path in (tmp_path / "plain/ckpt-0").iterdir():
             written = (tmp_path / name / "ckpt-0" / path.name).read_bytes()
             assert written == path.read_bytes(), (name, path.name)
 
 
 def test_saving_replaces_a_checkpoint_but_leaves_nothing_over(tmp_path: pathlib.Path) -> None:
-    checkpoint.save(tmp_path, random_params(tiny_shapes(layers=3), seed=1))
+    checkpoint.write(tmp_path, random_params(tiny_shapes(layers=3), seed=1))
     before = {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()}
     smaller = random_params(tiny_shapes(layers=2), seed=2)
     with pytest.raises(CheckpointError, match="tensor00008_000: expected only .* got 3 that would"):
-        checkpoint.save(tmp_path, smaller)
+        checkpoint.write(tmp_path, smaller)
     assert {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()} == before
     (tmp_path / "ckpt-0/README.md").write_text("not a tensor")
     again = random_params(tiny_shapes(layers=3), seed=3)
-    checkpoint.save(tmp_path, again)
+    checkpoint.write(tmp_path, again)
     assert_same(checkpoint.load(tmp_path, tiny_shapes(layers=3)), again)
 
 
 def test_a_save_that_fails_leaves_the_old_file_whole(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(tmp_path, random_params(tiny_shapes(), seed=1))
+    checkpoint.write(tmp_path, random_params(tiny_shapes(), seed=1))
     before = {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()}
 
     def full_disk(_: str) -> None:
@@ -195,14 +195,14 @@ def test_a_save_that_fails_leaves_the_old_file_whole(
     for name, value in (("fill", fill_little), ("_sync", full_disk)):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(atomic, name, value)
-            checkpoint.save(tmp_path, random_params(tiny_shapes(), seed=2))
+            checkpoint.write(tmp_path, random_params(tiny_shapes(), seed=2))
         assert {path: path.read_bytes() for path in (tmp_path / "ckpt-0").iterdir()} == before
         assert_same(checkpoint.load(tmp_path, tiny_shapes()), random_params(tiny_shapes(), seed=1))
 
 
 def test_nothing_is_no_checkpoint_to_save(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="expected parameters to save, got none"):
-        checkpoint.save(tmp_path, {})
+        checkpoint.write(tmp_path, {})
     assert not os.listdir(tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_a_save_replaces_no_model_in_the_other_form(tmp_path: pathlib.Path) -> N
     checkpoint.convert(GOLDEN / "three-layers", tmp_path, "safetensors")
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CheckpointError, match="index.json: expected no checkpoint in another form"):
-        checkpoint.save(tmp_path, random_params(tiny_shapes()))
+        checkpoint.write(tmp_path, random_params(tiny_shapes()))
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -232,7 +232,7 @@ def test_a_save_that_begins_while_headers_are_read_is_seen(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has replaced some files before their headers were read, and does not go on."""
-    checkpoint.save(tmp_path, random_params(tiny_shapes()))
+    checkpoint.write(tmp_path, random_params(tiny_shapes()))
     read = layout._read_header
 
     def begin(*arguments: Any) -> Any:
@@ -253,13 +253,13 @@ def test_two_saves_to_one_place_do_not_mix(
     def meanwhile(*arguments: Any) -> None:
         with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
             patch.setattr(atomic, "write", write)
-            checkpoint.save(tmp_path, second)
+            checkpoint.write(tmp_path, second)
         refused.append(str(caught.value))
         write(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "write", meanwhile)
-        checkpoint.save(tmp_path, first)
+        checkpoint.write(tmp_path, first)
     sentence = "expected one save or conversion at a time, got another one at work; wait until"
     assert len(refused) > 7 and all(sentence in error for error in refused)
     assert_same(checkpoint.load(tmp_path, tiny_shapes()), first)
@@ -271,7 +271,7 @@ def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
 ) -> None:
     """Layers of both would be in one array, and every file as it should be."""
     first, second = (random_params(tiny_shapes(), seed=seed) for seed in (1, 2))
-    checkpoint.save(tmp_path, first)
+    checkpoint.write(tmp_path, first)
     placed, place = itertools.count(), atomic.place
 
     def cut(temporary: str, path: str) -> None:
@@ -281,7 +281,7 @@ def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(atomic, "place", cut)
-        checkpoint.save(tmp_path, second)
+        checkpoint.write(tmp_path, second)
     for read in (
         lambda: checkpoint.load(tmp_path, tiny_shapes()),
         lambda: checkpoint.convert(tmp_path, tmp_path / "other", "safetensors"),
@@ -297,10 +297,10 @@ def test_a_save_that_is_cut_leaves_no_mixture_of_two_models(
     # A save that fails at once leaves it as it was: a mixture.
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(pickle_file, "contents", full_disk)
-        checkpoint.save(tmp_path, second)
+        checkpoint.write(tmp_path, second)
     with pytest.raises(CheckpointError, match="got one half saved"):
         checkpoint.load(tmp_path, tiny_shapes())
-    checkpoint.save(tmp_path, second, {})
+    checkpoint.write(tmp_path, second, {})
     assert_same(checkpoint.load(tmp_path, tiny_shapes()), second)
     assert sorted(os.listdir(tmp_path)) == ["ckpt-0", "config.json"]
 
@@ -316,7 +316,7 @@ def test_saving_follows_no_link(name: str, tmp_path: pathlib.Path) -> None:
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / ("others" if name == "ckpt-0" else "others/file"))
     with pytest.raises(OSError, match=f"it is a link, which is not followed: '{link}'"):
-        checkpoint.save(tmp_path / "saved", random_params(tiny_shapes()), {})
+        checkpoint.write(tmp_path / "saved", random_params(tiny_shapes()), {})
     files = {path.name: path.read_bytes() for path in (tmp_path / "others").iterdir()}
     assert files == {"file": b"of somebody else"}
     assert set(os.listdir(tmp_path / "saved")) <= {"ckpt-0", "config.json", ".saving"}
@@ -328,7 +328,7 @@ def test_saving_writes_into_no_file_of_others(name: str, tmp_path: pathlib.Path)
     (tmp_path / "file").write_bytes(b"of somebody else")
     (tmp_path / "ckpt-0").mkdir()
     os.link(tmp_path / "file", tmp_path / "ckpt-0" / name)
-    checkpoint.save(tmp_path, random_params(tiny_shapes()))
+    checkpoint.write(tmp_path, random_params(tiny_shapes()))
     assert (tmp_path / "file").read_bytes() == b"of somebody else"
 
 
@@ -463,7 +463,7 @@ FILE_CASES: dict[str, tuple[int, Damage, list[str]]] = {
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("tiny")
-    checkpoint.save(directory, random_params(tiny_shapes()))
+    checkpoint.write(directory, random_params(tiny_shapes()))
     return directory
 
 
@@ -604,7 +604,7 @@ def test_other_files_beside_the_tensors_are_no_matter(
 
 def test_config_is_a_dict_or_none(tmp_path: pathlib.Path) -> None:
     assert checkpoint.read_config(tmp_path) is None
-    checkpoint.save(tmp_path, random_params(tiny_shapes()), {"model": {"num_layers": 2}})
+    checkpoint.write(tmp_path, random_params(tiny_shapes()), {"model": {"num_layers": 2}})
     assert checkpoint.read_config(tmp_path) == {"model": {"num_layers": 2}}
     config = checkpoint.read_config(GOLDEN / "three-layers")
     assert config is not None and config["model"]["num_layers"] == 3

@@ -65,7 +65,7 @@ def one_array(path: pathlib.Path, layers: int, *shape: int, dtype: Any = jnp.int
     full = (layers, *shape)
     values: Any = rng.integers(-128, 128, full, dtype=np.int8).astype(dtype)
     tree: Any = {LAYER + "a": {"w": jax.ShapeDtypeStruct(full, dtype)}}
-    checkpoint.save(path, {LAYER + "a": {"w": values}})
+    checkpoint.write(path, {LAYER + "a": {"w": values}})
     return tree, values
 
 
@@ -123,7 +123,7 @@ def test_pieces_cover_an_array_once_and_few_shapes_are_compiled(
 def test_numbers_are_rounded_to_the_dtype_asked_for(dtype: str, tmp_path: pathlib.Path) -> None:
     tree = {"a": {"w": jax.ShapeDtypeStruct((300, 50), jnp.float32)}}
     values = np.random.default_rng(0).standard_normal((300, 50), np.float32)
-    checkpoint.save(tmp_path, {"a": {"w": values}})
+    checkpoint.write(tmp_path, {"a": {"w": values}})
     params = checkpoint.load(tmp_path, tree, dtypes={"a/w": jnp.dtype(dtype)})
     np.testing.assert_array_equal(np.asarray(params["a"]["w"]), values.astype(jnp.dtype(dtype)))
 
@@ -133,7 +133,7 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path: pathlib.Path) -> 
     tree = {"a": {"w": jax.ShapeDtypeStruct((300, 50), jnp.float32)}}
     values = np.ones((300, 50), np.float32)
     values[299, 49] = 3.4e38
-    checkpoint.save(tmp_path, {"a": {"w": values}})
+    checkpoint.write(tmp_path, {"a": {"w": values}})
     checkpoint.load(tmp_path, tree)
     message = r"tensor00000_000 \(a/w\): expected finite numbers in bfloat16, got inf; the model"
     with pytest.raises(CheckpointError, match=message):
@@ -143,7 +143,7 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path: pathlib.Path) -> 
 @pytest.mark.parametrize("bits", [0x7F81, 0x7FC0, 0xFFC0])
 def test_nan_in_bfloat16_gives_no_warning(bits: int, tmp_path: pathlib.Path) -> None:
     nan = np.full((2, 3), bits, np.uint16).view(ml_dtypes.bfloat16)
-    checkpoint.save(tmp_path, {"a": {"w": nan}})
+    checkpoint.write(tmp_path, {"a": {"w": nan}})
     tree = {"a": {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -415,7 +415,7 @@ def test_values_that_are_not_finite_are_not_loaded(
     leaf = params[module][param]
     floats = leaf if dtype == np.float32 else leaf.scales
     floats[..., -1].flat[-1] = bad = BAD[len(name) % 3]
-    checkpoint.save(tmp_path, params)
+    checkpoint.write(tmp_path, params)
     tensor = name.replace("decoder_layer", "decoder_layer_2") + "/scales" * (floats is not leaf)
     message = rf"/ckpt-0/tensor\d+_000 \({tensor}\): expected finite numbers, got {bad}; the model"
     with pytest.raises(CheckpointError, match=message):
@@ -426,7 +426,7 @@ def test_values_that_are_not_finite_are_not_loaded(
 @pytest.mark.usefixtures("way")
 def test_single_numbers_are_loaded(tmp_path: pathlib.Path) -> None:
     tree = {"a": {"w": jax.ShapeDtypeStruct((), jnp.float32)}}
-    checkpoint.save(tmp_path, {"a": {"w": np.float32(2.5)}})
+    checkpoint.write(tmp_path, {"a": {"w": np.float32(2.5)}})
     assert checkpoint.load(tmp_path, tree)["a"]["w"] == 2.5
 
 

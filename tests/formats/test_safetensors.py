@@ -120,7 +120,7 @@ def test_files_may_be_read_by_whom_the_umask_lets(tiny: pathlib.Path) -> None:
 
 def test_of_both_forms_the_released_one_is_loaded(copy: pathlib.Path) -> None:
     released = random_params(tiny_shapes(), seed=1)
-    checkpoint.save(copy / "released", released)
+    checkpoint.write(copy / "released", released)
     (copy / "released" / forms.FOLDER).rename(copy / forms.FOLDER)
     assert forms.form(copy) == forms.RELEASED
     assert_same(checkpoint.load(copy, tiny_shapes()), released)
