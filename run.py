@@ -48,6 +48,7 @@ from grok1.cli.timing import Timing
 from grok1.formats import atomic, forms
 from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
+from grok1.serving.request_limits import CHUNKS
 
 ROOT = Path(__file__).resolve().parent
 MOST_SLOTS = 8
@@ -56,7 +57,8 @@ MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, an
 SHARED = (
     "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch",
-    "context", "settings", "places", "ids", "num_samples", "streamed", "kernels",
+    "context", "settings", "places", "ids", "num_samples", "streamed", "kernels", "chunk",
+    "logit_bias", "min_len", "top_logprobs",
 )  # fmt: skip
 
 
@@ -198,6 +200,7 @@ def open_answers(
     if options.output is None:
         return None
     how = {"dtype": options.dtype, "context": options.context, "kernels": options.kernels}
+    how["chunk"] = options.chunk
     model = contents(directory, tokenizer) | how
     fingerprints = [
         fingerprint(request=prompts.fields_of(options, index), id=options.ids[index], model=model)
@@ -267,6 +270,7 @@ def make_server(
             progress=progress,
             kernels=options.kernels,
             compile_cache=False,  # or enabled above
+            pad_sizes=chunks(options.chunk),
         )
     except RequestError as error:
         raise ValueError(f"{options.places[left[error.index]]}: {error.reason}") from error
@@ -278,6 +282,13 @@ def make_server(
         f"mesh {mesh[0]},{mesh[1]} on {jax.devices()[0].device_kind}"
     )
     return server
+
+
+def chunks(longest: int | None) -> list[int]:
+    """Return the lengths in which prompts are read."""
+    if longest is None:
+        return [*CHUNKS]
+    return [*(size for size in CHUNKS if size < longest), longest]
 
 
 def generate(

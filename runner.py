@@ -53,6 +53,7 @@ from grok1.serving.request import (
     as_requests,
     encode,
 )
+from grok1.serving.request_limits import CHUNKS
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
 from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics
 from grok1.serving.scoring import TokenScores
@@ -567,7 +568,7 @@ def load_model(
     slots: int = 1,
     dtype: str | None = None,
     context: int | None = None,
-    pad_sizes: Sequence[int] = (16, 128, 1024),
+    pad_sizes: Sequence[int] = CHUNKS,
     requests: Sequence[Request] = (),
     progress: Callable[[int, int], object] | None = None,
     kernels: bool = True,

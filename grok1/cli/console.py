@@ -178,9 +178,9 @@ def end_at_next_interrupt() -> None:
 
 
 def mesh_sizes(text: str) -> tuple[int, int]:
-    """Parse "DATA,MODEL"."""
+    """Parse "DATA,MODEL", or "DATAxMODEL"."""
     try:
-        data, model = (int(part) for part in text.split(","))
+        data, model = (int(part) for part in re.split("[,x]", text))
     except ValueError:
         data = model = 0
     if not 0 < min(data, model) <= max(data, model) < 2**31:

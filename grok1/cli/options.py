@@ -1,10 +1,14 @@
 """The options of run.py, and what must fit together before anything is loaded."""
 
 import argparse
+import importlib.metadata
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import grok1
 from grok1.cli.console import (
     Parser,
     byte_rate,
@@ -16,13 +20,21 @@ from grok1.cli.console import (
 )
 from grok1.parallel import multihost
 from grok1.serving.request_limits import (
+    CHUNKS,
     DEFAULT_TEMPERATURE,
     LARGEST_BIAS,
     LARGEST_PENALTY,
+    MOST_LOGPROBS,
     MOST_SAMPLES,
 )
 
 DEFAULT_PROMPT = "Once upon a time"
+DESCRIPTION = """\
+Sample text from Grok-1, or from the small demo model that comes with it.
+
+  %(prog)s "Once upon a time" --temperature 0.7 --seed 1
+  %(prog)s --interactive
+  %(prog)s --model checkpoints --mesh 1,8 --prompts-file prompts.jsonl --output answers.jsonl"""
 
 
 def coordinator(text: str) -> str:
@@ -34,15 +46,69 @@ def coordinator(text: str) -> str:
     return text
 
 
+def logit_bias(text: str) -> tuple[str, float]:
+    """Parse "ID:X"; the id stays a string, as it is in JSON."""
+    token, colon, value = text.rpartition(":")
+    if not (colon and re.fullmatch("[0-9]{1,9}", token)):
+        expected = "a token id and a number such as 5:-2.5"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return str(int(token)), number(float, -LARGEST_BIAS, LARGEST_BIAS)(value)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    # As it is started: by Python here, or as an installed command.
+    script = os.path.basename(sys.argv[0]) == "run.py"
     parser = Parser(
-        description=(__doc__ or "options").splitlines()[0],
+        prog="python run.py" if script else None,
+        usage="%(prog)s [options] [PROMPT ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    parser.add_argument("--version", action="version", version=version())
+    for add_group in (
+        add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
+    ):  # fmt: skip
+        add_group(parser)
+    options = parser.parse_args(arguments)
+    options.prompts = [*(options.prompts or []), *options.more_prompts] or None
+    check_distributed(parser, options)
+    check_prompts(parser, options)
+    check_routing(parser, options)
+    check_plan(parser, options)
+    if options.prompts is None:
+        options.prompts = [] if options.prompts_file else [DEFAULT_PROMPT]
+    options.places = [f"request {number}" for number, _ in enumerate(options.prompts, 1)]
+    if options.interactive:
+        # In place of those to come: wrong settings are told before the weights are loaded.
+        options.prompts, options.places = [[0]], ["the options"]
+    # Of each prompt: the person's name for it, and settings of its own.
+    options.ids = [None for _ in options.prompts]
+    options.settings = [{} for _ in options.prompts]
+    options.stop = options.stop or []
+    options.logit_bias = dict(options.logit_bias) if options.logit_bias else None
+    options.streamed = not options.json and options.output is None  # the answers, token by token
+    return options
+
+
+def version() -> str:
+    """Return what --version prints."""
+    try:
+        jax = importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:
+        jax = "none"
+    return f"grok-1-jax {grok1.__version__} (jax {jax})"
+
+
+def add_model(parser: Parser) -> None:
+    """Add the options of what is loaded."""
+    add = parser.add_argument_group("model").add_argument
     add(
+        "-m",
+        "--model",
         "--checkpoint",
+        dest="checkpoint",
         type=given_path,
         metavar="DIR",
         help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
@@ -54,26 +120,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="SentencePiece model; by default DIR/tokenizer.model, else the demo's",
     )
     add(
-        "--prompt",
-        dest="prompts",
-        action="append",
-        metavar="TEXT",
-        help=f"text to continue, may be repeated; by default {DEFAULT_PROMPT!r}",
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="activations; by default float32 on a CPU, bfloat16 elsewhere",
     )
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add the options of how answers are drawn, and where they end."""
+    add = parser.add_argument_group("sampling").add_argument
     add(
-        "--prompt-ids",
-        dest="prompts",
-        action="append",
-        type=token_ids,
-        metavar='"5 6 7"',
-        help="token ids to continue, may be repeated; needs no tokenizer",
-    )
-    count = number(int, 1, 2**31 - 1)
-    add(
+        "-n",
+        "--max-tokens",
         "--max-len",
-        type=count,
+        dest="max_len",
+        type=number(int, 1, 2**31 - 1),
         metavar="N",
         help="most tokens to generate, beside the prompt's (200, or as many as fit the context)",
+    )
+    add(
+        "--min-len",
+        type=number(int, 0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="let nothing end an answer before so many tokens (0)",
     )
     add(
         "--temperature",
@@ -90,8 +160,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="draw from the N most probable tokens (0: no limit)",
     )
     add(
-        "--nucleus-p",
         "--top-p",
+        "--nucleus-p",
+        dest="nucleus_p",
         type=number(float, sys.float_info.min, 1),
         default=1.0,
         metavar="X",
@@ -126,15 +197,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="above 0 tokens come back the less, the more often they are in the answer (0)",
     )
     add(
+        "--logit-bias",
+        type=logit_bias,
+        action="append",
+        metavar="ID:X",
+        help="add X to the logit of a token; may be repeated",
+    )
+    add(
         "--stop",
         action="append",
         metavar="TEXT",
         help="end the answer before this text; may be repeated",
-    )
-    add(
-        "--truncate",
-        choices=("left",),
-        help="keep only the newest tokens of a prompt that is too long",
     )
     add(
         "--seed",
@@ -143,6 +216,53 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="the same seed gives the same text (42)",
     )
+    add(
+        "--num-samples",
+        type=number(int, 1, MOST_SAMPLES),
+        default=1,
+        metavar="N",
+        help="so many answers to each prompt, which is read once; the seed counts up (1)",
+    )
+
+
+def add_output(parser: Parser) -> None:
+    """Add the options of what is printed, and where."""
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print one JSON object a line for each answer")
+    add(
+        "--top-logprobs",
+        type=number(int, 0, MOST_LOGPROBS),
+        default=0,
+        metavar="N",
+        help="with each token's log-probability those of the N likeliest, in JSON (0)",
+    )
+    add(
+        "--output",
+        type=given_path,
+        metavar="FILE",
+        help="write each answer to FILE as it ends, as a JSON object a line, and print none",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted --output: answer only what it does not hold",
+    )
+    add(
+        "--stats",
+        action="store_true",
+        help="say at the end how long first tokens took, and those after them",
+    )
+    add(
+        "--show-routing",
+        action="store_true",
+        help="show which experts each token of the prompt and its answer went to, in each layer",
+    )
+
+
+def add_machine(parser: Parser) -> None:
+    """Add the options of how the model is run."""
+    count = number(int, 1, 2**31 - 1)
+    add = parser.add_argument_group("machine").add_argument
     add(
         "--mesh",
         type=mesh_sizes,
@@ -162,27 +282,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="room for so many tokens of each, prompt and answer; by default the model's context",
     )
     add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="activations; by default float32 on a CPU, bfloat16 elsewhere",
-    )
-    add(
-        "--num-samples",
-        type=number(int, 1, MOST_SAMPLES),
-        default=1,
+        "--chunk",
+        type=count,
         metavar="N",
-        help="so many answers to each prompt, which is read once; the seed counts up (1)",
-    )
-    add("--json", action="store_true", help="print one JSON object a line for each prompt")
-    add(
-        "--stats",
-        action="store_true",
-        help="say at the end how long first tokens took, and those after them",
-    )
-    add(
-        "--show-routing",
-        action="store_true",
-        help="show which experts each token of the prompt and its answer went to, in each layer",
+        help=f"read prompts in chunks of at most N tokens ({CHUNKS[-1]})",
     )
     add(
         "--no-compile-cache",
@@ -196,31 +299,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_false",
         help="use nothing but what JAX offers: slower, and on a CPU without a C++ compiler",
     )
-    add_prompts(parser)
-    add_plan(parser)
-    add_distributed(parser)
-    options = parser.parse_args(arguments)
-    check_distributed(parser, options)
-    check_prompts(parser, options)
-    check_routing(parser, options)
-    check_plan(parser, options)
-    if options.prompts is None:
-        options.prompts = [] if options.prompts_file else [DEFAULT_PROMPT]
-    options.places = [f"request {number}" for number, _ in enumerate(options.prompts, 1)]
-    if options.interactive:
-        # In place of those to come: wrong settings are told before the weights are loaded.
-        options.prompts, options.places = [[0]], ["the options"]
-    # Of each prompt: the person's name for it, and settings of its own.
-    options.ids = [None for _ in options.prompts]
-    options.settings = [{} for _ in options.prompts]
-    options.stop = options.stop or []
-    options.streamed = not options.json and options.output is None  # the answers, token by token
-    return options
 
 
 def add_prompts(parser: Parser) -> None:
-    """Add the options of many prompts, and of those that are yet to be typed."""
-    add = parser.add_argument_group("prompts from elsewhere, and where answers go").add_argument
+    """Add the options of prompts, given or yet to be typed."""
+    group = parser.add_argument_group("prompts")
+    add = group.add_argument
+    add(
+        "more_prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help=f"texts to continue, as with --prompt; by default {DEFAULT_PROMPT!r}",
+    )
+    add(
+        "-p",
+        "--prompt",
+        dest="prompts",
+        action="append",
+        metavar="TEXT",
+        help="text to continue, may be repeated",
+    )
+    add(
+        "--prompt-ids",
+        dest="prompts",
+        action="append",
+        type=token_ids,
+        metavar='"5 6 7"',
+        help="token ids to continue, may be repeated; needs no tokenizer",
+    )
     add(
         "--prompts-file",
         metavar="FILE",
@@ -233,15 +339,9 @@ def add_prompts(parser: Parser) -> None:
         help="what --prompts-file holds, whatever its name",
     )
     add(
-        "--output",
-        type=given_path,
-        metavar="FILE",
-        help="write each answer to FILE as it ends, as a JSON object a line, and print none",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with an interrupted --output: answer only what it does not hold",
+        "--truncate",
+        choices=("left",),
+        help="keep only the newest tokens of a prompt that is too long",
     )
     add(
         "--interactive",
@@ -254,6 +354,8 @@ def check_prompts(parser: Parser, options: argparse.Namespace) -> None:
     """Exit with status 2 if the options of prompts and answers do not fit together."""
     if options.prompts_format and options.prompts_file is None:
         parser.error("--prompts-format needs --prompts-file")
+    if options.top_logprobs and not (options.json or options.output):
+        parser.error("--top-logprobs needs --json or --output")
     if options.resume and options.output is None:
         parser.error("--resume needs --output, the file to go on with")
     others = {

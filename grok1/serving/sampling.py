@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY
+from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_LOGPROBS
 
 TOP_K = 8  # how many alternatives are reported beside each token
-TOP_LOGPROBS = 20  # the most log-probabilities that can be asked for beside each token
+TOP_LOGPROBS = MOST_LOGPROBS
 
 
 class SampleSettings(NamedTuple):

@@ -363,7 +363,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "dtype": (("--dtype", "int8"), 2, "--dtype: invalid choice: 'int8'"),
     "no-option": (
         ("--tempratur", "1"), 2,
-        "unrecognized arguments: --tempratur 1; the nearest is --temperature",
+        "unrecognized arguments: --tempratur; the nearest is --temperature",
     ),
     "no-path": (("--output", ""), 2, "--output: expected a path, got an empty string"),
     "no-value": (("--prompt",), 2, "--prompt: expected one argument"),
