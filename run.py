@@ -63,7 +63,7 @@ SHARED = (
 
 
 def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Return the checkpoint directory and the tokenizer, None if only ids are given."""
+    """Return the checkpoint directory, and the tokenizer if something of the run needs one."""
     directory = options.checkpoint
     if directory is None:
         directory = default_files.default_checkpoint()
@@ -273,7 +273,9 @@ def make_server(
             pad_sizes=chunks(options.chunk),
         )
     except RequestError as error:
-        raise ValueError(f"{options.places[left[error.index]]}: {error.reason}") from error
+        index = left[error.index]
+        reason = prompts.with_options(error.reason, options.settings[index])
+        raise ValueError(f"{options.places[index]}: {reason}") from error
     progress.close()
     dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(
@@ -501,6 +503,7 @@ def main() -> int:
     worker = Worker()  # jax works there
     errors = sys.stderr
     peers: multihost.Peers | None = None
+    options: argparse.Namespace | None = None
     try:
         try:
             check_surroundings(ROOT)
@@ -520,7 +523,8 @@ def main() -> int:
         end_at_next_interrupt()
         if peers is not None:
             peers.end("it was interrupted")
-        say("interrupted", errors)
+        resumable = options is not None and options.output is not None
+        say("interrupted" + "; --resume goes on from here" * resumable, errors)
         os._exit(130)  # sys.exit would wait for the worker
     return 0
 

@@ -142,13 +142,14 @@ class JsonPrinter:
             self._print(place)
 
     def _print(self, place: Place) -> None:
-        fields = named(self.ids[place[0]]) | answer_fields(self.finished.pop(place))
-        self.lines.print(as_json(fields))
+        self.lines.print(as_json(fields_of_line(place, self.ids, self.finished.pop(place))))
 
 
-def named(name: str | int | None) -> dict[str, Any]:
-    """Return the field for the person's own name of a prompt, if it has one."""
-    return {} if name is None else {"id": name}
+def fields_of_line(place: Place, ids: Sequence[str | int | None], answer: Any) -> dict[str, Any]:
+    """Return the fields of an answer's line: its place, its prompt's own name, and the answer."""
+    index, sample = place
+    own = {} if ids[index] is None else {"id": ids[index]}
+    return {"index": index, "sample": sample} | own | answer_fields(answer)
 
 
 # ------------------------------------------------------------------------------- the output file
@@ -214,9 +215,8 @@ class AnswerFile:
             self.progress(len(self.done), len(self.places))
 
     def _write(self, place: Place, answer: Any) -> None:
-        index, sample = place
-        fields = {"index": index, "sample": sample} | named(self.ids[index]) | answer_fields(answer)
-        fields["fingerprint"] = self.fingerprints[index]
+        fields = fields_of_line(place, self.ids, answer)
+        fields["fingerprint"] = self.fingerprints[place[0]]
         try:
             self._append(as_json(fields).encode() + b"\n")
         except OSError as error:

@@ -21,6 +21,20 @@ from grok1.serving.names import PUBLISHED, nearest_name, published_names
 from grok1.serving.request_limits import MOST_SAMPLES
 from grok1.strict_json import read_json
 
+# The options that set the fields of a Request, where they have other names.
+OPTIONS = {
+    "rng_seed": "--seed",
+    "max_len": "--max-tokens",
+    "nucleus_p": "--top-p",
+    **{
+        field: f"--{field.replace('_', '-')}"
+        for field in (
+            *("top_k", "min_p", "min_len", "num_samples", "logit_bias", "top_logprobs"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+        )
+    },
+    "truncate": "--truncate",
+}
 STANDARD_INPUT = "-"
 MOST_BYTES = 2**26  # in a line: /dev/zero has no end
 
@@ -162,6 +176,23 @@ def command_settings(options: argparse.Namespace) -> dict[str, Any]:
         "truncate": options.truncate,
         "num_samples": options.num_samples,
     }
+
+
+def with_options(reason: str, own: dict[str, Any]) -> str:
+    """Return what is wrong with a request, its fields by the names of the command's options.
+
+    own: those of its fields that a line of a file has set, by the names that they have there.
+    """
+    names = {field: option for field, option in OPTIONS.items() if field not in own}
+    if "truncate" in names:
+        reason = reason.replace("truncate: left", "--truncate left")
+    return re.sub(r"\b[a-z]+_[a-z_]+\b( = )?", lambda found: _option(found, names), reason)
+
+
+def _option(found: re.Match[str], names: dict[str, str]) -> str:
+    """Return "--max-tokens " for "max_len = ", and what is no field as it is."""
+    field, equals = found[0].removesuffix(" = "), found[1]
+    return f"{names[field]}{' ' if equals else ''}" if field in names else found[0]
 
 
 def fields_of(options: argparse.Namespace, index: int) -> dict[str, Any]:

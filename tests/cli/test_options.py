@@ -8,9 +8,11 @@ import pytest
 
 import grok1
 from commands import PROMPT, Command, assert_one_sentence
+from grok1 import default_files
 from grok1.cli import prompts
 from grok1.cli.options import DEFAULT_PROMPT, parse_arguments
 from grok1.serving.request import Request
+from paths import ROOT
 from run import chunks
 
 
@@ -93,3 +95,50 @@ def test_the_version_is_that_of_the_package(command: Command) -> None:
     result = command("--version")
     assert result.status == 0
     assert re.fullmatch(rf"grok-1-jax {grok1.__version__} \(jax [\d.]+\)\n", result.out)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--max-tokens", 99), "--max-tokens 99 leaves no room for a prompt"),
+        (("--max-tokens", 60), "must hold --max-tokens 60 more; .* tokens .--truncate left."),
+        (("--min-len", 9, "-n", 5), "--min-len must be an integer from 0 to --max-tokens 5, got 9"),
+        (("--logit-bias", "9999:1"), "--logit-bias: expected token ids from 0 to 4095, got 9999"),
+    ],
+)
+def test_mistakes_are_told_by_the_names_of_options(
+    asked: tuple[object, ...], said: str, tiny: pathlib.Path, command: Command
+) -> None:
+    result = command("--checkpoint", tiny, "--prompt-ids", "5 6 7 8 9 10 11", *asked)
+    assert result.status == 1 and re.search(f"request 1: .*{said}", result.err), result.err
+
+
+def test_settings_of_a_line_keep_their_names(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": [5], "max_len": 99}')
+    result = command("--checkpoint", tiny, "--prompts-file", file)
+    assert "line 1: max_len = 99 leaves no room" in result.err
+
+
+def test_lines_of_json_say_which_answer_they_are(tiny: pathlib.Path, command: Command) -> None:
+    asked = ["--checkpoint", tiny, "--prompt-ids", "5 6", "--prompt-ids", "7", "-n", 2, "--json"]
+    answers = command(*asked, "--num-samples", 2).answers
+    places = [(answer["index"], answer["sample"]) for answer in answers]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_ids_are_answered_in_words_where_there_is_a_tokenizer(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--prompt-ids", "5 6", "-n", 4, "--temperature", 0]
+    monkeypatch.setattr(default_files, "TOKENIZER", tmp_path / "none")
+    (without,) = command("-m", tiny, *asked, "--json").answers
+    assert without["text"] is None
+    (tmp_path / "ckpt-0").symlink_to(tiny / "ckpt-0")
+    for name, source in (("config.json", tiny), ("tokenizer.model", ROOT)):
+        (tmp_path / name).symlink_to(source / name)
+    (answer,) = command("-m", tmp_path, *asked, "--json").answers
+    assert answer["token_ids"] == without["token_ids"] and answer["text"]
+    assert command("-m", tmp_path, *asked).out == answer["text"] + "\n"
