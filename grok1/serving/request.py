@@ -223,7 +223,7 @@ def as_list(prompts: Any) -> tuple[list[Any], bool]:
     """
     if isinstance(prompts, str | Request):
         return [prompts], True
-    if not isinstance(prompts, Iterable) or isinstance(prompts, NO_LIST | Set | Mapping):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, NO_LIST | set | frozenset):
         raise ValueError(
             f"expected a string, token ids, a Request, or a list of these, got {prompts!r}"
         )
