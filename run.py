@@ -390,8 +390,10 @@ def serve(worker: Worker, options: argparse.Namespace) -> None:
     with ByteProgress("loading") as progress:
         server = worker.call(make_server, options, left, progress, *files)
     if options.interactive:
-        request = functools.partial(prompts.request_for, options)
-        interactive.converse(worker, server, request, options.stats)
+        make = functools.partial(prompts.request_for, options)
+        seed = options.seed if options.seed_given else None
+        settings = interactive.Settings(make, server.check, seed)
+        interactive.converse(worker, server, settings, options.stats)
     elif failure := generate(worker, server, options, left, answers):
         raise ValueError(failure)
 

@@ -421,6 +421,11 @@ class InferenceRunner:
         texts = [self.vocabulary.decode(self.encode(ids)) for ids in several]
         return texts[0] if single else texts
 
+    def check(self, prompt: Request | Prompt, **settings: Any) -> None:
+        """Raise ValueError unless this can be answered; what is given is as for `submit`."""
+        (request,), _ = as_requests([prompt], settings)
+        self._check(request)
+
     def _check(self, request: Request) -> CheckedRequest:
         return CheckedRequest(request, self.config, self.vocabulary)
 

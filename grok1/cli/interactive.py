@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -9,8 +11,15 @@ from typing import Any
 
 from grok1.cli.console import Worker, say, standard_input, write_out
 from grok1.cli.timing import Timing
+from grok1.serving.names import nearest_name, published_names
 
 SIGN = "> "
+HELP = """\
+/set NAME VALUE  for the answers from now on, such as /set temperature 0.9
+/seed N          one seed for all answers; /seed new: another one for each; /seed: the last one
+/help            these lines
+/exit            or exit, or Ctrl-D: end
+A prompt that begins with a slash is typed with two."""
 MOST_CHARACTERS = 2**26  # in a line: /dev/zero has no end
 
 
@@ -80,25 +89,83 @@ class Keyboard:
         self.pressed = True
 
 
-def converse(
-    worker: Worker,
-    server: Any,
-    make_request: Callable[[str], Any],
-    stats: bool = False,
-) -> None:
+class Settings:
+    """The settings of the answers from now on, which lines such as /set change.
+
+    make: makes a Request of a prompt and fields that differ from the command line's. check: raises
+    ValueError if one cannot be answered. seed: that of all answers; None: a new one for each.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str, dict[str, Any]], Any],
+        check: Callable[[Any], object],
+        seed: int | None = None,
+    ):
+        self._make = make
+        self._check = check
+        self._changes: dict[str, Any] = {}
+        self._seed = seed
+        self._last = seed
+
+    def request(self, prompt: str) -> Any:
+        """Return the Request of a prompt."""
+        self._last = secrets.randbelow(2**32) if self._seed is None else self._seed
+        return self._make(prompt, self._changes | {"rng_seed": self._last})
+
+    def obey(self, line: str) -> None:
+        """Carry out a line that begins with a slash. Raises ValueError."""
+        match line.split():
+            case ["/help"]:
+                say(HELP)
+            case ["/seed"]:
+                say("no answer yet" if self._last is None else f"the last seed was {self._last}")
+            case ["/seed", "new"]:
+                self._seed = None
+            case ["/seed", value]:
+                self._set("rng_seed", value)
+            case ["/set", name, *values] if values:
+                self._set(name, " ".join(values))
+            case [word, *_]:
+                known = "/help", "/set", "/seed", "/exit"
+                if word in known:
+                    raise ValueError(f"{word}: expected as /help shows it, got {line!r}")
+                raise ValueError(
+                    f"{word}: expected a command, see /help{nearest_name(word, known)}"
+                )
+
+    def _set(self, name: str, text: str) -> None:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text  # a string needs no quotes
+        field = published_names({name.removeprefix("--").replace("-", "_"): value})
+        try:
+            self._check(self._make("a", self._changes | field))
+        except TypeError as error:  # no field of that name
+            raise ValueError(str(error)) from None
+        self._seed = field.pop("rng_seed", self._seed)
+        self._changes |= field
+
+
+def converse(worker: Worker, server: Any, settings: Settings, stats: bool = False) -> None:
     """Answer each line of the input until it ends.
 
     worker: the thread in which jax works. stats: say after each answer when its tokens came.
     """
     if sys.stdin.isatty():
-        say("a prompt a line; Ctrl-C stops an answer, Ctrl-D ends")
+        say("a prompt a line; Ctrl-C stops an answer, Ctrl-D ends, /help says more")
     with contextlib.closing(Keyboard()) as keyboard:
-        while (prompt := keyboard.read()) is not None:
-            if not prompt.strip():
+        while (line := keyboard.read()) is not None and line.strip() not in ("exit", "/exit"):
+            if not line.strip():
                 continue
             timing = Timing()
             try:
-                _answer(worker, server, make_request(prompt), keyboard, timing)
+                if line.startswith("/") and not line.startswith("//"):
+                    settings.obey(line)
+                    continue
+                request = settings.request(line.removeprefix("/"))
+                _answer(worker, server, request, keyboard, timing)
             except ValueError as error:
                 say(f"error: {error}")
                 continue

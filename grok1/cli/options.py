@@ -21,6 +21,7 @@ from grok1.cli.console import (
 from grok1.parallel import multihost
 from grok1.serving.request_limits import (
     CHUNKS,
+    DEFAULT_SEED,
     DEFAULT_TEMPERATURE,
     LARGEST_BIAS,
     LARGEST_PENALTY,
@@ -87,6 +88,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options.ids = [None for _ in options.prompts]
     options.settings = [{} for _ in options.prompts]
     options.stop = options.stop or []
+    options.seed_given = options.seed is not None
+    options.seed = options.seed if options.seed_given else DEFAULT_SEED
     options.logit_bias = dict(options.logit_bias) if options.logit_bias else None
     options.streamed = not options.json and options.output is None  # the answers, token by token
     return options
@@ -212,9 +215,9 @@ def add_sampling(parser: Parser) -> None:
     add(
         "--seed",
         type=number(int, 0, 2**32 - 1),
-        default=42,
         metavar="N",
-        help="the same seed gives the same text (42)",
+        help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
+        "each answer)",
     )
     add(
         "--num-samples",
@@ -346,7 +349,8 @@ def add_prompts(parser: Parser) -> None:
     add(
         "--interactive",
         action="store_true",
-        help="answer prompts as they are typed; Ctrl-C stops an answer, Ctrl-D ends",
+        help="answer prompts as they are typed; Ctrl-C stops an answer, Ctrl-D ends, /help says "
+        "what else",
     )
 
 

@@ -212,11 +212,11 @@ def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
     return found
 
 
-def request_for(options: argparse.Namespace, prompt: str) -> Any:
-    """Return a request for a prompt with the settings of the command line."""
+def request_for(options: argparse.Namespace, prompt: str, changes: dict[str, Any]) -> Any:
+    """Return a request for a prompt with the settings of the command line, but for some."""
     from grok1.serving.request import Request  # Takes seconds.
 
-    return Request(prompt=prompt, **command_settings(options))
+    return Request(prompt=prompt, **(command_settings(options) | changes))
 
 
 def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[Any]:

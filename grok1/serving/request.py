@@ -16,7 +16,12 @@ import numpy as np
 
 from grok1.checks import is_integer, is_number
 from grok1.serving.names import PUBLISHED, nearest_name, published_names
-from grok1.serving.request_limits import DEFAULT_TEMPERATURE, LARGEST_BIAS, MOST_SAMPLES
+from grok1.serving.request_limits import (
+    DEFAULT_SEED,
+    DEFAULT_TEMPERATURE,
+    LARGEST_BIAS,
+    MOST_SAMPLES,
+)
 from grok1.serving.sampling import SampleSettings, validate_settings
 from grok1.serving.steps import Slots
 from grok1.serving.text import Detokenizer, StopFilter, Vocabulary
@@ -107,7 +112,7 @@ class Request:
     prompt: str | Sequence[int]
     temperature: float = DEFAULT_TEMPERATURE
     nucleus_p: float = 1.0
-    rng_seed: int = 42
+    rng_seed: int = DEFAULT_SEED
     max_len: int | None = None
     top_k: int = 0
     allowed_tokens: Sequence[int] | None = None

@@ -4,6 +4,7 @@ Known without jax, which takes seconds to import.
 """
 
 DEFAULT_TEMPERATURE = 0.7  # in API and command
+DEFAULT_SEED = 42
 
 CHUNKS = (16, 128, 1024)  # the lengths in which prompts are read
 MOST_LOGPROBS = 20  # the most log-probabilities that can be asked for beside each token

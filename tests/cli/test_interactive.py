@@ -109,7 +109,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
     assert terminal.process.wait(timeout=20) == 0
     assert terminal.process.stderr is not None
     err = terminal.process.stderr.read().decode()
-    hint = r"a prompt a line; Ctrl-C stops an answer, Ctrl-D ends\n"
+    hint = r"a prompt a line; Ctrl-C stops an answer, Ctrl-D ends, /help says more\n"
     mistake = r"error: the prompt has \d+ tokens, and the context of 4096 must hold [^\n]*\n"
     assert re.fullmatch(LOADED + hint + mistake, err), err
 
@@ -225,7 +225,7 @@ def test_settings_that_fit_no_prompt_are_told_before_the_weights_are_loaded(
 ) -> None:
     monkeypatch.setattr("checkpoint.load", None)
     result = command("--checkpoint", tiny, "--interactive", "--max-len", 64)
-    assert_one_sentence(result, 1, "error: the options: max_len = 64 leaves no room for a prompt")
+    assert_one_sentence(result, 1, "error: the options: --max-tokens 64 leaves no room")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""What lines with a slash change in a session of --interactive."""
+
+import io
+import pathlib
+import sys
+
+import pytest
+
+from commands import Command
+from grok1.cli.interactive import Settings
+from grok1.serving.request import Request
+
+
+def settings(seed: int | None = None) -> Settings:
+    def check(request: Request) -> None:
+        if not 0 <= request.temperature <= 2:
+            raise ValueError("temperature must be from 0 to 2")
+
+    return Settings(lambda prompt, changes: Request(prompt, **changes), check, seed)
+
+
+def test_set_changes_the_answers_that_follow() -> None:
+    own = settings()
+    for line in (
+        "/set temperature 0.9",
+        "/set --max-tokens 7",
+        "/set top_p 0.5",
+        "/set stop The end",
+    ):
+        own.obey(line)
+    request = own.request("A")
+    assert (request.temperature, request.max_len, request.nucleus_p) == (0.9, 7, 0.5)
+    assert request.stop == "The end"
+
+
+def test_each_answer_has_a_new_seed_unless_one_is_given() -> None:
+    own = settings()
+    assert len({own.request("A").rng_seed for _ in range(9)}) == 9
+    own.obey("/seed 7")
+    assert [own.request("A").rng_seed for _ in range(2)] == [7, 7]
+    own.obey("/seed new")
+    assert own.request("A").rng_seed != own.request("A").rng_seed
+    own.obey("/set seed 8")
+    assert own.request("A").rng_seed == 8
+    assert settings(seed=3).request("A").rng_seed == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/temperature 1", "/temperature: expected a command, see /help"),
+        ("/halp", "/halp: expected a command, see /help; the nearest is /help"),
+        ("/set temperature", "/set: expected as /help shows it, got '/set temperature'"),
+        ("/set temprature 1", "Request has no field 'temprature'; the nearest is temperature"),
+        ("/set temperature 3", "temperature must be from 0 to 2"),
+    ],
+)
+def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
+    own = settings()
+    own.obey("/set temperature 0.5")
+    with pytest.raises(ValueError, match=said):
+        own.obey(line)
+    assert own.request("A").temperature == 0.5
+
+
+def test_a_session_takes_commands_and_ends_with_exit(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "/set temperature 0\n/set max_tokens 3\nThe cat\n/set top_k x\n/help\nexit\nThe dog\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    session = command("--checkpoint", tiny, "--interactive")
+    alone = command("--checkpoint", tiny, "-p", "The cat", "--temperature", 0, "-n", 3)
+    assert session.status == 0
+    assert session.out == alone.out.removeprefix("The cat")
+    assert "error: top_k must be one number, got 'x'" in session.err
+    assert "/seed N          one seed for all answers" in session.err
