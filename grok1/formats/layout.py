@@ -236,9 +236,9 @@ def _read_header(folder: str, record: TensorFile) -> Any:
         return jax.tree.map(place, leaf)
     kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
     if kinds == (True, False) and "float" in leaf.dtype:
-        remedy = "its other files are quantized: save them all in one type"
+        remedy = "it is not quantized: save all files in one type, or load what shapes_in finds"
     elif kinds == (False, True):
-        remedy = "its other files are floats: save them all in one type"
+        remedy = "it is quantized: save all files in one type, or load what shapes_in finds"
     elif "-" in got:
         remedy = "save it again, little-endian and in C order"
     else:
