@@ -77,6 +77,7 @@ def test_json_is_one_object_a_line_and_the_same_on_every_mesh(
     assert result.answers[1]["prompt_ids"] == [5, 6, 7]
     for answer, alone in zip(result.answers, command(*arguments).answers, strict=True):
         assert list(answer) == [
+            "index", "sample",
             "prompt", "prompt_ids", "token_ids", "text", "finish_reason", "logprobs",
         ]  # fmt: skip
         assert answer["token_ids"] == alone["token_ids"]
@@ -169,7 +170,7 @@ def test_several_answers_to_a_prompt_are_told_apart(tiny: pathlib.Path, command:
         f"[1.{i}] {PROMPT}{answer['text']}" for i, answer in enumerate(answers, 1)
     ]
     (second,) = command(*arguments[:-2], "--seed", 43, "--json", "--batch", 3).answers
-    assert answers[1] == second
+    assert answers[1] == second | {"sample": 1}
     assert re.search(r"\nslots used +3.0 of 3, in the mean\n", result.err), result.err
     assert re.search(r"\nhost's work +[\d.]+ ms a token, \d+% of the time\n", result.err)
 
@@ -345,7 +346,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "nan": (("--temperature", "nan"), 2, "--temperature: expected a number from 0 to 1000000 ("),
     "hot": (("--temperature", "high"), 2, "got 'high'"),
     "no-nucleus": (("--top-p", "0"), 2,
-                   "--top-p: expected a number from 2.225073859e-308 to 1, got '0'"),
+                   "--nucleus-p: expected a number from 2.225073859e-308 to 1, got '0'"),
     "large-nucleus": (("--top-p", "1.5"), 2, "2.225073859e-308 to 1, got '1.5'"),
     "top-k": (("--top-k", "-1"), 2, "--top-k: expected an integer from 0 to 2147483647 (0: "),
     "min-p": (("--min-p", "2"), 2, "--min-p: expected a number from 0 to 1, got '2'"),
@@ -354,8 +355,9 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "stop": (("--stop", ""), 1, "request 1: stop must hold strings that are not empty, got ''"),
     "truncate": (("--truncate", "right"), 2, "--truncate: invalid choice: 'right'"),
     "long-answer": (("--prompt-ids", "5 6", "--max-len", "63"), 1,
-                    "request 1: the prompt has 2 tokens, and the context of 64 must hold max_len = "
-                    "63 more; shorten it, or keep only its newest tokens (truncate: left)"),
+                    "request 1: the prompt has 2 tokens, and the context of 64 must hold "
+                    "--max-tokens 63 more; shorten it, or keep only its newest tokens "
+                    "(--truncate left)"),
     "no-tokens": (("--max-len", "0"), 2,
                   "--max-len: expected an integer from 1 to 2147483647, got '0'"),
     "half-a-token": (("--max-len", "1.5"), 2, "from 1 to 2147483647, got '1.5'"),

@@ -440,7 +440,7 @@ FILE_CASES: dict[str, tuple[int, Damage, list[str]]] = {
     "int8-alone": (INTS, holding(WEIGHT),
                    ["expected quantised int8 [2, 16, 8] with scales bfloat16 [2, 8, 8], got int8"]),
     "float-for-int8": (INTS, holding(floats(2, 16, 8)),
-                       ["got float32 [2, 16, 8]; it is not quantized: save all files: load it as"]),
+                       ["got float32 [2, 16, 8]; it is not quantized: save all files"]),
     "int8-for-float": (FLOATS, holding(WEIGHT, SCALES),
                        ["expected float32 [8, 2], got quantised", "it is quantized: save all files"]),
     "transposed": (FLOATS, holding(floats(2, 8)), ["got float32 [2, 8]"]),
