@@ -442,7 +442,7 @@ FILE_CASES: dict[str, tuple[int, Damage, list[str]]] = {
     "float-for-int8": (INTS, holding(floats(2, 16, 8)),
                        ["got float32 [2, 16, 8]; it is not quantized: save all files"]),
     "int8-for-float": (FLOATS, holding(WEIGHT, SCALES),
-                       ["expected float32 [8, 2], got quantised", "it is quantized: save all files"]),
+                       ["expected float32 [8, 2], got quantised", "it is quantized: save all"]),
     "transposed": (FLOATS, holding(floats(2, 8)), ["got float32 [2, 8]"]),
     "flat": (FLOATS, holding(floats(16)), ["got float32 [16]"]),
     "more-rows": (FLOATS, holding(floats(9, 2)), ["got float32 [9, 2]"]),
