@@ -376,7 +376,8 @@ class Peers:
             # Process 0 says who did not come: it is given the time for it.
             limit = self.join_timeout + self.peer_timeout
             self._changed.wait_for(lambda: self._complete or self.loss, limit)
-            if not self._complete:
+            # A loss may be told before the beginning.
+            if self.loss or not self._complete:
                 raise ValueError(self.loss or f"{address}: process 0 began nothing in {limit:g} s")
 
     def _missing(self) -> str:

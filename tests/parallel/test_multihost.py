@@ -499,6 +499,21 @@ def test_a_wrong_message_of_a_process_ends_all(start: Start, address: str, said:
         ), result.err
 
 
+def test_a_loss_that_is_told_before_the_beginning_ends_all(start: Start, address: str) -> None:
+    """Process 0 may tell of one while it still tells others to begin."""
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as server:
+        second = meet(start, address, (1, 2), "stay")
+        connection, _ = server.accept()
+        with connection:
+            connection.makefile().readline()
+            welcome = links.pack(welcome={"host": "there", "token": "x"})
+            end, begin = links.pack(end="process 2 was lost"), links.pack(begin=True)
+            connection.sendall(welcome + end + begin)
+            result = finish(second)
+    assert result.status == 1 and result.err == "error: process 2 was lost\n"
+
+
 def test_the_sentence_of_another_process_is_one_line(start: Start, address: str) -> None:
     first = meet(start, address, (0, 2), "stay")
     meet(start, address, (1, 2), "say", b'{"end":"one\\nerror: two\\r\\n"}\n'.hex(), 1)
