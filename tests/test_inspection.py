@@ -511,7 +511,7 @@ def test_an_interrupt_waits_for_a_trace():
 def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):
     server = golden.runner("three-layers")
     for arguments, message in (
-        (([],), "the prompt has no tokens"),
+        (([[]],), "the prompt has no tokens"),
         (([5] * 1000,), "at most the context of"),
         (([5], ("x",)), "capture: expected names"),
         (("text",), "tokenizer"),

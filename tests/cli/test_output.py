@@ -426,7 +426,7 @@ def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
     assert list(answers[0])[:3] == ["index", "sample", "prompt"]
     assert list(answers[1])[:3] == ["index", "sample", "id"]
     assert len({answer.pop("fingerprint") for answer in answers}) == 7
-    places = [(answer.pop("index"), answer.pop("sample")) for answer in answers]
+    places = [(answer["index"], answer["sample"]) for answer in answers]
     assert places == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (4, 0), (5, 0), (6, 0)]
     assert answers == printed and answers[3]["token_ids"] != answers[4]["token_ids"]
 

@@ -215,7 +215,7 @@ def test_lines_are_answered_after_the_prompts_each_with_its_own_settings(
     give_input(monkeypatch, "\n".join(map(json.dumps, lines)))
     file = ("--prompts-file", "-", "--prompts-format", "jsonl")
     answers = command(*arguments, *file, "--prompt", PROMPT).answers
-    assert answers[0] == first and answers[1] == {"id": "same"} | first
+    assert answers[0] == first and answers[1] == {"id": "same"} | first | {"index": 1}
     assert answers[2]["id"] == 9 and answers[2]["token_ids"] == first["token_ids"][:2]
     ((token, logprob),) = answers[2]["top_logprobs"][0]
     assert (token, logprob) == (banned, pytest.approx(first["logprobs"][0]))

@@ -131,7 +131,9 @@ def main_print(*arguments: str) -> None:
     def generate(*given: Any) -> None:
         options, answers = given[2], given[4]
         os.write(1, b"of gloo")
-        words = dict.fromkeys(("prompt", "text", "finish_reason", "prompt_logprobs", "error"))
+        words = dict.fromkeys(
+            ("prompt", "text", "finish_reason", "prompt_logprobs", "prompt_top_logprobs", "error")
+        )
         numbers = dict.fromkeys(("prompt_ids", "token_ids", "logprobs", "top_logprobs"), [5])
         completion = types.SimpleNamespace(**words, **numbers)
         event = types.SimpleNamespace(
