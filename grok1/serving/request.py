@@ -40,6 +40,7 @@ NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
+REQUIRED = "temperature", "nucleus_p"  # of SampleSettings
 FLAGS = "parse_special", "ignore_eos", "prompt_logprobs"
 FIELD_TYPES = (
     *(np.float32, np.float32, bool, bool, np.int32, np.float32, np.float32, np.float32),
@@ -61,14 +62,15 @@ Kind = TypeVar("Kind", bound=type)
 def _with_other_names(kind: Kind) -> Kind:
     """Let fields be given and read by the names that they have elsewhere, too."""
     make = vars(kind)["__init__"]
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = {field.name for field in dataclasses.fields(kind)}
 
     @functools.wraps(make)
     def init(self: Any, *values: Any, **fields: Any) -> None:
-        fields = published_names(fields)
-        if wrong := next((name for name in fields if name not in known), None):
-            hint = nearest_name(wrong, [*known, *PUBLISHED])
-            raise TypeError(f"{kind.__name__} has no field {wrong!r}{hint}")
+        if not fields.keys() <= known:
+            fields = published_names(fields)
+            if wrong := next((name for name in fields if name not in known), None):
+                hint = nearest_name(wrong, [*known, *PUBLISHED])
+                raise TypeError(f"{kind.__name__} has no field {wrong!r}{hint}")
         make(self, *values, **fields)
 
     kind.__init__ = init  # type: ignore[misc]
@@ -523,7 +525,12 @@ def _check_settings(checked: CheckedRequest) -> None:
             "answer; add one"
         )
     _check_bias(request, config)
-    settings: dict[str, Any] = {name: getattr(request, name) for name in (*NUMBERS, "top_logprobs")}
+    # Defaults are right: there may be a million requests to check.
+    settings: dict[str, Any] = {
+        name: value
+        for name in (*NUMBERS, "top_logprobs")
+        if (value := getattr(request, name)) != getattr(Request, name) or name in REQUIRED
+    }
     settings |= {"mask": np.ones([1], bool), "active": True}
     validate_settings(SampleSettings(**settings))
 
