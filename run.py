@@ -238,16 +238,7 @@ def make_server(
     from grok1.kernels import dispatch as kernels
     from runner import RequestError, load_model
 
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a lost driver
-        why = (str(error) or "no driver found").splitlines()[0]
-        if platforms := jax.config.values["jax_platforms"]:
-            raise ValueError(
-                f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got "
-                f"none ({why}); correct it or leave it unset"
-            ) from error
-        raise ValueError(f"jax found no devices ({why})") from error
+    backend.require_devices()
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -525,8 +516,9 @@ def main() -> int:
         end_at_next_interrupt()
         if peers is not None:
             peers.end("it was interrupted")
-        resumable = options is not None and options.output is not None
-        say("interrupted" + "; --resume goes on from here" * resumable, errors)
+        # A pipe or a device keeps no answers.
+        kept = options is not None and options.output is not None and options.output.is_file()
+        say("interrupted" + "; --resume goes on from here" * kept, errors)
         os._exit(130)  # sys.exit would wait for the worker
     return 0
 

@@ -599,15 +599,7 @@ def load_model(
 
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
-    require(is_integer(slots) and slots >= 1, "slots", "an integer >= 1", slots)
-    pair = isinstance(mesh, Sequence) and len(mesh) == 2 and all(map(is_integer, mesh))
-    require(pair, "mesh", "the sizes (data, model), two integers", mesh)
-    known = {field.name for field in dataclasses.fields(Execution)} - RUNNERS_OWN
-    if wrong := next((name for name in settings if name not in known), None):
-        known |= inspect.signature(load_model).parameters.keys()
-        raise TypeError(f"load_model has no argument {wrong!r}{nearest_name(wrong, known)}")
+    _check_arguments(mesh, slots, dtype, settings)
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
     directory = default_checkpoint() if directory is None else directory
     stored = read_model_config(directory)
@@ -638,6 +630,19 @@ def load_model(
     server.initialize(requests, progress)
     checkpoint.check_config(directory, stored)  # a save may have replaced both it and the weights
     return server
+
+
+def _check_arguments(mesh: Any, slots: Any, dtype: Any, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, or TypeError for an unknown name, unless `load_model` takes these."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
+    require(is_integer(slots) and slots >= 1, "slots", "an integer >= 1", slots)
+    pair = isinstance(mesh, Sequence) and len(mesh) == 2 and all(map(is_integer, mesh))
+    require(pair, "mesh", "the sizes (data, model), two integers", mesh)
+    known = {field.name for field in dataclasses.fields(Execution)} - RUNNERS_OWN
+    if wrong := next((name for name in settings if name not in known), None):
+        known |= inspect.signature(load_model).parameters.keys()
+        raise TypeError(f"load_model has no argument {wrong!r}{nearest_name(wrong, known)}")
 
 
 def _find_tokenizer(directory: str | os.PathLike, vocab_size: int) -> Path | None:

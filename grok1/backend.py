@@ -27,6 +27,20 @@ def check_settings() -> None:
             )
 
 
+def require_devices() -> None:
+    """Raise ValueError if jax finds no devices."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a lost driver
+        why = (str(error) or "no driver found").splitlines()[0]
+        if platforms := jax.config.values["jax_platforms"]:
+            raise ValueError(
+                f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got "
+                f"none ({why}); correct it or leave it unset"
+            ) from error
+        raise ValueError(f"jax found no devices ({why})") from error
+
+
 def numerics() -> dict[str, Any]:
     """Return jax's version and the settings on which numbers depend, as JSON."""
     return {"version": jax.__version__} | {name: jax.config.values[name] for name in NUMERIC}

@@ -261,7 +261,7 @@ def test_bias_and_penalties_change_what_is_drawn(tiny):
     assert len(set(novel.token_ids)) == 30 and not {5, never} & set(novel.token_ids)
 
 
-def test_the_frequency_penalty_counts_how_often_a_token_came(tiny):
+def test_the_frequency_penalty_counts_tokens(tiny):
     penalty = 0.25
     (answer,) = tiny.generate(
         [Request([5, 6], temperature=0.0, max_len=30, frequency_penalty=penalty)]

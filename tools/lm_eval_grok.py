@@ -160,14 +160,9 @@ def _load(
             f"expected mesh=DATAxMODEL, such as 1x8, and a number as batch_size, got {mesh!r} and "
             f"{batch_size!r}"
         ) from None
-    from grok1 import compile_cache
-    from runner import load_server
+    from runner import load_model
 
-    compile_cache.enable()
-    if tokenizer is None:
-        own = checkpoint / "tokenizer.model"
-        tokenizer = own if own.is_file() else ROOT / "tokenizer.model"
-    return load_server(checkpoint, tokenizer, mesh=(data, model), slots=slots, **options)
+    return load_model(checkpoint, tokenizer, mesh=(data, model), slots=slots, **options)
 
 
 def main() -> None:

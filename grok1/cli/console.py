@@ -236,7 +236,8 @@ def quantity(units: dict[str, float], example: str) -> Any:
         if not 0 < value < MOST_BYTES:
             known = ", ".join(unit for unit in units if unit)
             raise argparse.ArgumentTypeError(
-                f"expected a number and a unit such as {example} (units: {known}), got {text!r}"
+                f"expected a number and a unit such as {example} (units: {known}), less than "
+                f"{MOST_BYTES:g} bytes, got {text!r}"
             )
         return value
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import secrets
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 from grok1.cli.console import Worker, say, standard_input, write_out
 from grok1.cli.timing import Timing
 from grok1.serving.names import nearest_name, published_names
+from grok1.strict_json import read_json
 
 SIGN = "> "
 HELP = """\
@@ -20,6 +20,7 @@ HELP = """\
 /help            these lines
 /exit            or exit, or Ctrl-D: end
 A prompt that begins with a slash is typed with two."""
+NOT_HERE = {"prompt", "num_samples"}  # fields of a Request that no line sets
 MOST_CHARACTERS = 2**26  # in a line: /dev/zero has no end
 
 
@@ -136,10 +137,12 @@ class Settings:
 
     def _set(self, name: str, text: str) -> None:
         try:
-            value = json.loads(text)
+            value = read_json(text)
         except ValueError:
             value = text  # a string needs no quotes
         field = published_names({name.removeprefix("--").replace("-", "_"): value})
+        if field.keys() & NOT_HERE:
+            raise ValueError(f"{name}: expected a setting of one answer to the line that is typed")
         try:
             self._check(self._make("a", self._changes | field))
         except TypeError as error:  # no field of that name

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grok1
@@ -132,6 +132,13 @@ def add_model(parser: Parser) -> None:
 def add_sampling(parser: Parser) -> None:
     """Add the options of how answers are drawn, and where they end."""
     add = parser.add_argument_group("sampling").add_argument
+    add_length(add)
+    add_filters(add)
+    add_penalties(add)
+
+
+def add_length(add: Callable[..., Any]) -> None:
+    """Add the options of how many answers there are, and how long they are."""
     add(
         "-n",
         "--max-tokens",
@@ -148,6 +155,30 @@ def add_sampling(parser: Parser) -> None:
         metavar="N",
         help="let nothing end an answer before so many tokens (0)",
     )
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        metavar="N",
+        help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
+        "each answer)",
+    )
+    add(
+        "--num-samples",
+        type=number(int, 1, MOST_SAMPLES),
+        default=1,
+        metavar="N",
+        help="so many answers to each prompt, which is read once; the seed counts up (1)",
+    )
+
+
+def add_filters(add: Callable[..., Any]) -> None:
+    """Add the options of which tokens may be drawn."""
     add(
         "--temperature",
         type=number(float, 0, 1e6, " (0: the most probable token)"),
@@ -178,6 +209,10 @@ def add_sampling(parser: Parser) -> None:
         metavar="X",
         help="draw from the tokens X times as probable as the most probable one, or more (0)",
     )
+
+
+def add_penalties(add: Callable[..., Any]) -> None:
+    """Add the options that change logits."""
     add(
         "--repetition-penalty",
         type=number(float, 1 / LARGEST_PENALTY, LARGEST_PENALTY),
@@ -205,26 +240,6 @@ def add_sampling(parser: Parser) -> None:
         action="append",
         metavar="ID:X",
         help="add X to the logit of a token; may be repeated",
-    )
-    add(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end the answer before this text; may be repeated",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        metavar="N",
-        help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
-        "each answer)",
-    )
-    add(
-        "--num-samples",
-        type=number(int, 1, MOST_SAMPLES),
-        default=1,
-        metavar="N",
-        help="so many answers to each prompt, which is read once; the seed counts up (1)",
     )
 
 

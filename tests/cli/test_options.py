@@ -1,16 +1,20 @@
 """The options by the names that other tools give them, and what each of them reaches."""
 
+import os
 import pathlib
 import re
+import signal
 import sys
 
 import pytest
 
 import grok1
+import run
 from commands import PROMPT, Command, assert_one_sentence
 from grok1 import default_files
 from grok1.cli import prompts
 from grok1.cli.options import DEFAULT_PROMPT, parse_arguments
+from grok1.parallel import multihost
 from grok1.serving.request import Request
 from paths import ROOT
 from run import chunks
@@ -79,9 +83,7 @@ def test_a_bias_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture
     assert re.search("--logit-bias: expected a (token id and a )?number", capsys.readouterr().err)
 
 
-def test_help_begins_with_what_it_does_and_three_examples(
-    monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_help_begins_with_three_examples(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     monkeypatch.setattr(sys, "argv", ["/some/where/run.py"])
     lines = command("--help").out.splitlines()
     assert lines[0] == "usage: python run.py [options] [PROMPT ...]"
@@ -129,7 +131,7 @@ def test_lines_of_json_say_which_answer_they_are(tiny: pathlib.Path, command: Co
     assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_ids_are_answered_in_words_where_there_is_a_tokenizer(
+def test_ids_are_answered_in_words_if_possible(
     tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["--prompt-ids", "5 6", "-n", 4, "--temperature", 0]
@@ -142,3 +144,36 @@ def test_ids_are_answered_in_words_where_there_is_a_tokenizer(
     (answer,) = command("-m", tmp_path, *asked, "--json").answers
     assert answer["token_ids"] == without["token_ids"] and answer["text"]
     assert command("-m", tmp_path, *asked).out == answer["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "interrupted"),
+        (["--output", "{}/out"], "interrupted; --resume goes on from here"),
+        (["--output", "/dev/null"], "interrupted"),
+    ],
+)
+def test_an_interrupted_run_says_how_to_resume(
+    given: list[str],
+    said: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    (tmp_path / "out").touch()
+    monkeypatch.setattr(run, "serve", interrupted)
+    monkeypatch.setattr(run, "end_at_next_interrupt", lambda: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["run.py", *(word.format(tmp_path) for word in given)])
+    handler = signal.getsignal(multihost.WAKE)
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    signal.signal(multihost.WAKE, handler)
+    assert ended.value.code == 130 and capfd.readouterr().err == f"{said}\n"

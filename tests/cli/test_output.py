@@ -264,7 +264,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_file_that_another_program_changes_is_not_written_on(
+def test_a_replaced_output_is_not_written_on(
     how: str, resume: bool, tmp_path: pathlib.Path
 ) -> None:
     """What is written to a file that has no name any more is lost."""

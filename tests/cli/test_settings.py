@@ -33,7 +33,14 @@ def test_set_changes_the_answers_that_follow() -> None:
     assert request.stop == "The end"
 
 
-def test_each_answer_has_a_new_seed_unless_one_is_given() -> None:
+def test_what_is_no_json_is_a_string() -> None:
+    own = settings()
+    for text in ("[" * 9999, "NaN", "a b", "1" * 9999):
+        own.obey(f"/set stop {text}")
+        assert own.request("A").stop == text
+
+
+def test_each_answer_has_a_new_seed() -> None:
     own = settings()
     assert len({own.request("A").rng_seed for _ in range(9)}) == 9
     own.obey("/seed 7")
@@ -53,6 +60,8 @@ def test_each_answer_has_a_new_seed_unless_one_is_given() -> None:
         ("/set temperature", "/set: expected as /help shows it, got '/set temperature'"),
         ("/set temprature 1", "Request has no field 'temprature'; the nearest is temperature"),
         ("/set temperature 3", "temperature must be from 0 to 2"),
+        ("/set prompt x", "prompt: expected a setting of one answer"),
+        ("/set num-samples 3", "num-samples: expected a setting of one answer"),
     ],
 )
 def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:

@@ -76,14 +76,16 @@ def test_generation_is_that_of_the_runner(server, model):
         {"until": "king", "max_gen_toks": 30, "do_sample": False, "temperature": 0.0},
         {"until": None, "max_new_tokens": 5, "do_sample": True, "temperature": 0.8, "top_p": 0.9},
         {"until": [""], "max_gen_toks": 4, "temperature": 0.7, "top_k": 5},
+        {"until": None, "max_gen_toks": 9, "do_sample": True},
     ]
     wanted = [
         {"stop": [".", "\n"], "max_len": 12, "temperature": 0},
         {"stop": "king", "max_len": 30, "temperature": 0},
         {"max_len": 5, "temperature": 0.8, "nucleus_p": 0.9},
         {"max_len": 4, "temperature": 0.7, "top_k": 5},
+        {"max_len": 9, "temperature": 1},
     ]
-    prompts = [context or "A dog" for context, _ in PAIRS]
+    prompts = [*(context or "A dog" for context, _ in PAIRS), "The king"]
     found = model.generate_until(asked(*zip(prompts, settings, strict=True)))
     requests = [Request(p, **fields) for p, fields in zip(prompts, wanted, strict=True)]
     assert found == [completion.text for completion in server.generate(requests)]

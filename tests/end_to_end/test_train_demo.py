@@ -126,7 +126,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_documents_that_cannot_be_read_are_one_sentence(how, tmp_path):
+def test_a_corpus_that_cannot_be_read(how, tmp_path):
     corpus = tmp_path / "corpus.gz"
     if BROKEN[how] is not None:
         corpus.write_bytes(BROKEN[how])

@@ -276,7 +276,7 @@ def test_an_error_of_one_process_ends_the_other(
     assert without_progress(result.err) == told
 
 
-def test_a_tokenizer_is_not_asked_for_where_nothing_is_text(start: Start, address: str) -> None:
+def test_token_ids_need_no_tokenizer_anywhere(start: Start, address: str) -> None:
     second = start(run.__file__, *place(address, 1), "--tokenizer", ROOT / "tokenizer.model")
     first = finish(start(run.__file__, *place(address, 0), *ASK, "--max-len", 2))
     assert (first.status, finish(second)) == (0, (0, "", ""))
@@ -499,7 +499,7 @@ def test_a_wrong_message_of_a_process_ends_all(start: Start, address: str, said:
         ), result.err
 
 
-def test_a_loss_that_is_told_before_the_beginning_ends_all(start: Start, address: str) -> None:
+def test_a_loss_before_the_beginning_ends_all(start: Start, address: str) -> None:
     """Process 0 may tell of one while it still tells others to begin."""
     host, port = address.split(":")
     with socket.create_server((host, int(port))) as server:
@@ -829,7 +829,7 @@ def test_a_stranger_at_a_relay_is_dropped(sent: bytes, alone: multihost.Peers) -
         assert other.recv(1) == b"" and alone.loss is None and not alone._carried
 
 
-def test_a_failed_connection_of_devices_is_one_sentence(
+def test_a_failed_collective_is_one_sentence(
     alone: multihost.Peers, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = RuntimeError("Gloo context failed: DEADLINE_EXCEEDED\nmore")

@@ -43,7 +43,7 @@ def test_lines_of_json_take_the_names_of_other_tools(tmp_path):
         prompts.read_lines(str(file))
 
 
-def test_an_unknown_key_of_a_line_gets_the_nearest_name(tmp_path):
+def test_an_unknown_key_gets_the_nearest_name(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "A", "top-p": 0.5}')
     given = options.parse_arguments(["--prompts-file", str(file)])

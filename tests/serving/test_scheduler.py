@@ -481,7 +481,7 @@ def test_an_interrupt_loses_no_event(monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
-def test_the_prompt_has_first_choices_beside_its_tokens(mesh):
+def test_the_prompt_has_top_logprobs(mesh):
     prompt = [(7 * i) % 4093 + 3 for i in range(21)]  # in two chunks and a part
     asked = Request(prompt, max_len=1, num_samples=2, prompt_logprobs=True, top_logprobs=3)
     scored = dataclasses.replace(asked, top_logprobs=0)
