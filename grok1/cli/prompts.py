@@ -21,7 +21,7 @@ from grok1.serving.names import PUBLISHED, nearest_name, published_names
 from grok1.serving.request_limits import MOST_SAMPLES
 from grok1.strict_json import read_json
 
-# The options that set the fields of a Request, where they have other names.
+# The options that set fields of a Request, for what is said about them.
 OPTIONS = {
     "rng_seed": "--seed",
     "max_len": "--max-tokens",

@@ -30,7 +30,7 @@ def test_float32_logits_are_exact_wherever_no_expert_is_a_tie(name, mesh, kernel
     error = golden.relative_error(server.logits(files.tokens), files.exact)
     clear = files.real & (files.margin > 1e-4)
     assert clear.sum() > 50
-    assert error[clear].max() <= 1e-4  # measured: 4.9e-6, with the kernels 3.2e-6
+    assert error[clear].max() <= 1e-4  # measured: 8.8e-6, with the kernels 4.4e-6
 
 
 @name

@@ -335,7 +335,8 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "short-context": (("--context", "3", "--prompt-ids", "5 6 7"), 1,
                       "request 1: the prompt has 3 tokens, and the context of 3 must hold"),
     "memory": (("--device-memory", "80"), 2, "--device-memory: expected a number and a unit such "
-               "as 80GiB (units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), got '80'"),
+               "as 80GiB (units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), less than 1e+18 bytes, "
+               "got '80'"),
     "bandwidth": (("--bandwidth", "3TB"), 2, "a unit such as 3.35TB/s (units: B/s"),
     "plan-together": (("--plan", "--distributed"), 2, "--plan and --distributed do not go"),
     "plan-prompt": (("--plan", "--prompt", "Hi"), 2, "--plan and --prompt do not go together: a"),
