@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from grok1.checks import require
 from grok1.cli.console import (
     ByteProgress,
     Parser,
@@ -51,6 +52,7 @@ from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.layout import STACKED, Params, files, read_config
 from grok1.formats.loading import Progress
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.strict_json import read_json
 from model import LanguageModelConfig, grok_1
 
 __all__ = [
@@ -211,14 +213,17 @@ def save(
 ) -> None:
     """Write the parameters of a model as DIR/ckpt-0, and its configuration as DIR/config.json.
 
-    params: int8 with scales, or floats, in any of the types that they may have: `load` and
-        `load_model` read what they find. config: the model's, or its fields; None: Grok-1's,
+    params: int8 with scales, or floats of 16 or 32 bits: `load` and `load_model` read what they
+        find. config: the model's, or its fields; None: Grok-1's,
         without a config.json, as in the released form.
 
     Raises ValueError if the parameters are not those of the configuration, the rest as `write`.
     """
     if isinstance(config, LanguageModelConfig):
         config = config.to_dict()
+    known = config is None or isinstance(config, Mapping)
+    require(known, "config", "a LanguageModelConfig, its fields, or None", config)
+    _check_types(params)
     model = grok_1() if config is None else LanguageModelConfig.from_dict(dict(config))
     wanted, given = _shapes_of(model.param_shapes()), _shapes_of(params)
     for name in sorted(wanted.keys() | given.keys()):
@@ -230,6 +235,19 @@ def save(
                 f"{name}: expected {expected or 'none'}, got {got or 'none'}; {needed}"
             )
     write(directory, params, config)
+
+
+def _check_types(params: Params) -> None:
+    """Raise ValueError unless `load` reads the leaves of a tree of parameters."""
+    tree = "a dict {module: {param: array}}"
+    require(isinstance(params, Mapping), "params", tree, params)
+    for module, leaves in params.items():
+        require(isinstance(leaves, Mapping), f"params[{module!r}]", tree, leaves)
+        for name, leaf in leaves.items():
+            dtype = str(getattr(leaf, "dtype", None))
+            right = isinstance(leaf, QuantizedWeight8bit) or dtype in layout.FLOATS
+            what = f"int8 with scales, or an array of {', '.join(layout.FLOATS)}"
+            require(right, f"{module}/{name}", what, type(leaf) if dtype == "None" else dtype)
 
 
 def _shapes_of(params: Params) -> dict[str, list[int]]:
@@ -260,6 +278,8 @@ def write(directory: Directory, params: Params, config: Mapping[str, Any] | None
     folder, config_path = (os.path.join(directory, name) for name in (forms.FOLDER, "config.json"))
     os.makedirs(directory, exist_ok=True)
     with forms.only_writer(directory):
+        if config is not None:
+            _check_config_file(directory, config)
         _check_place(directory, records)
         with _marked(directory, os.path.join(folder, records[0].file)):
             for record in records:
@@ -290,6 +310,22 @@ def _check_place(directory: Directory, records: Sequence[TensorFile]) -> None:
             f"{len(stale)} that would be left over",
             "remove them, or save to another directory",
         )
+
+
+def _check_config_file(directory: Directory, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if another program's config.json would be replaced."""
+    path = os.path.join(directory, "config.json")
+    atomic.require_plain(path)
+    folder = os.path.join(directory, forms.FOLDER)
+    marked = os.path.lexists(os.path.join(directory, forms.SAVING))
+    ours = marked or (os.path.isdir(folder) and layout.tensor_names(folder))
+    if ours or not os.path.lexists(path):
+        return
+    with contextlib.suppress(ValueError), atomic.open_regular(path) as file:
+        if read_json(file.read(forms.MAX_TOKENIZER_BYTES)) == json.loads(json.dumps(config)):
+            return
+    remedy = "move it to another place, or save to another directory"
+    raise forms.error(path, "no file, or that of a checkpoint", "another program's", remedy)
 
 
 @contextlib.contextmanager
@@ -325,14 +361,21 @@ def _fetch(record: TensorFile, leaf: Any) -> Iterator[Any]:
 
 
 def convert(
-    source: Directory, target: Directory, form: str, progress: Progress | None = None
+    source: Directory,
+    target: Directory,
+    form: str,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> conversion.Job:
     """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
 
     See `conversion.convert`; what the files hold is in config.json, or else Grok-1's.
     """
+    known = forms.SAFETENSORS, forms.RELEASED
+    require(form in known, "form", f"one of {known}", form)
     shapes = shapes_in(source, read_model_config(source))
-    return conversion.convert(source, target, form, shapes, progress)
+    return conversion.convert(source, target, form, shapes, progress, overwrite=overwrite)
 
 
 def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
@@ -366,6 +409,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         required=True,
         help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
     )
+    add("--overwrite", action="store_true", help="replace a checkpoint that is in DST")
     text = "check all headers, float values and, of safetensors, the checksum of every tensor"
     command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
     add = command.add_argument
@@ -382,7 +426,8 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
             say(f"error: {problem}")
         write_out(summary)
         return 1 if problems else 0
-    job = convert(options.source, options.target, options.to, progress)
+    how = {"progress": progress, "overwrite": options.overwrite}
+    job = convert(options.source, options.target, options.to, **how)
     progress.close()
     write_out(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors")
     return 0

@@ -201,7 +201,8 @@ def open_answers(
         return None
     how = {"dtype": options.dtype, "context": options.context, "kernels": options.kernels}
     how["chunk"] = options.chunk
-    model = contents(directory, tokenizer) | how
+    # The one that makes text of the answers, where no prompt takes any.
+    model = contents(directory, tokenizer or default_files.default_tokenizer(directory)) | how
     fingerprints = [
         fingerprint(request=prompts.fields_of(options, index), id=options.ids[index], model=model)
         for index in range(len(options.prompts))
@@ -353,7 +354,9 @@ def show_routing(worker: Worker, server: Any, answer: Any) -> None:
 def work_of(server: Any) -> list[tuple[str, str]]:
     """Return what the server has to say of its work, as names and values."""
     done = server.statistics
-    host = 1e3 * (done.seconds - done.waiting) / max(1, done.tokens)
+    if not done.tokens:
+        return []
+    host = 1e3 * (done.seconds - done.waiting) / done.tokens
     return [
         ("slots used", f"{done.slots_used:.1f} of {server.num_slots}, in the mean"),
         ("host's work", f"{host:.2f} ms a token, {done.host_share:.0%} of the time"),

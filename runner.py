@@ -50,6 +50,7 @@ from grok1.serving.request import (
     Request,
     RequestError,
     as_list,
+    as_request,
     as_requests,
     encode,
 )
@@ -265,12 +266,19 @@ class InferenceRunner:
         self._fixed = frozenset(vars(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._check_change(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._check_change(name)
+        super().__delattr__(name)
+
+    def _check_change(self, name: str) -> None:
         if name in vars(self).get("_fixed", ()):
             raise AttributeError(
                 f"{name}: expected no change to a loaded model, which goes on as it was loaded; "
                 "load another one, by load_model with the arguments that differ"
             )
-        super().__setattr__(name, value)
 
     @property
     def _scheduler(self) -> Scheduler:
@@ -309,8 +317,7 @@ class InferenceRunner:
         prompt: a Request, or a string or token ids, of which one is made with these settings.
         Raises ValueError that names the field, what it may hold and what it holds.
         """
-        (request,), _ = as_requests([prompt], settings)
-        return self._scheduler.submit(self._check(request))
+        return self._scheduler.submit(self._check(as_request(prompt, settings)))
 
     def step(self, tokens: int = 1) -> list[Event]:
         """Do the next piece of work for all requests; returns the tokens that are new.
@@ -338,6 +345,8 @@ class InferenceRunner:
 
     @statistics.setter
     def statistics(self, statistics: Statistics) -> None:
+        right = isinstance(statistics, Statistics)
+        require(right, "statistics", "a Statistics(), with which the count begins anew", statistics)
         self._scheduler.statistics = statistics
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
@@ -423,8 +432,7 @@ class InferenceRunner:
 
     def check(self, prompt: Request | Prompt, **settings: Any) -> None:
         """Raise ValueError unless this can be answered; what is given is as for `submit`."""
-        (request,), _ = as_requests([prompt], settings)
-        self._check(request)
+        self._check(as_request(prompt, settings))
 
     def _check(self, request: Request) -> CheckedRequest:
         return CheckedRequest(request, self.config, self.vocabulary)
@@ -600,6 +608,11 @@ def load_model(
     Raises ValueError, in one sentence, if anything is missing or does not fit.
     """
     _check_arguments(mesh, slots, dtype, settings)
+    for name, path in (("directory", directory), ("tokenizer_path", tokenizer_path)):
+        given = path is None or (isinstance(path, str | os.PathLike) and bool(os.fspath(path)))
+        require(given, name, "a path, or None", path)
+    for name, flag in (("kernels", kernels), ("compile_cache", compile_cache)):
+        require(isinstance(flag, bool), name, "true or false", flag)
     dtype = dtype or ("float32" if backend.on_cpu() else "bfloat16")
     directory = default_checkpoint() if directory is None else directory
     stored = read_model_config(directory)

@@ -42,6 +42,7 @@ def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
         spec = match_rule(rules, name)
         if model not in spec or name.endswith("embeddings"):
             return leaf
+        require(not isinstance(leaf, QuantizedWeight8bit), name, "floats", "int8 already")
         groups, rows = RELEASED_SCALE_GROUPS if spec[-2] == model else 1, leaf.shape[-2]
         require(rows % groups == 0, "num_q_heads * key_size", f"a multiple of {groups}", rows)
         return quantize(leaf, groups)

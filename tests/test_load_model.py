@@ -90,6 +90,10 @@ def test_a_loaded_model_is_not_changed(loaded: runner.InferenceRunner, name: str
     before = getattr(loaded, name)
     with pytest.raises(AttributeError, match=f"{name}: .* load another one, by load_model with"):
         setattr(loaded, name, None)
+    with pytest.raises(AttributeError, match=f"{name}: expected no change to a loaded model"):
+        delattr(loaded, name)
     assert getattr(loaded, name) is before
     loaded.statistics = runner.Statistics()  # takes effect
+    with pytest.raises(ValueError, match=r"statistics: expected a Statistics\(\), with which the"):
+        loaded.statistics = 5  # type: ignore[assignment]
     loaded.note = "mine"  # type: ignore[attr-defined]

@@ -501,11 +501,20 @@ def test_one_text_gets_one_result_and_several_a_list(tiny):
     assert tiny.decode(ids) == "The cat" and tiny.decode([ids, [5]]) == ["The cat", "\n\n"]
 
 
-@pytest.mark.parametrize("prompts", [None, 5, b"cat", {5, 6}])
+@pytest.mark.parametrize("prompts", [None, 5, b"cat", {5, 6}, {"cat": 1}, np.array(5)], ids=str)
 @pytest.mark.parametrize("method", ["generate", "score", "inspect", "decode", "generate_events"])
 def test_what_is_no_prompt_is_refused(method, prompts, tiny):
     with pytest.raises(ValueError, match="expected a string, token ids, a Request, or a list of"):
         getattr(tiny, method)(prompts)
+
+
+@pytest.mark.parametrize("prompt", [5, np.array(5), {5: 6}, None], ids=str)
+@pytest.mark.parametrize("method", ["submit", "check"])
+def test_a_number_is_no_prompt(method, prompt, tiny):
+    with pytest.raises(ValueError, match="expected a string or a list of token ids, got"):
+        getattr(tiny, method)(prompt)
+    with pytest.raises(ValueError, match="expected integer token ids"):
+        tiny.logits(prompt)
 
 
 def test_settings_beside_a_request_are_refused(tiny):
@@ -529,6 +538,11 @@ def test_settings_beside_a_request_are_refused(tiny):
         ({"pad_sizes": []}, "pad_sizes: expected a list of integers >= 1"),
         ({"pad_sizes": 16}, "pad_sizes: expected a list of integers >= 1, got 16"),
         ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0 or model"),
+        ({"directory": ""}, "directory: expected a path, or None, got ''"),
+        ({"directory": 5}, "directory: expected a path, or None, got 5"),
+        ({"tokenizer_path": 5}, "tokenizer_path: expected a path, or None, got 5"),
+        ({"kernels": "no"}, "kernels: expected true or false, got 'no'"),
+        ({"compile_cache": 1}, "compile_cache: expected true or false, got 1"),
     ],
 )
 def test_load_server_says_what_is_wrong(options, message):

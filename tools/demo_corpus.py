@@ -60,15 +60,29 @@ def train_tokenizer(
     is complete.
 
     Raises:
-      RuntimeError: `vocab_size` is too small for the special pieces and the characters, or larger
+      ValueError: `vocab_size` is too small for the special pieces and the characters, or larger
         than the documents can fill.
     """
     model = io.BytesIO()
+    try:
+        _train(documents, vocab_size, model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected documents from which {vocab_size} pieces can be made, got others ({error})"
+        ) from error
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model.getvalue())
+    os.replace(partial, path)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def _train(documents: Sequence[str], vocab_size: int, model: io.BytesIO) -> None:
     sentencepiece.SentencePieceTrainer.train(
         # Whole documents, because their inner newlines must reach the trainer as pieces. It skips
         # longer "sentences" without an error, hence the limit.
         sentence_iterator=iter(documents),
-        max_sentence_length=max(len(document.encode()) for document in documents) + 1,
+        max_sentence_length=max(10, *(len(document.encode()) + 1 for document in documents)),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -90,11 +104,6 @@ def train_tokenizer(
         num_threads=1,  # stored in the file, so it must not depend on the machine
         minloglevel=1,
     )
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, path)
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def encode_documents(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grok1.cli.console import Worker, say, standard_input, write_out
+from grok1.cli.prompts import with_options
 from grok1.cli.timing import Timing
 from grok1.serving.names import nearest_name, published_names
 from grok1.strict_json import read_json
@@ -145,8 +146,9 @@ class Settings:
             raise ValueError(f"{name}: expected a setting of one answer to the line that is typed")
         try:
             self._check(self._make("a", self._changes | field))
-        except TypeError as error:  # no field of that name
-            raise ValueError(str(error)) from None
+        except TypeError as error:
+            reason = str(error).replace("Request has no field", "there is no setting")
+            raise ValueError(reason) from None
         self._seed = field.pop("rng_seed", self._seed)
         self._changes |= field
 
@@ -164,13 +166,14 @@ def converse(worker: Worker, server: Any, settings: Settings, stats: bool = Fals
                 continue
             timing = Timing()
             try:
-                if line.startswith("/") and not line.startswith("//"):
-                    settings.obey(line)
+                command = line.lstrip()
+                if command.startswith("/") and not command.startswith("//"):
+                    settings.obey(command)
                     continue
                 request = settings.request(line.removeprefix("/"))
                 _answer(worker, server, request, keyboard, timing)
             except ValueError as error:
-                say(f"error: {error}")
+                say(f"error: {with_options(str(error), {})}")
                 continue
             if stats:
                 say(timing.block())

@@ -17,6 +17,7 @@ from grok1.cli.console import (
     mesh_sizes,
     number,
     token_ids,
+    write_out,
 )
 from grok1.parallel import multihost
 from grok1.serving.request_limits import (
@@ -67,12 +68,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=version())
+    parser.add_argument("--version", action="store_true", help="print the versions, and end")
     for add_group in (
         add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
     ):  # fmt: skip
         add_group(parser)
     options = parser.parse_args(arguments)
+    if options.version:
+        write_out(version())
+        sys.exit(0)
     options.prompts = [*(options.prompts or []), *options.more_prompts] or None
     check_distributed(parser, options)
     check_prompts(parser, options)
@@ -347,6 +351,7 @@ def add_prompts(parser: Parser) -> None:
     )
     add(
         "--prompts-file",
+        type=lambda text: text if text == "-" else str(given_path(text)),
         metavar="FILE",
         help="more prompts, one a line: text, or in FILE.jsonl JSON objects with the key prompt, "
         "if wanted id, and settings of their own; - is standard input",

@@ -212,11 +212,20 @@ def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
     return found
 
 
+def _with_numbers(fields: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return fields of a Request out of JSON, in which the keys of each mapping are texts."""
+    return {
+        name: _keyed(value, f"{place}: {name}") if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+
+
 def request_for(options: argparse.Namespace, prompt: str, changes: dict[str, Any]) -> Any:
     """Return a request for a prompt with the settings of the command line, but for some."""
     from grok1.serving.request import Request  # Takes seconds.
 
-    return Request(prompt=prompt, **(command_settings(options) | changes))
+    fields = _with_numbers(command_settings(options) | changes, "the options")
+    return Request(prompt=prompt, **fields)
 
 
 def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[Any]:
@@ -227,16 +236,12 @@ def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[A
     from grok1.serving.request import Request  # Takes seconds.
 
     hints = typing.get_type_hints(Request)
-    numbered = {name for name in hints if _has_numbers_for_keys(hints[name])}
     requests = []
     for index in indices:
         place = options.places[index]
         for name, value in options.settings[index].items():
             _check(name, value, hints, place)
-        fields = fields_of(options, index)
-        for name in numbered & fields.keys():
-            fields[name] = _keyed(fields[name], f"{place}: {name}")
-        requests.append(Request(**fields))
+        requests.append(Request(**_with_numbers(fields_of(options, index), place)))
     return requests
 
 
@@ -302,18 +307,12 @@ def _is_key(key: str, hint: Any) -> bool:
     return hint is not int or re.fullmatch(r"-?[0-9]{1,18}", key) is not None
 
 
-def _has_numbers_for_keys(hint: Any) -> bool:
-    """Whether a type is, or may be, a mapping from numbers."""
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
-    mappings = [kind for kind in kinds if typing.get_origin(kind) is collections.abc.Mapping]
-    return any(typing.get_args(mapping)[0] is int for mapping in mappings)
-
-
-def _keyed(value: Any, place: str) -> Any:
-    """Return a mapping with its keys as numbers, which in JSON are texts; others as they are."""
-    if not isinstance(value, dict):
-        return value
-    keyed = {int(key): item for key, item in value.items()}
+def _keyed(value: dict[str, Any], place: str) -> dict[Any, Any]:
+    """Return a mapping with its keys as numbers, which in JSON are texts."""
+    try:
+        keyed = {int(key): item for key, item in value.items()}
+    except ValueError:
+        return value  # which is refused with its request
     if len(keyed) < len(value):
         raise ValueError(f"{place}: expected each number once, got {_shown(value)}")
     return keyed

@@ -57,12 +57,13 @@ class Job:
     """A conversion whose source has been checked.
 
     located: where each tensor lies in the source. checksums: what they must be, if it says so.
-    identity: changes if a file of the source is written.
+    identity: changes if a file of the source is written. overwrite: a checkpoint may be replaced.
     """
 
     source: str
     target: str
     form: str
+    overwrite: bool
     records: list[TensorFile]
     located: Mapping[str, pickle_file.Located]
     checksums: Mapping[str, str]
@@ -94,6 +95,8 @@ def convert(
     form: str,
     shapes: layout.Params,
     progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Job:
     """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
 
@@ -101,12 +104,13 @@ def convert(
 
     Arrays go from file to file without being held in memory. Files that an earlier, interrupted
     call has finished are kept if the source is still the same. The source's checksums are verified
-    if it has any. config.json and tokenizer.model are copied.
+    if it has any. config.json and tokenizer.model are copied. overwrite: replace a checkpoint that
+    is in `target`, as a whole.
 
     progress: called as progress(bytes_done, bytes_total). Raises CheckpointError (a ValueError) in
     one sentence; what was finished stays, and the same call goes on from there.
     """
-    job = _plan(os.fspath(source), os.fspath(target), form, shapes)
+    job = _plan(os.fspath(source), os.fspath(target), form, shapes, overwrite)
     with _writing(job.target), _working(job) as work:
         state = _read_state(job)
         _check_space(job, state)
@@ -131,7 +135,7 @@ def _require_unchanged(job: Job) -> None:
         raise error(job.source, "files that stay as they are", got, remedy)
 
 
-def _plan(source: str, target: str, form: str, shapes: layout.Params) -> Job:
+def _plan(source: str, target: str, form: str, shapes: layout.Params, overwrite: bool) -> Job:
     """Check all that can be checked before the first byte is written."""
     if forms.form(source) == form:
         remedy = f"name another form than {form} with --to"
@@ -152,7 +156,7 @@ def _plan(source: str, target: str, form: str, shapes: layout.Params) -> Job:
             ):
                 pass
         identity = _identity(source, form, located)
-        job = Job(source, target, form, records, located, checksums, outputs, identity)
+        job = Job(source, target, form, overwrite, records, located, checksums, outputs, identity)
         _check_target(job)
     return job
 
@@ -231,8 +235,12 @@ def _check_target(job: Job) -> None:
 
 
 def _check_replaced(job: Job) -> None:
-    """Raise CheckpointError if a file of another program would be replaced."""
+    """Raise CheckpointError if a file of another program, or unasked a checkpoint, would be."""
     if _is_ours(job):
+        under_way = os.path.lexists(os.path.join(job.target, forms.WORK))
+        if not (job.overwrite or under_way):
+            remedy = "name another directory, or give --overwrite to replace it"
+            raise error(job.target, "a directory without a checkpoint", "one that has one", remedy)
         return
     for name in (*(output.file for output in job.outputs), *_COPIED):
         own, others = (os.path.join(folder, name) for folder in (job.source, job.target))

@@ -35,6 +35,7 @@ NOT_FINITE = (
     "with `python checkpoint.py verify DIRECTORY`"
 )
 NO_LIST = str | bytes | bytearray | memoryview  # of token ids or strings
+NO_PROMPT = NO_LIST | set | frozenset | Mapping
 INTEGERS = "rng_seed", "max_len", "min_len", "num_samples", "top_logprobs"
 NUMBERS = (
     *("temperature", "nucleus_p", "top_k", "min_p"),
@@ -137,8 +138,8 @@ class Request:
         # Whoever made a list may change it later, and an iterator can be read only once.
         for field in ("prompt", "allowed_tokens", "stop", "stop_tokens"):
             value = getattr(self, field)
-            unordered = field == "prompt" and isinstance(value, set | frozenset)
-            if isinstance(value, Iterable) and not isinstance(value, NO_LIST) and not unordered:
+            refused = NO_PROMPT if field == "prompt" else NO_LIST
+            if isinstance(value, Iterable) and not isinstance(value, refused):
                 with contextlib.suppress(TypeError):  # an array without axes, refused later
                     object.__setattr__(self, field, tuple(value))
         if isinstance(self.logit_bias, Mapping):
@@ -212,7 +213,7 @@ def encode(
         ids = tuple(map(_plain, prompt))  # an iterator can be read only once
     except TypeError:
         ids = None
-    if ids is None or isinstance(prompt, NO_LIST | set | frozenset):
+    if ids is None or isinstance(prompt, NO_PROMPT):
         raise ValueError(f"expected a string or a list of token ids, got {prompt!r}")
     for token in ids:
         if not (is_integer(token) and 0 <= token < config.vocab_size):
@@ -230,11 +231,14 @@ def as_list(prompts: Any) -> tuple[list[Any], bool]:
     """
     if isinstance(prompts, str | Request):
         return [prompts], True
-    if not isinstance(prompts, Iterable) or isinstance(prompts, NO_LIST | set | frozenset):
+    try:
+        several = None if isinstance(prompts, NO_PROMPT) else list(prompts)
+    except TypeError:  # an array without axes, too
+        several = None
+    if several is None:
         raise ValueError(
             f"expected a string, token ids, a Request, or a list of these, got {prompts!r}"
         )
-    several = list(prompts)
     ids = [_plain(item) for item in several]
     if several and all(map(is_number, ids)):
         return [ids], True
@@ -248,11 +252,17 @@ def as_requests(prompts: Any, settings: Mapping[str, Any]) -> tuple[list[Any], b
     there are some, and a Request, which has its own.
     """
     several, single = as_list(prompts)
-    if settings and any(isinstance(prompt, Request) for prompt in several):
+    return [as_request(prompt, settings) for prompt in several], single
+
+
+def as_request(prompt: Any, settings: Mapping[str, Any]) -> Any:
+    """Return one prompt as a Request; as `as_requests`."""
+    if not isinstance(prompt, Request):
+        return Request(prompt, **settings)
+    if settings:
         name = next(iter(settings))
         raise ValueError(f"{name} is given beside a Request, which has its own; put it in there")
-    made = [x if isinstance(x, Request) else Request(x, **settings) for x in several]
-    return made, single
+    return prompt
 
 
 class RequestError(ValueError):

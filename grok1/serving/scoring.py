@@ -29,7 +29,8 @@ def logits(model: LoadedModel, token_ids: Any) -> np.ndarray:
     Raises ValueError if T exceeds the context or an id is out of range.
     """
     try:
-        tokens = np.atleast_2d(np.asarray(token_ids))
+        tokens = np.asarray(token_ids)
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
     except ValueError as error:
         raise ValueError("expected token ids [B, T], got rows of unlike lengths") from error
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":

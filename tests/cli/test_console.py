@@ -287,6 +287,7 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the dev
     "arguments",
     [
         ("run.py", "--help"),
+        ("run.py", "--version"),
         ("run.py", "--prompt-ids", "5"),
         ("checkpoint.py", "--help"),
         ("checkpoint.py", "verify", "checkpoints/demo"),

@@ -473,6 +473,22 @@ def test_another_model_is_not_resumed_with(
     assert_one_sentence(command(*arguments, other, "--resume"), 1, "or another model")
 
 
+def test_another_tokenizer_is_not_resumed_with(
+    tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
+) -> None:
+    """Prompts that are ids take none, and their answers have text nonetheless."""
+    model = changed(tiny, tmp_path / "model")
+    path, file = tmp_path / "out", model / "tokenizer.model"
+    arguments = ["--checkpoint", model, "--prompt-ids", "5 6", "-n", 1, "--output", path]
+    assert command(*arguments, *SETTINGS).status == 0
+    tokenizer = bytearray((ROOT / "tokenizer.model").read_bytes())
+    place = tokenizer.index(b"down")
+    tokenizer[place : place + 4] = b"DOWN"
+    file.write_bytes(tokenizer)
+    result = command(*arguments, *SETTINGS, "--resume")
+    assert_one_sentence(result, 1, "or another model")
+
+
 def test_an_output_that_cannot_be_written_is_one_sentence(
     tiny: pathlib.Path, command: Command, tmp_path: pathlib.Path
 ) -> None:

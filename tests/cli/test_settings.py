@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import sys
 
 import pytest
@@ -58,7 +59,7 @@ def test_each_answer_has_a_new_seed() -> None:
         ("/temperature 1", "/temperature: expected a command, see /help"),
         ("/halp", "/halp: expected a command, see /help; the nearest is /help"),
         ("/set temperature", "/set: expected as /help shows it, got '/set temperature'"),
-        ("/set temprature 1", "Request has no field 'temprature'; the nearest is temperature"),
+        ("/set temprature 1", "there is no setting 'temprature'; the nearest is temperature"),
         ("/set temperature 3", "temperature must be from 0 to 2"),
         ("/set prompt x", "prompt: expected a setting of one answer"),
         ("/set num-samples 3", "num-samples: expected a setting of one answer"),
@@ -75,11 +76,27 @@ def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
 def test_a_session_takes_commands_and_ends_with_exit(
     tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = "/set temperature 0\n/set max_tokens 3\nThe cat\n/set top_k x\n/help\nexit\nThe dog\n"
+    lines = "/set temperature 0\n/set max_tokens 3\nThe cat\n/set top_k x\n /help\nexit\nThe dog\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     session = command("--checkpoint", tiny, "--interactive")
     alone = command("--checkpoint", tiny, "-p", "The cat", "--temperature", 0, "-n", 3)
     assert session.status == 0
     assert session.out == alone.out.removeprefix("The cat")
-    assert "error: top_k must be one number, got 'x'" in session.err
+    assert "error: --top-k must be one number, got 'x'" in session.err
     assert "/seed N          one seed for all answers" in session.err
+
+
+def test_a_session_takes_a_bias(
+    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys are texts in JSON."""
+    lines = 'The cat\n/set logit_bias {"9": 100}\nThe cat\n/set logit_bias {"a": 1}\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    session = command("--checkpoint", tiny, "--interactive", "--logit-bias", "7:100", "-n", 2)
+    one, other = (
+        command("--checkpoint", tiny, "-p", "The cat", "--logit-bias", f"{token}:100", "-n", 2).out
+        for token in (7, 9)
+    )
+    assert one != other
+    assert session.out == one.removeprefix("The cat") + other.removeprefix("The cat")
+    assert re.search("error: --logit-bias: expected token ids from 0 to 4095, got 'a'", session.err)

@@ -173,6 +173,8 @@ def test_several_answers_to_a_prompt_are_told_apart(tiny: pathlib.Path, command:
     assert answers[1] == second | {"sample": 1}
     assert re.search(r"\nslots used +3.0 of 3, in the mean\n", result.err), result.err
     assert re.search(r"\nhost's work +[\d.]+ ms a token, \d+% of the time\n", result.err)
+    # One token is drawn with the prompt: there is no step whose work could be divided by tokens.
+    assert "host's work" not in command(*arguments, "--max-len", 1, "--stats").err
 
 
 def test_json_keeps_the_order_of_the_prompts_whichever_ends_first(
@@ -341,6 +343,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "plan-together": (("--plan", "--distributed"), 2, "--plan and --distributed do not go"),
     "plan-prompt": (("--plan", "--prompt", "Hi"), 2, "--plan and --prompt do not go together: a"),
     "plan-ids": (("--plan", "--prompt-ids", "5"), 2, "--plan and --prompt do not go together"),
+    "no-prompts-file": (("--prompts-file", ""), 2, "--prompts-file: expected a path, got an empty"),
     "plan-prompts": (("--plan", "--prompts-file", "-"), 2, "--plan and --prompts-file do not go"),
     "plan-output": (("--plan", "--output", "out"), 2, "--plan and --output do not go together"),
     "cold": (("--temperature", "-0.1"), 2, "--temperature: expected a number from 0 to 1000000 ("),

@@ -162,6 +162,12 @@ def test_the_tokenizer_is_trained_into_the_output(monkeypatch, tmp_path):
     assert train_demo.get_tokenizer(options, []).vocab_size() == 4096  # after an interruption
 
 
+def test_a_corpus_too_small_for_a_tokenizer_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="expected documents from which 4096 pieces can be made"):
+        demo_corpus.train_tokenizer(["story"], tmp_path / "tokenizer.model")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_tokenizer_tool_does_not_replace_a_file(monkeypatch, capsys, tmp_path):
     there = tmp_path / "tokenizer.model"
     there.write_bytes(b"mine")

@@ -108,17 +108,29 @@ def test_a_finished_conversion_done_again_ends_in_the_same_bytes(
     released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     for _ in range(2):
-        convert(released, tmp_path, "safetensors")
+        convert(released, tmp_path, "safetensors", overwrite=True)
         assert contents(tmp_path) == contents(safe)
 
 
-def test_another_checkpoint_of_the_same_layout_is_replaced(
-    safe: pathlib.Path, tmp_path: pathlib.Path
+@pytest.mark.parametrize("form", ["safetensors", "released"])
+def test_a_checkpoint_is_replaced_only_when_that_is_asked_for(
+    form: str, released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    convert(save(tmp_path / "other", 3, seed=1), tmp_path / "new", "safetensors")
-    shutil.copytree(safe, tmp_path / "target")
-    convert(tmp_path / "other", tmp_path / "target", "safetensors")
-    assert contents(tmp_path / "target") == contents(tmp_path / "new")
+    new, target = tmp_path / "new", tmp_path / "target"
+    source = save(tmp_path / "other", 3, seed=1)
+    convert(source, new, "safetensors")
+    before = released
+    if form == "safetensors":
+        before = safe
+    else:
+        source, new = new, source
+    shutil.copytree(before, target)
+    with pytest.raises(CheckpointError, match="target: expected a directory without a checkpoint"):
+        convert(source, target, form)
+    assert contents(target) == contents(before)
+    arguments = ["convert", str(source), str(target), "--to", form, "--overwrite"]
+    assert checkpoint.main(arguments) == 0
+    assert contents(target) == contents(new)
 
 
 def test_progress_counts_every_byte_once(released: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -438,8 +450,9 @@ def test_an_old_index_never_stands_beside_new_files(
     shutil.copytree(safe, tmp_path / "target")
     source = save(tmp_path / "source", 3, seed=1)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "target", "safetensors", stop_after(0))
+        convert(source, tmp_path / "target", "safetensors", stop_after(0), overwrite=True)
     assert not (tmp_path / "target" / INDEX).exists()
+    convert(source, tmp_path / "target", "safetensors")  # it was begun, and goes on
 
 
 def test_two_conversions_to_one_place_do_not_mix(
@@ -695,7 +708,7 @@ def test_an_endless_tokenizer_is_not_copied(
     convert(source, tmp_path / "target", "safetensors")
     (source / "tokenizer.model").write_bytes(bytes(1001))
     with pytest.raises(CheckpointError, match="source/tokenizer.model: expected at most 1000 byt"):
-        convert(source, tmp_path / "target", "safetensors")
+        convert(source, tmp_path / "target", "safetensors", overwrite=True)
     assert (tmp_path / "target/tokenizer.model").read_bytes() == bytes(1000)
 
 
@@ -792,7 +805,7 @@ def test_a_file_of_another_program_is_not_replaced(
     shutil.copy(released / name, other)
     convert(released, tmp_path, "safetensors")
     other.write_text("damaged")  # of a checkpoint, which is replaced as a whole
-    convert(released, tmp_path, "safetensors")
+    convert(released, tmp_path, "safetensors", overwrite=True)
     assert other.read_bytes() == (released / name).read_bytes()
 
 

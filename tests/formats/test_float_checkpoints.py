@@ -1,6 +1,7 @@
 """Checkpoints of floats: what is saved is loaded again, in every type that it may have."""
 
 import dataclasses
+import json
 import pathlib
 
 import haiku as hk
@@ -87,3 +88,40 @@ def test_parameters_are_saved_with_their_configuration(
         checkpoint.save(tmp_path, params, CONFIG)
     checkpoint.save(tmp_path, params, SHORT.to_dict())  # its fields are as good
     assert checkpoint.read_model_config(tmp_path).to_dict() == SHORT.to_dict()
+
+
+def test_what_could_not_be_loaded_is_not_saved(params: dict, tmp_path: pathlib.Path) -> None:
+    module, other = "language_model/rms_norm", "transformer/decoder_layer/rms_norm"
+    for wrong, message in (
+        (np.ones(SHORT.model.emb_size, np.int32), "rms_norm/scale: expected int8 .*got 'int32'"),
+        ([1.0], "rms_norm/scale: expected int8 with scales, or an array of float32, .*'list'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save(tmp_path, params | {module: {"scale": wrong}}, SHORT)
+    for tree, config, message in (
+        (None, SHORT, "params: expected a dict {module: {param: array}}, got None"),
+        (
+            params | {other: 5},
+            SHORT,
+            "decoder_layer/rms_norm'.: expected a dict .module: .param: a",
+        ),
+        (params, 5, "config: expected a LanguageModelConfig, its fields, or None, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save(tmp_path, tree, config)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="linear/w: expected floats, got 'int8 already'"):
+        SHORT.quantize_params(SHORT.quantize_params(params))
+
+
+def test_a_configuration_of_another_program_is_kept(params: dict, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"of": "another program"}')
+    with pytest.raises(ValueError, match="config.json: expected no file, or that of a checkpoint,"):
+        checkpoint.save(tmp_path, params, SHORT)
+    assert [*tmp_path.iterdir()] == [file]
+    file.write_text(json.dumps(SHORT.to_dict()))
+    checkpoint.save(tmp_path, params, SHORT)
+    changed = dataclasses.replace(SHORT, eos_token=5)
+    checkpoint.save(tmp_path, params, changed)  # the checkpoint is replaced as a whole
+    assert checkpoint.read_model_config(tmp_path).eos_token == 5
