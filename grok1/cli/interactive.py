@@ -16,12 +16,15 @@ from grok1.strict_json import read_json
 
 SIGN = "> "
 HELP = """\
-/set NAME VALUE  for the answers from now on, such as /set temperature 0.9
+/set NAME VALUE  for the answers from now on, such as /set temperature 0.9, or
+                 /set logit_bias {"300": 5}; the VALUE none: as it was at the start
 /seed N          one seed for all answers; /seed new: another one for each; /seed: the last one
 /help            these lines
 /exit            or exit, or Ctrl-D: end
 A prompt that begins with a slash is typed with two."""
-NOT_HERE = {"prompt", "num_samples"}  # fields of a Request that no line sets
+# Fields of a Request that no line sets: a session shows one answer, and no numbers beside it.
+NOT_HERE = {"prompt", "num_samples", "top_logprobs", "prompt_logprobs"}
+WORDS = {"true": True, "false": False, "none": None}  # in any case, as JSON and Python have them
 MOST_CHARACTERS = 2**26  # in a line: /dev/zero has no end
 
 
@@ -107,8 +110,7 @@ class Settings:
         self._make = make
         self._check = check
         self._changes: dict[str, Any] = {}
-        self._seed = seed
-        self._last = seed
+        self._first = self._seed = self._last = seed
 
     def request(self, prompt: str) -> Any:
         """Return the Request of a prompt."""
@@ -138,19 +140,26 @@ class Settings:
 
     def _set(self, name: str, text: str) -> None:
         try:
-            value = read_json(text)
+            value = WORDS[text.lower()] if text.lower() in WORDS else read_json(text)
         except ValueError:
             value = text  # a string needs no quotes
         field = published_names({name.removeprefix("--").replace("-", "_"): value})
         if field.keys() & NOT_HERE:
             raise ValueError(f"{name}: expected a setting of one answer to the line that is typed")
+        (name,) = field
         try:
-            self._check(self._make("a", self._changes | field))
+            request = self._make("a", self._changes | field)
         except TypeError as error:
             reason = str(error).replace("Request has no field", "there is no setting")
             raise ValueError(reason) from None
-        self._seed = field.pop("rng_seed", self._seed)
-        self._changes |= field
+        if value is not None:
+            self._check(request)
+        if name == "rng_seed":
+            self._seed = self._first if value is None else value
+        elif value is None:
+            self._changes.pop(name, None)
+        else:
+            self._changes[name] = value
 
 
 def converse(worker: Worker, server: Any, settings: Settings, stats: bool = False) -> None:
@@ -167,10 +176,12 @@ def converse(worker: Worker, server: Any, settings: Settings, stats: bool = Fals
             timing = Timing()
             try:
                 command = line.lstrip()
-                if command.startswith("/") and not command.startswith("//"):
+                if command.startswith("//"):
+                    line = command[1:]
+                elif command.startswith("/"):
                     settings.obey(command)
                     continue
-                request = settings.request(line.removeprefix("/"))
+                request = settings.request(line)
                 _answer(worker, server, request, keyboard, timing)
             except ValueError as error:
                 say(f"error: {with_options(str(error), {})}")

@@ -168,7 +168,7 @@ def _call(compiler: list[str], arguments: list[str], limit: float, **variables: 
 def _run(command: list[str], limit: float, **variables: str) -> str:
     """Return what a command prints. Raises KernelError if it fails or takes more than `limit` s.
 
-    No process that it has started outlives this call, or this process.
+    No process of its group outlives this call, or this process.
     """
     reader, writer = os.pipe()
     with open(writer, "wb", buffering=0) as alive:

@@ -471,6 +471,10 @@ def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int
         ids = ids[-room:]
     if len(ids) > room:
         asked = "at least one more" if max_len is None else f"max_len = {max_len} more"
+        if context == 1:
+            raise ValueError(
+                "a context of 1 has no room for a prompt and an answer; make it longer"
+            )
         raise ValueError(
             f"the prompt has {most} tokens, and the context of {context} must hold {asked}; "
             "shorten it, or keep only its newest tokens (truncate: left)"

@@ -103,6 +103,7 @@ def test_the_version_is_that_of_the_package(command: Command) -> None:
     ("asked", "said"),
     [
         (("--max-tokens", 99), "--max-tokens 99 leaves no room for a prompt"),
+        (("--context", 1), "a context of 1 has no room for a prompt and an answer"),
         (("--max-tokens", 60), "must hold --max-tokens 60 more; .* tokens .--truncate left."),
         (("--min-len", 9, "-n", 5), "--min-len must be an integer from 0 to --max-tokens 5, got 9"),
         (("--logit-bias", "9999:1"), "--logit-bias: expected token ids from 0 to 4095, got 9999"),

@@ -41,6 +41,16 @@ def test_what_is_no_json_is_a_string() -> None:
         assert own.request("A").stop == text
 
 
+def test_none_sets_back_what_was_set() -> None:
+    own = settings(seed=3)
+    for line in ("/set stop The end", "/set ignore_eos True", "/set seed 4"):
+        own.obey(line)
+    assert own.request("A").ignore_eos is True
+    for line in ("/set stop none", "/set ignore_eos null", "/set seed None", "/set top_k none"):
+        own.obey(line)
+    assert own.request("A") == settings(seed=3).request("A")
+
+
 def test_each_answer_has_a_new_seed() -> None:
     own = settings()
     assert len({own.request("A").rng_seed for _ in range(9)}) == 9
@@ -63,6 +73,8 @@ def test_each_answer_has_a_new_seed() -> None:
         ("/set temperature 3", "temperature must be from 0 to 2"),
         ("/set prompt x", "prompt: expected a setting of one answer"),
         ("/set num-samples 3", "num-samples: expected a setting of one answer"),
+        ("/set top_logprobs 3", "top_logprobs: expected a setting of one answer"),
+        ("/set temprature none", "there is no setting 'temprature'"),
     ],
 )
 def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
@@ -76,7 +88,8 @@ def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
 def test_a_session_takes_commands_and_ends_with_exit(
     tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = "/set temperature 0\n/set max_tokens 3\nThe cat\n/set top_k x\n /help\nexit\nThe dog\n"
+    lines = "/set temperature 0\n/set max_tokens 3\nThe cat\n/set top_k x\n /help\n"
+    lines += "exit\nThe dog\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     session = command("--checkpoint", tiny, "--interactive")
     alone = command("--checkpoint", tiny, "-p", "The cat", "--temperature", 0, "-n", 3)
