@@ -533,7 +533,8 @@ def test_a_thread_that_fails_ends_all(start: Start, address: str, victim: int) -
 def test_a_process_that_stops_reading_is_lost(start: Start, address: str) -> None:
     """Its own signs of life go on, and those to the others do as well while one is waited for."""
     first = meet(start, address, (0, 3), "share", 2**26, timeout=2)
-    meet(start, address, (1, 3), "deaf", timeout=2)
+    # Which would else miss the others, too, and end as soon.
+    meet(start, address, (1, 3), "deaf", timeout=20)
     other = meet(start, address, (2, 3), "stay", timeout=2)
     for process in (first, other):
         result = finish(process)
