@@ -38,7 +38,7 @@ from jax.sharding import Mesh
 from grok1 import config_checks, parameters
 from grok1.checks import require
 from grok1.execution import ONE_DEVICE, Execution, Split
-from grok1.inspection import CAPTURE_SITES, Captured, Hook, asking, make_probe, tap, tapped
+from grok1.inspection import CAPTURE_SITES, Captured, Hook, Site, asking, make_probe, tap, tapped
 from grok1.ops.cache import KVMemory, Memory, advance, prepare, step_on, write_rows
 from grok1.ops.layers import transform_stacked
 from grok1.ops.mixture import gated_sum, top_k
@@ -442,8 +442,8 @@ class MultiHeadAttention(hk.Module):
         v = heads(value, self.num_kv_heads, value_size, "value", "kv_outputs")
         start = 0 if kv_memory is None else kv_memory.step
         rotary = RotaryEmbedding(self.key_size)
-        q, k = rotary(q, 1, start), rotary(k, 1, start)
-        q, k, v = (x.astype(query.dtype) for x in (q, k, v))
+        q, k = tap("queries", rotary(q, 1, start)), tap("keys", rotary(k, 1, start))
+        q, k, v = (x.astype(query.dtype) for x in (q, k, tap("values", v)))
         q = q.reshape(*q.shape[:2], self.num_kv_heads, -1, self.key_size)  # [B, T, K, G, H]
         out, kv_memory = self._attend(execution, q, k, v, _one_mask(mask), kv_memory)
         out = tap("head_outputs", out.reshape(*q.shape[:2], self.num_q_heads, value_size))
@@ -720,7 +720,7 @@ class LanguageModel(hk.Module):
         every_position: bool = False,
         capture: Collection[str] = (),
         capture_layers: Sequence[int] | None = None,
-        hooks: Mapping[str, Hook] | None = None,
+        hooks: Mapping[Site, Hook] | None = None,
     ) -> LanguageModelOutput | Array:
         """Tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
 
@@ -739,10 +739,9 @@ class LanguageModel(hk.Module):
         capture: names from CAPTURE_SITES; `captured` then holds their arrays. capture_layers: of
         which layers, in this order, -1 being the last one; None: all. All of them are kept until
         the call ends: `inspection.captured_shapes` says how large they are.
-        hooks: by site a pure function `(layer, array) -> array` of the same shape and dtype, whose
-        result the model goes on with. `layer` is a traced int32, -1 for embeddings: to change some
-        layers only, `jnp.where(layer == 3, new, array)`. Under `jit` each new function object
-        compiles anew.
+        hooks: by site, or by (site, layer) for one layer, a pure function `(layer, array) -> array`
+        of the same shape and dtype, whose result the model goes on with. `layer` is a traced
+        int32, -1 for embeddings. Under `jit` each new function object compiles anew.
 
         Raises ValueError if the mesh's data axis does not divide B; for a site or layer that is not
         there, or a hook that returns another shape or dtype; for a `sequence` of another shape, or

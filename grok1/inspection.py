@@ -1,8 +1,9 @@
 """Looking inside the model: which arrays can be captured or changed, by name.
 
 A site is a place in the model where an array passes `tap`. `capture=` of a LanguageModel's call
-names those whose arrays it returns; `hooks={site: function}` changes them as they are made. What a
-call does not name is not in the compiled program.
+names those whose arrays it returns; `hooks={site: function}` changes them as they are made, and
+`hooks={(site, layer): function}` those of one layer. What a call does not name is not in the
+compiled program.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ import jax.numpy as jnp
 
 from grok1.checks import is_integer
 
-Hook = Callable[[jax.Array, jax.Array], jax.Array]
+Hook = Callable[..., jax.Array]  # (layer, array) -> array
+Site = str | tuple[str, int]  # in all layers, or in one of them
 
 
 class Captured(NamedTuple):
@@ -35,6 +37,8 @@ class Captured(NamedTuple):
     returns is what is captured.
 
     embeddings: [B, T, D], the residual stream before the first layer.
+    queries: [L, B, T, N, H], keys, values: [L, B, T, K, H], of this call's tokens, as attention
+        takes them: queries and keys after their rotary positions.
     attention_weights: [L, B, N, T, S], how much each query takes of each key: they sum to one over
         S, or are zero for a query that sees no key.
     head_outputs: [L, B, T, N, H], the values weighed by them, of each head, before the output
@@ -50,6 +54,9 @@ class Captured(NamedTuple):
     """
 
     embeddings: Any = None
+    queries: Any = None
+    keys: Any = None
+    values: Any = None
     attention_weights: Any = None
     head_outputs: Any = None
     attention_output: Any = None
@@ -63,7 +70,7 @@ class Captured(NamedTuple):
 
 CAPTURE_SITES = Captured._fields
 ROUTER_SITES = ("router_logits", "router_probs", "expert_index", "expert_gates")
-HEAD_SITES = ("attention_weights", "head_outputs")
+HEAD_SITES = ("queries", "keys", "values", "attention_weights", "head_outputs")
 OUTSIDE_LAYERS = ("embeddings",)
 
 
@@ -71,15 +78,15 @@ class Probe:
     """What a call of the model asks for: hooks change arrays, `found` holds those captured.
 
     capture: the sites to capture. layers: of which layers, as indices from 0; None: all.
-    hooks: functions (layer, array) -> array by site. layer: int32 [], handed to hooks; -1 outside
-    the layers.
+    hooks: functions (layer, array) -> array by site, or by site and layer from 0. layer: int32 [],
+    handed to hooks; -1 outside the layers.
     """
 
     def __init__(
         self,
         capture: Collection[str] = (),
         layers: Sequence[int] | None = None,
-        hooks: Mapping[str, Hook] | None = None,
+        hooks: Mapping[Site, Hook] | None = None,
         layer: Any = -1,
     ):
         self.capture = capture
@@ -94,15 +101,22 @@ class Probe:
 
     def __call__(self, site: str, array: jax.Array) -> jax.Array:
         """Change the array by the hook of its site, capture it, and return it; see `tap`."""
-        if site in self.hooks:
-            array = self._changed(site, array)
+        for key, hook in self.hooks.items():
+            name, only = _parts(key)
+            if name == site:
+                new = self._changed(site, hook, array)
+                array = new if only is None else jnp.where(self.layer == only, new, array)
         if site in self.capture:
             self.found[site] = array
         return array
 
-    def _changed(self, site: str, array: jax.Array) -> jax.Array:
+    def asks_for(self, site: str) -> bool:
+        """Whether a site is captured or changed."""
+        return site in self.capture or any(_parts(key)[0] == site for key in self.hooks)
+
+    def _changed(self, site: str, hook: Hook, array: jax.Array) -> jax.Array:
         try:
-            new = self.hooks[site](jnp.asarray(self.layer, jnp.int32), array)
+            new = hook(jnp.asarray(self.layer, jnp.int32), array)
         except (TypeError, IndexError) as error:  # such as jax raises for `if layer == 3`, too
             what = str(error).partition("\n")[0]
             raise ValueError(
@@ -116,6 +130,11 @@ class Probe:
             what = type(new).__name__ if got[0] is None else f"{got[1]} {list(got[0])}"
             raise ValueError(f"hooks: {site!r} must return {given}, as it was given, got {what}")
         return new
+
+
+def _parts(key: Site) -> tuple[str, int | None]:
+    """Return the site and the layer, None for all, of a key of hooks."""
+    return key if isinstance(key, tuple) else (key, None)
 
 
 # What the call that is being traced asks for: a context, so that each thread has its own.
@@ -137,7 +156,7 @@ def tap(site: str, array: jax.Array) -> jax.Array:
 def tapped(site: str) -> bool:
     """Return whether the call that is being traced asks for a site."""
     probe = _asked.get()
-    return probe is not None and (site in probe.capture or site in probe.hooks)
+    return probe is not None and probe.asks_for(site)
 
 
 def asked() -> Probe | None:
@@ -155,40 +174,64 @@ def asking(probe: Probe | None) -> Iterator[None]:
         _asked.reset(token)
 
 
-def check_sites(
-    capture: Collection[str], hooks: Mapping[str, Hook] | None, num_experts: int
-) -> tuple[str, ...]:
-    """Return the sites to capture, of a model of `num_experts` experts.
+def check_capture(capture: Collection[str], config: Any) -> tuple[str, ...]:
+    """Return the sites to capture, of a model of a TransformerConfig.
 
-    Raises ValueError for a site that is not there, or what is no collection, dict or function.
+    Raises ValueError for a site that is not there, or what is no collection.
     """
     if isinstance(capture, str) or not isinstance(capture, Iterable):
         raise ValueError(
             f"capture: expected a collection of sites, such as ('router_probs',), got {capture!r}"
         )
-    capture, hooks = tuple(capture), {} if hooks is None else hooks
-    if not isinstance(hooks, Mapping):
-        raise ValueError(f"hooks: expected a dict {{site: function}}, got {hooks!r}")
-    sites = tuple(s for s in CAPTURE_SITES if num_experts > 1 or s not in ROUTER_SITES)
-    for field, names in (("capture", capture), ("hooks", hooks)):
-        for name in names:
-            if name not in sites:
-                raise ValueError(f"{field}: expected names from {sites}, got {name!r}")
-    for name, hook in hooks.items():
-        # Hashable: a runner finds what it has compiled by its hooks.
-        if not callable(hook) or not isinstance(hook, Hashable):
-            wanted = "a hashable function (layer, array)"
-            raise ValueError(f"hooks: {name!r} must be {wanted}, got {hook!r}")
+    capture = tuple(capture)
+    for name in capture:
+        _check_site("capture", name, config)
     return capture
 
 
-def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return the layers to capture as indices from 0; -1 is the last one.
+def check_hooks(hooks: Mapping[Site, Hook] | None, config: Any) -> dict[Site, Hook]:
+    """Return hooks, their layers counted from 0, of a model of a TransformerConfig.
+
+    Raises ValueError for a site or layer that is not there, or what is no dict or function.
+    """
+    if hooks is None:
+        return {}
+    if not isinstance(hooks, Mapping):
+        raise ValueError(f"hooks: expected a dict {{site: function}}, got {hooks!r}")
+    found: dict[Site, Hook] = {}
+    for key, hook in hooks.items():
+        if isinstance(key, tuple) and len(key) == 2:
+            name, layer = key
+            _check_site("hooks", name, config)
+            if name in OUTSIDE_LAYERS:
+                raise ValueError(f"hooks: {name!r} is in no layer, got {key!r}")
+            (layer,) = check_layers([layer], config.num_layers, f"hooks: {key!r}")
+            found[name, layer] = hook
+        else:
+            _check_site("hooks", key, config)
+            found[key] = hook
+        # Hashable: a runner finds what it has compiled by its hooks.
+        if not callable(hook) or not isinstance(hook, Hashable):
+            wanted = "a hashable function (layer, array)"
+            raise ValueError(f"hooks: {key!r} must be {wanted}, got {hook!r}")
+    return found
+
+
+def _check_site(field: str, name: Any, config: Any) -> None:
+    sites = tuple(s for s in CAPTURE_SITES if config.num_experts > 1 or s not in ROUTER_SITES)
+    if name not in sites:
+        raise ValueError(f"{field}: expected names from {sites}, got {name!r}")
+
+
+def check_layers(
+    layers: Sequence[int], num_layers: int, field: str = "capture_layers"
+) -> tuple[int, ...]:
+    """Return layers as indices from 0; -1 is the last one. field: what messages call them.
 
     Raises ValueError for a layer that is not there, or twice there, or no layer.
     """
     wanted = f"one or more integers from {-num_layers} to {num_layers - 1}, each layer once"
-    wrong = ValueError(f"capture_layers: expected {wanted}, got {layers!r}")
+    wrong = ValueError(f"{field}: expected {wanted}, got {layers!r}")
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise wrong
     found = []
@@ -205,13 +248,13 @@ def make_probe(
     config: Any,
     capture: Collection[str],
     layers: Sequence[int] | None,
-    hooks: Mapping[str, Hook] | None,
+    hooks: Mapping[Site, Hook] | None,
 ) -> Probe:
     """Return the probe that asks for this, of a model of a TransformerConfig. Raises ValueError."""
-    capture = check_sites(capture, hooks, config.num_experts)
+    capture = check_capture(capture, config)
     if layers is not None:
         layers = check_layers(layers, config.num_layers)
-    return Probe(capture, layers, hooks)
+    return Probe(capture, layers, check_hooks(hooks, config))
 
 
 def captured_shapes(
@@ -229,8 +272,12 @@ def captured_shapes(
     """
     each = (config.num_layers if layers is None else layers, batch)
     width, heads = config.emb_size, config.num_q_heads
+    shared = (*each, steps, config.num_kv_heads, config.key_size)
     shapes = {
         "embeddings": (batch, steps, width),
+        "queries": (*each, steps, heads, config.key_size),
+        "keys": shared,
+        "values": shared,
         "attention_weights": (*each, heads, steps, positions),
         "head_outputs": (*each, steps, heads, config.key_size),
         "expert_index": (*each, steps, config.num_selected_experts),

@@ -144,9 +144,9 @@ def attention(
         y = dense(x, layer[f"multi_head_attention/{name}"], dtype)
         return y.reshape(*x.shape[:2], count, config.key_size)
 
-    query = rotate(heads("query", config.num_q_heads), position).astype(dtype)
-    key = rotate(heads("key", config.num_kv_heads), position).astype(dtype)
-    value = heads("value", config.num_kv_heads).astype(dtype)
+    query = call.at("queries", rotate(heads("query", config.num_q_heads), position)).astype(dtype)
+    key = call.at("keys", rotate(heads("key", config.num_kv_heads), position)).astype(dtype)
+    value = call.at("values", heads("value", config.num_kv_heads)).astype(dtype)
     keys, values = cache[0].at[rows, position].set(key), cache[1].at[rows, position].set(value)
     # Query head n reads key/value head n // G.
     shared = config.num_q_heads // config.num_kv_heads

@@ -18,7 +18,8 @@ from grok1 import inspection
 from grok1.execution import ONE_DEVICE, Execution
 from grok1.inspection import CAPTURE_SITES, Captured, captured_shapes, nbytes
 from grok1.serving import memory_budget
-from grok1.serving.steps import MOST_HOOKED, apply_model, new_memory
+from grok1.serving.hooked import MOST_KEPT
+from grok1.serving.steps import apply_model, new_memory
 from model import LanguageModelConfig, Router, TransformerConfig, grok_1
 
 SITES = tuple(site for site in CAPTURE_SITES if site != "embeddings")
@@ -79,7 +80,7 @@ def assert_sites(captured, wanted, sure, most):
         error = errors(got, array)
         if site == "attention_weights":
             error = error.max(axis=2)  # of all heads, [L, B, T]
-        if site == "head_outputs":
+        if site in ("queries", "keys", "values", "head_outputs"):
             error = error.max(axis=-1)
         assert error[..., sure].max() <= (0 if site == "expert_index" else most), site
 
@@ -108,7 +109,8 @@ def test_all_sites_hold_what_the_reference_computes(name, mesh, kernel):
     assert_sites(got.captured, result.sites, sure, 1e-4)
     assert errors(got.logits, result.logits)[sure].max() <= 1e-4
     if mesh is not None:  # a device holds its own sequences and heads, as a runner counts on
-        for site, heads_axis in (("attention_weights", 2), ("head_outputs", 3)):
+        for site in inspection.HEAD_SITES:
+            heads_axis = 2 if site == "attention_weights" else 3
             array = getattr(got.captured, site)
             own = list(array.shape)
             own[1] //= mesh[0]
@@ -255,6 +257,9 @@ HOOKS = {
         "feed_forward_output": only_in(1, lambda x: x * 0),
     },
     "the stream is scaled": {"hidden_states": only_in(0, lambda x: x * 0.5)},
+    "a head asks for nothing": {"queries": lambda _, x: _with(x, (..., 2, slice(None)), 0)},
+    "keys are turned round": {"keys": only_in(1, lambda x: x[..., ::-1])},
+    "values are swapped": {"values": lambda _, x: x[..., ::-1, :]},
     "embeddings are shifted": {"embeddings": lambda at, x: x + (at == -1) * x[..., ::-1]},
 }  # fmt: skip
 
@@ -485,13 +490,13 @@ def test_a_bound_method_is_a_new_hook_each_time():
 def test_programs_of_old_hooks_are_forgotten():
     """One that is kept takes megabytes."""
     runner, alive = golden.runner("three-layers"), []
-    for shift in range(MOST_HOOKED + 3):
+    for shift in range(MOST_KEPT + 3):
         hook = lambda _, x, shift=shift: x + shift  # noqa: E731
         runner.inspect([5], (), hooks={"embeddings": hook})
         alive.append(weakref.ref(hook))
         del hook
     gc.collect()
-    assert [ref() is None for ref in alive] == [True] * 3 + [False] * MOST_HOOKED
+    assert [ref() is None for ref in alive] == [True] * 3 + [False] * MOST_KEPT
 
 
 def test_an_interrupt_waits_for_a_trace():
