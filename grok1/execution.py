@@ -23,6 +23,7 @@ from grok1.checks import require, require_integers
 from grok1.kernels import dispatch
 from grok1.ops import mixture
 from grok1.ops.cache import KVMemory, Place, caches, place_of, read_rows, with_caches
+from grok1.ops.derivatives import no_reverse
 from grok1.ops.layers import Layer, scan_layers
 from grok1.ops.mixture import Params
 from grok1.ops.operations import Operations
@@ -206,7 +207,7 @@ class Execution:
         queries = P(self.data_axis, None, self.model_axis, self._shared_axis, None)
         in_specs = queries, cache, cache, P(self.data_axis), self._place_specs
         attend = on_shards(local, self.mesh, in_specs, queries)
-        return attend(query, *caches(memory), mask, place_of(memory, rows))
+        return no_reverse(attend(query, *caches(memory), mask, place_of(memory, rows)))
 
     def read(self, memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return what `cache.read_rows` does, in the activation dtype."""
@@ -263,7 +264,8 @@ class Execution:
         tokens = P(self.data_axis, None, None)
         out = P(self.data_axis, None, every if scatter else None)
         run = on_shards(local, self.mesh, (specs, tokens, tokens, tokens), out)
-        return run(params, x, gates, index)
+        y = run(params, x, gates, index)
+        return no_reverse(y) if self.expert_dispatch == "dynamic" else y
 
     # -------------------------------------------------------------------------------- the layers
 

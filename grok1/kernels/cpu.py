@@ -9,6 +9,7 @@ import numpy as np
 
 from grok1.kernels import shared_library, xla_cpu
 from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
+from grok1.ops.derivatives import forward_only
 from grok1.ops.mixture import Params
 from grok1.ops.operations import table_product as plain_table_product
 from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight
@@ -44,9 +45,8 @@ def grouped_product(
     """
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32)
-    call = jax.ffi.ffi_call(PRODUCT, shape)
     arrays = x.astype(jnp.float32), weight.weight, weight.scales, starts, layer
-    return call(*arrays, form=_form(weight))
+    return _call(PRODUCT, shape, *arrays, form=_form(weight))
 
 
 def gated_product(
@@ -63,8 +63,8 @@ def gated_product(
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[-1]), jnp.float32)
     weights = gate.weight, gate.scales, value.weight, value.scales
-    call = jax.ffi.ffi_call(GATED_PRODUCT, shape)
-    return call(x.astype(jnp.float32), *weights, starts, layer, form=_form(gate))
+    arrays = x.astype(jnp.float32), *weights, starts, layer
+    return _call(GATED_PRODUCT, shape, *arrays, form=_form(gate))
 
 
 def _form(weight: QuantizedWeight8bit) -> np.int32:
@@ -82,7 +82,7 @@ def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
     """
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(TABLE_PRODUCT, shape)(x.astype(jnp.float32), table)
+    return _call(TABLE_PRODUCT, shape, x.astype(jnp.float32), table)
 
 
 def attend_one(
@@ -103,9 +103,14 @@ def attend_one(
     load()
     positions = jnp.broadcast_to(mask[:, 0], (query.shape[0], keys.shape[2]))
     rows = query[:, 0].astype(jnp.float32)
-    call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(rows.shape, jnp.float32))
+    shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
     arrays = rows, keys, values, positions, layer, filled
-    return call(*arrays, multiplier=np.float32(multiplier))[:, None]
+    return _call(ATTEND, shape, *arrays, multiplier=np.float32(multiplier))[:, None]
+
+
+def _call(name: str, shape: Any, *arrays: jax.Array, **numbers: Any) -> jax.Array:
+    """Call a function of cpu.cc."""
+    return forward_only(functools.partial(jax.ffi.ffi_call(name, shape), **numbers))(*arrays)
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from jax.experimental.pallas import triton as plgpu
 from grok1.kernels.error import KernelError
 from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
 from grok1.ops.cache import SOFT_CAP
+from grok1.ops.derivatives import forward_only
 from grok1.ops.mixture import Params, chosen_experts
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
@@ -240,14 +241,16 @@ def grouped_product(
     """
     _check_product(x, weight, starts)
     launch = plan_product(x, weight)
-    partial = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_product_kernel, launch),
         grid=launch.grid,
         out_shape=jax.ShapeDtypeStruct((launch.partials, launch.rows, launch.outputs), jnp.float32),
         compiler_params=launch.compiler,
         interpret=interpret,
         name="grouped_product",
-    )(layer, starts, x, weight.weight, weight.scales)  # [partials, M, O]
+    )
+    arrays = layer, starts, x, weight.weight, weight.scales
+    partial = forward_only(call)(*arrays)  # [partials, M, O]
     row = jnp.arange(launch.rows)
     used = (row >= starts[0]) & (row < starts[-1])  # no program writes the others
     return jnp.where(used[:, None], functools.reduce(operator.add, partial), 0)
@@ -491,7 +494,7 @@ def attend_cached(
     heads = launch.batch, launch.kv_heads
     rows = jnp.moveaxis(query, 1, 2).reshape(*heads, launch.rows, launch.width)
     sums = (launch.parts, *heads, launch.rows)
-    out, total = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_attention_kernel, launch, multiplier),
         grid=launch.grid,
         out_shape=(
@@ -501,8 +504,10 @@ def attend_cached(
         compiler_params=launch.compiler,
         interpret=interpret,
         name="attend_cached",
-    )(layer, sequence, _reach(launch, mask, jnp.minimum(filled, size)), rows, keys, values, mask)
-    out, total = (functools.reduce(operator.add, parts) for parts in (out, total))
+    )
+    reach = _reach(launch, mask, jnp.minimum(filled, size))
+    parts = forward_only(call)(layer, sequence, reach, rows, keys, values, mask)
+    out, total = (functools.reduce(operator.add, each) for each in parts)
     total = total[..., None]  # [B, K, T * G, 1]
     out = jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
     out = out.reshape(*heads, launch.queries, launch.group, launch.value_width)

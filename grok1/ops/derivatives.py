@@ -1,0 +1,51 @@
+"""What says where the derivatives are, in place of jax, where there are none."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+from jax.custom_batching import custom_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+INSTEAD = (
+    "take server.model(differentiable=True), or a model made with "
+    'Execution(kernels="plain", expert_dispatch="static")'
+)
+
+
+def forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel of arrays that raises ValueError where jax.grad, jvp or vmap meets it."""
+
+    @jax.custom_jvp
+    def call(*arrays: jax.Array) -> Any:
+        return kernel(*arrays)
+
+    @call.defjvp
+    def _(*_: Any) -> NoReturn:
+        raise ValueError(f"compiled kernels have no derivatives; {INSTEAD}")
+
+    batched = custom_vmap(call)
+
+    @batched.def_vmap
+    def _(*_: Any) -> NoReturn:
+        raise ValueError(f"compiled kernels cannot be mapped by jax.vmap; {INSTEAD}")
+
+    return batched
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise ValueError(f"loops of a length that is not known have no gradient; {INSTEAD}")
+
+
+_no_reverse = Primitive("no_reverse")
+_no_reverse.def_impl(lambda x: x)
+_no_reverse.def_abstract_eval(lambda x: x)
+ad.deflinear(_no_reverse, _refuse)
+batching.defvectorized(_no_reverse)
+mlir.register_lowering(_no_reverse, mlir.lower_fun(lambda x: x, multiple_results=False))
+
+
+def no_reverse(x: jax.Array) -> jax.Array:
+    """Return x, an array whose gradient raises ValueError; jax.jvp and jax.vmap go through it."""
+    return _no_reverse.bind(x)
