@@ -27,7 +27,7 @@ from grok1.checks import is_integer, require
 from grok1.compile_cache import enable as enable_compile_cache
 from grok1.default_files import default_checkpoint, default_tokenizer
 from grok1.execution import Execution, Executions, fastest
-from grok1.inspection import Hook
+from grok1.inspection import Hook, Site
 from grok1.kernels import dispatch
 from grok1.parallel.mesh_checks import check_devices, check_execution
 from grok1.parallel.sharding import (
@@ -41,6 +41,7 @@ from grok1.serving import inspecting, scoring
 from grok1.serving.inspecting import Inspection
 from grok1.serving.memory_budget import check_memory
 from grok1.serving.names import nearest_name
+from grok1.serving.pure import pure_function
 from grok1.serving.request import (
     AnswerError,
     CheckedRequest,
@@ -56,11 +57,11 @@ from grok1.serving.request import (
 )
 from grok1.serving.request_limits import CHUNKS
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics
+from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics, answer_with_hooks
 from grok1.serving.scoring import TokenScores
 from grok1.serving.steps import EMBEDDINGS, MOST_TOKENS, LoadedModel
 from grok1.serving.text import BOS_TOKEN, Vocabulary, load_tokenizer
-from model import LanguageModelConfig
+from model import LanguageModelConfig, LanguageModelOutput
 
 __all__ = [
     "AnswerError",
@@ -371,7 +372,14 @@ class InferenceRunner:
         self, prompts: Iterable[Request | Prompt], **settings: Any
     ) -> list[Completion]: ...
 
-    def generate(self, prompts: Any, **settings: Any) -> Any:
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
+        **settings: Any,
+    ) -> Any:
         """Answer one prompt -> its Completion, or several -> a list of theirs, in their order.
 
         prompts: a string, token ids or a Request, or a list of these. settings: fields of Request,
@@ -380,10 +388,20 @@ class InferenceRunner:
         A request with num_samples above 1 has as many completions in the list, one after another,
         which is a list, too, if it is the only one. Raises ValueError before the first token, and
         AnswerError (a ValueError), which holds all answers, if one ended by an error.
+
+        hooks, hook_args: as for `inspect`, in every step, whose arrays have the tokens of a part of
+        a prompt, or the newest token of every slot. Other threads wait for these answers.
         """
         requests, single = as_requests(prompts, settings)
+        events: Iterable[Event]
+        if hooks:
+            self._check_all(requests)
+            checked = map(self._check, requests)
+            events = self._with_model(answer_with_hooks, checked, hooks, hook_args)
+        else:
+            events = self.generate_events(requests, tokens=MOST_TOKENS)
         found: dict[tuple[int, int], Completion] = {}
-        for event in self.generate_events(requests, tokens=MOST_TOKENS):
+        for event in events:
             if event.finish_reason is not None:
                 found[event.request, event.sample] = event.completion
         answers = [found[place] for place in sorted(found)]
@@ -464,7 +482,13 @@ class InferenceRunner:
 
     @overload
     def inspect(  # type: ignore[overload-overlap]
-        self, prompts: Prompt, capture: Any = ..., *, capture_layers: Any = ..., hooks: Any = ...
+        self,
+        prompts: Prompt,
+        capture: Any = ...,
+        *,
+        capture_layers: Any = ...,
+        hooks: Any = ...,
+        hook_args: Any = ...,
     ) -> Inspection: ...
 
     @overload
@@ -475,6 +499,7 @@ class InferenceRunner:
         *,
         capture_layers: Any = ...,
         hooks: Any = ...,
+        hook_args: Any = ...,
     ) -> list[Inspection]: ...
 
     def inspect(
@@ -483,17 +508,19 @@ class InferenceRunner:
         capture: Collection[str] = ("router_probs", "expert_index"),
         *,
         capture_layers: Sequence[int] | None = None,
-        hooks: Mapping[str, Hook] | None = None,
+        hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
     ) -> Any:
         """Read one prompt, or each of several, and return what happens inside, by position.
 
         prompts: a string or token ids -> an Inspection, or a list of these -> a list. capture:
         names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of which
-        layers; None: all. hooks: pure functions (layer, array) -> array by site, as a
-        LanguageModel's call takes them. Their arrays have T = the tokens of the prompt, and as B
-        that prompt as often as the mesh's data axis is long. Each new function object, a bound
-        method too, compiles anew, and so does each length with hooks; what it reads from outside,
-        such as a variable, is fixed then.
+        layers; None: all. hooks: pure functions (layer, array, *hook_args) -> array by site, or by
+        (site, layer), as a LanguageModel's call takes them. Their arrays have T = the tokens of the
+        prompt, and as B that prompt as often as the mesh's data axis is long. Each new function
+        object, a bound method too, compiles anew, and so does each length with hooks; what it reads
+        from outside, such as a variable, is fixed then. hook_args: arrays and numbers that every
+        hook gets; other ones of the same shapes do not compile anew.
 
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.
@@ -501,12 +528,49 @@ class InferenceRunner:
         several, single = as_list(prompts)
         found = []
         for ids in [self.encode(prompt) for prompt in several]:
-            one = self._with_model(inspecting.inspect, ids, capture, capture_layers, hooks)
+            options = capture, capture_layers, hooks, hook_args
+            one = self._with_model(inspecting.inspect, ids, *options)
             if self.tokenizer is not None:
                 pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
                 one = one._replace(pieces=pieces)
             found.append(one)
         return found[0] if single else found
+
+    def patch(
+        self,
+        prompt: Prompt,
+        source: Prompt,
+        metric: Callable[[np.ndarray], float],
+        site: str = "hidden_states",
+        *,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Read a prompt with one place of a site taken from a run of `source`, for each place.
+
+        Activation patching: where the map is high, the source's own activation is what the metric
+        depends on. metric: of logits float32 [T, V] -> a number. source: a prompt of as many
+        tokens. site: any but embeddings and attention_weights. layers, positions: the places; None:
+        all. Returns float32 [layers, positions]. Raises ValueError if one of them does not fit.
+        """
+        ids, others = self.encode(prompt), self.encode(source)
+        return self._with_model(inspecting.patch, ids, others, metric, site, layers, positions)
+
+    def model(self, *, differentiable: bool = False) -> Callable[..., LanguageModelOutput]:
+        """Return the model as a pure function (params, tokens, ...) -> LanguageModelOutput.
+
+        params: such as `self.params`; for gradients by weights, which int8 has none of, those of
+        `self.config.dequantize_params(self.params)`. tokens: int32 [B, T]. Its other arguments are
+        those of a LanguageModel's call, and `embeddings`, float32 [B, T, D], in place of what the
+        tokens have at the site of that name, for gradients by them. differentiable: with forms that
+        jax.grad, jax.jvp and jax.vmap take, which are slower; else these raise ValueError.
+        """
+        self._get_loaded()
+        assert self.executions is not None
+        how = self.executions.prefill
+        if differentiable:
+            how = dataclasses.replace(how, kernels="plain", expert_dispatch="static")
+        return pure_function(self.config, how)
 
     @overload
     def score(self, texts: Prompt) -> np.ndarray: ...  # type: ignore[overload-overlap]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from grok1.checks import is_integer, require
 from grok1.inspection import (
+    CAPTURE_SITES,
     HEAD_SITES,
     Captured,
     Hook,
+    Site,
     captured_shapes,
+    check_capture,
+    check_hooks,
     check_layers,
-    check_sites,
     nbytes,
 )
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import all_model_axes, axis_size
+from grok1.serving.hooked import as_hooks, check_arguments, with_hooks
 from grok1.serving.memory_budget import free_memory, own_device
 from grok1.serving.scoring import check_length
-from grok1.serving.steps import LoadedModel, SameHook, inspect_step
+from grok1.serving.steps import LoadedModel, inspect_step
+
+NOT_BY_POSITION = "embeddings", "attention_weights"  # their second axis is another
 
 
 class Inspection(NamedTuple):
@@ -42,7 +50,8 @@ def inspect(
     ids: list[int],
     capture: Collection[str],
     capture_layers: Sequence[int] | None,
-    hooks: Mapping[str, Hook] | None,
+    hooks: Mapping[Site, Hook] | None = None,
+    hook_args: Sequence[Any] = (),
 ) -> Inspection:
     """Read one prompt of these token ids -> what happens inside, `pieces` left out.
 
@@ -52,7 +61,8 @@ def inspect(
     if not ids:
         raise ValueError("the prompt has no tokens; there is nothing to look at")
     check_length(config, length)
-    capture = check_sites(capture, hooks, config.model.num_experts)
+    capture, hooks = check_capture(capture, config.model), check_hooks(hooks, config.model)
+    check_arguments(hook_args)
     layers = None
     if capture_layers is not None:
         layers = check_layers(capture_layers, config.model.num_layers)
@@ -65,15 +75,52 @@ def inspect(
     tokens = np.full([_rows(model), length], config.pad_token, np.int32)
     tokens[:, : len(ids)] = ids
     with uninterrupted():  # jax and haiku bear no exception while they trace
-        own = tuple((site, SameHook(hook)) for site, hook in (hooks or {}).items())
-        logits, captured = inspect_step(own)(
+        logits, captured = with_hooks(inspect_step, as_hooks(hooks))(
             model.params, tokens, config=config, execution=model.executions.prefill,
-            capture=capture, capture_layers=layers,
+            capture=capture, capture_layers=layers, hook_args=hook_args,
         )  # fmt: skip
     found = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
     return Inspection(
         np.array(ids, np.int32), None, np.asarray(logits[0, : len(ids)]), Captured(**found)
     )
+
+
+def patch(
+    model: LoadedModel,
+    ids: list[int],
+    source: list[int],
+    metric: Callable[[np.ndarray], float],
+    site: str,
+    layers: Sequence[int] | None,
+    positions: Sequence[int] | None,
+) -> np.ndarray:
+    """Measure runs that take one place of a site from another; see `InferenceRunner.patch`."""
+    config = model.config.model
+    sites = tuple(s for s in CAPTURE_SITES if s not in NOT_BY_POSITION)
+    require(site in sites, "site", f"one of {sites}", site)
+    count = config.num_layers
+    layers = check_layers(range(count) if layers is None else layers, count, "layers")
+    same = len(ids) == len(source)
+    require(same, "source", f"as many tokens as the prompt, {len(ids)}", len(source))
+    places = range(len(ids)) if positions is None else list(positions)
+    inside = all(is_integer(place) and -len(ids) <= place < len(ids) for place in places)
+    require(inside, "positions", f"integers from {-len(ids)} to {len(ids) - 1}", positions)
+    values = getattr(inspect(model, source, (site,), layers).captured, site)
+    found = np.zeros([len(layers), len(places)], np.float32)
+    for row, layer in enumerate(layers):
+        for column, place in enumerate(places):
+            where = np.int32(layer), np.int32(place % len(ids)), values[row]
+            run = inspect(model, ids, (), None, {site: _take}, where)
+            found[row, column] = metric(run.logits)
+    return found
+
+
+def _take(
+    layer: jax.Array, array: jax.Array, only: jax.Array, place: jax.Array, values: jax.Array
+) -> jax.Array:
+    """Put values [T, ...] in an array [B, T, ...] at one position of one layer."""
+    here = (layer == only) & (jnp.arange(array.shape[1]) == place)
+    return jnp.where(here.reshape(-1, *(1,) * (array.ndim - 2)), values, array)
 
 
 def _rows(model: LoadedModel) -> int:

@@ -26,15 +26,17 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
 
 from grok1.checks import is_integer
+from grok1.inspection import Hook, Site, check_hooks
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
+from grok1.serving.hooked import as_hooks, check_arguments, with_hooks
 from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
@@ -260,6 +262,9 @@ class Scheduler:
         self._params = model.params
         self._mesh = model.mesh
         self._config, self._executions = model.config, model.executions
+        self._prefill = with_hooks(prefill, model.hooks)
+        self._decode_step = with_hooks(decode, model.hooks)
+        self._hook_args = model.hook_args
         self._num_slots = model.num_slots
         # Of the slots, over the data axis.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
@@ -570,8 +575,9 @@ class Scheduler:
         inputs = [tokens, length, places, *([following] if scored else [])]
         state = self._current()
         scores, self._state = self._run(
-            prefill, self._params, state, *inputs, kind=kind, top_logprobs=top
-        )
+            self._prefill, self._params, state, *inputs, kind=kind, top_logprobs=top,
+            hook_args=self._hook_args,
+        )  # fmt: skip
         if scores is not None:
             self._dispatched.append(_Scores(self._dispatches, scores, counts))
         for slot in chosen.values():
@@ -613,7 +619,10 @@ class Scheduler:
         running = np.zeros([self._num_slots], bool)
         running[list(decoding)] = True
         given = running, np.int32(count), np.bool_(self._first_in_line() is not None)
-        found, self._state = self._run(decode, self._params, self._current(), *given)
+        state = self._current()
+        found, self._state = self._run(
+            self._decode_step, self._params, state, *given, hook_args=self._hook_args
+        )
         self._note(found, count, decoding, first=False)
 
     def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None, **options: Any) -> Any:
@@ -628,7 +637,7 @@ class Scheduler:
         self._dispatches += 1
         self._known.add((step, kind))
         how = self._executions
-        execution = how.prefill if step is prefill else how.decode
+        execution = how.prefill if step is self._prefill else how.decode
         return step(*inputs, config=self._config, execution=execution, **options)
 
     def _note(
@@ -719,6 +728,19 @@ class Scheduler:
         self._slots = [None] * self._num_slots
         self._dispatched, self._prompts, self._state = [], {}, None
         self._torn = False
+
+
+def answer_with_hooks(
+    model: LoadedModel,
+    requests: Iterable[CheckedRequest],
+    hooks: Mapping[Site, Hook],
+    hook_args: Sequence[Any],
+) -> list[Event]:
+    """Answer requests with hooks in every step -> the last event of each answer."""
+    hooks = check_hooks(hooks, model.config.model)
+    check_arguments(hook_args)
+    own = Scheduler(model._replace(hooks=as_hooks(hooks), hook_args=hook_args))
+    return [e for e in own.answer(requests, MOST_TOKENS) if e.finish_reason is not None]
 
 
 def _check_tokens(tokens: int) -> None:

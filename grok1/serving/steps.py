@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import haiku as hk
@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from grok1.execution import ONE_DEVICE, Execution, Executions
-from grok1.inspection import Captured, Hook
+from grok1.inspection import Captured
 from grok1.ops.cache import KVMemory, Memory
 from grok1.parallel.sharding import (
     AnyMesh,
@@ -33,12 +33,12 @@ from grok1.parallel.sharding import (
     parameter_specs,
     readable,
 )
+from grok1.serving.hooked import Hooks, bind
 from grok1.serving.sampling import SampleOutput, SampleSettings, first_choices, sample_logits
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
 
-MOST_HOOKED = 16  # sets of hooks whose programs are kept
 MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
 
 
@@ -47,7 +47,7 @@ class LoadedModel(NamedTuple):
 
     params: as `stored_shapes` has them, placed on the mesh. executions: how each kind of step is
     run, all on one mesh. num_slots: B. pad_sizes: the chunk lengths, rising, for which prefill is
-    compiled.
+    compiled. hooks: what changes arrays inside; hook_args: what each gets beside layer and array.
     """
 
     params: Any
@@ -55,6 +55,8 @@ class LoadedModel(NamedTuple):
     executions: Executions
     num_slots: int
     pad_sizes: Sequence[int]
+    hooks: Hooks = ()
+    hook_args: Sequence[Any] = ()
 
     @property
     def mesh(self) -> Mesh | None:
@@ -315,19 +317,21 @@ def prefill(
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
     top_logprobs: bool = False,
+    hooks: Hooks = (),
+    hook_args: Sequence[Any] = (),
 ) -> tuple[PromptScores | None, State]:
     """Read one chunk of a prompt, one for each part of the data axis.
 
     tokens: int32 [R, T], of which the first `length` [R] are real (0: nothing is read). slot:
     int32 [R], whose prompt it is; R is the size of the data axis, and each row's slot lies in its
     own part of that axis. following: int32 [R, T], the token after each. top_logprobs: report the
-    model's own first choices, too.
+    model's own first choices, too. hooks: given by `with_hooks`, as to `decode`.
     Returns the scores of `following`, if given; and the state.
     """
     memory, slots, before = state
     output = apply_model(
         config, execution, params, tokens, memory, length,
-        sequence=slot, every_position=following is not None,
+        sequence=slot, every_position=following is not None, hooks=bind(hooks, hook_args),
     )  # fmt: skip
     logits, scores = output.logits, None
     if following is not None:
@@ -437,6 +441,8 @@ def decode(
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
+    hooks: Hooks = (),
+    hook_args: Sequence[Any] = (),
 ) -> tuple[Decoded, State]:
     """Draw the next tokens of the slots that are active and `running` bool [B], in one dispatch.
 
@@ -460,7 +466,9 @@ def decode(
         # Else what is made of a weight, such as the table in float32 for a CPU's product, would be
         # made once before the loop, and held.
         own, token = lax.optimization_barrier((params, slots.token))
-        output = apply_model(config, execution, own, token, memory, length)
+        output = apply_model(
+            config, execution, own, token, memory, length, hooks=bind(hooks, hook_args)
+        )
         rows = _whole_rows(output.logits, config, execution.mesh)
         new, slots = _draw(config, execution.mesh, rows, slots, drawing)
         state = _placed(State(output.model_state, slots, logits), config, execution.mesh)
@@ -508,43 +516,24 @@ def score_step(
     return readable(found, execution.mesh), output.model_state
 
 
-class SameHook:
-    """A hook that equals none but itself: two equal bound methods may do different things."""
-
-    def __init__(self, hook: Hook):
-        self.hook = hook
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SameHook) and other.hook is self.hook
-
-    def __hash__(self) -> int:
-        return id(self.hook)
-
-
-@functools.lru_cache(maxsize=MOST_HOOKED)
-def inspect_step(hooks: tuple[tuple[str, SameHook], ...]) -> Callable[..., Any]:
-    """Return a compiled step that reads whole sequences with hooks; the last few are kept.
-
-    It takes (params, tokens [B, T]) and, as static arguments, config, execution, capture and
-    capture_layers, and returns logits [B, T, V] and what is captured.
-    """
-
-    def step(
-        params: Any,
-        tokens: jax.Array,
-        *,
-        config: LanguageModelConfig,
-        execution: Execution,
-        capture: tuple[str, ...],
-        capture_layers: tuple[int, ...] | None,
-    ) -> tuple[jax.Array, Captured]:
-        output = apply_model(
-            config, execution, params, tokens, capture=capture, capture_layers=capture_layers,
-            hooks={site: same.hook for site, same in hooks},
-        )  # fmt: skip
-        return readable((output.logits, output.captured), execution.mesh)
-
-    return jax.jit(step, static_argnames=("config", "execution", "capture", "capture_layers"))
+@functools.partial(jax.jit, static_argnames=("config", "execution", "capture", "capture_layers"))
+def inspect_step(
+    params: Any,
+    tokens: jax.Array,
+    *,
+    config: LanguageModelConfig,
+    execution: Execution,
+    capture: tuple[str, ...],
+    capture_layers: tuple[int, ...] | None,
+    hooks: Hooks = (),
+    hook_args: Sequence[Any] = (),
+) -> tuple[jax.Array, Captured]:
+    """Read whole sequences, tokens [B, T] -> logits [B, T, V], and what is captured."""
+    output = apply_model(
+        config, execution, params, tokens,
+        capture=capture, capture_layers=capture_layers, hooks=bind(hooks, hook_args),
+    )  # fmt: skip
+    return readable((output.logits, output.captured), execution.mesh)
 
 
 def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from grok1.cli import options, prompts
+from grok1.cli import parsing, prompts
 from grok1.serving.names import nearest_name
 from grok1.serving.request import Request
 
@@ -46,11 +46,10 @@ def test_lines_of_json_take_the_names_of_other_tools(tmp_path):
 def test_an_unknown_key_gets_the_nearest_name(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "A", "top-p": 0.5}')
-    given = options.parse_arguments(["--prompts-file", str(file)])
-    prompts.read_file(given)
+    given = prompts.with_file(parsing.parse_arguments(["--prompts-file", str(file)]))
     with pytest.raises(ValueError, match='line 1: .* got "top-p"; the nearest is top_p$'):
         prompts.make_requests(given, [0])
 
 
 def test_command_and_api_have_one_default_temperature():
-    assert options.parse_arguments([]).temperature == Request("a").temperature == 0.7
+    assert parsing.parse_arguments([]).temperature == Request("a").temperature == 0.7

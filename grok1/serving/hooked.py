@@ -1,0 +1,68 @@
+"""Hooks in the compiled steps: what they are compiled for, and what they get."""
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from grok1.inspection import Hook, Site
+
+MOST_KEPT = 16  # steps with hooks whose programs are kept
+STATIC = ("config", "execution", "top_logprobs", "capture", "capture_layers")
+
+
+class SameHook:
+    """A hook that equals none but itself: two equal bound methods may do different things."""
+
+    def __init__(self, hook: Hook):
+        self.hook = hook
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameHook) and other.hook is self.hook
+
+    def __hash__(self) -> int:
+        return id(self.hook)
+
+
+Hooks = tuple[tuple[Site, SameHook], ...]
+
+
+def as_hooks(hooks: Mapping[Site, Hook]) -> Hooks:
+    """Return hooks as a static argument of a step."""
+    return tuple((site, SameHook(hook)) for site, hook in hooks.items())
+
+
+def bind(hooks: Hooks, arguments: Sequence[Any]) -> dict[Site, Hook]:
+    """Return hooks as the model takes them; each gets these arguments beside layer and array."""
+
+    def bound(hook: Hook) -> Hook:
+        return lambda layer, array: hook(layer, array, *arguments)
+
+    return {site: bound(same.hook) for site, same in hooks}
+
+
+def with_hooks(step: Any, hooks: Hooks) -> Any:
+    """Return a step of steps.py with hooks, which get its `hook_args`."""
+    return _with_hooks(step, hooks) if hooks else step
+
+
+@functools.lru_cache(maxsize=MOST_KEPT)  # a program would else be kept as long as its hooks
+def _with_hooks(step: Any, hooks: Hooks) -> Any:
+    own = functools.partial(step.__wrapped__, hooks=hooks)
+    names = inspect.signature(own).parameters
+    static = [name for name in STATIC if name in names]
+    donated = [name for name in ("state",) if name in names]
+    return jax.jit(own, static_argnames=static, donate_argnames=donated)
+
+
+def check_arguments(arguments: Sequence[Any]) -> None:
+    """Raise ValueError unless these are arrays that a compiled step can give to hooks."""
+    wrong = ValueError(f"hook_args: expected a tuple or list of arrays, got {arguments!r}")
+    if not isinstance(arguments, tuple | list):
+        raise wrong
+    try:
+        jax.eval_shape(lambda *_: None, *arguments)
+    except TypeError as error:
+        raise wrong from error

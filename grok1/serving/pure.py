@@ -1,0 +1,39 @@
+"""A loaded model as a pure function, for jax.grad, jax.jvp, jax.vmap and jax.jit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from grok1.checks import require
+from grok1.execution import Execution
+from grok1.inspection import Hook, Site
+from grok1.serving.steps import apply_model
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
+
+
+def pure_function(config: LanguageModelConfig, execution: Execution) -> Callable[..., Any]:
+    """Return (params, tokens, ...) -> LanguageModelOutput, as `InferenceRunner.model` says."""
+
+    def model(
+        params: Any,
+        tokens: jax.Array,
+        *,
+        embeddings: jax.Array | None = None,
+        hooks: Mapping[Site, Hook] | None = None,
+        **options: Any,
+    ) -> Any:
+        hooks = dict(hooks or {})
+        if embeddings is not None:
+            expected = (*tokens.shape, config.model.emb_size)
+            got = jax.numpy.shape(embeddings)
+            require(got == expected, "embeddings", f"an array of the shape {expected}", got)
+            change = hooks.get("embeddings", lambda _, h: h)
+            hooks["embeddings"] = lambda layer, _: change(layer, embeddings)
+        return apply_model(config, execution, params, tokens, hooks=hooks, **options)
+
+    return model

@@ -1,0 +1,269 @@
+"""What a researcher does with a loaded model: steering, sweeps, patching, gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import golden
+from grok1.execution import Execution
+from grok1.serving.steps import apply_model
+from runner import InferenceRunner
+
+PROMPT, OTHER = [5, 6, 7, 8, 9], [5, 60, 7, 80, 9]
+INSTEAD = r"take server.model\(differentiable=True\)"
+MESHES = [None, pytest.param((2, 4), marks=pytest.mark.slow)]
+
+
+def add(_: Any, x: jax.Array, direction: jax.Array) -> jax.Array:
+    return x + direction
+
+
+def direction(server: InferenceRunner) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal(server.config.model.emb_size).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ hooks
+
+
+def test_a_hook_of_one_layer_leaves_the_others_as_they_are() -> None:
+    server = golden.runner("three-layers")
+    capture = ("attention_output",)
+
+    def zero(_: Any, x: jax.Array) -> jax.Array:
+        return x * 0
+
+    for layer in (1, -2):
+        hooks = {("attention_output", layer): zero}
+        one = server.inspect(PROMPT, capture, hooks=hooks)
+        assert [bool(np.any(x)) for x in one.captured.attention_output] == [True, False, True]
+    where = {"attention_output": lambda at, x: jnp.where(at == 1, 0, x)}
+    np.testing.assert_array_equal(one.logits, server.inspect(PROMPT, (), hooks=where).logits)
+    both = {("attention_output", 0): zero, **hooks, ("attention_output", 2): zero}
+    found = server.inspect(PROMPT, capture, hooks=both).captured.attention_output
+    assert not np.any(found)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (("hidden_states", 3), "expected one or more integers from -3 to 2, .* got .3."),
+        (("hidden_states", "a"), "expected one or more integers from -3 to 2"),
+        (("embeddings", 0), "'embeddings' is in no layer, got .'embeddings', 0."),
+        (("scores", 0), "expected names from .*, got 'scores'"),
+        (("hidden_states", 0, 1), "expected names from .*, got .'hidden_states', 0, 1."),
+    ],
+)
+def test_a_hook_of_no_layer_is_refused(key: Any, message: str) -> None:
+    server = golden.runner("three-layers")
+    for use in (server.inspect, server.generate):
+        with pytest.raises(ValueError, match=f"hooks: .*{message}"):
+            use(PROMPT, hooks={key: add})
+
+
+def test_hooks_get_arguments_without_compiling_anew() -> None:
+    server, traces = golden.runner("three-layers"), []
+
+    def shift(layer: jax.Array, x: jax.Array, size: jax.Array, only: int) -> jax.Array:
+        traces.append(layer)
+        return x + jnp.where(layer == only, size, 0)
+
+    found = [
+        server.inspect(PROMPT, (), hooks={"hidden_states": shift}, hook_args=(size, only)).logits
+        for size in (0.0, 0.5)
+        for only in range(3)
+    ]
+    traced = len(traces)
+    assert traced <= 2  # of one compilation
+    own = {"hidden_states": lambda at, x: x + jnp.where(at == 1, 0.5, 0)}
+    np.testing.assert_allclose(found[4], server.inspect(PROMPT, (), hooks=own).logits, atol=1e-5)
+    assert len({x.tobytes() for x in found}) == 4  # the shift of zero three times
+    server.generate(PROMPT, max_len=4, hooks={"hidden_states": shift}, hook_args=(0.5, 1))
+    generating = len(traces)
+    server.generate(PROMPT, max_len=4, hooks={"hidden_states": shift}, hook_args=(0.1, 2))
+    assert len(traces) == generating
+
+
+@pytest.mark.parametrize("arguments", [3, {"size": 3}, ("a",), (abs,)], ids=str)
+def test_arguments_of_hooks_are_arrays(arguments: Any) -> None:
+    server = golden.runner("three-layers")
+    for use in (server.inspect, server.generate):
+        with pytest.raises(ValueError, match="hook_args: expected a tuple or list of arrays, got"):
+            use(PROMPT, hooks={"hidden_states": add}, hook_args=arguments)
+
+
+# --------------------------------------------------------------------------------------- steering
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_generation_with_hooks_is_that_of_a_changed_model(
+    mesh: tuple[int, int] | None, kernel: bool
+) -> None:
+    server = golden.runner("three-layers", mesh=mesh, kernel=kernel)
+    hooks, arguments = {("hidden_states", 1): add}, (300 * direction(server),)
+    settings: dict[str, Any] = {"temperature": 0, "max_len": 4, "ignore_eos": True}
+    plain = server.generate([PROMPT, OTHER], **settings)
+    steered = server.generate([PROMPT, OTHER], **settings, hooks=hooks, hook_args=arguments)
+    for prompt, answer, before in zip((PROMPT, OTHER), steered, plain, strict=True):
+        ids = list(prompt)
+        for token in answer.token_ids:
+            logits = server.inspect(ids, (), hooks=hooks, hook_args=arguments).logits
+            assert token == logits[-1].argmax()
+            ids.append(token)
+        assert answer.token_ids != before.token_ids
+    assert server.generate([PROMPT, OTHER], **settings) == plain
+    sampled = server.generate(PROMPT, hooks=hooks, hook_args=arguments, num_samples=3, max_len=2)
+    assert len(sampled) == 3
+
+
+def test_other_requests_go_on_after_those_with_hooks() -> None:
+    server = golden.runner("three-layers")
+    settings: dict[str, Any] = {"temperature": 0, "max_len": 6, "ignore_eos": True}
+    expected = server.generate(PROMPT, **settings)
+    handle = server.submit(PROMPT, **settings)
+    server.step()
+    with pytest.raises(ValueError, match="'hidden_states' must return float32"):
+        server.generate(OTHER, hooks={"hidden_states": lambda _, x: x[0]})
+    server.generate(OTHER, **settings, hooks={"hidden_states": lambda _, x: x * 0})
+    with pytest.raises(ValueError, match="request 1: max_len must"):
+        server.generate(OTHER, max_len=0, hooks={"hidden_states": lambda _, x: x})
+    list(server.stream(handle))
+    assert handle.completion == expected
+
+
+# --------------------------------------------------------------------------------------- patching
+
+
+def measure(logits: np.ndarray) -> float:
+    return float(logits[-1, 11] - logits[-1, 12])
+
+
+@pytest.mark.parametrize("site", ["hidden_states", "queries", "values", "head_outputs"])
+def test_patching_takes_one_place_from_another_run(site: str) -> None:
+    server = golden.runner("three-layers")
+    own = measure(server.inspect(PROMPT, ()).logits)
+    found = server.patch(PROMPT, OTHER, measure, site)
+    assert found.shape == (3, 5) and found.dtype == np.float32
+    assert found[0, 0] == pytest.approx(own, abs=1e-5)  # the same token, in the same place
+    source = getattr(server.inspect(OTHER, (site,)).captured, site)
+    for layer, place in ((0, 1), (2, 3), (1, 4)):
+        hook = {(site, layer): lambda _, x, v=source[layer], t=place: x.at[:, t].set(v[t])}
+        by_hand = measure(server.inspect(PROMPT, (), hooks=hook).logits)
+        assert found[layer, place] == pytest.approx(by_hand, abs=1e-5)
+    some = server.patch(PROMPT, OTHER, measure, site, layers=[-1], positions=[3, -1])
+    np.testing.assert_allclose(some, found[2:, 3:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": [5]}, "source: expected as many tokens as the prompt, 5, got 1"),
+        ({"site": "embeddings"}, "site: expected one of .*, got 'embeddings'"),
+        ({"layers": [3]}, "layers: expected one or more integers from -3 to 2"),
+        ({"positions": [5]}, "positions: expected integers from -5 to 4, got .5."),
+        ({"positions": "ab"}, "positions: expected integers from -5 to 4, got 'ab'"),
+        ({"prompt": []}, "the prompt has no tokens"),
+    ],
+)
+def test_what_cannot_be_patched_is_refused(change: dict[str, Any], message: str) -> None:
+    given = {"prompt": PROMPT, "source": OTHER, "metric": measure, **change}
+    if not given["prompt"]:
+        given["source"] = []
+    with pytest.raises(ValueError, match=message):
+        golden.runner("three-layers").patch(**given)
+
+
+# ------------------------------------------------------------------------------ the pure function
+
+
+def of_embeddings(server: InferenceRunner, **how: bool) -> tuple[Callable[..., Any], np.ndarray]:
+    """Return a number as a function of embeddings, and those of a prompt."""
+    model, tokens = server.model(**how), jnp.array([PROMPT])
+
+    def number(embeddings: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(model(server.params, tokens, embeddings=embeddings).logits))
+
+    return number, server.inspect(PROMPT, ("embeddings",)).captured.embeddings[None]
+
+
+@pytest.mark.parametrize("mesh", [None, pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_gradients_by_embeddings_are_slopes(mesh: tuple[int, int] | None, kernel: bool) -> None:
+    server = golden.runner("three-layers", mesh=mesh, kernel=kernel)
+    number, embeddings = of_embeddings(server, differentiable=True)
+    step = direction(server) * np.abs(embeddings).mean()
+    value, slope = jax.jit(lambda e: jax.jvp(number, (e,), (jnp.broadcast_to(step, e.shape),)))(
+        embeddings
+    )
+    gradient = jax.jit(jax.grad(number))(embeddings)
+    assert float(slope) == pytest.approx(float(np.sum(gradient * step)), rel=1e-3)
+    near = [float(number(embeddings + size * step)) for size in (1e-3, -1e-3)]
+    assert float(slope) == pytest.approx((near[0] - near[1]) / 2e-3, rel=0.02)
+    expected = np.sum(np.sin(server.logits(PROMPT)))
+    assert float(value) == pytest.approx(expected, abs=1e-2)
+
+
+def test_gradients_by_weights_take_a_float_model() -> None:
+    server = golden.runner("three-layers", kernel=True)
+    params = server.config.dequantize_params(server.params)
+    model, tokens = server.model(differentiable=True), jnp.array([PROMPT])
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(model(params, tokens).logits))
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for slopes in jax.tree.leaves(gradient):
+        assert np.all(np.isfinite(slopes)) and np.any(slopes)
+
+
+def test_the_pure_function_is_mapped_and_looked_into() -> None:
+    server = golden.runner("three-layers", kernel=True)
+    model, tokens = server.model(differentiable=True), jnp.array([PROMPT, OTHER])
+    found = jax.vmap(lambda row: model(server.params, row[None]).logits[0])(tokens)
+    np.testing.assert_allclose(found, server.logits([PROMPT, OTHER]), atol=1e-4)
+    fast = server.model()
+    np.testing.assert_allclose(fast(server.params, tokens).logits, found, atol=1e-4)
+    hooks = {"embeddings": lambda _, h: h * 2, ("hidden_states", 0): lambda _, h: h * 0}
+    own = model(server.params, tokens, capture=("embeddings",)).captured.embeddings
+    given = model(
+        server.params, tokens, embeddings=own, hooks=hooks, capture=("embeddings", "hidden_states")
+    ).captured
+    np.testing.assert_allclose(given.embeddings, 2 * own, atol=1e-6)
+    assert not np.any(given.hidden_states[0])
+    with pytest.raises(ValueError, match="embeddings: expected an array of the shape .2, 5, "):
+        model(server.params, tokens, embeddings=own[0])
+
+
+def test_forms_without_derivatives_name_those_that_have_some() -> None:
+    server = golden.runner("three-layers", kernel=True)
+    number, embeddings = of_embeddings(server)
+    for transform, reason in (
+        (lambda: jax.grad(number)(embeddings), "compiled kernels have no derivatives"),
+        (lambda: jax.jvp(number, (embeddings,), (embeddings,)), "compiled kernels have no deriv"),
+        (lambda: jax.vmap(number)(embeddings[None]), "compiled kernels cannot be mapped by"),
+    ):
+        with pytest.raises(ValueError, match=f"{reason}.*; {INSTEAD}"):
+            transform()
+        with pytest.raises(ValueError, match=f"{reason}.*; {INSTEAD}"):
+            jax.jit(transform)()
+
+
+def test_a_loop_of_unknown_length_names_what_has_a_gradient() -> None:
+    server = golden.runner("three-layers")
+    tokens = jnp.array([PROMPT])
+
+    def number(size: Any) -> jax.Array:
+        hooks = {"embeddings": lambda _, h: h * size}
+        how = Execution()
+        return apply_model(server.config, how, server.params, tokens, hooks=hooks).logits.sum()
+
+    with pytest.raises(ValueError, match=f"loops of a length .* have no gradient; {INSTEAD}"):
+        jax.grad(number)(1.0)
+    _, slope = jax.jvp(number, (1.0,), (1.0,))
+    mapped = jax.vmap(lambda size: jax.jvp(number, (size,), (1.0,))[1])(jnp.ones(2))
+    np.testing.assert_allclose(mapped, [slope, slope], rtol=1e-3)
