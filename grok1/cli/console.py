@@ -10,8 +10,9 @@ import re
 import select
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -21,6 +22,8 @@ from grok1.serving.names import nearest_name
 
 MOST_BYTES = 1e18  # of a device, or a second
 PATIENCE = 1.0  # seconds for a message, in a pipe that does not block and is full
+READING = "reading the prompt; the first time the model is compiled"
+SILENCE = 0.7  # seconds after which a terminal is told what is being done
 
 
 def open_standard_streams() -> None:
@@ -73,6 +76,19 @@ def say(message: str, file: TextIO | None = None) -> None:
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):
         _write(f"{shown}\n", file or sys.stderr, PATIENCE)
+
+
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say what is being done, on a terminal, if the block takes long."""
+    timer = threading.Timer(SILENCE, say, [what])
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:

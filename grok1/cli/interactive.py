@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from grok1.cli.console import Worker, say, standard_input, write_out
+from grok1.cli.console import READING, Worker, say, standard_input, telling, write_out
 from grok1.cli.prompts import with_options
 from grok1.cli.timing import Timing
 from grok1.serving.names import nearest_name, published_names
@@ -195,10 +195,13 @@ def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timin
     handle = worker.call(server.submit, request)
     events = server.stream(handle)
     # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
-    while not keyboard.pressed and (event := worker.call(next, events, None)):
+    with telling(READING):
+        event = None if keyboard.pressed else worker.call(next, events, None)
+    while event:
         if event.token_id is not None:
-            timing.take(event.request)
+            timing.take(event.request, prompt=len(event.completion.prompt_ids))
         write_out(event.text, end="")
+        event = None if keyboard.pressed else worker.call(next, events, None)
     worker.call(server.cancel, handle)  # leaves one that has ended as it is
     write_out("")
     if handle.completion.error is not None:

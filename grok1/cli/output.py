@@ -78,16 +78,22 @@ class TextPrinter:
 
     def __init__(self, prompts: Sequence[Any], places: Sequence[Place]):
         self.alone = len(places) == 1
-        self.begun = self.alone and isinstance(prompts[0], str)
+        self.prompt = prompts[0] if self.alone and isinstance(prompts[0], str) else ""
+        self.begun = False
         self.several = {index for index, sample in places if sample}
         self.open: dict[Place, Any] = {}
         self.lines = Lines()
-        if self.begun:
-            write_out(prompts[0], end="")
+
+    def _begin(self) -> None:
+        """Print the prompt, once."""
+        if self.prompt:
+            write_out(self.prompt, end="")
+            self.prompt, self.begun = "", True
 
     def show(self, event: Any) -> None:
         """Print what is new."""
         if self.alone:
+            self._begin()
             ids = event.completion.text is None and event.token_id is not None
             write_out(f"{event.token_id} " if ids else event.text, end="")
             self.begun = True
@@ -99,6 +105,7 @@ class TextPrinter:
 
     def close(self) -> None:
         """End the line, and print what answers there are of an interrupted batch."""
+        self._begin()
         if self.begun:
             write_out("")
         self.lines.print_again()

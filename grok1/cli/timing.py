@@ -18,20 +18,24 @@ class Timing:
     def __init__(self, at_a_time: int = 1) -> None:
         self.at_a_time = at_a_time
         self.began = time.perf_counter()
-        self.tokens = 0
+        self.tokens = self.prompts = 0  # tokens, drawn and read
         self.first = array.array("d")  # of each answer, seconds from the beginning
         self.between = array.array("d")  # seconds between the tokens of an answer
         self.last = 0.0
         self._every = 1  # how many tokens there are for each that `between` has
         self._latest: dict[Hashable, float] = {}  # of each answer that goes on
 
-    def take(self, answer: Hashable, ended: bool = False) -> None:
-        """Note that a token of an answer is there; no other one follows if it has ended."""
+    def take(self, answer: Hashable, ended: bool = False, prompt: int = 0) -> None:
+        """Note that a token of an answer is there; no other one follows if it has ended.
+
+        prompt: how many tokens were read for its first one.
+        """
         self.last = now = time.perf_counter() - self.began
         self.tokens += 1
         before = self._latest.pop(answer, None)
         if before is None:
             self.first.append(now)
+            self.prompts += prompt
         elif self.tokens % self._every == 0:
             self.between.append(now - before)
             if len(self.between) > MOST_INTERVALS:
@@ -46,8 +50,12 @@ class Timing:
         first = min(self.first, default=0.0)
         line = f"{self.tokens} tokens in {total:.2f} s, compilation included: {first:.2f} s to the"
         if self.tokens > 1:
-            return f"{line} first token, then {(self.tokens - 1) / (total - first):.1f} tokens/s"
+            return f"{line} first token, then {self._speed():.1f} tokens/s"
         return f"{line} first"
+
+    def _speed(self) -> float:
+        """Return how many tokens were drawn in a second, after the first."""
+        return (self.tokens - 1) / max(1e-9, self.last - min(self.first))
 
     def block(self, more: Sequence[tuple[str, str]] = ()) -> str:
         """Return the statistics, a line each, and the names and values of `more`."""
@@ -60,14 +68,17 @@ class Timing:
         if first := self.first:
             value = f"median {statistics.median(first):.2f} s, largest {max(first):.2f} s"
             rows.append(("time to first token", f"{value}, of {len(first)} answers"))
+            if self.prompts:
+                speed = f"{self.prompts / max(first):.1f} tokens/s, compilation included"
+                rows.append(("prompts", f"{self.prompts} tokens in {max(first):.2f} s, {speed}"))
         if between := [1e3 * seconds for seconds in self.between]:
             value = f"median {statistics.median(between):.1f} ms"
             value += f", 99 % {percentile(between, 99):.1f} ms"
             if self.at_a_time > 1:
                 value += f"; they come up to {self.at_a_time} at a time"
             rows.append(("between tokens", value))
-        if total := self.last:
-            rows.append(("tokens per second", f"{self.tokens / total:.1f}"))
+        if self.tokens > 1:
+            rows.append(("answers", f"{self.tokens} tokens, {self._speed():.1f} tokens/s"))
         return rows
 
 

@@ -128,7 +128,7 @@ def test_prompts_from_a_pipe_are_answered_line_by_line_with_no_sign(
     result = command(*settings, "--interactive", "--stats")
     assert (result.status, result.out) == (0, f"{first}\n{second}\n")
     assert signal.getsignal(signal.SIGINT) is before
-    block = r"time to first token [^\n]*\nbetween tokens [^\n]*\ntokens per second [^\n]*\n"
+    block = r"time to first token [^\n]*\nprompts [^\n]*\nbetween tokens [^\n]*\nanswers [^\n]*\n"
     mistakes = r"error: the prompt has 81 tokens[^\n]*\nerror: the prompt is not text in UTF-8[^\n]"
     assert re.fullmatch(LOADED + block + mistakes + r"*\n" + block, result.err), result.err
 
