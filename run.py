@@ -6,11 +6,9 @@ With --distributed several processes, on one host or many, are one run: process 
 options hold for all, and only it prints. When a process is lost, all end and say which.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import re
@@ -18,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -30,22 +28,24 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 from grok1 import default_files
 from grok1.cli import interactive, prompts
 from grok1.cli.console import (
+    READING,
     ByteProgress,
     Progress,
     Worker,
-    check_output,
     end_at_next_interrupt,
     limit_reached,
     open_standard_streams,
     run_command,
     say,
+    telling,
     write_out,
 )
-from grok1.cli.options import parse_arguments
-from grok1.cli.output import AnswerFile, JsonPrinter, TextPrinter, as_json, fingerprint
+from grok1.cli.job import Job, agree, prepare
+from grok1.cli.options import Options
+from grok1.cli.output import JsonPrinter, TextPrinter, as_json
+from grok1.cli.parsing import parse_arguments
 from grok1.cli.startup import check_surroundings
 from grok1.cli.timing import Timing
-from grok1.formats import atomic, forms
 from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
 from grok1.serving.request_limits import CHUNKS
@@ -53,39 +53,9 @@ from grok1.serving.request_limits import CHUNKS
 ROOT = Path(__file__).resolve().parent
 MOST_SLOTS = 8
 MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, and end in no answer
-# What process 0 decides for all; the files may lie elsewhere on each host.
-SHARED = (
-    "prompts", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch",
-    "context", "settings", "places", "ids", "num_samples", "streamed", "kernels", "chunk",
-    "logit_bias", "min_len", "top_logprobs",
-)  # fmt: skip
 
 
-def choose_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Return the checkpoint directory, and the tokenizer if something of the run needs one."""
-    directory = options.checkpoint
-    if directory is None:
-        directory = default_files.default_checkpoint()
-        if directory == default_files.DEMO:
-            cloned = default_files.RELEASED.is_dir()
-            why = "checkpoints/ckpt-0 is not there" if cloned else "no --checkpoint given"
-            say(f"{why}: using the small bundled demo model")
-    forms.require_form(directory, "name the right one with --checkpoint")
-    tokenizer = options.tokenizer
-    if tokenizer is None and needs_words(options):
-        tokenizer = default_files.default_tokenizer(directory)
-    return directory, tokenizer
-
-
-def needs_words(options: argparse.Namespace) -> bool:
-    """Whether something of the run is text, which takes a tokenizer."""
-    words = any(isinstance(prompt, str) for prompt in options.prompts)
-    stops = options.stop or any(own.get("stop") for own in options.settings)
-    return bool(options.interactive or words or stops)
-
-
-def find_peers(options: argparse.Namespace, errors: TextIO) -> multihost.Peers:
+def find_peers(options: Options, errors: TextIO) -> multihost.Peers:
     """Find out where this process stands among those of the run."""
     place = multihost.find_place(
         options.coordinator, options.num_processes, options.process_id, options.join_timeout
@@ -107,171 +77,56 @@ def keep_output(first: bool) -> None:
     os.close(nothing)
 
 
-def agree(
-    peers: multihost.Peers, options: argparse.Namespace
-) -> tuple[tuple[Path, Path | None], AnswerFile | None, list[int]]:
-    """Take process 0's options, and return this process's files, which must hold what its do.
-
-    Also returns where the answers go, if that is a file, and which prompts it is left to answer.
-    """
-    from grok1 import backend
-
-    first = peers.place.process == 0
-    files: Any = ()
-    answers = None
-    if first:
-        if options.output is None:
-            check_output()
-        prompts.read_file(options)
-        files = choose_files(options)
-        answers = open_answers(options, *files)
-    shared = peers.share(
-        {
-            "options": {name: getattr(options, name) for name in SHARED} if first else {},
-            "files": [None if file is None else str(file.absolute()) for file in files],
-            "program": program(),
-            "numerics": backend.numerics(),
-            "contents": contents(*files) | weights(files[0]) if first else {},
-            "left": left_over(options, answers) if first else [],
-        }
-    )
-    vars(options).update(shared["options"])
-    if first:
-        return files, answers, shared["left"]
-    if program() != shared["program"]:
-        raise ValueError(
-            f"{ROOT}: expected this program as on process 0, got another version of it; install "
-            "the same on all hosts"
-        )
-    backend.use_numerics(shared["numerics"])
-    if options.checkpoint is None:
-        options.checkpoint = Path(shared["files"][0])
-        if options.tokenizer is None and shared["files"][1] is not None:
-            options.tokenizer = Path(shared["files"][1])
-    if shared["files"][1] is None:
-        options.tokenizer = None  # nothing of the run is text
-    directory, tokenizer = choose_files(options)
-    for name, found in (contents(directory, tokenizer) | weights(directory)).items():
-        # Of weights what is not there, or in the other form, is not known.
-        if found != shared["contents"].get(name, found):
-            raise ValueError(
-                f"{tokenizer if name == 'tokenizer' else directory}: expected the same {name} as "
-                "on process 0, got something else; give all processes the same files"
-            )
-    return (directory, tokenizer), None, shared["left"]
-
-
-def contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
-    """Return fingerprints of the files on which all processes must agree to take the same steps.
-
-    One that cannot be read has an empty one: loading says what is wrong with it.
-    """
-    files = {"config.json": directory / "config.json", "tokenizer": tokenizer}
-    found = dict.fromkeys(files, "")
-    for name, file in files.items():
-        with contextlib.suppress(OSError), atomic.open_regular(str(file or os.devnull)) as opened:
-            # Larger ones are refused, by loading as well.
-            text = opened.read(forms.MAX_TOKENIZER_BYTES)
-            found[name] = hashlib.sha256(text).hexdigest()
-    return found
-
-
-def weights(directory: Path) -> dict[str, str]:
-    """Return fingerprints of the files of the weights; none if they cannot be read."""
-    with contextlib.suppress(OSError):  # loading says what is wrong
-        return forms.samples(directory)
-    return {}
-
-
-def program() -> str:
-    """Return a fingerprint of this program's own files."""
-    found = hashlib.sha256()
-    for name in ("model.py", "runner.py", "checkpoint.py", "run.py", "grok1/**/*"):
-        for file in sorted(ROOT.glob(name)):
-            if file.suffix in (".py", ".cc", ".h"):
-                found.update(file.read_bytes())
-    return found.hexdigest()
-
-
-def open_answers(
-    options: argparse.Namespace, directory: Path, tokenizer: Path | None
-) -> AnswerFile | None:
-    """Open the file for the answers, if there is to be one. Raises ValueError."""
-    if options.output is None:
-        return None
-    how = {"dtype": options.dtype, "context": options.context, "kernels": options.kernels}
-    how["chunk"] = options.chunk
-    # The one that makes text of the answers, where no prompt takes any.
-    model = contents(directory, tokenizer or default_files.default_tokenizer(directory)) | how
-    fingerprints = [
-        fingerprint(request=prompts.fields_of(options, index), id=options.ids[index], model=model)
-        for index in range(len(options.prompts))
-    ]
-    places = prompts.places_of_answers(options)
-    return AnswerFile(options.output, places, fingerprints, options.ids, options.resume)
-
-
-def left_over(options: argparse.Namespace, answers: AnswerFile | None) -> list[int]:
-    """Return which prompts do not have all their answers yet."""
-    done = answers.done if answers else set()
-    places = prompts.places_of_answers(options)
-    return sorted({index for index, sample in places if (index, sample) not in done})
-
-
-def make_server(
-    options: argparse.Namespace,
-    left: Sequence[int],
-    progress: ByteProgress,
-    directory: Path,
-    tokenizer: Path | None,
-    processes: int = 1,
-) -> Any:
+def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
     """Load the model as the options say; the prompts that are left are checked before."""
+    options = job.options
     mesh = options.mesh or (1, 1)
     # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
     devices = min(math.prod(mesh) // processes, MOST_DEVICES)
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-    import jax  # Takes seconds: after all that can be checked without it.
+    with telling("starting JAX"):
+        import jax  # Takes seconds: after all that can be checked without it.
 
-    from grok1 import backend, compile_cache
-    from grok1.kernels import dispatch as kernels
-    from runner import RequestError, load_model
+        from grok1 import backend, compile_cache
+        from grok1.kernels import dispatch as kernels
+        from runner import RequestError, load_model
 
-    backend.require_devices()
+        backend.require_devices()
     # Not with others: where one process compiles, XLA may wait for all to do so.
     if not options.compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif processes == 1 and (reason := compile_cache.enable()):
         say(reason)
-    if options.kernels and backend.on_cpu():
-        kernels.available()  # The first time they are compiled: not a part of loading.
     began = time.perf_counter()
+    if options.kernels and backend.on_cpu():
+        with telling("compiling the CPU kernels, once"):
+            kernels.available()
     progress.start()
     try:
         server = load_model(
-            directory,
-            tokenizer,
+            job.directory,
+            job.tokenizer,
             mesh=mesh,
             # As many as before an interruption: rounding depends on it.
             slots=options.batch or min(len(prompts.places_of_answers(options)), MOST_SLOTS),
             dtype=options.dtype,
             context=options.context,
-            requests=prompts.make_requests(options, left),
+            requests=prompts.make_requests(options, job.left),
             progress=progress,
             kernels=options.kernels,
             compile_cache=False,  # or enabled above
             pad_sizes=chunks(options.chunk),
         )
     except RequestError as error:
-        index = left[error.index]
-        reason = prompts.with_options(error.reason, options.settings[index])
-        raise ValueError(f"{options.places[index]}: {reason}") from error
+        line = options.lines[job.left[error.index]]
+        reason = prompts.with_options(error.reason, line.settings)
+        raise ValueError(f"{line.place}: {reason}") from error
     progress.close()
     dtype = jax.numpy.dtype(server.config.fprop_dtype).name
     say(
-        f"loaded {directory} in {time.perf_counter() - began:.1f} s: "
+        f"loaded {job.directory} in {time.perf_counter() - began:.1f} s: "
         f"{server.config.model.num_layers} layers, {dtype} activations, "
         f"mesh {mesh[0]},{mesh[1]} on {jax.devices()[0].device_kind}"
     )
@@ -286,12 +141,7 @@ def chunks(longest: int | None) -> list[int]:
 
 
 def generate(
-    worker: Worker,
-    server: Any,
-    options: argparse.Namespace,
-    left: Sequence[int],
-    answers: AnswerFile | None = None,
-    phase: Callable[[str], object] = lambda _: None,
+    worker: Worker, server: Any, job: Job, phase: Callable[[str], object] = lambda _: None
 ) -> str | None:
     """Print the answers that are left, or write them to a file; then a line of statistics.
 
@@ -299,11 +149,12 @@ def generate(
     """
     from runner import MOST_TOKENS
 
+    options, answers = job.options, job.answers
     if options.show_routing and server.config.model.num_experts < 2:
         raise ValueError("--show-routing: this model has no experts that tokens could go to")
     # Where nobody watches them come, several tokens at a time, which is faster.
     tokens = 1 if options.streamed else MOST_TOKENS
-    events = server.generate_events(prompts.make_requests(options, left), phase, tokens)
+    events = server.generate_events(prompts.make_requests(options, job.left), phase, tokens)
     with Progress("answering", already=len(answers.done) if answers else 0) as progress:
         if answers:
             answers.progress = progress
@@ -313,16 +164,21 @@ def generate(
         ended = {}  # whose routing is to be shown
         failed = {}
         try:
-            while event := worker.call(next, events, None):
+            # A bar says what is done where answers go to a file.
+            with contextlib.nullcontext() if answers else telling(READING):
+                event = worker.call(next, events, None)
+            while event:
                 place = event.request, event.sample
                 if event.finish_reason == "error":
                     failed[place] = event.completion.error
                 else:
-                    timing.take(place, event.finish_reason is not None)
+                    prompt = 0 if event.sample else len(event.completion.prompt_ids)
+                    timing.take(place, event.finish_reason is not None, prompt)
                     if options.show_routing and event.finish_reason is not None:
                         ended[place] = event.completion
                 with uninterrupted(signal.SIGINT, multihost.WAKE):
-                    printer.show(event._replace(request=left[event.request]))
+                    printer.show(event._replace(request=job.left[event.request]))
+                event = worker.call(next, events, None)
         finally:
             # After an interruption too: nothing that was computed is lost.
             with uninterrupted(multihost.WAKE):
@@ -338,7 +194,7 @@ def generate(
         return None
     (index, _), error = min(failed.items())
     others = f" ({len(failed)} answers ended by an error)" if len(failed) > 1 else ""
-    return f"{options.places[left[index]]}: {error}{others}"
+    return f"{options.lines[job.left[index]].place}: {error}{others}"
 
 
 def show_routing(worker: Worker, server: Any, answer: Any) -> None:
@@ -363,32 +219,26 @@ def work_of(server: Any) -> list[tuple[str, str]]:
     ]
 
 
-def make_printer(options: argparse.Namespace) -> Any:
+def make_printer(options: Options) -> Any:
     """Return what prints the answers to standard output."""
     places = prompts.places_of_answers(options)
     if options.json:
-        return JsonPrinter(places, options.ids)
-    return TextPrinter(options.prompts, places)
+        return JsonPrinter(places, [line.id for line in options.lines])
+    return TextPrinter([line.prompt for line in options.lines], places)
 
 
-def serve(worker: Worker, options: argparse.Namespace) -> None:
+def serve(worker: Worker, options: Options) -> None:
     """Load the model and answer, in one process."""
-    if options.output is None:
-        check_output()
-    prompts.read_file(options)
-    files = choose_files(options)
-    answers = open_answers(options, *files)
-    left = left_over(options, answers)
-    if nothing_left(options, left):
+    job = prepare(options)
+    if nothing_left(job):
         return
     with ByteProgress("loading") as progress:
-        server = worker.call(make_server, options, left, progress, *files)
+        server = worker.call(make_server, job, progress)
     if options.interactive:
         make = functools.partial(prompts.request_for, options)
-        seed = options.seed if options.seed_given else None
-        settings = interactive.Settings(make, server.check, seed)
+        settings = interactive.Settings(make, server.check, options.seed)
         interactive.converse(worker, server, settings, options.stats)
-    elif failure := generate(worker, server, options, left, answers):
+    elif failure := generate(worker, server, job):
         raise ValueError(failure)
 
 
@@ -401,34 +251,35 @@ def connect_processes(server: Any, peers: multihost.Peers) -> None:
         connect(server.mesh)
 
 
-def serve_together(worker: Worker, options: argparse.Namespace, peers: multihost.Peers) -> None:
+def serve_together(worker: Worker, options: Options, peers: multihost.Peers) -> None:
     """Load the model and answer, as one of several processes."""
     first = peers.place.process == 0
     if not first:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # they say only what ended them
     worker.call(peers.join)
     peers.phase("load")
-    files, answers, left = worker.call(agree, peers, options)
+    job = worker.call(agree, peers, options)
     keep_output(first)  # after --output was opened, which may be /dev/stdout
     count = peers.place.processes
-    if not nothing_left(options, left):
+    if not nothing_left(job):
         with ByteProgress("loading") as progress:
-            server = worker.call(make_server, options, left, progress, *files, count)
+            server = worker.call(make_server, job, progress, count)
         worker.call(connect_processes, server, peers)
-        failure = generate(worker, server, options, left, answers, peers.phase)
+        failure = generate(worker, server, job, peers.phase)
         if failure and first:  # who has all answers, and ends the others
             raise ValueError(failure)
     worker.call(peers.close)
 
 
-def nothing_left(options: argparse.Namespace, left: Sequence[int]) -> bool:
+def nothing_left(job: Job) -> bool:
     """Whether all prompts have their answers already; says so."""
-    if not left:
-        say(f"{options.output} holds all {len(prompts.places_of_answers(options))} answers already")
-    return not left
+    if not job.left:
+        count = len(prompts.places_of_answers(job.options))
+        say(f"{job.options.output} holds all {count} answers already")
+    return not job.left
 
 
-def show_plan(options: argparse.Namespace) -> None:
+def show_plan(options: Options) -> None:
     """Print whether the model fits a mesh. No weights are read, and no accelerator is touched."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     # In its place the option below, which can wait until the size of the mesh is known.
@@ -499,7 +350,7 @@ def main() -> int:
     worker = Worker()  # jax works there
     errors = sys.stderr
     peers: multihost.Peers | None = None
-    options: argparse.Namespace | None = None
+    options: Options | None = None
     try:
         try:
             check_surroundings(ROOT)

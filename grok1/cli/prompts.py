@@ -3,9 +3,9 @@
 All that is known of them is JSON until requests are made of it, so that process 0 can share it.
 """
 
-import argparse
 import collections.abc
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -13,12 +13,13 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from grok1.checks import is_integer
 from grok1.cli.console import standard_input
+from grok1.cli.options import Line, Options
 from grok1.serving.names import PUBLISHED, nearest_name, published_names
-from grok1.serving.request_limits import MOST_SAMPLES
+from grok1.serving.request_limits import DEFAULT_SEED, MOST_SAMPLES
 from grok1.strict_json import read_json
 
 # The options that set fields of a Request, for what is said about them.
@@ -39,34 +40,18 @@ STANDARD_INPUT = "-"
 MOST_BYTES = 2**26  # in a line: /dev/zero has no end
 
 
-class Line(NamedTuple):
-    """A prompt as it stands in a file.
-
-    prompt: text or token ids. id: the person's own name for it, or None. settings: fields of a
-    Request that are its own. place: file and line.
-    """
-
-    prompt: Any
-    id: str | int | None
-    settings: dict[str, Any]
-    place: str
-
-
 # ------------------------------------------------------------------------------------ from a file
 
 
-def read_file(options: argparse.Namespace) -> None:
-    """Put the prompts of --prompts-file after those of the command line.
+def with_file(options: Options) -> Options:
+    """Return the options with the prompts of --prompts-file after those of the command line.
 
     Raises ValueError, in one sentence, if the file cannot be read or holds no prompts.
     """
     if options.prompts_file is None:
-        return
-    for line in read_lines(options.prompts_file, options.prompts_format):
-        options.prompts.append(line.prompt)
-        options.ids.append(line.id)
-        options.settings.append(line.settings)
-        options.places.append(line.place)
+        return options
+    more = read_lines(options.prompts_file, options.prompts_format)
+    return dataclasses.replace(options, lines=(*options.lines, *more))
 
 
 def read_lines(file: str, form: str | None = None) -> list[Line]:
@@ -157,12 +142,12 @@ def _short(text: str) -> str:
 # --------------------------------------------------------------------------------------- requests
 
 
-def command_settings(options: argparse.Namespace) -> dict[str, Any]:
+def command_settings(options: Options) -> dict[str, Any]:
     """Return the fields of a Request that the command line sets."""
     return {
         "temperature": options.temperature,
         "nucleus_p": options.nucleus_p,
-        "rng_seed": options.seed,
+        "rng_seed": DEFAULT_SEED if options.seed is None else options.seed,
         "max_len": options.max_len,
         "top_k": options.top_k,
         "min_p": options.min_p,
@@ -195,16 +180,16 @@ def _option(found: re.Match[str], names: dict[str, str]) -> str:
     return f"{names[field]}{' ' if equals else ''}" if field in names else found[0]
 
 
-def fields_of(options: argparse.Namespace, index: int) -> dict[str, Any]:
+def fields_of(options: Options, index: int) -> dict[str, Any]:
     """Return the fields of one request, as JSON: its own settings go before the command line's."""
-    prompt = {"prompt": options.prompts[index]}
-    return prompt | command_settings(options) | options.settings[index]
+    line = options.lines[index]
+    return {"prompt": line.prompt} | command_settings(options) | line.settings
 
 
-def places_of_answers(options: argparse.Namespace) -> list[tuple[int, int]]:
+def places_of_answers(options: Options) -> list[tuple[int, int]]:
     """Return the place of each answer that is wanted: of which prompt, and which one of its."""
     found = []
-    for index in range(len(options.prompts)):
+    for index in range(len(options.lines)):
         wanted = fields_of(options, index)["num_samples"]
         # Any other number is refused when the requests are checked.
         good = is_integer(wanted) and 1 <= wanted <= MOST_SAMPLES
@@ -220,7 +205,7 @@ def _with_numbers(fields: dict[str, Any], place: str) -> dict[str, Any]:
     }
 
 
-def request_for(options: argparse.Namespace, prompt: str, changes: dict[str, Any]) -> Any:
+def request_for(options: Options, prompt: str, changes: dict[str, Any]) -> Any:
     """Return a request for a prompt with the settings of the command line, but for some."""
     from grok1.serving.request import Request  # Takes seconds.
 
@@ -228,7 +213,7 @@ def request_for(options: argparse.Namespace, prompt: str, changes: dict[str, Any
     return Request(prompt=prompt, **fields)
 
 
-def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[Any]:
+def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
     """Return a request for each of these prompts.
 
     Raises ValueError with the place of a setting that Request does not have, or not of that type.
@@ -238,10 +223,10 @@ def make_requests(options: argparse.Namespace, indices: Sequence[int]) -> list[A
     hints = typing.get_type_hints(Request)
     requests = []
     for index in indices:
-        place = options.places[index]
-        for name, value in options.settings[index].items():
-            _check(name, value, hints, place)
-        requests.append(Request(**_with_numbers(fields_of(options, index), place)))
+        line = options.lines[index]
+        for name, value in line.settings.items():
+            _check(name, value, hints, line.place)
+        requests.append(Request(**_with_numbers(fields_of(options, index), line.place)))
     return requests
 
 

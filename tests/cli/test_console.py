@@ -2,11 +2,14 @@
 
 import _thread
 import argparse
+import contextlib
 import errno
 import io
 import os
 import pathlib
+import pty
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -351,3 +354,53 @@ def test_a_limit_of_the_process_is_named(
     assert command.main() == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(said) and captured.err.count("\n") == 1 and not captured.out
+
+
+# What is being done, on a terminal.
+
+
+class Terminal(io.StringIO):
+    """Says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "seconds", "said"),
+    [(Terminal, 0.3, "cooking\n"), (Terminal, 0, ""), (io.StringIO, 0.3, "")],
+)
+def test_only_long_work_is_told_and_only_to_a_terminal(
+    stream: type[io.StringIO], seconds: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SILENCE", 0.1)
+    monkeypatch.setattr(sys, "stderr", stream())
+    with console.telling("cooking"):
+        time.sleep(seconds)
+    time.sleep(0.15)
+    assert sys.stderr.getvalue() == said  # type: ignore[attr-defined]
+
+
+def test_a_first_start_says_what_it_does(tmp_path: pathlib.Path) -> None:
+    """For eight seconds a terminal showed nothing."""
+    terminal, other = pty.openpty()
+    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "200"}
+    variables.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, ROOT / "run.py", "A", "-n", "2", "--stats"]
+    process = subprocess.Popen(command, env=variables, stderr=other, stdout=subprocess.PIPE)
+    os.close(other)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of what a terminal says
+        while part := os.read(terminal, 4096):
+            said += part
+    os.close(terminal)
+    out, _ = process.communicate()
+    lines = said.decode().replace("\r", "\n").splitlines()
+    assert process.returncode == 0 and out.startswith(b"A")
+    told = ["starting JAX", "compiling the CPU kernels, once", console.READING]
+    assert [line for line in lines if line in told] == told, said
+    (loaded,) = [line for line in lines if "loaded " in line]
+    (seconds,) = re.findall(r" in ([\d.]+) s: ", loaded)
+    assert float(seconds) > 1  # the kernels, too, were compiled
+    speeds = re.findall(r"([\d.]+) tokens/s$", "\n".join(lines), re.MULTILINE)
+    assert len(speeds) == 2 and speeds[0] == speeds[1]

@@ -1,5 +1,6 @@
 """The options by the names that other tools give them, and what each of them reaches."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -13,7 +14,9 @@ import run
 from commands import PROMPT, Command, assert_one_sentence
 from grok1 import default_files
 from grok1.cli import prompts
-from grok1.cli.options import DEFAULT_PROMPT, parse_arguments
+from grok1.cli.job import SHARED
+from grok1.cli.options import Options
+from grok1.cli.parsing import DEFAULT_PROMPT, parse_arguments
 from grok1.parallel import multihost
 from grok1.serving.request import Request
 from paths import ROOT
@@ -29,11 +32,6 @@ from run import chunks
         (["-m", "dir"], "checkpoint", pathlib.Path("dir")),
         (["--model", "dir"], "checkpoint", pathlib.Path("dir")),
         (["--checkpoint", "dir"], "checkpoint", pathlib.Path("dir")),
-        (["-p", "A"], "prompts", ["A"]),
-        (["A", "B"], "prompts", ["A", "B"]),
-        (["--seed", "1", "A"], "prompts", ["A"]),
-        (["A", "--prompt", "B", "--prompt-ids", "5 6"], "prompts", ["B", [5, 6], "A"]),
-        ([], "prompts", [DEFAULT_PROMPT]),
         (["--top-p", "0.5"], "nucleus_p", 0.5),
         (["--nucleus-p", "0.5"], "nucleus_p", 0.5),
         (["--mesh", "1x8"], "mesh", (1, 8)),
@@ -43,6 +41,41 @@ from run import chunks
 )
 def test_options_have_the_names_of_other_tools(given: list[str], field: str, value: object) -> None:
     assert getattr(parse_arguments(given), field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["-p", "A"], ["A"]),
+        (["A", "B"], ["A", "B"]),
+        (["--seed", "1", "A"], ["A"]),
+        (["A", "--prompt", "B", "--prompt-ids", "5 6"], ["B", [5, 6], "A"]),
+        ([], [DEFAULT_PROMPT]),
+        (["--prompts-file", "x"], []),
+    ],
+)
+def test_prompts_are_given_in_any_way(given: list[str], expected: list[object]) -> None:
+    lines = parse_arguments(given).lines
+    assert [line.prompt for line in lines] == expected
+    assert [line.place for line in lines] == [f"request {i + 1}" for i in range(len(expected))]
+
+
+def test_options_stay_as_they_were_given() -> None:
+    given = parse_arguments([])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        given.seed = 5  # type: ignore[misc]
+
+
+def test_process_0_decides_all_but_what_is_each_hosts_own() -> None:
+    """An option that is added is shared, or named here."""
+    own = {
+        *("checkpoint", "tokenizer", "prompts_file", "prompts_format", "interactive"),
+        *("json", "output", "resume", "stats", "show_routing", "compile_cache"),
+        *("plan", "device_memory", "bandwidth", "distributed", "coordinator"),
+        *("num_processes", "process_id", "peer_timeout", "join_timeout"),
+    }
+    assert {field.name for field in dataclasses.fields(Options)} == own | set(SHARED)
+    assert not own & set(SHARED)
 
 
 def test_every_setting_of_a_request_has_an_option() -> None:

@@ -1,5 +1,6 @@
 """Answers in a file: each once, whatever interrupts the run, and never those of two runs mixed."""
 
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -377,11 +378,13 @@ def test_a_lost_process_cuts_no_line(order: list[int], monkeypatch: pytest.Monke
 
     monkeypatch.setattr(output, "write_out", interrupted)
     options = run.parse_arguments(["--json", *(f"--prompt-ids={i}" for i in range(3))])
-    options.ids = [0, 1, 2]
+    lines = tuple(line._replace(id=i) for i, line in enumerate(options.lines))
+    options = dataclasses.replace(options, lines=lines)
+    job = run.Job(options, pathlib.Path(), None, None, range(3))
     before = signal.signal(WAKE, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run.generate(run.Worker(), Server(), options, range(3))
+            run.generate(run.Worker(), Server(), job)
     finally:
         signal.signal(WAKE, before)
     assert printed == sorted(order)
@@ -404,7 +407,8 @@ def test_answers_that_are_written_are_forgotten(tmp_path: pathlib.Path) -> None:
     arguments = [f"--prompt-ids={i}" for i in range(9)]
     options = run.parse_arguments([*arguments, "--output", str(tmp_path / "out")])
     file = opened(tmp_path / "out", 9)
-    run.generate(run.Worker(), Server(), options, range(9), file)
+    job = run.Job(options, pathlib.Path(), None, file, range(9))
+    run.generate(run.Worker(), Server(), job)
     assert indices(tmp_path / "out") == list(range(9))
 
 

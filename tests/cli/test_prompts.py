@@ -194,7 +194,8 @@ def test_every_field_of_a_request_is_a_setting(monkeypatch: pytest.MonkeyPatch) 
     }
     monkeypatch.setattr("grok1.serving.request.Request", Later)
     options = run.parse_arguments(["--prompt-ids", "5", "--top-k", "9", "--stop", "b"])
-    options.settings = [own]
+    lines = tuple(line._replace(settings=own) for line in options.lines)
+    options = dataclasses.replace(options, lines=lines)
     (request,) = prompts.make_requests(options, [0])
     changed = own | {"logit_bias": {5: 1, 7: -2.5}, "prompt": [5], "top_k": 9, "temperature": 0.7}
     assert request == Later(**changed)

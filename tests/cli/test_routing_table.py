@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from grok1.cli import options
+from grok1.cli import parsing
 from grok1.cli.routing_table import print_routing
 from paths import ROOT
 from runner import Request, load_server
@@ -115,7 +115,7 @@ def test_the_command_shows_what_the_runner_finds():
 )
 def test_a_table_goes_with_nothing_that_is_for_programs(other, capsys):
     with pytest.raises(SystemExit) as error:
-        options.parse_arguments(["--show-routing", *other])
+        parsing.parse_arguments(["--show-routing", *other])
     assert error.value.code == 2
     sentence = f"--show-routing and {other[0]} do not go together: it prints a table for people"
     assert sentence in capsys.readouterr().err

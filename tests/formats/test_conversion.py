@@ -23,6 +23,7 @@ import golden
 import run
 from checkpoint import CheckpointError, convert, verify
 from grok1 import default_files
+from grok1.cli.job import choose_files
 from grok1.formats import atomic, conversion, forms, layout, safetensors, values
 from model import LanguageModelConfig, TransformerConfig
 from paths import ROOT
@@ -995,6 +996,6 @@ def test_run_finds_either_form_by_itself(
 ) -> None:
     for directory in (safe, released):
         named = run.parse_arguments(["--checkpoint", str(directory)])
-        assert run.choose_files(named) == (directory, directory / "tokenizer.model")
+        assert choose_files(named) == (directory, directory / "tokenizer.model")
         monkeypatch.setattr(default_files, "RELEASED", directory)
-        assert run.choose_files(run.parse_arguments([]))[0] == directory
+        assert choose_files(run.parse_arguments([]))[0] == directory

@@ -129,7 +129,7 @@ def main_print(*arguments: str) -> None:
     import run
 
     def generate(*given: Any) -> None:
-        options, answers = given[2], given[4]
+        job = given[2]
         os.write(1, b"of gloo")
         words = dict.fromkeys(
             ("prompt", "text", "finish_reason", "prompt_logprobs", "prompt_top_logprobs", "error")
@@ -139,7 +139,7 @@ def main_print(*arguments: str) -> None:
         event = types.SimpleNamespace(
             request=0, sample=0, finish_reason="length", completion=completion
         )
-        (answers or run.make_printer(options)).show(event)
+        (job.answers or run.make_printer(job.options)).show(event)
 
     run.make_server, run.generate = lambda *_: run.say("loaded"), generate
     run.connect_processes = lambda *_: None

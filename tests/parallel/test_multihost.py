@@ -731,7 +731,7 @@ def test_process_0_alone_ends_by_a_failed_answer(
     """The others wait until it has printed what did not fail."""
     done = []
     replacements = {
-        "agree": lambda *_: ((), None, [0]),
+        "agree": lambda _, options: run.Job(options, pathlib.Path(), None, None, [0]),
         "keep_output": lambda _: None,
         "make_server": lambda *_: None,
         "connect_processes": lambda *_: None,

@@ -1,0 +1,523 @@
+"""The arguments of run.py, and what must fit together before anything is loaded."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grok1
+from grok1.cli.console import (
+    Parser,
+    byte_rate,
+    byte_size,
+    given_path,
+    mesh_sizes,
+    number,
+    token_ids,
+    write_out,
+)
+from grok1.cli.options import Line, Options
+from grok1.parallel import multihost
+from grok1.serving.request_limits import (
+    CHUNKS,
+    DEFAULT_SEED,
+    DEFAULT_TEMPERATURE,
+    LARGEST_BIAS,
+    LARGEST_PENALTY,
+    MOST_LOGPROBS,
+    MOST_SAMPLES,
+)
+
+DEFAULT_PROMPT = "Once upon a time"
+DESCRIPTION = """\
+Sample text from Grok-1, or from the small demo model that comes with it.
+
+  %(prog)s "Once upon a time" --temperature 0.7 --seed 1
+  %(prog)s --interactive
+  %(prog)s --model checkpoints --mesh 1,8 --prompts-file prompts.jsonl --output answers.jsonl"""
+
+
+def coordinator(text: str) -> str:
+    """Check "HOST:PORT"."""
+    try:
+        multihost.host_and_port(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def logit_bias(text: str) -> tuple[str, float]:
+    """Parse "ID:X"; the id stays a string, as it is in JSON."""
+    token, colon, value = text.rpartition(":")
+    if not (colon and re.fullmatch("[0-9]{1,9}", token)):
+        expected = "a token id and a number such as 5:-2.5"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return str(int(token)), number(float, -LARGEST_BIAS, LARGEST_BIAS)(value)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
+    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    # As it is started: by Python here, or as an installed command.
+    script = os.path.basename(sys.argv[0]) == "run.py"
+    parser = Parser(
+        prog="python run.py" if script else None,
+        usage="%(prog)s [options] [PROMPT ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions, and end")
+    for add_group in (
+        add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
+    ):  # fmt: skip
+        add_group(parser)
+    given = parser.parse_args(arguments)
+    if given.version:
+        write_out(version())
+        sys.exit(0)
+    prompts = [*(given.prompts or []), *given.more_prompts]
+    check_distributed(parser, given)
+    check_prompts(parser, given, prompts)
+    check_routing(parser, given)
+    check_plan(parser, given, prompts)
+    return as_options(given, prompts)
+
+
+def as_options(given: argparse.Namespace, prompts: Sequence[Any]) -> Options:
+    """Return what was given as Options."""
+    if given.interactive:
+        # In place of those to come: wrong settings are told before the weights are loaded.
+        lines = [Line([0], None, {}, "the options")]
+    else:
+        asked = prompts or ([] if given.prompts_file else [DEFAULT_PROMPT])
+        lines = [Line(x, None, {}, f"request {number}") for number, x in enumerate(asked, 1)]
+    values = vars(given) | {
+        "lines": tuple(lines),
+        "stop": tuple(given.stop or ()),
+        "logit_bias": dict(given.logit_bias) if given.logit_bias else None,
+        "streamed": not given.json and given.output is None,
+    }
+    return Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
+
+
+def version() -> str:
+    """Return what --version prints."""
+    try:
+        jax = importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:
+        jax = "none"
+    return f"grok-1-jax {grok1.__version__} (jax {jax})"
+
+
+def add_model(parser: Parser) -> None:
+    """Add the options of what is loaded."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "-m",
+        "--model",
+        "--checkpoint",
+        dest="checkpoint",
+        type=given_path,
+        metavar="DIR",
+        help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
+    )
+    add(
+        "--tokenizer",
+        type=given_path,
+        metavar="FILE",
+        help="SentencePiece model; by default DIR/tokenizer.model, else the demo's",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="activations; by default float32 on a CPU, bfloat16 elsewhere",
+    )
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add the options of how answers are drawn, and where they end."""
+    add = parser.add_argument_group("sampling").add_argument
+    add_length(add)
+    add_filters(add)
+    add_penalties(add)
+
+
+def add_length(add: Callable[..., Any]) -> None:
+    """Add the options of how many answers there are, and how long they are."""
+    add(
+        "-n",
+        "--max-tokens",
+        "--max-len",
+        dest="max_len",
+        type=number(int, 1, 2**31 - 1),
+        metavar="N",
+        help="most tokens to generate, beside the prompt's (200, or as many as fit the context)",
+    )
+    add(
+        "--min-len",
+        type=number(int, 0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="let nothing end an answer before so many tokens (0)",
+    )
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        metavar="N",
+        help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
+        "each answer)",
+    )
+    add(
+        "--num-samples",
+        type=number(int, 1, MOST_SAMPLES),
+        default=1,
+        metavar="N",
+        help="so many answers to each prompt, which is read once; the seed counts up (1)",
+    )
+
+
+def add_filters(add: Callable[..., Any]) -> None:
+    """Add the options of which tokens may be drawn."""
+    add(
+        "--temperature",
+        type=number(float, 0, 1e6, " (0: the most probable token)"),
+        default=DEFAULT_TEMPERATURE,
+        metavar="X",
+        help=f"0 takes the most probable token ({DEFAULT_TEMPERATURE})",
+    )
+    add(
+        "--top-k",
+        type=number(int, 0, 2**31 - 1, " (0: no limit)"),
+        default=0,
+        metavar="N",
+        help="draw from the N most probable tokens (0: no limit)",
+    )
+    add(
+        "--top-p",
+        "--nucleus-p",
+        dest="nucleus_p",
+        type=number(float, sys.float_info.min, 1),
+        default=1.0,
+        metavar="X",
+        help="draw from the fewest tokens whose probability reaches X (1)",
+    )
+    add(
+        "--min-p",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="X",
+        help="draw from the tokens X times as probable as the most probable one, or more (0)",
+    )
+
+
+def add_penalties(add: Callable[..., Any]) -> None:
+    """Add the options that change logits."""
+    add(
+        "--repetition-penalty",
+        type=number(float, 1 / LARGEST_PENALTY, LARGEST_PENALTY),
+        default=1.0,
+        metavar="X",
+        help="above 1 tokens of prompt and answer come back less (1)",
+    )
+    add(
+        "--presence-penalty",
+        type=number(float, -LARGEST_BIAS, LARGEST_BIAS),
+        default=0.0,
+        metavar="X",
+        help="above 0 tokens of the answer come back less (0)",
+    )
+    add(
+        "--frequency-penalty",
+        type=number(float, -LARGEST_BIAS, LARGEST_BIAS),
+        default=0.0,
+        metavar="X",
+        help="above 0 tokens come back the less, the more often they are in the answer (0)",
+    )
+    add(
+        "--logit-bias",
+        type=logit_bias,
+        action="append",
+        metavar="ID:X",
+        help="add X to the logit of a token; may be repeated",
+    )
+
+
+def add_output(parser: Parser) -> None:
+    """Add the options of what is printed, and where."""
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print one JSON object a line for each answer")
+    add(
+        "--top-logprobs",
+        type=number(int, 0, MOST_LOGPROBS),
+        default=0,
+        metavar="N",
+        help="with each token's log-probability those of the N likeliest, in JSON (0)",
+    )
+    add(
+        "--output",
+        type=given_path,
+        metavar="FILE",
+        help="write each answer to FILE as it ends, as a JSON object a line, and print none",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted --output: answer only what it does not hold",
+    )
+    add(
+        "--stats",
+        action="store_true",
+        help="say at the end how long first tokens took, and those after them",
+    )
+    add(
+        "--show-routing",
+        action="store_true",
+        help="show which experts each token of the prompt and its answer went to, in each layer",
+    )
+
+
+def add_machine(parser: Parser) -> None:
+    """Add the options of how the model is run."""
+    count = number(int, 1, 2**31 - 1)
+    add = parser.add_argument_group("machine").add_argument
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="DATA,MODEL",
+        help="devices along the batch and along heads and hidden widths (1,1); Grok-1 needs 1,8",
+    )
+    add(
+        "--batch",
+        type=count,
+        metavar="N",
+        help="sequences to serve at once; by default as many as there are prompts, at most 8",
+    )
+    add(
+        "--context",
+        type=count,
+        metavar="N",
+        help="room for so many tokens of each, prompt and answer; by default the model's context",
+    )
+    add(
+        "--chunk",
+        type=count,
+        metavar="N",
+        help=f"read prompts in chunks of at most N tokens ({CHUNKS[-1]})",
+    )
+    add(
+        "--no-compile-cache",
+        dest="compile_cache",
+        action="store_false",
+        help="neither keep compiled programs for the next start nor use those of the last one",
+    )
+    add(
+        "--no-kernels",
+        dest="kernels",
+        action="store_false",
+        help="use nothing but what JAX offers: slower, and on a CPU without a C++ compiler",
+    )
+
+
+def add_prompts(parser: Parser) -> None:
+    """Add the options of prompts, given or yet to be typed."""
+    group = parser.add_argument_group("prompts")
+    add = group.add_argument
+    add(
+        "more_prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help=f"texts to continue, as with --prompt; by default {DEFAULT_PROMPT!r}",
+    )
+    add(
+        "-p",
+        "--prompt",
+        dest="prompts",
+        action="append",
+        metavar="TEXT",
+        help="text to continue, may be repeated",
+    )
+    add(
+        "--prompt-ids",
+        dest="prompts",
+        action="append",
+        type=token_ids,
+        metavar='"5 6 7"',
+        help="token ids to continue, may be repeated; needs no tokenizer",
+    )
+    add(
+        "--prompts-file",
+        type=lambda text: text if text == "-" else str(given_path(text)),
+        metavar="FILE",
+        help="more prompts, one a line: text, or in FILE.jsonl JSON objects with the key prompt, "
+        "if wanted id, and settings of their own; - is standard input",
+    )
+    add(
+        "--prompts-format",
+        choices=("text", "jsonl"),
+        help="what --prompts-file holds, whatever its name",
+    )
+    add(
+        "--truncate",
+        choices=("left",),
+        help="keep only the newest tokens of a prompt that is too long",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="answer prompts as they are typed; Ctrl-C stops an answer, Ctrl-D ends, /help says "
+        "what else",
+    )
+
+
+def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence[Any]) -> None:
+    """Exit with status 2 if the options of prompts and answers do not fit together."""
+    if options.prompts_format and options.prompts_file is None:
+        parser.error("--prompts-format needs --prompts-file")
+    if options.top_logprobs and not (options.json or options.output):
+        parser.error("--top-logprobs needs --json or --output")
+    if options.resume and options.output is None:
+        parser.error("--resume needs --output, the file to go on with")
+    others = {
+        "--prompt": prompts,
+        "--prompts-file": options.prompts_file,
+        "--output": options.output,
+        "--json": options.json,
+        "--distributed": options.distributed,
+        "--plan": options.plan,
+        "--num-samples": options.num_samples > 1,
+    }
+    if options.interactive:
+        refuse(parser, "--interactive", others, "prompts are typed, answers printed")
+
+
+def check_routing(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if something else is to be printed than a table for the eye."""
+    others = {
+        "--json": options.json,
+        "--output": options.output,
+        "--interactive": options.interactive,
+        "--distributed": options.distributed,
+        "--plan": options.plan,
+    }
+    if options.show_routing:
+        refuse(parser, "--show-routing", others, "it prints a table for people")
+
+
+def refuse(parser: Parser, name: str, others: dict[str, Any], reason: str) -> None:
+    """Exit with status 2 if one of the options was given that do not go together with another."""
+    given = [other for other, value in others.items() if value]
+    if given:
+        parser.error(f"{name} and {given[0]} do not go together: {reason}")
+
+
+def add_plan(parser: Parser) -> None:
+    """Add the options of a plan."""
+    add = parser.add_argument_group(
+        "a plan, which needs neither weights nor GPUs; for --mesh, --batch, --context, --dtype"
+    ).add_argument
+    add(
+        "--plan",
+        action="store_true",
+        help="say whether the model fits a mesh, by default the smallest that it fits, and what a "
+        "token costs there",
+    )
+    add(
+        "--device-memory",
+        type=byte_size,
+        default=byte_size("80GiB"),
+        metavar="SIZE",
+        help="memory of each device (80GiB)",
+    )
+    add(
+        "--bandwidth",
+        type=byte_rate,
+        default=byte_rate("3.35TB/s"),
+        metavar="RATE",
+        help="of a device's memory (3.35TB/s, as of an H100)",
+    )
+
+
+def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[Any]) -> None:
+    """Exit with status 2 if prompts are to be answered, or several processes are to plan."""
+    others = {
+        "--prompt": prompts,
+        "--prompts-file": options.prompts_file,
+        "--output": options.output,
+        "--distributed": options.distributed,
+    }
+    if options.plan:
+        refuse(parser, "--plan", others, "a plan is made by one process, without prompts")
+
+
+def add_distributed(parser: Parser) -> None:
+    """Add the options of a run of several processes."""
+    add = parser.add_argument_group("several processes, as a rule one a host").add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="be one of several processes; by default placed by SLURM, GKE or MPI",
+    )
+    add(
+        "--coordinator",
+        type=coordinator,
+        metavar="HOST:PORT",
+        help="where process 0 listens, which all others must reach",
+    )
+    add(
+        "--num-processes",
+        type=number(int, 1, 2**20),
+        metavar="N",
+        help="how many processes are started, each with the same coordinator",
+    )
+    add(
+        "--process-id",
+        type=number(int, 0, 2**20),
+        metavar="I",
+        help="which one this is, from 0",
+    )
+    seconds = number(float, 2, 1e6, " (seconds)")
+    add(
+        "--peer-timeout",
+        type=seconds,
+        default=multihost.PEER_TIMEOUT,
+        metavar="SECONDS",
+        help="a process that is silent for so long is lost, and all end "
+        f"({multihost.PEER_TIMEOUT:g})",
+    )
+    add(
+        "--join-timeout",
+        type=seconds,
+        default=multihost.JOIN_TIMEOUT,
+        metavar="SECONDS",
+        help=f"how long to wait for all processes to come ({multihost.JOIN_TIMEOUT:g})",
+    )
+
+
+def check_distributed(parser: Parser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if the options of several processes do not fit together."""
+    place = {
+        "--coordinator": options.coordinator,
+        "--num-processes": options.num_processes,
+        "--process-id": options.process_id,
+    }
+    given = [name for name, value in place.items() if value is not None]
+    missing = [name for name in place if name not in given]
+    if given and not options.distributed:
+        parser.error(f"{given[0]} needs --distributed")
+    if given and missing:
+        parser.error(f"{given[0]} needs {' and '.join(missing)}, or none of them to be given")
+    if given and options.process_id >= options.num_processes:
+        parser.error(
+            f"argument --process-id: expected one from 0 to {options.num_processes - 1}, as there "
+            f"are {options.num_processes} processes, got {options.process_id}"
+        )
