@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 EXPERTS = plt.get_cmap("tab10")
 
@@ -19,7 +20,7 @@ def routing(expert_index: np.ndarray, pieces: Sequence[str], num_experts: int) -
     """Draw the first expert of each token in each layer; expert_index int [L, T, A]."""
     layers, tokens, _ = expert_index.shape
     figure, axes = plt.subplots(
-        figsize=(max(6, 0.5 * tokens), 1.4 + 0.4 * layers), layout="constrained"
+        figsize=(max(6, 0.5 * tokens), 1.6 + 0.5 * layers), layout="constrained"
     )
     colours = EXPERTS.resampled(max(10, num_experts))
     image = axes.imshow(
@@ -28,9 +29,9 @@ def routing(expert_index: np.ndarray, pieces: Sequence[str], num_experts: int) -
     for layer in range(layers):
         for token in range(tokens):
             first, second = expert_index[layer, token, :2]
-            axes.text(token, layer, f"{first}·{second}", ha="center", va="center", fontsize=8)
+            axes.text(token, layer, f"{first}·{second}", ha="center", va="center", fontsize=11)
     axes.set(xlabel="token", ylabel="layer", title="the two experts of each token")
-    axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=11)
     axes.set_yticks(range(layers))
     bar = figure.colorbar(image, ticks=range(num_experts), label="best expert", pad=0.01)
     bar.ax.set_ylim(-0.5, num_experts - 0.5)
@@ -53,11 +54,16 @@ def bars(values: np.ndarray, title: str, x: str, y: str, even: float | None = No
 
 
 def lines(curves: dict[str, Any], title: str, x: str, y: str, log: bool = False) -> Figure:
-    """Draw a line a name: (x values, y values), or y values alone."""
+    """Draw a line a name: (x values, y values), or y values alone; x values are whole numbers.
+
+    Each is thinner than the one before, which so is seen where they are equal.
+    """
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    for name, curve in curves.items():
-        axes.plot(*(curve if isinstance(curve, tuple) else (curve,)), marker=".", label=name)
+    for left, (name, curve) in zip(range(len(curves), 0, -1), curves.items(), strict=True):
+        points = curve if isinstance(curve, tuple) else (curve,)
+        axes.plot(*points, linewidth=1.2 * left, label=name, solid_capstyle="butt")
     axes.set(title=title, xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
     axes.legend(fontsize=8)
@@ -67,13 +73,15 @@ def lines(curves: dict[str, Any], title: str, x: str, y: str, log: bool = False)
 def attention(weights: np.ndarray, heads: Sequence[tuple[int, int]], pieces: Any) -> Figure:
     """Draw what queries (down) take of keys (across), weights [L, N, T, S], of (layer, head)s."""
     figure, all_axes = plt.subplots(
-        1, len(heads), figsize=(3.2 * len(heads), 3.4), squeeze=False, layout="constrained"
+        1, len(heads), figsize=(3.2 * len(heads) + 0.6, 3.4), squeeze=False, layout="constrained"
     )
+    most = max(weights[head].max() for head in heads)
     for axes, (layer, head) in zip(all_axes[0], heads, strict=True):
-        axes.imshow(weights[layer, head], cmap="magma", vmin=0)
+        image = axes.imshow(weights[layer, head], cmap="magma", vmin=0, vmax=most)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
         axes.set_xticks(range(len(pieces)), _seen(pieces), rotation=90, fontsize=6)
         axes.set_yticks(range(len(pieces)), _seen(pieces), fontsize=6)
+    figure.colorbar(image, ax=all_axes, label="weight", pad=0.01)
     return figure
 
 
@@ -81,26 +89,29 @@ def lens(words: Sequence[Sequence[str]], shares: np.ndarray, pieces: Sequence[st
     """Draw the likeliest next token by layer (words [L][T]) and its probability, shares [L, T]."""
     layers, tokens = shares.shape
     figure, axes = plt.subplots(
-        figsize=(max(6, 0.75 * tokens), 1 + 0.4 * layers), layout="constrained"
+        figsize=(max(6, 0.6 * tokens), 1.4 + 0.5 * layers), layout="constrained"
     )
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for layer, row in enumerate(words):
         for token, word in enumerate(_seen(row)):
             colour = "white" if shares[layer, token] > 0.6 else "black"
-            axes.text(token, layer, word, ha="center", va="center", fontsize=7, color=colour)
+            axes.text(token, layer, word, ha="center", va="center", fontsize=10, color=colour)
     axes.set(ylabel="after layer", title="the next token, if this layer were the last")
-    axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=11)
     axes.set_yticks(range(layers))
     figure.colorbar(image, label="probability", pad=0.01)
     return figure
 
 
-def heat(values: np.ndarray, title: str, x: str, y: str, label: str) -> Figure:
-    """Draw an array [rows, columns], zero in white."""
+def heat(
+    values: np.ndarray, title: str, x: str, y: str, label: str, columns: Sequence[str] | None = None
+) -> Figure:
+    """Draw an array [rows, columns], zero in white; columns: their names, in place of numbers."""
     most = float(np.abs(values).max()) or 1.0
     figure, axes = plt.subplots(figsize=(6, 1.2 + 0.35 * len(values)), layout="constrained")
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set_xticks(range(values.shape[1]), columns and _seen(columns))
     axes.set_yticks(range(len(values)))
     figure.colorbar(image, label=label, pad=0.01)
     return figure

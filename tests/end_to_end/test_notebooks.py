@@ -1,11 +1,15 @@
-"""The notebooks run from top to bottom, and what they find holds."""
+"""The notebooks run from top to bottom, show what they were kept with, and what they find holds."""
 
+import base64
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -13,6 +17,8 @@ from matplotlib.image import imread
 from paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
+MOST_BYTES = 600_000  # of a notebook, its pictures included
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 CHECKS = {
     "inside_grok": """
 np.testing.assert_allclose(captured.router_probs.sum(-1), 1, atol=1e-6)
@@ -24,10 +30,14 @@ i, j = np.indices(products.shape)
 for distance in (0, 5, 20):
     assert np.ptp(np.diagonal(products, distance)) < 1e-4
 assert np.all(np.median(errors, -1) > 1e-3) and np.all(np.median(errors, -1) < 0.1)
+# As the text says: large errors are those of other experts.
+assert same.mean() > 0.5 and errors[~same].max() > 0.2 > 2 * errors[same].max()
 scores = jax.nn.log_softmax(found.logits[:-1])[np.arange(len(pieces) - 1), found.token_ids[1:]]
 np.testing.assert_allclose(plain, scores.sum(), atol=1e-3)
 assert change.shape == (4, 8) and np.isfinite(change).all() and change.min() < -1
-assert abs(float(log_likelihood(params, 0, experts)) - plain) < 1e-4  # there is no such expert
+assert abs(log_likelihood(0, experts) - plain) < 1e-4  # there is no such expert
+np.testing.assert_allclose(patched[:, 0], before, atol=1e-4)  # the first token is the same
+assert np.ptp(patched) > 0.1
 for figure in (routing, lens):
     assert figure.axes[0].images
 """,
@@ -65,22 +75,46 @@ def test_the_notebook_runs_and_its_numbers_hold(name: str, tmp_path: pathlib.Pat
     file = copy / f"{name}.ipynb"
     file.write_text(json.dumps(notebook))
     done = subprocess.run(
-        [pathlib.Path(sys.executable).with_name("jupyter-execute"), file],
+        [sys.executable, ROOT / "tools" / "run_notebooks.py", file],
         env={**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads(file.read_text())["cells"][:-1]
+    kept = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    for shown, new in zip(kept, made, strict=True):
+        assert_alike(shown.get("outputs", []), new.get("outputs", []))
     for kept in NOTEBOOKS.glob("*.png") if name == "inside_grok" else ():
         made, shown = (imread(directory / kept.name) for directory in (copy, NOTEBOOKS))
         assert made.shape == shown.shape and abs(made - shown).mean() < 0.01, kept.name
 
 
+def assert_alike(kept: list[dict[str, Any]], made: list[dict[str, Any]]) -> None:
+    """What a cell shows is what it was kept with, but for rounding."""
+    assert [one["output_type"] for one in kept] == [one["output_type"] for one in made]
+    for shown, new in zip(kept, made, strict=True):
+        one, other = shown.get("data", {}), new.get("data", {})
+        assert one.keys() == other.keys()
+        text, again = ("".join(x.get("text", "")) for x in (shown, new))
+        assert NUMBER.sub("0", text) == NUMBER.sub("0", again)
+        numbers, others = ([float(x) for x in NUMBER.findall(t)] for t in (text, again))
+        assert others == pytest.approx(numbers, rel=0.05, abs=0.01)
+        if "image/png" in one:
+            old, now = (
+                imread(io.BytesIO(base64.b64decode(data["image/png"]))) for data in (one, other)
+            )
+            assert old.shape == pytest.approx(now.shape, rel=0.03)
+            assert old.shape != now.shape or abs(old - now).mean() < 0.01
+
+
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_notebook_is_kept_without_outputs(name: str) -> None:
-    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None
+def test_the_notebook_is_kept_with_what_it_shows(name: str) -> None:
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text()
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {output["output_type"] for cell in cells for output in cell["outputs"]}
+    assert {"stream", "display_data"} <= kinds <= {"stream", "display_data", "execute_result"}
+    assert len(text) < MOST_BYTES and str(ROOT) not in text and "/tmp" not in text
 
 
 def test_there_is_a_check_of_each_notebook() -> None:
