@@ -389,8 +389,9 @@ class InferenceRunner:
         which is a list, too, if it is the only one. Raises ValueError before the first token, and
         AnswerError (a ValueError), which holds all answers, if one ended by an error.
 
-        hooks, hook_args: as for `inspect`, in every step, whose arrays have the tokens of a part of
-        a prompt, or the newest token of every slot. Other threads wait for these answers.
+        hooks, hook_args: as for `inspect`, in every step. Its arrays have the tokens of a part of a
+        prompt, filled up with pads, or the newest token of every slot: index -1 of T need not be
+        the last token. Other threads wait for these answers.
         """
         requests, single = as_requests(prompts, settings)
         events: Iterable[Event]
@@ -520,7 +521,8 @@ class InferenceRunner:
         prompt, and as B that prompt as often as the mesh's data axis is long. Each new function
         object, a bound method too, compiles anew, and so does each length with hooks; what it reads
         from outside, such as a variable, is fixed then. hook_args: arrays and numbers that every
-        hook gets; other ones of the same shapes do not compile anew.
+        hook gets; other ones of the same shapes and dtypes (an int is one, a float another) do not
+        compile anew.
 
         Raises ValueError for a prompt that is empty or longer than the context, a site or layer
         that is not there, a wrong hook, or arrays that take more memory than is free.
@@ -561,9 +563,10 @@ class InferenceRunner:
 
         params: such as `self.params`; for gradients by weights, which int8 has none of, those of
         `self.config.dequantize_params(self.params)`. tokens: int32 [B, T]. Its other arguments are
-        those of a LanguageModel's call, and `embeddings`, float32 [B, T, D], in place of what the
-        tokens have at the site of that name, for gradients by them. differentiable: with forms that
-        jax.grad, jax.jvp and jax.vmap take, which are slower; else these raise ValueError.
+        those of a LanguageModel's call, `hook_args`, and `embeddings`, float32 [B, T, D], in place
+        of what the tokens have at the site of that name, for gradients by them. differentiable:
+        with forms that jax.grad, jax.jvp and jax.vmap take, which are slower; else these raise
+        ValueError. Nothing is compiled as a whole unless you call it under jax.jit.
         """
         self._get_loaded()
         assert self.executions is not None

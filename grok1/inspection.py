@@ -121,7 +121,7 @@ class Probe:
             what = str(error).partition("\n")[0]
             raise ValueError(
                 f"hooks: the function of {site!r} failed ({what}); it must be a pure function "
-                "(layer, array) -> array of traced arrays: use jax.numpy, and "
+                "(layer, array, *hook_args) -> array of traced arrays: use jax.numpy, and "
                 "jnp.where(layer == 3, x, y) in place of if"
             ) from error
         got = getattr(new, "shape", None), getattr(new, "dtype", None)
@@ -206,6 +206,8 @@ def check_hooks(hooks: Mapping[Site, Hook] | None, config: Any) -> dict[Site, Ho
             if name in OUTSIDE_LAYERS:
                 raise ValueError(f"hooks: {name!r} is in no layer, got {key!r}")
             (layer,) = check_layers([layer], config.num_layers, f"hooks: {key!r}")
+            if (name, layer) in found:
+                raise ValueError(f"hooks: {key!r} is given twice, as {layer} is the same layer")
             found[name, layer] = hook
         else:
             _check_site("hooks", key, config)

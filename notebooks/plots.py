@@ -47,7 +47,7 @@ def bars(values: np.ndarray, title: str, x: str, y: str, even: float | None = No
         colour = plt.get_cmap("viridis")(row / max(1, rows))
         axes.bar(place, heights, 0.8 / rows, label=f"layer {row}", color=colour)
     if even is not None:
-        axes.axhline(even, color="grey", linestyle="--", linewidth=1)
+        axes.axhline(even, color="grey", linestyle="--", linewidth=1, label=f"even: {even:g}")
     axes.set(title=title, xlabel=x, ylabel=y, xticks=range(count))
     axes.legend(fontsize=7, ncols=2)
     return figure
@@ -56,32 +56,34 @@ def bars(values: np.ndarray, title: str, x: str, y: str, even: float | None = No
 def lines(curves: dict[str, Any], title: str, x: str, y: str, log: bool = False) -> Figure:
     """Draw a line a name: (x values, y values), or y values alone; x values are whole numbers.
 
-    Each is thinner than the one before, which so is seen where they are equal.
+    Each has a sign of its own, the first the largest, so that equal ones can be told apart.
     """
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    for left, (name, curve) in zip(range(len(curves), 0, -1), curves.items(), strict=True):
+    for number, (name, curve) in enumerate(curves.items()):
         points = curve if isinstance(curve, tuple) else (curve,)
-        axes.plot(*points, linewidth=1.2 * left, label=name, solid_capstyle="butt")
+        sign, size = "os^v"[number % 4], max(3, 9 - 3 * number)
+        axes.plot(*points, linewidth=1, label=name, marker=sign, markersize=size)
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    if len(curves) > 1:
+        axes.legend(fontsize=8)
     return figure
 
 
 def attention(weights: np.ndarray, heads: Sequence[tuple[int, int]], pieces: Any) -> Figure:
     """Draw what queries (down) take of keys (across), weights [L, N, T, S], of (layer, head)s."""
     figure, all_axes = plt.subplots(
-        1, len(heads), figsize=(3.2 * len(heads) + 0.6, 3.4), squeeze=False, layout="constrained"
+        1, len(heads), figsize=(3.7 * len(heads), 3.6), squeeze=False, layout="constrained"
     )
-    most = max(weights[head].max() for head in heads)
     for axes, (layer, head) in zip(all_axes[0], heads, strict=True):
-        image = axes.imshow(weights[layer, head], cmap="magma", vmin=0, vmax=most)
+        image = axes.imshow(weights[layer, head], cmap="magma", vmin=0)
+        figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
         axes.set_xticks(range(len(pieces)), _seen(pieces), rotation=90, fontsize=6)
         axes.set_yticks(range(len(pieces)), _seen(pieces), fontsize=6)
-    figure.colorbar(image, ax=all_axes, label="weight", pad=0.01)
+    all_axes[0][0].set(xlabel="key", ylabel="query")
     return figure
 
 
@@ -94,9 +96,11 @@ def lens(words: Sequence[Sequence[str]], shares: np.ndarray, pieces: Sequence[st
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for layer, row in enumerate(words):
         for token, word in enumerate(_seen(row)):
-            colour = "white" if shares[layer, token] > 0.6 else "black"
+            colour = "white" if shares[layer, token] > 0.5 else "black"
             axes.text(token, layer, word, ha="center", va="center", fontsize=10, color=colour)
-    axes.set(ylabel="after layer", title="the next token, if this layer were the last")
+    axes.set(
+        xlabel="token", ylabel="after layer", title="the next token, if this layer were the last"
+    )
     axes.set_xticks(range(tokens), _seen(pieces), rotation=60, ha="right", fontsize=11)
     axes.set_yticks(range(layers))
     figure.colorbar(image, label="probability", pad=0.01)
@@ -108,10 +112,19 @@ def heat(
 ) -> Figure:
     """Draw an array [rows, columns], zero in white; columns: their names, in place of numbers."""
     most = float(np.abs(values).max()) or 1.0
-    figure, axes = plt.subplots(figsize=(6, 1.2 + 0.35 * len(values)), layout="constrained")
+    rows, wide = values.shape
+    figure, axes = plt.subplots(
+        figsize=(max(6, 0.6 * wide), 1.4 + 0.4 * rows), layout="constrained"
+    )
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set(title=title, xlabel=x, ylabel=y)
-    axes.set_xticks(range(values.shape[1]), columns and _seen(columns))
-    axes.set_yticks(range(len(values)))
+    for row, column in np.ndindex(rows, wide):
+        value = f"{values[row, column]:.1f}".replace("-0.0", "0.0")
+        colour = "white" if abs(values[row, column]) > 0.6 * most else "black"
+        axes.text(column, row, value, ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(wide), columns and _seen(columns))
+    if columns:
+        axes.tick_params("x", rotation=60)
+    axes.set_yticks(range(rows))
     figure.colorbar(image, label=label, pad=0.01)
     return figure

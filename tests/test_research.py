@@ -65,6 +65,12 @@ def test_a_hook_of_no_layer_is_refused(key: Any, message: str) -> None:
             use(PROMPT, hooks={key: add})
 
 
+def test_a_layer_is_given_once() -> None:
+    hooks = {("hidden_states", -1): add, ("hidden_states", 2): add}
+    with pytest.raises(ValueError, match="hooks: .'hidden_states', 2. is given twice"):
+        golden.runner("three-layers").inspect(PROMPT, hooks=hooks)
+
+
 def test_hooks_get_arguments_without_compiling_anew() -> None:
     server, traces = golden.runner("three-layers"), []
 
@@ -88,11 +94,24 @@ def test_hooks_get_arguments_without_compiling_anew() -> None:
     assert len(traces) == generating
 
 
+def test_numbers_of_any_kind_are_one_type() -> None:
+    """A float of Python's, and those of NumPy and jax, compiled anew each."""
+    server, traces = golden.runner("three-layers"), []
+
+    def scale(_: Any, x: jax.Array, size: jax.Array) -> jax.Array:
+        traces.append(size)
+        return x * size
+
+    for size in (0.5, np.float64(0.5), np.float32(0.5), jnp.float32(0.5)):
+        server.inspect(PROMPT, (), hooks={"embeddings": scale}, hook_args=(size,))
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("arguments", [3, {"size": 3}, ("a",), (abs,)], ids=str)
 def test_arguments_of_hooks_are_arrays(arguments: Any) -> None:
     server = golden.runner("three-layers")
     for use in (server.inspect, server.generate):
-        with pytest.raises(ValueError, match="hook_args: expected a tuple or list of arrays, got"):
+        with pytest.raises(ValueError, match="hook_args: expected (a tuple or list of a|a)rrays"):
             use(PROMPT, hooks={"hidden_states": add}, hook_args=arguments)
 
 
@@ -166,6 +185,7 @@ def test_patching_takes_one_place_from_another_run(site: str) -> None:
         ({"site": "embeddings"}, "site: expected one of .*, got 'embeddings'"),
         ({"layers": [3]}, "layers: expected one or more integers from -3 to 2"),
         ({"positions": [5]}, "positions: expected integers from -5 to 4, got .5."),
+        ({"metric": lambda logits: logits[-1]}, "metric: expected one number of the logits, got"),
         ({"positions": "ab"}, "positions: expected integers from -5 to 4, got 'ab'"),
         ({"prompt": []}, "the prompt has no tokens"),
     ],
@@ -235,8 +255,16 @@ def test_the_pure_function_is_mapped_and_looked_into() -> None:
     ).captured
     np.testing.assert_allclose(given.embeddings, 2 * own, atol=1e-6)
     assert not np.any(given.hidden_states[0])
-    with pytest.raises(ValueError, match="embeddings: expected an array of the shape .2, 5, "):
+    sized = {"hidden_states": lambda _, h, size: h * size}
+    zero = model(server.params, tokens, hooks=sized, hook_args=(0.0,), capture=("hidden_states",))
+    assert not np.any(zero.captured.hidden_states)
+    with pytest.raises(ValueError, match="embeddings: expected a float32 array .2, 5, .* got 'fl"):
         model(server.params, tokens, embeddings=own[0])
+    with pytest.raises(ValueError, match="embeddings: expected a float32 array .*'bfloat16 .2, 5"):
+        model(server.params, tokens, embeddings=own.astype(jnp.bfloat16))
+    for wrong in (tokens[0], PROMPT, "text"):
+        with pytest.raises(ValueError, match=r"tokens: expected an int32 array \[B, T\], got"):
+            model(server.params, wrong)
 
 
 def test_forms_without_derivatives_name_those_that_have_some() -> None:

@@ -266,12 +266,20 @@ byte_size = quantity(SIZES, "80GiB")
 byte_rate = quantity({f"{unit}/s": size for unit, size in SIZES.items()}, "3.35TB/s")
 
 
+def _with_hyphens(argument: str) -> str:
+    """Return --top-p for --top_p, and anything else as it is."""
+    name, equals, value = argument.partition("=")
+    known = re.fullmatch("--[a-z_-]+", name)
+    return f"{name.replace('_', '-')}{equals}{value}" if known else argument
+
+
 class Parser(argparse.ArgumentParser):
     """Ends with one sentence where argparse would print its whole usage."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that is not there gets the name of the most similar one."""
-        found, unknown = self.parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args([*map(_with_hyphens, given)], namespace)
         if unknown:
             known = re.findall(r"--[a-z-]+", self.format_help())
             hint = nearest_name(unknown[0].partition("=")[0], known)

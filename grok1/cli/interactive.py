@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import secrets
 import signal
 import sys
@@ -16,6 +17,7 @@ from grok1.strict_json import read_json
 
 SIGN = "> "
 HELP = """\
+/set             what was set
 /set NAME VALUE  for the answers from now on, such as /set temperature 0.9, or
                  /set logit_bias {"300": 5}; the VALUE none: as it was at the start
 /seed N          one seed for all answers; /seed new: another one for each; /seed: the last one
@@ -122,6 +124,9 @@ class Settings:
         match line.split():
             case ["/help"]:
                 say(HELP)
+            case ["/set"]:
+                own = dict(self._changes)
+                say(json.dumps(own | ({} if self._seed is None else {"seed": self._seed})))
             case ["/seed"]:
                 say("no answer yet" if self._last is None else f"the last seed was {self._last}")
             case ["/seed", "new"]:
@@ -145,7 +150,9 @@ class Settings:
             value = text  # a string needs no quotes
         field = published_names({name.removeprefix("--").replace("-", "_"): value})
         if field.keys() & NOT_HERE:
-            raise ValueError(f"{name}: expected a setting of one answer to the line that is typed")
+            raise ValueError(
+                f"{name}: expected a setting that a session has, which prints one answer"
+            )
         (name,) = field
         try:
             request = self._make("a", self._changes | field)

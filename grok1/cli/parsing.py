@@ -80,6 +80,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
         write_out(version())
         sys.exit(0)
     prompts = [*(given.prompts or []), *given.more_prompts]
+    if "-" in given.more_prompts:
+        parser.error("-: prompts on standard input are read with --prompts-file -")
     check_distributed(parser, given)
     check_prompts(parser, given, prompts)
     check_routing(parser, given)
@@ -190,6 +192,7 @@ def add_filters(add: Callable[..., Any]) -> None:
     """Add the options of which tokens may be drawn."""
     add(
         "--temperature",
+        "--temp",
         type=number(float, 0, 1e6, " (0: the most probable token)"),
         default=DEFAULT_TEMPERATURE,
         metavar="X",
@@ -224,6 +227,7 @@ def add_penalties(add: Callable[..., Any]) -> None:
     """Add the options that change logits."""
     add(
         "--repetition-penalty",
+        "--repeat-penalty",
         type=number(float, 1 / LARGEST_PENALTY, LARGEST_PENALTY),
         default=1.0,
         metavar="X",
@@ -372,6 +376,7 @@ def add_prompts(parser: Parser) -> None:
         help="keep only the newest tokens of a prompt that is too long",
     )
     add(
+        "-i",
         "--interactive",
         action="store_true",
         help="answer prompts as they are typed; Ctrl-C stops an answer, Ctrl-D ends, /help says "

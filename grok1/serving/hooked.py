@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from grok1.inspection import Hook, Site
 
@@ -57,12 +59,25 @@ def _with_hooks(step: Any, hooks: Hooks) -> Any:
     return jax.jit(own, static_argnames=static, donate_argnames=donated)
 
 
-def check_arguments(arguments: Sequence[Any]) -> None:
-    """Raise ValueError unless these are arrays that a compiled step can give to hooks."""
-    wrong = ValueError(f"hook_args: expected a tuple or list of arrays, got {arguments!r}")
+def as_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what a compiled step can give to hooks: numbers, too, as arrays of one dtype.
+
+    Raises ValueError for what is no tuple or list of arrays and numbers.
+    """
     if not isinstance(arguments, tuple | list):
-        raise wrong
+        got = type(arguments).__name__
+        raise ValueError(f"hook_args: expected a tuple or list of arrays, got one {got}")
     try:
-        jax.eval_shape(lambda *_: None, *arguments)
+        return jax.tree.map(_as_array, tuple(arguments))
     except TypeError as error:
-        raise wrong from error
+        raise ValueError(f"hook_args: expected arrays and numbers, {error}") from error
+
+
+def _as_array(value: Any) -> Any:
+    """Return an array of a dtype that jax computes with, as it makes one of float64."""
+    if isinstance(value, jax.Array):
+        return value
+    array = np.asarray(value)
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise TypeError(f"got {value!r}")
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))

@@ -24,7 +24,7 @@ from grok1.inspection import (
 )
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import all_model_axes, axis_size
-from grok1.serving.hooked import as_hooks, check_arguments, with_hooks
+from grok1.serving.hooked import as_arguments, as_hooks, with_hooks
 from grok1.serving.memory_budget import free_memory, own_device
 from grok1.serving.scoring import check_length
 from grok1.serving.steps import LoadedModel, inspect_step
@@ -62,7 +62,7 @@ def inspect(
         raise ValueError("the prompt has no tokens; there is nothing to look at")
     check_length(config, length)
     capture, hooks = check_capture(capture, config.model), check_hooks(hooks, config.model)
-    check_arguments(hook_args)
+    hook_args = as_arguments(hook_args)
     layers = None
     if capture_layers is not None:
         layers = check_layers(capture_layers, config.model.num_layers)
@@ -111,7 +111,9 @@ def patch(
         for column, place in enumerate(places):
             where = np.int32(layer), np.int32(place % len(ids)), values[row]
             run = inspect(model, ids, (), None, {site: _take}, where)
-            found[row, column] = metric(run.logits)
+            value = metric(run.logits)
+            require(np.size(value) == 1, "metric", "one number of the logits", np.shape(value))
+            found[row, column] = np.reshape(value, ())
     return found
 
 

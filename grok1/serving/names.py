@@ -23,5 +23,7 @@ def published_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence, with the most similar of the known names if one is similar."""
-    found = difflib.get_close_matches(name, known, n=1)
+    known = list(known)
+    longer = [other for other in known if len(name) > 3 and other.startswith(name)]
+    found = longer or difflib.get_close_matches(name, known, n=1)
     return f"; the nearest is {found[0]}" if found else ""

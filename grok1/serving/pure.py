@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,6 +10,7 @@ import jax
 from grok1.checks import require
 from grok1.execution import Execution
 from grok1.inspection import Hook, Site
+from grok1.serving.hooked import as_hooks, bind
 from grok1.serving.steps import apply_model
 
 if TYPE_CHECKING:
@@ -25,13 +26,16 @@ def pure_function(config: LanguageModelConfig, execution: Execution) -> Callable
         *,
         embeddings: jax.Array | None = None,
         hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
         **options: Any,
     ) -> Any:
-        hooks = dict(hooks or {})
+        shape = tuple(getattr(tokens, "shape", ()))
+        require(len(shape) == 2, "tokens", "an int32 array [B, T]", shape or type(tokens))
+        hooks = bind(as_hooks(hooks or {}), hook_args)
         if embeddings is not None:
-            expected = (*tokens.shape, config.model.emb_size)
-            got = jax.numpy.shape(embeddings)
-            require(got == expected, "embeddings", f"an array of the shape {expected}", got)
+            expected = f"a float32 array {[*shape, config.model.emb_size]}"
+            got = f"{embeddings.dtype} {[*embeddings.shape]}"
+            require(f"a {got.replace(' ', ' array ', 1)}" == expected, "embeddings", expected, got)
             change = hooks.get("embeddings", lambda _, h: h)
             hooks["embeddings"] = lambda layer, _: change(layer, embeddings)
         return apply_model(config, execution, params, tokens, hooks=hooks, **options)

@@ -36,7 +36,7 @@ from grok1.checks import is_integer
 from grok1.inspection import Hook, Site, check_hooks
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
-from grok1.serving.hooked import as_hooks, check_arguments, with_hooks
+from grok1.serving.hooked import as_arguments, as_hooks, with_hooks
 from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
@@ -738,8 +738,8 @@ def answer_with_hooks(
 ) -> list[Event]:
     """Answer requests with hooks in every step -> the last event of each answer."""
     hooks = check_hooks(hooks, model.config.model)
-    check_arguments(hook_args)
-    own = Scheduler(model._replace(hooks=as_hooks(hooks), hook_args=hook_args))
+    arguments = as_arguments(hook_args)
+    own = Scheduler(model._replace(hooks=as_hooks(hooks), hook_args=arguments))
     return [e for e in own.answer(requests, MOST_TOKENS) if e.finish_reason is not None]
 
 

@@ -1,6 +1,7 @@
 """What lines with a slash change in a session of --interactive."""
 
 import io
+import json
 import pathlib
 import re
 import sys
@@ -41,11 +42,14 @@ def test_what_is_no_json_is_a_string() -> None:
         assert own.request("A").stop == text
 
 
-def test_none_sets_back_what_was_set() -> None:
+def test_none_sets_back_what_was_set(capsys: pytest.CaptureFixture[str]) -> None:
     own = settings(seed=3)
     for line in ("/set stop The end", "/set ignore_eos True", "/set seed 4"):
         own.obey(line)
     assert own.request("A").ignore_eos is True
+    capsys.readouterr()
+    own.obey("/set")
+    assert json.loads(capsys.readouterr().err) == {"stop": "The end", "ignore_eos": True, "seed": 4}
     for line in ("/set stop none", "/set ignore_eos null", "/set seed None", "/set top_k none"):
         own.obey(line)
     assert own.request("A") == settings(seed=3).request("A")
@@ -71,9 +75,9 @@ def test_each_answer_has_a_new_seed() -> None:
         ("/set temperature", "/set: expected as /help shows it, got '/set temperature'"),
         ("/set temprature 1", "there is no setting 'temprature'; the nearest is temperature"),
         ("/set temperature 3", "temperature must be from 0 to 2"),
-        ("/set prompt x", "prompt: expected a setting of one answer"),
-        ("/set num-samples 3", "num-samples: expected a setting of one answer"),
-        ("/set top_logprobs 3", "top_logprobs: expected a setting of one answer"),
+        ("/set prompt x", "prompt: expected a setting that a session has"),
+        ("/set num-samples 3", "num-samples: expected a setting that a session has"),
+        ("/set top_logprobs 3", "top_logprobs: expected a setting that a session has"),
         ("/set temprature none", "there is no setting 'temprature'"),
     ],
 )

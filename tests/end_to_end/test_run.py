@@ -35,7 +35,7 @@ from commands import (
     start,
 )
 from grok1 import default_files
-from grok1.cli import options
+from grok1.cli import parsing
 from paths import DATA, ROOT
 from runner import Completion, Event
 
@@ -295,7 +295,7 @@ def test_without_a_checkpoint_the_demo_is_used_and_said_to_be(
     monkeypatch.setattr(default_files, "RELEASED", tmp_path)
     monkeypatch.setattr(default_files, "DEMO", tiny)
     result = command("--max-len", 1)
-    assert result.out.startswith(options.DEFAULT_PROMPT)
+    assert result.out.startswith(parsing.DEFAULT_PROMPT)
     assert result.err.startswith("checkpoints/ckpt-0 is not there: using the small bundled demo")
     monkeypatch.setattr(default_files, "RELEASED", tiny)
     monkeypatch.setattr(default_files, "DEMO", tmp_path)
@@ -343,11 +343,12 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "plan-together": (("--plan", "--distributed"), 2, "--plan and --distributed do not go"),
     "plan-prompt": (("--plan", "--prompt", "Hi"), 2, "--plan and --prompt do not go together: a"),
     "plan-ids": (("--plan", "--prompt-ids", "5"), 2, "--plan and --prompt do not go together"),
+    "a-dash": (("-",), 2, "prompts on standard input are read with --prompts-file -"),
     "no-prompts-file": (("--prompts-file", ""), 2, "--prompts-file: expected a path, got an empty"),
     "plan-prompts": (("--plan", "--prompts-file", "-"), 2, "--plan and --prompts-file do not go"),
     "plan-output": (("--plan", "--output", "out"), 2, "--plan and --output do not go together"),
-    "cold": (("--temperature", "-0.1"), 2, "--temperature: expected a number from 0 to 1000000 ("),
-    "nan": (("--temperature", "nan"), 2, "--temperature: expected a number from 0 to 1000000 ("),
+    "cold": (("--temperature", "-0.1"), 2, "--temperature/--temp: expected a number from 0 to 1000000 ("),
+    "nan": (("--temperature", "nan"), 2, "--temperature/--temp: expected a number from 0 to 1000000 ("),
     "hot": (("--temperature", "high"), 2, "got 'high'"),
     "no-nucleus": (("--top-p", "0"), 2,
                    "--nucleus-p: expected a number from 2.225073859e-308 to 1, got '0'"),

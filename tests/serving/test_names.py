@@ -51,5 +51,9 @@ def test_an_unknown_key_gets_the_nearest_name(tmp_path):
         prompts.make_requests(given, [0])
 
 
+def test_the_nearest_name_is_one_that_begins_so():
+    assert nearest_name("--temp", ["--stop", "--temperature"]) == "; the nearest is --temperature"
+
+
 def test_command_and_api_have_one_default_temperature():
     assert parsing.parse_arguments([]).temperature == Request("a").temperature == 0.7
