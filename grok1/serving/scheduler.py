@@ -262,9 +262,7 @@ class Scheduler:
         self._params = model.params
         self._mesh = model.mesh
         self._config, self._executions = model.config, model.executions
-        self._prefill = with_hooks(prefill, model.hooks)
-        self._decode_step = with_hooks(decode, model.hooks)
-        self._hook_args = model.hook_args
+        self._hooks, self._hook_args = model.hooks, model.hook_args
         self._num_slots = model.num_slots
         # Of the slots, over the data axis.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
@@ -575,8 +573,8 @@ class Scheduler:
         inputs = [tokens, length, places, *([following] if scored else [])]
         state = self._current()
         scores, self._state = self._run(
-            self._prefill, self._params, state, *inputs, kind=kind, top_logprobs=top,
-            hook_args=self._hook_args,
+            with_hooks(prefill, self._hooks), self._params, state, *inputs, kind=kind,
+            top_logprobs=top, hook_args=self._hook_args,
         )  # fmt: skip
         if scores is not None:
             self._dispatched.append(_Scores(self._dispatches, scores, counts))
@@ -621,12 +619,14 @@ class Scheduler:
         given = running, np.int32(count), np.bool_(self._first_in_line() is not None)
         state = self._current()
         found, self._state = self._run(
-            self._decode_step, self._params, state, *given, hook_args=self._hook_args
+            with_hooks(decode, self._hooks), self._params, state, *given, hook_args=self._hook_args
         )
         self._note(found, count, decoding, first=False)
 
     def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None, **options: Any) -> Any:
         """Dispatch a step; of one kind there is one program, compiled when it is first run.
+
+        kind: that of a chunk of a prompt; None for all other steps, which are run as decoding is.
 
         What the host gives are numpy arrays: legal on the mesh of many processes, which arrays on
         the device of one are not, and sent by jax's own call in less time than by hand.
@@ -637,7 +637,7 @@ class Scheduler:
         self._dispatches += 1
         self._known.add((step, kind))
         how = self._executions
-        execution = how.prefill if step is self._prefill else how.decode
+        execution = how.decode if kind is None else how.prefill
         return step(*inputs, config=self._config, execution=execution, **options)
 
     def _note(

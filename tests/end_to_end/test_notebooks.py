@@ -89,8 +89,20 @@ def test_the_notebook_runs_and_its_numbers_hold(name: str, tmp_path: pathlib.Pat
         assert made.shape == shown.shape and abs(made - shown).mean() < 0.01, kept.name
 
 
+def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return outputs with what was printed in several pieces, as time has it, in one."""
+    found: list[dict[str, Any]] = []
+    for output in outputs:
+        if found and output["output_type"] == found[-1]["output_type"] == "stream":
+            found[-1] = {**found[-1], "text": [*found[-1]["text"], *output["text"]]}
+        else:
+            found.append(output)
+    return found
+
+
 def assert_alike(kept: list[dict[str, Any]], made: list[dict[str, Any]]) -> None:
     """What a cell shows is what it was kept with, but for rounding."""
+    kept, made = joined(kept), joined(made)
     assert [one["output_type"] for one in kept] == [one["output_type"] for one in made]
     for shown, new in zip(kept, made, strict=True):
         one, other = shown.get("data", {}), new.get("data", {})
