@@ -278,8 +278,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that is not there gets the name of the most similar one."""
-        given = sys.argv[1:] if args is None else args
-        found, unknown = self.parse_known_args([*map(_with_hyphens, given)], namespace)
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)  # texts, whatever they look like
+        options = [_with_hyphens(argument) for argument in given[:end]]
+        found, unknown = self.parse_known_args([*options, *given[end:]], namespace)
         if unknown:
             known = re.findall(r"--[a-z-]+", self.format_help())
             hint = nearest_name(unknown[0].partition("=")[0], known)

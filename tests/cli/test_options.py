@@ -53,6 +53,7 @@ def test_options_have_the_names_of_other_tools(given: list[str], field: str, val
         (["-p", "A"], ["A"]),
         (["A", "B"], ["A", "B"]),
         (["--seed", "1", "A"], ["A"]),
+        (["--top_k", "1", "--", "--a_b"], ["--a_b"]),
         (["A", "--prompt", "B", "--prompt-ids", "5 6"], ["B", [5, 6], "A"]),
         ([], [DEFAULT_PROMPT]),
         (["--prompts-file", "x"], []),
