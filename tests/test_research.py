@@ -186,6 +186,7 @@ def test_patching_takes_one_place_from_another_run(site: str) -> None:
         ({"layers": [3]}, "layers: expected one or more integers from -3 to 2"),
         ({"positions": [5]}, "positions: expected integers from -5 to 4, got .5."),
         ({"metric": lambda logits: logits[-1]}, "metric: expected one number of the logits, got"),
+        ({"positions": 3}, "positions: expected integers from -5 to 4, got 3"),
         ({"positions": "ab"}, "positions: expected integers from -5 to 4, got 'ab'"),
         ({"prompt": []}, "the prompt has no tokens"),
     ],
@@ -258,10 +259,12 @@ def test_the_pure_function_is_mapped_and_looked_into() -> None:
     sized = {"hidden_states": lambda _, h, size: h * size}
     zero = model(server.params, tokens, hooks=sized, hook_args=(0.0,), capture=("hidden_states",))
     assert not np.any(zero.captured.hidden_states)
-    with pytest.raises(ValueError, match="embeddings: expected a float32 array .2, 5, .* got 'fl"):
+    with pytest.raises(ValueError, match="embeddings: expected a float32 array .2, 5, .*got"):
         model(server.params, tokens, embeddings=own[0])
-    with pytest.raises(ValueError, match="embeddings: expected a float32 array .*'bfloat16 .2, 5"):
+    with pytest.raises(ValueError, match="embeddings: expected a float32 array .*bfloat16"):
         model(server.params, tokens, embeddings=own.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="hooks: expected a dict .*, got 'x'"):
+        model(server.params, tokens, hooks="x")
     for wrong in (tokens[0], PROMPT, "text"):
         with pytest.raises(ValueError, match=r"tokens: expected an int32 array \[B, T\], got"):
             model(server.params, wrong)

@@ -102,8 +102,10 @@ def patch(
     layers = check_layers(range(count) if layers is None else layers, count, "layers")
     same = len(ids) == len(source)
     require(same, "source", f"as many tokens as the prompt, {len(ids)}", len(source))
-    places = range(len(ids)) if positions is None else list(positions)
-    inside = all(is_integer(place) and -len(ids) <= place < len(ids) for place in places)
+    places = range(len(ids)) if positions is None else positions
+    inside = isinstance(places, Sequence) and all(
+        is_integer(place) and -len(ids) <= place < len(ids) for place in places
+    )
     require(inside, "positions", f"integers from {-len(ids)} to {len(ids) - 1}", positions)
     values = getattr(inspect(model, source, (site,), layers).captured, site)
     found = np.zeros([len(layers), len(places)], np.float32)

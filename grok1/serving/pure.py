@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from grok1.checks import require
 from grok1.execution import Execution
-from grok1.inspection import Hook, Site
+from grok1.inspection import Hook, Site, check_hooks
 from grok1.serving.hooked import as_hooks, bind
 from grok1.serving.steps import apply_model
 
@@ -31,11 +32,12 @@ def pure_function(config: LanguageModelConfig, execution: Execution) -> Callable
     ) -> Any:
         shape = tuple(getattr(tokens, "shape", ()))
         require(len(shape) == 2, "tokens", "an int32 array [B, T]", shape or type(tokens))
-        hooks = bind(as_hooks(hooks or {}), hook_args)
+        hooks = bind(as_hooks(check_hooks(hooks, config.model)), hook_args)
         if embeddings is not None:
-            expected = f"a float32 array {[*shape, config.model.emb_size]}"
-            got = f"{embeddings.dtype} {[*embeddings.shape]}"
-            require(f"a {got.replace(' ', ' array ', 1)}" == expected, "embeddings", expected, got)
+            wanted = (*shape, config.model.emb_size)
+            got = getattr(embeddings, "shape", None), getattr(embeddings, "dtype", None)
+            right = got == (wanted, jnp.float32)
+            require(right, "embeddings", f"a float32 array {[*wanted]}", got)
             change = hooks.get("embeddings", lambda _, h: h)
             hooks["embeddings"] = lambda layer, _: change(layer, embeddings)
         return apply_model(config, execution, params, tokens, hooks=hooks, **options)
