@@ -547,7 +547,8 @@ class Router(hk.Module):
     """Chooses the experts of each token, in float32.
 
     A subclass with another `logits` or `choose` is given to the model as
-    `Execution(..., router=Subclass)`. Its parameters may have any names and shapes.
+    `Execution(..., router=Subclass)`. In a model that is trained it may have other parameters; a
+    checkpoint holds `w`.
     """
 
     num_selected_experts: int
@@ -759,6 +760,7 @@ class LanguageModel(hk.Module):
         valid = (tokens > config.pad_token) & (index < count[:, None])  # [B, T]
         context = prepare(memory, valid, count, sequence)
         position = context.start[:, None] + index  # [B, T]
+        probe.place = position, valid
         # A query sees the valid keys up to its own position, those of the memory included.
         causal = jnp.arange(context.valid.shape[1]) <= position[..., None]  # [B, T, S]
         mask = causal & context.valid[:, None]

@@ -25,6 +25,7 @@ from checkpoint import read_model_config
 from grok1 import backend
 from grok1.checks import is_integer, require
 from grok1.compile_cache import enable as enable_compile_cache
+from grok1.config_checks import check_router
 from grok1.default_files import default_checkpoint, default_tokenizer
 from grok1.execution import Execution, Executions, fastest
 from grok1.inspection import Hook, Site
@@ -57,7 +58,7 @@ from grok1.serving.request import (
 )
 from grok1.serving.request_limits import CHUNKS
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics, answer_with_hooks
+from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics, answer_alone
 from grok1.serving.scoring import TokenScores
 from grok1.serving.steps import EMBEDDINGS, MOST_TOKENS, LoadedModel
 from grok1.serving.text import BOS_TOKEN, Vocabulary, load_tokenizer
@@ -157,6 +158,7 @@ class ModelRunner:
         for execution in self.executions(mesh):
             check_execution(self.model, execution)
             dispatch.check(execution.kernels)
+            check_router(self.model.model, execution.router)
         shapes = None
         if self.checkpoint_path is not None:
             shapes = checkpoint.shapes_in(self.checkpoint_path, self.model)
@@ -290,9 +292,16 @@ class InferenceRunner:
             raise ValueError(f"{self.name}: nothing is loaded yet; call initialize() first")
         return self._loaded
 
-    def _with_model(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def _with_model(
+        self,
+        work: Callable[..., Any],
+        *arguments: Any,
+        hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
+    ) -> Any:
         """Call with the model while no slot works with it, the memory of idle ones given up."""
         model, scheduler = self._get_loaded()
+        model = model.hooked(hooks, hook_args)
 
         def call() -> Any:
             scheduler.release()
@@ -389,16 +398,16 @@ class InferenceRunner:
         which is a list, too, if it is the only one. Raises ValueError before the first token, and
         AnswerError (a ValueError), which holds all answers, if one ended by an error.
 
-        hooks, hook_args: as for `inspect`, in every step. Its arrays have the tokens of a part of a
-        prompt, filled up with pads, or the newest token of every slot: index -1 of T need not be
-        the last token. Other threads wait for these answers.
+        hooks, hook_args: as for `inspect`, in every step. Their arrays have the tokens of a part of
+        a prompt, filled up with pads, or the newest token of every slot: which ones they are
+        `grok1.inspection.positions` says. Other threads wait for these answers.
         """
         requests, single = as_requests(prompts, settings)
         events: Iterable[Event]
-        if hooks:
+        if self._get_loaded()[0].hooked(hooks, hook_args).hooks:
             self._check_all(requests)
             checked = map(self._check, requests)
-            events = self._with_model(answer_with_hooks, checked, hooks, hook_args)
+            events = self._with_model(answer_alone, checked, hooks=hooks, hook_args=hook_args)
         else:
             events = self.generate_events(requests, tokens=MOST_TOKENS)
         found: dict[tuple[int, int], Completion] = {}
@@ -470,16 +479,23 @@ class InferenceRunner:
 
     # ------------------------------------------------------------------------------ research
 
-    def logits(self, token_ids: Any) -> np.ndarray:
+    def logits(
+        self,
+        token_ids: Any,
+        *,
+        hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
+    ) -> np.ndarray:
         """Return the float32 logits [B, T, V] of int token ids [B, T].
 
         A string, several strings of as many tokens, and one row of ids [T] are taken as well; of
-        one B is 1. Raises ValueError if T exceeds the context or an id is out of range.
+        one B is 1. hooks, hook_args: as for `generate`; the programs are those of a few lengths,
+        whatever T is. Raises ValueError if T exceeds the context or an id is out of range.
         """
         texts = [token_ids] if isinstance(token_ids, str) else token_ids
         if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
             token_ids = [self.encode(text) for text in texts]
-        return self._with_model(scoring.logits, token_ids)
+        return self._with_model(scoring.logits, token_ids, hooks=hooks, hook_args=hook_args)
 
     @overload
     def inspect(  # type: ignore[overload-overlap]
@@ -530,8 +546,8 @@ class InferenceRunner:
         several, single = as_list(prompts)
         found = []
         for ids in [self.encode(prompt) for prompt in several]:
-            options = capture, capture_layers, hooks, hook_args
-            one = self._with_model(inspecting.inspect, ids, *options)
+            options = ids, capture, capture_layers
+            one = self._with_model(inspecting.inspect, *options, hooks=hooks, hook_args=hook_args)
             if self.tokenizer is not None:
                 pieces = [self.tokenizer.id_to_piece(i).replace("▁", " ") for i in ids]
                 one = one._replace(pieces=pieces)
@@ -576,21 +592,31 @@ class InferenceRunner:
         return pure_function(self.config, how)
 
     @overload
-    def score(self, texts: Prompt) -> np.ndarray: ...  # type: ignore[overload-overlap]
+    def score(  # type: ignore[overload-overlap]
+        self, texts: Prompt, *, hooks: Any = ..., hook_args: Any = ...
+    ) -> np.ndarray: ...
 
     @overload
-    def score(self, texts: Iterable[Prompt]) -> list[np.ndarray]: ...
+    def score(
+        self, texts: Iterable[Prompt], *, hooks: Any = ..., hook_args: Any = ...
+    ) -> list[np.ndarray]: ...
 
-    def score(self, texts: Any) -> Any:
+    def score(
+        self,
+        texts: Any,
+        *,
+        hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
+    ) -> Any:
         """Return the log-probability of each token of a text, or for each of several texts.
 
         texts: a string or token ids -> an array, or a list of these -> a list. float32 [tokens]
         each, the first token given [BOS]; their sum is that of the whole text, every byte counted
         once. A text longer than the context is read in windows that overlap by half, so that each
-        token sees at least half a context of text before it. Raises ValueError if one of them is
-        NaN or infinite.
+        token sees at least half a context of text before it. hooks, hook_args: as for `logits`,
+        with [BOS] at position 0. Raises ValueError if one of them is NaN or infinite.
         """
-        found = self.score_tokens(texts)
+        found = self.score_tokens(texts, hooks=hooks, hook_args=hook_args)
         if isinstance(found, TokenScores):
             return found.logprobs
         return [scores.logprobs for scores in found]
@@ -610,16 +636,27 @@ class InferenceRunner:
         return bos
 
     @overload
-    def score_tokens(self, texts: Prompt) -> TokenScores: ...  # type: ignore[overload-overlap]
+    def score_tokens(  # type: ignore[overload-overlap]
+        self, texts: Prompt, *, hooks: Any = ..., hook_args: Any = ...
+    ) -> TokenScores: ...
 
     @overload
-    def score_tokens(self, texts: Iterable[Prompt]) -> list[TokenScores]: ...
+    def score_tokens(
+        self, texts: Iterable[Prompt], *, hooks: Any = ..., hook_args: Any = ...
+    ) -> list[TokenScores]: ...
 
-    def score_tokens(self, texts: Any) -> Any:
+    def score_tokens(
+        self,
+        texts: Any,
+        *,
+        hooks: Mapping[Site, Hook] | None = None,
+        hook_args: Sequence[Any] = (),
+    ) -> Any:
         """Return what `score` does, and whether each token is the likeliest at its place."""
         several, single = as_list(texts)
         ids = [self.encode(text) for text in several]
-        scores = self._with_model(scoring.score, ids, self.bos_token)
+        given = ids, self.bos_token
+        scores = self._with_model(scoring.score, *given, hooks=hooks, hook_args=hook_args)
         return scores[0] if single else scores
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import haiku as hk
+import jax
 import jax.numpy as jnp
 
 from grok1.checks import require, require_integers, require_positive
@@ -92,6 +94,23 @@ def check_language_model(config: LanguageModelConfig, transformer: type) -> None
     require_positive(config, *FACTORS, *scales)
     dtypes, given = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)), config.fprop_dtype
     require(any(d == given for d in dtypes), "fprop_dtype", "bfloat16 or float32", given)
+
+
+def check_router(config: TransformerConfig, router: Callable[[int], Any] | None) -> None:
+    """Check that a router has the parameters that a checkpoint holds: those of `model.Router`."""
+    if router is None or config.num_experts < 2:
+        return
+    experts = config.num_experts
+
+    def route(x: jax.Array) -> Any:
+        return router(config.num_selected_experts)(x, None, experts)
+
+    x = jax.ShapeDtypeStruct((1, 1, config.emb_size), jnp.float32)
+    found = jax.eval_shape(hk.transform(route).init, jax.random.key(0), x)
+    held = {"router": {"w": [config.emb_size, experts]}}
+    got = {name: {k: [*v.shape] for k, v in own.items()} for name, own in found.items()}
+    expected = f"one with the parameters {held}, which a checkpoint holds"
+    require(got == held, "router", expected, got)
 
 
 def from_fields(cls: type, fields: Any) -> Any:

@@ -79,7 +79,8 @@ class Probe:
 
     capture: the sites to capture. layers: of which layers, as indices from 0; None: all.
     hooks: functions (layer, array) -> array by site, or by site and layer from 0. layer: int32 [],
-    handed to hooks; -1 outside the layers.
+    handed to hooks; -1 outside the layers. place: of the call's tokens, the positions int32 [B, T],
+    and which are no pads bool [B, T]; see `positions`.
     """
 
     def __init__(
@@ -93,11 +94,14 @@ class Probe:
         self.layers = layers
         self.hooks = hooks or {}
         self.layer = layer
+        self.place: tuple[jax.Array, jax.Array] | None = None
         self.found: dict[str, jax.Array] = {}
 
     def within(self, layer: jax.Array) -> "Probe":
         """Return a probe that asks for the same in one layer, and has found nothing."""
-        return Probe(self.capture, self.layers, self.hooks, layer)
+        probe = Probe(self.capture, self.layers, self.hooks, layer)
+        probe.place = self.place
+        return probe
 
     def __call__(self, site: str, array: jax.Array) -> jax.Array:
         """Change the array by the hook of its site, capture it, and return it; see `tap`."""
@@ -157,6 +161,19 @@ def tapped(site: str) -> bool:
     """Return whether the call that is being traced asks for a site."""
     probe = _asked.get()
     return probe is not None and probe.asks_for(site)
+
+
+def positions() -> jax.Array:
+    """Return the positions of the tokens that a hook's array belongs to, int32 [B, T]; -1: a pad.
+
+    To be called by a hook: `jnp.where((positions() == 3)[..., None], 0, array)` changes one token
+    of each sequence, whatever chunks it is read in. Raises RuntimeError anywhere else.
+    """
+    probe = _asked.get()
+    if probe is None or probe.place is None:
+        raise RuntimeError("positions: expected to be called by a hook, got a call outside of one")
+    position, valid = probe.place
+    return jnp.where(valid, position, -1)
 
 
 def asked() -> Probe | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 import golden
 from grok1.execution import Execution
+from grok1.inspection import positions
 from grok1.serving.steps import apply_model
-from runner import InferenceRunner
+from model import Router
+from runner import InferenceRunner, load_model
 
 PROMPT, OTHER = [5, 6, 7, 8, 9], [5, 60, 7, 80, 9]
 INSTEAD = r"take server.model\(differentiable=True\)"
@@ -115,6 +118,80 @@ def test_arguments_of_hooks_are_arrays(arguments: Any) -> None:
             use(PROMPT, hooks={"hidden_states": add}, hook_args=arguments)
 
 
+def at_position(_: Any, x: jax.Array, place: jax.Array) -> jax.Array:
+    return jnp.where((positions() == place)[..., None], 2 * x, x)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_hooks_know_positions_in_every_chunk(mesh: tuple[int, int] | None, kernel: bool) -> None:
+    """Read in chunks, padded, in a batch, or as it is generated: one token is changed."""
+    server = golden.runner("three-layers", mesh=mesh, kernel=kernel)
+    text = [*range(3, 3 + server.pad_sizes[-1] + 5)]
+    by_hand = {("hidden_states", 0): lambda _, x, place: x.at[:, place].multiply(2)}
+    for place in (1, len(text) - 2):
+        hooked: Any = {"hooks": {("hidden_states", 0): at_position}, "hook_args": (place,)}
+        expected = server.inspect(text, (), hooks=by_hand, hook_args=(place,)).logits
+        for found in (
+            server.inspect(text, (), **hooked).logits,
+            server.logits(text, **hooked)[0],
+            server.logits([text, text], **hooked)[1],
+        ):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert not np.allclose(server.logits(text)[0], expected, atol=1e-2)
+    answer = server.generate(text, temperature=0, max_len=3, ignore_eos=True, **hooked)
+    whole = [*text, *answer.token_ids]
+    again = server.logits(whole[:-1], **hooked)[0, len(text) - 1 :]
+    assert answer.token_ids == again.argmax(-1).tolist()
+
+
+def test_positions_of_pads_are_below_zero() -> None:
+    server, pad = golden.runner("three-layers"), golden.runner("three-layers").config.pad_token
+    found = server.inspect([5, pad, 6], ("embeddings",), hooks={
+        "embeddings": lambda _, x: x * 0 + positions()[..., None]
+    })  # fmt: skip
+    assert found.captured.embeddings[:, 0].tolist() == [0, -1, 2]
+    with pytest.raises(RuntimeError, match="expected to be called by a hook"):
+        positions()
+
+
+def test_scores_with_hooks_are_those_of_a_changed_model() -> None:
+    server = golden.runner("three-layers")
+    hooked: Any = {"hooks": {("hidden_states", 1): add}, "hook_args": (300 * direction(server),)}
+    changed = server.score([PROMPT, OTHER[:3]], **hooked)
+    for text, found in zip((PROMPT, OTHER[:3]), changed, strict=True):
+        logits = server.inspect([server.bos_token, *text[:-1]], (), **hooked).logits
+        expected = jax.nn.log_softmax(logits)[np.arange(len(text)), text]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert not np.allclose(found, server.score(text), atol=1e-2)
+    tokens = server.score_tokens(PROMPT, **hooked)
+    np.testing.assert_allclose(tokens.logprobs, changed[0], atol=1e-6)
+
+
+def test_arguments_need_a_hook() -> None:
+    server = golden.runner("three-layers")
+    for use in (server.inspect, server.generate, server.logits, server.score):
+        with pytest.raises(ValueError, match="hook_args: expected none without hooks"):
+            use(PROMPT, hook_args=(1.0,))
+
+
+def test_a_router_with_other_parameters_is_refused() -> None:
+    class Biased(Router):
+        def logits(self, x: jax.Array, num_experts: int) -> jax.Array:
+            bias = hk.get_parameter("bias", [num_experts], init=jnp.zeros)
+            return super().logits(x, num_experts) + bias
+
+    class Colder(Router):
+        def logits(self, x: jax.Array, num_experts: int) -> jax.Array:
+            return super().logits(x, num_experts) * 2
+
+    directory = golden.DIRECTORY / "three-layers"
+    with pytest.raises(ValueError, match=r"router: expected one with the parameters .*got .*bias"):
+        load_model(directory, router=Biased)
+    loaded = load_model(directory, router=Colder, dtype="float32")
+    assert not np.allclose(loaded.logits(PROMPT), golden.runner("three-layers").logits(PROMPT))
+
+
 # --------------------------------------------------------------------------------------- steering
 
 
@@ -170,7 +247,7 @@ def test_patching_takes_one_place_from_another_run(site: str) -> None:
     assert found.shape == (3, 5) and found.dtype == np.float32
     assert found[0, 0] == pytest.approx(own, abs=1e-5)  # the same token, in the same place
     source = getattr(server.inspect(OTHER, (site,)).captured, site)
-    for layer, place in ((0, 1), (2, 3), (1, 4)):
+    for layer, place in ((1, 4), (2, 3))[: 1 + (site == "hidden_states")]:
         hook = {(site, layer): lambda _, x, v=source[layer], t=place: x.at[:, t].set(v[t])}
         by_hand = measure(server.inspect(PROMPT, (), hooks=hook).logits)
         assert found[layer, place] == pytest.approx(by_hand, abs=1e-5)

@@ -55,7 +55,7 @@ def _with_hooks(step: Any, hooks: Hooks) -> Any:
     own = functools.partial(step.__wrapped__, hooks=hooks)
     names = inspect.signature(own).parameters
     static = [name for name in STATIC if name in names]
-    donated = [name for name in ("state",) if name in names]
+    donated = [name for name in ("state", "memory") if name in names]
     return jax.jit(own, static_argnames=static, donate_argnames=donated)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,14 @@ from grok1.inspection import (
     CAPTURE_SITES,
     HEAD_SITES,
     Captured,
-    Hook,
-    Site,
     captured_shapes,
     check_capture,
-    check_hooks,
     check_layers,
     nbytes,
 )
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import all_model_axes, axis_size
-from grok1.serving.hooked import as_arguments, as_hooks, with_hooks
+from grok1.serving.hooked import with_hooks
 from grok1.serving.memory_budget import free_memory, own_device
 from grok1.serving.scoring import check_length
 from grok1.serving.steps import LoadedModel, inspect_step
@@ -50,8 +47,6 @@ def inspect(
     ids: list[int],
     capture: Collection[str],
     capture_layers: Sequence[int] | None,
-    hooks: Mapping[Site, Hook] | None = None,
-    hook_args: Sequence[Any] = (),
 ) -> Inspection:
     """Read one prompt of these token ids -> what happens inside, `pieces` left out.
 
@@ -61,12 +56,10 @@ def inspect(
     if not ids:
         raise ValueError("the prompt has no tokens; there is nothing to look at")
     check_length(config, length)
-    capture, hooks = check_capture(capture, config.model), check_hooks(hooks, config.model)
-    hook_args = as_arguments(hook_args)
-    layers = None
+    capture, layers = check_capture(capture, config.model), None
     if capture_layers is not None:
         layers = check_layers(capture_layers, config.model.num_layers)
-    if not hooks:
+    if not model.hooks:
         # One length for many prompts: each compiles. Pads at the end are seen by no token. A
         # hook compiles anyway, and would meet them.
         fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
@@ -75,9 +68,9 @@ def inspect(
     tokens = np.full([_rows(model), length], config.pad_token, np.int32)
     tokens[:, : len(ids)] = ids
     with uninterrupted():  # jax and haiku bear no exception while they trace
-        logits, captured = with_hooks(inspect_step, as_hooks(hooks))(
+        logits, captured = with_hooks(inspect_step, model.hooks)(
             model.params, tokens, config=config, execution=model.executions.prefill,
-            capture=capture, capture_layers=layers, hook_args=hook_args,
+            capture=capture, capture_layers=layers, hook_args=model.hook_args,
         )  # fmt: skip
     found = {site: _first_row(site, x, len(ids)) for site, x in captured._asdict().items()}
     return Inspection(
@@ -112,7 +105,7 @@ def patch(
     for row, layer in enumerate(layers):
         for column, place in enumerate(places):
             where = np.int32(layer), np.int32(place % len(ids)), values[row]
-            run = inspect(model, ids, (), None, {site: _take}, where)
+            run = inspect(model.hooked({site: _take}, where), ids, (), None)
             value = metric(run.logits)
             require(np.size(value) == 1, "metric", "one number of the logits", np.shape(value))
             found[row, column] = np.reshape(value, ())

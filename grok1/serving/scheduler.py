@@ -26,17 +26,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
 
 from grok1.checks import is_integer
-from grok1.inspection import Hook, Site, check_hooks
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
-from grok1.serving.hooked import as_arguments, as_hooks, with_hooks
+from grok1.serving.hooked import with_hooks
 from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
@@ -730,16 +729,9 @@ class Scheduler:
         self._torn = False
 
 
-def answer_with_hooks(
-    model: LoadedModel,
-    requests: Iterable[CheckedRequest],
-    hooks: Mapping[Site, Hook],
-    hook_args: Sequence[Any],
-) -> list[Event]:
-    """Answer requests with hooks in every step -> the last event of each answer."""
-    hooks = check_hooks(hooks, model.config.model)
-    arguments = as_arguments(hook_args)
-    own = Scheduler(model._replace(hooks=as_hooks(hooks), hook_args=arguments))
+def answer_alone(model: LoadedModel, requests: Iterable[CheckedRequest]) -> list[Event]:
+    """Answer requests with slots of their own -> the last event of each answer."""
+    own = Scheduler(model)
     return [e for e in own.answer(requests, MOST_TOKENS) if e.finish_reason is not None]
 
 

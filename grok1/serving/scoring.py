@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from grok1.interrupts import uninterrupted
+from grok1.serving.hooked import with_hooks
 from grok1.serving.request import NOT_FINITE, encode
 from grok1.serving.steps import LoadedModel, logits_step, new_memory, score_step
 
@@ -102,8 +103,9 @@ def _read(model: LoadedModel, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
     whole[:, :rows, :length] = arrays
     where = {"config": model.config, "execution": model.executions.prefill}
     memory = new_memory(**where, batch=model.num_slots)
+    step = with_hooks(step, model.hooks)
     for first in range(0, padded, size):
         chunk = whole[:, :, first : first + size]
         with uninterrupted():  # jax and haiku bear no exception while they trace
-            result, memory = step(model.params, memory, *chunk, **where)
+            result, memory = step(model.params, memory, *chunk, **where, hook_args=model.hook_args)
         yield result

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import haiku as hk
@@ -21,8 +21,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from grok1.checks import require
 from grok1.execution import ONE_DEVICE, Execution, Executions
-from grok1.inspection import Captured
+from grok1.inspection import Captured, Hook, Site, check_hooks
 from grok1.ops.cache import KVMemory, Memory
 from grok1.parallel.sharding import (
     AnyMesh,
@@ -33,7 +34,7 @@ from grok1.parallel.sharding import (
     parameter_specs,
     readable,
 )
-from grok1.serving.hooked import Hooks, bind
+from grok1.serving.hooked import Hooks, as_arguments, as_hooks, bind
 from grok1.serving.sampling import SampleOutput, SampleSettings, first_choices, sample_logits
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ class LoadedModel(NamedTuple):
     pad_sizes: Sequence[int]
     hooks: Hooks = ()
     hook_args: Sequence[Any] = ()
+
+    def hooked(self, hooks: Mapping[Site, Hook] | None, hook_args: Sequence[Any]) -> LoadedModel:
+        """Return the same model with hooks in its steps. Raises ValueError for wrong ones."""
+        checked, arguments = check_hooks(hooks, self.config.model), as_arguments(hook_args)
+        needed = bool(checked) or not arguments
+        require(needed, "hook_args", "none without hooks, which get them", hook_args)
+        return self._replace(hooks=as_hooks(checked), hook_args=arguments)
 
     @property
     def mesh(self) -> Mesh | None:
@@ -490,9 +498,12 @@ def logits_step(
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
+    hooks: Hooks = (),
+    hook_args: Sequence[Any] = (),
 ) -> tuple[jax.Array, Memory]:
     """Read one chunk of tokens [B, T] -> the logits [B, T, V] at each, and the memory."""
-    output = apply_model(config, execution, params, tokens, memory)
+    hooked = bind(hooks, hook_args)
+    output = apply_model(config, execution, params, tokens, memory, hooks=hooked)
     return readable(output.logits, execution.mesh), output.model_state
 
 
@@ -505,12 +516,15 @@ def score_step(
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
+    hooks: Hooks = (),
+    hook_args: Sequence[Any] = (),
 ) -> tuple[tuple[jax.Array, jax.Array], Memory]:
     """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each.
 
     And whether each target is the likeliest token there, bool [B, T].
     """
-    output = apply_model(config, execution, params, tokens, memory)
+    hooked = bind(hooks, hook_args)
+    output = apply_model(config, execution, params, tokens, memory, hooks=hooked)
     greedy = jnp.argmax(output.logits, axis=-1) == targets
     found = _log_probabilities(output.logits, targets), greedy
     return readable(found, execution.mesh), output.model_state
