@@ -45,7 +45,7 @@ from grok1.cli.options import Options
 from grok1.cli.output import JsonPrinter, TextPrinter, as_json
 from grok1.cli.parsing import parse_arguments
 from grok1.cli.startup import check_surroundings
-from grok1.cli.timing import Timing
+from grok1.cli.timing import Timing, arrivals
 from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
 from grok1.serving.request_limits import CHUNKS
@@ -110,7 +110,7 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
             job.tokenizer,
             mesh=mesh,
             # As many as before an interruption: rounding depends on it.
-            slots=options.batch or min(len(prompts.places_of_answers(options)), MOST_SLOTS),
+            slots=options.batch or slots_for(len(prompts.places_of_answers(options))),
             dtype=options.dtype,
             context=options.context,
             requests=prompts.make_requests(options, job.left),
@@ -131,6 +131,11 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
         f"mesh {mesh[0]},{mesh[1]} on {jax.devices()[0].device_kind}"
     )
     return server
+
+
+def slots_for(answers: int) -> int:
+    """Return how many sequences to serve at once: few numbers, as each compiles programs anew."""
+    return min(1 << (answers - 1).bit_length(), MOST_SLOTS)
 
 
 def chunks(longest: int | None) -> list[int]:
@@ -165,20 +170,20 @@ def generate(
         failed = {}
         try:
             # A bar says what is done where answers go to a file.
-            with contextlib.nullcontext() if answers else telling(READING):
-                event = worker.call(next, events, None)
-            while event:
+            said = contextlib.nullcontext() if answers else telling(READING)
+            for event, now in arrivals(lambda: worker.call(next, events, None), said):
+                if not timing.tokens:
+                    progress.start()  # what was compiled before says nothing of the rest
                 place = event.request, event.sample
                 if event.finish_reason == "error":
                     failed[place] = event.completion.error
                 else:
                     prompt = 0 if event.sample else len(event.completion.prompt_ids)
-                    timing.take(place, event.finish_reason is not None, prompt)
+                    timing.take(place, event.finish_reason is not None, prompt, now)
                     if options.show_routing and event.finish_reason is not None:
                         ended[place] = event.completion
                 with uninterrupted(signal.SIGINT, multihost.WAKE):
                     printer.show(event._replace(request=job.left[event.request]))
-                event = worker.call(next, events, None)
         finally:
             # After an interruption too: nothing that was computed is lost.
             with uninterrupted(multihost.WAKE):
@@ -285,12 +290,13 @@ def show_plan(options: Options) -> None:
     # In its place the option below, which can wait until the size of the mesh is known.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = re.sub(r"\S*xla_force_host_platform_device_count\S*", "", flags)
-    import jax
+    with telling("starting JAX"):
+        import jax
 
-    from checkpoint import config_in
-    from grok1 import plan
-    from model import grok_1
-    from runner import with_settings
+        from checkpoint import config_in
+        from grok1 import plan
+        from model import grok_1
+        from runner import with_settings
 
     directory = options.checkpoint
     if directory is None and default_files.default_checkpoint() == default_files.RELEASED:
@@ -298,14 +304,15 @@ def show_plan(options: Options) -> None:
     config = grok_1() if directory is None else config_in(directory)
     config = with_settings(config, options.dtype or "bfloat16", options.context)
     jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))
-    found = plan.make_plan(
-        config,
-        options.mesh,
-        batch=options.batch,
-        device_memory=int(options.device_memory),
-        bandwidth=options.bandwidth,
-        directory=directory,
-    )
+    with telling("compiling the model for its mesh, without weights"):
+        found = plan.make_plan(
+            config,
+            options.mesh,
+            batch=options.batch,
+            device_memory=int(options.device_memory),
+            bandwidth=options.bandwidth,
+            directory=directory,
+        )
     write_out(as_json(dataclasses.asdict(found)) if options.json else plan.in_words(found))
 
 

@@ -119,12 +119,14 @@ def make_plan(
 
     config: its sequence_len is the context. batch: sequences at once, over the whole mesh; by
     default one for each part of the data axis. device_memory: bytes. bandwidth: of a device's
-    memory, in bytes a second. directory: a checkpoint to look for.
+    memory, in bytes a second. directory: a checkpoint to look for; its weights are counted in the
+    types that they are stored in, as far as it is there, and else as int8 with scales.
 
     Needs as many jax devices as the mesh has. Raises ValueError if the mesh or the batch cannot be.
     """
+    stored = None if directory is None else layout.shapes_in(directory, config.param_shapes())
     if sizes is None:
-        sizes = smallest_mesh(config, batch or 1, device_memory)
+        sizes = smallest_mesh(config, batch or 1, device_memory, stored)
     check_sizes(config, sizes)
     batch = batch or sizes[0]
     if batch % sizes[0] or batch > MOST_ROWS * sizes[0]:
@@ -138,13 +140,13 @@ def make_plan(
             f"batch: expected one whose cache can be counted in bytes, got {batch} sequences of "
             f"{config.sequence_len} tokens; plan for fewer or a shorter context"
         )
-    steps, known = compile_steps(config, sizes, batch)
-    weights = weight_bytes(config, sizes)
+    steps, known = compile_steps(config, sizes, batch, stored)
+    weights = weight_bytes(config, sizes, stored)
     cache = cache_bytes(config, sizes, batch)
     held = sum(weights.values())
     most = max(step.temporaries for step in steps.values())
     peak = held + cache + most
-    files = None if directory is None else look_for_files(config, directory)
+    files = None if directory is None else look_for_files(config, directory, stored)
     found = Plan(
         parameters=parameter_count(config),
         mesh=sizes,
@@ -159,15 +161,15 @@ def make_plan(
         peak=peak,
         device_memory=device_memory,
         fits=peak <= device_memory,
-        token=token_cost(config, sizes, batch, bandwidth),
+        token=token_cost(config, sizes, batch, bandwidth, stored),
         largest=largest_batches(
             config, sizes, device_memory - held, steps["prefill"].temporaries, known
         ),
         files=files,
-        host={**host_resources(directory), "loading": loading_bytes(config, sizes)},
+        host={**host_resources(directory), "loading": loading_bytes(config, sizes, stored)},
         verdict="",
     )
-    return dataclasses.replace(found, verdict=verdict(config, found))
+    return dataclasses.replace(found, verdict=verdict(config, found, stored))
 
 
 # ----------------------------------------------------------------------------------- on which mesh
@@ -202,12 +204,14 @@ def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
     return math.prod(sizes)
 
 
-def smallest_mesh(config: LanguageModelConfig, batch: int, device_memory: int) -> Sizes:
+def smallest_mesh(
+    config: LanguageModelConfig, batch: int, device_memory: int, stored: Any = None
+) -> Sizes:
     """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
     options = _options(config)
     for sizes in options:
         # Temporaries, drivers and the buffers of collectives need some, too.
-        if fixed_bytes(config, sizes, batch) <= 0.9 * device_memory:
+        if fixed_bytes(config, sizes, batch, stored) <= 0.9 * device_memory:
             return sizes
     return options[-1]
 
@@ -251,13 +255,13 @@ def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-def weight_bytes(config: LanguageModelConfig, sizes: Sizes) -> dict[str, int]:
+def weight_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None) -> dict[str, int]:
     """Return the bytes of the parameters on one device, by kind."""
-    return by_kind(_own_weights(config, sizes), nbytes)
+    return by_kind(_own_weights(config, sizes, stored), nbytes)
 
 
-def _own_weights(config: LanguageModelConfig, sizes: Sizes) -> Any:
-    mesh, shapes = mesh_of(config, sizes), stored_shapes(config)
+def _own_weights(config: LanguageModelConfig, sizes: Sizes, stored: Any) -> Any:
+    mesh, shapes = mesh_of(config, sizes), stored_shapes(config, stored)
     return on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
 
 
@@ -268,17 +272,17 @@ def cache_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
     return sum(map(nbytes, jax.tree.leaves(own)))
 
 
-def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
+def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Any = None) -> int:
     """Return what one device holds between steps."""
-    return device_bytes(config, mesh_of(config, sizes), batch)
+    return device_bytes(config, mesh_of(config, sizes), batch, stored)
 
 
-def loading_bytes(config: LanguageModelConfig, sizes: Sizes) -> int:
+def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None) -> int:
     """Return the host memory that loading stays below, beside the parameters on the devices.
 
     Four times what a device holds of a file at most, and 256 MiB; see loading.py.
     """
-    mesh, shapes = mesh_of(config, sizes), config.param_shapes()
+    mesh, shapes = mesh_of(config, sizes), stored or config.param_shapes()
     own = on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
     slices = [
         nbytes(array) // (array.shape[0] if module.startswith(layout.STACKED) else 1)
@@ -289,7 +293,7 @@ def loading_bytes(config: LanguageModelConfig, sizes: Sizes) -> int:
 
 
 def token_cost(
-    config: LanguageModelConfig, sizes: Sizes, batch: int, bandwidth: float
+    config: LanguageModelConfig, sizes: Sizes, batch: int, bandwidth: float, stored: Any = None
 ) -> dict[str, float]:
     """Return what a decode step costs when the context is full.
 
@@ -306,7 +310,7 @@ def token_cost(
     if model.num_experts > 1:
         met += model.num_layers * model.emb_size * model.num_experts  # the router
     scores = model.num_layers * model.num_q_heads * model.key_size * config.sequence_len
-    read = by_kind(_own_weights(config, sizes), nbytes)
+    read = by_kind(_own_weights(config, sizes, stored), nbytes)
     tokens = batch // sizes[0]
     experts = read.pop("experts") * (1 - (1 - used) ** tokens if model.num_experts > 1 else 1)
     read_bytes = sum(read.values()) + experts + cache_bytes(config, sizes, batch)
@@ -358,7 +362,7 @@ def largest_batches(
 
 
 def compile_steps(
-    config: LanguageModelConfig, sizes: Sizes, batch: int
+    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Any = None
 ) -> tuple[dict[str, Step], dict[int, int]]:
     """Compile both steps -> what they take, and the temporaries of decode by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
@@ -367,10 +371,10 @@ def compile_steps(
 
     def compile_step(rows: int, chunk: int | None) -> Step:
         execution = executions.decode if chunk is None else executions.prefill
-        inputs = abstract_inputs(config, execution, rows, chunk)
+        inputs = abstract_inputs(config, execution, rows, chunk, stored)
         step = decode if chunk is None else prefill
         program = hlo.compile_to_look_at(step.lower(*inputs, config=config, execution=execution))
-        return _read_step(program, fixed_bytes(config, sizes, rows))
+        return _read_step(program, fixed_bytes(config, sizes, rows, stored))
 
     batches = sorted({sizes[0], batch, MANY * batch})
     # XLA compiles without Python's lock.
@@ -401,13 +405,15 @@ def _read_step(program: Any, held: int) -> Step:
 # ------------------------------------------------------------------------------------ this machine
 
 
-def look_for_files(config: LanguageModelConfig, directory: Path) -> dict[str, Any]:
+def look_for_files(
+    config: LanguageModelConfig, directory: Path, stored: Any = None
+) -> dict[str, Any]:
     """Return which files of a checkpoint are in DIR, and which are not as they should be.
 
     form: "released" or "safetensors"; of the first, without a checkpoint, all files are missing.
     problem: what is wrong with files that are all there, else None.
     """
-    records = layout.files(config.param_shapes())
+    records = layout.files(stored or config.param_shapes())
     form = forms.form(directory) or forms.RELEASED
     found: dict[str, Any] = {
         "directory": str(directory),
@@ -450,7 +456,7 @@ def host_resources(directory: Path | None) -> dict[str, int | None]:
 # ----------------------------------------------------------------------------------------- in words
 
 
-def verdict(config: LanguageModelConfig, plan: Plan) -> str:
+def verdict(config: LanguageModelConfig, plan: Plan, stored: Any = None) -> str:
     """Return in one sentence whether the plan works, and else what would."""
     where = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
     load = f"{plan.batch} x {plan.context} tokens"
@@ -465,7 +471,7 @@ def verdict(config: LanguageModelConfig, plan: Plan) -> str:
             )
     else:
         over = gib(plan.peak - plan.device_memory)
-        ways = [*_larger_meshes(config, plan), *_smaller_loads(plan)]
+        ways = [*_larger_meshes(config, plan, stored), *_smaller_loads(plan)]
         text = (
             f"It does not fit: {gib(plan.peak)} {where}, for {load}, are {over} more than "
             f"{gib(plan.device_memory)}; {' or '.join(ways) or 'use devices with more memory'}"
@@ -473,12 +479,12 @@ def verdict(config: LanguageModelConfig, plan: Plan) -> str:
     return f"{text}{_files_problem(plan)}."
 
 
-def _larger_meshes(config: LanguageModelConfig, plan: Plan) -> list[str]:
+def _larger_meshes(config: LanguageModelConfig, plan: Plan, stored: Any) -> list[str]:
     """Return advice to take the next larger model axis on which it fits by about as much."""
     temporaries = plan.peak - plan.cache - sum(plan.weights.values())
     data, model = plan.mesh
     for size in config.model_axis_sizes():
-        needed = fixed_bytes(config, (data, size), plan.batch) + temporaries * model // size
+        needed = fixed_bytes(config, (data, size), plan.batch, stored) + temporaries * model // size
         if model < size <= MOST_DEVICES // data and needed <= plan.device_memory:
             return [f"use --mesh {data},{size} ({gib(needed)} each)"]
     return []

@@ -1,7 +1,6 @@
 """A plan says what is true: sizes as compiled, formulas as written down, advice that works."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -34,7 +33,15 @@ L, D, N, K, H, E, A, F, V, S = 64, 6144, 48, 8, 128, 8, 2, 32768, 131072, 8192
 def compiled_once():
     """The tests ask for the same programs again, with other memories and files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "compile_steps", functools.cache(plan.compile_steps))
+        compile_steps, found = plan.compile_steps, {}
+
+        def once(config, *given):
+            key = config, str(given)
+            if key not in found:
+                found[key] = compile_steps(config, *given)
+            return found[key]
+
+        patch.setattr(plan, "compile_steps", once)
         yield
 
 
@@ -281,6 +288,18 @@ def test_a_checkpoint_is_looked_for(tmp_path):
     assert (
         "; but " + str(path) in plan.make_plan(TINY, (1, 1), directory=path.parent.parent).verdict
     )
+
+
+def test_float_checkpoints_are_planned_as_stored(tmp_path):
+    params = TINY.dequantize_params(TINY.init_params(quantized=True))
+    checkpoint.save(tmp_path, params, TINY)
+    found, released = (plan.make_plan(TINY, (1, 1), directory=d) for d in (tmp_path, None))
+    assert found.files["wrong_size"] == [] and ";" not in found.verdict
+    assert found.files["found_bytes"] == found.files["expected_bytes"]
+    assert found.weights["experts"] == 4 * released.weights["experts"]
+    assert found.weights["scales"] == 0 < released.weights["scales"]
+    assert found.token["bytes"] > released.token["bytes"]
+    assert found.token["flops"] == released.token["flops"]
 
 
 def test_files_that_are_not_there_need_room(tmp_path):

@@ -1,6 +1,7 @@
 """What the commands share: standard streams, Ctrl-C, parsers of numbers and sizes, progress."""
 
 import argparse
+import array
 import contextlib
 import errno
 import io
@@ -9,10 +10,11 @@ import os
 import re
 import select
 import signal
+import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -76,6 +78,19 @@ def say(message: str, file: TextIO | None = None) -> None:
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):
         _write(f"{shown}\n", file or sys.stderr, PATIENCE)
+
+
+def input_waits() -> bool:
+    """Whether standard input is a file or a pipe that has something to read already."""
+    waiting = array.array("i", [0])
+    with contextlib.suppress(OSError, ImportError):  # not on every platform
+        import fcntl
+        import termios
+
+        mode = os.fstat(0).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            fcntl.ioctl(0, termios.FIONREAD, waiting)
+    return waiting[0] > 0
 
 
 @contextlib.contextmanager
@@ -274,7 +289,12 @@ def _with_hyphens(argument: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with one sentence where argparse would print its whole usage."""
+    """Ends with one sentence where argparse would print its whole usage.
+
+    elsewhere: what other programs call an option -> its name here, for what is said.
+    """
+
+    elsewhere: Mapping[str, str] = {}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that is not there gets the name of the most similar one."""
@@ -283,8 +303,9 @@ class Parser(argparse.ArgumentParser):
         options = [_with_hyphens(argument) for argument in given[:end]]
         found, unknown = self.parse_known_args([*options, *given[end:]], namespace)
         if unknown:
-            known = re.findall(r"--[a-z-]+", self.format_help())
-            hint = nearest_name(unknown[0].partition("=")[0], known)
+            known, name = re.findall(r"--[a-z-]+", self.format_help()), unknown[0].partition("=")[0]
+            there = self.elsewhere.get(name)
+            hint = f"; here it is {there}" if there else nearest_name(name, known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 

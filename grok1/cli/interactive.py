@@ -11,7 +11,7 @@ from typing import Any
 
 from grok1.cli.console import READING, Worker, say, standard_input, telling, write_out
 from grok1.cli.prompts import with_options
-from grok1.cli.timing import Timing
+from grok1.cli.timing import Timing, arrivals
 from grok1.serving.names import nearest_name, published_names
 from grok1.strict_json import read_json
 
@@ -26,6 +26,11 @@ HELP = """\
 A prompt that begins with a slash is typed with two."""
 # Fields of a Request that no line sets: a session shows one answer, and no numbers beside it.
 NOT_HERE = {"prompt", "num_samples", "top_logprobs", "prompt_logprobs"}
+# Why an answer breaks off, which does not show.
+ENDS = {
+    "length": "ended by max_tokens; /set max_tokens N changes it",
+    "context": "ended as the context is full",
+}
 WORDS = {"true": True, "false": False, "none": None}  # in any case, as JSON and Python have them
 MOST_CHARACTERS = 2**26  # in a line: /dev/zero has no end
 
@@ -133,8 +138,9 @@ class Settings:
                 self._seed = None
             case ["/seed", value]:
                 self._set("rng_seed", value)
-            case ["/set", name, *values] if values:
-                self._set(name, " ".join(values))
+            case ["/set", first, *rest] if rest or "=" in first:
+                name, equals, value = first.partition("=")
+                self._set(name, " ".join([value, *rest] if equals else rest))
             case [word, *_]:
                 known = "/help", "/set", "/seed", "/exit"
                 if word in known:
@@ -201,15 +207,19 @@ def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timin
     """Print an answer as it grows, to its end or to Ctrl-C. ValueError: what is wrong."""
     handle = worker.call(server.submit, request)
     events = server.stream(handle)
+
     # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
-    with telling(READING):
-        event = None if keyboard.pressed else worker.call(next, events, None)
-    while event:
+    def ask() -> Any:
+        return None if keyboard.pressed else worker.call(next, events, None)
+
+    for event, now in arrivals(ask, telling(READING)):
         if event.token_id is not None:
-            timing.take(event.request, prompt=len(event.completion.prompt_ids))
+            timing.take(event.request, prompt=len(event.completion.prompt_ids), at=now)
         write_out(event.text, end="")
-        event = None if keyboard.pressed else worker.call(next, events, None)
     worker.call(server.cancel, handle)  # leaves one that has ended as it is
     write_out("")
-    if handle.completion.error is not None:
-        raise ValueError(handle.completion.error)
+    answer = handle.completion
+    if answer.error is not None:
+        raise ValueError(answer.error)
+    if answer.finish_reason in ENDS and sys.stdin.isatty():
+        say(f"({ENDS[answer.finish_reason]})")

@@ -15,8 +15,10 @@ from grok1.cli.console import (
     byte_rate,
     byte_size,
     given_path,
+    input_waits,
     mesh_sizes,
     number,
+    say,
     token_ids,
     write_out,
 )
@@ -33,6 +35,24 @@ from grok1.serving.request_limits import (
 )
 
 DEFAULT_PROMPT = "Once upon a time"
+# What llama.cpp, Hugging Face and vLLM call these.
+ELSEWHERE = {
+    "-b": "--chunk",
+    "--batch-size": "--chunk",
+    "-c": "--context",
+    "--ctx-size": "--context",
+    "--max-model-len": "--context",
+    "-f": "--prompts-file",
+    "--file": "--prompts-file",
+    "--max-num-seqs": "--batch",
+    "--n-predict": "--max-tokens",
+    "--predict": "--max-tokens",
+    "--num-return-sequences": "--num-samples",
+    "-r": "--stop",
+    "--reverse-prompt": "--stop",
+    "-s": "--seed",
+    "--tensor-parallel-size": "--mesh",
+}
 DESCRIPTION = """\
 Sample text from Grok-1, or from the small demo model that comes with it.
 
@@ -70,6 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.elsewhere = ELSEWHERE
     parser.add_argument("--version", action="store_true", help="print the versions, and end")
     for add_group in (
         add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
@@ -96,6 +117,8 @@ def as_options(given: argparse.Namespace, prompts: Sequence[Any]) -> Options:
         lines = [Line([0], None, {}, "the options")]
     else:
         asked = prompts or ([] if given.prompts_file else [DEFAULT_PROMPT])
+        if asked == [DEFAULT_PROMPT] and not given.plan and input_waits():
+            say("standard input is not read; --prompts-file - takes prompts from it, one a line")
         lines = [Line(x, None, {}, f"request {number}") for number, x in enumerate(asked, 1)]
     values = vars(given) | {
         "lines": tuple(lines),
@@ -174,7 +197,7 @@ def add_length(add: Callable[..., Any]) -> None:
     )
     add(
         "--seed",
-        type=number(int, 0, 2**32 - 1),
+        type=number(int, 0, 2**32 - 1, " (--seed $RANDOM: another one each time)"),
         metavar="N",
         help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
         "each answer)",
@@ -304,7 +327,7 @@ def add_machine(parser: Parser) -> None:
         "--batch",
         type=count,
         metavar="N",
-        help="sequences to serve at once; by default as many as there are prompts, at most 8",
+        help="sequences to serve at once; by default 1, 2, 4 or 8, as there are prompts",
     )
     add(
         "--context",

@@ -59,6 +59,11 @@ def read_lines(file: str, form: str | None = None) -> list[Line]:
 
     form: "text", a prompt a line, or "jsonl", an object a line; by default as the name ends.
     """
+    if form is None and file.endswith(".json"):
+        raise ValueError(
+            f"{file}: expected text, or JSON lines in a file called .jsonl, got one called .json; "
+            "write an object a line, and say so with --prompts-format jsonl, or text"
+        )
     form = form or ("jsonl" if file.endswith(".jsonl") else "text")
     name = "standard input" if file == STANDARD_INPUT else file
     lines = []
@@ -233,7 +238,8 @@ def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
 def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
     """Raise ValueError if a setting has another name or type than the fields of a Request."""
     if name not in hints:
-        known = ", ".join(field for field in hints if field != "prompt")
+        other = {field: f"{field} or {word}" for word, field in PUBLISHED.items()}
+        known = ", ".join(other.get(field, field) for field in hints if field != "prompt")
         raise ValueError(
             f'{place}: expected the keys "prompt", "id" and settings of a request ({known}), got '
             f"{_shown(name)}{nearest_name(name, [*hints, *PUBLISHED])}"

@@ -1,12 +1,36 @@
 """When tokens arrived: the last line of a run, and the block of --stats."""
 
 import array
+import collections
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 MOST_INTERVALS = 2**20  # that are kept: beyond it every second, fourth, ... one
+
+
+def arrivals(
+    ask: Callable[[], Any], waiting: contextlib.AbstractContextManager[Any], together: int = 2
+) -> Iterator[tuple[Any, float]]:
+    """Return an iterator over what `ask()` returns, to None, and the time at which each came.
+
+    The first ones are given together, `waiting` is entered for them: at a first start the step for
+    second tokens is compiled, for seconds in which nothing would follow the first one.
+    """
+    first: collections.deque[tuple[Any, float]] = collections.deque()
+    event: Any = None
+    try:
+        with waiting:
+            while len(first) < together and (event := ask()):
+                first.append((event, time.perf_counter()))
+    finally:  # after Ctrl-C, too, nothing that has come is lost
+        while first:  # and none is kept
+            yield first.popleft()
+    while event and (event := ask()):
+        yield event, time.perf_counter()
 
 
 class Timing:
@@ -25,12 +49,14 @@ class Timing:
         self._every = 1  # how many tokens there are for each that `between` has
         self._latest: dict[Hashable, float] = {}  # of each answer that goes on
 
-    def take(self, answer: Hashable, ended: bool = False, prompt: int = 0) -> None:
+    def take(
+        self, answer: Hashable, ended: bool = False, prompt: int = 0, at: float | None = None
+    ) -> None:
         """Note that a token of an answer is there; no other one follows if it has ended.
 
-        prompt: how many tokens were read for its first one.
+        prompt: how many tokens were read for its first one. at: by time.perf_counter; None: now.
         """
-        self.last = now = time.perf_counter() - self.began
+        self.last = now = (time.perf_counter() if at is None else at) - self.began
         self.tokens += 1
         before = self._latest.pop(answer, None)
         if before is None:

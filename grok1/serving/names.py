@@ -23,7 +23,8 @@ def published_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence, with the most similar of the known names if one is similar."""
-    known = list(known)
-    longer = [other for other in known if len(name) > 3 and other.startswith(name)]
-    found = longer or difflib.get_close_matches(name, known, n=1)
-    return f"; the nearest is {found[0]}" if found else ""
+    bare = {other.lstrip("-"): other for other in known}  # hyphens are no likeness
+    name = name.lstrip("-")
+    longer = [other for other in bare if len(name) > 1 and other.startswith(name)]
+    found = longer or difflib.get_close_matches(name, bare, n=1)
+    return f"; the nearest is {bare[found[0]]}" if found else ""

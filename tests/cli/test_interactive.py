@@ -111,7 +111,8 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
     err = terminal.process.stderr.read().decode()
     hint = r"a prompt a line; Ctrl-C stops an answer, Ctrl-D ends, /help says more\n"
     mistake = r"error: the prompt has \d+ tokens, and the context of 4096 must hold [^\n]*\n"
-    assert re.fullmatch(LOADED + hint + mistake, err), err
+    end = r"\(ended by max_tokens; /set max_tokens N changes it\)\n"
+    assert re.fullmatch(LOADED + hint + end + mistake + end, err), err
 
 
 def test_prompts_from_a_pipe_are_answered_line_by_line_with_no_sign(

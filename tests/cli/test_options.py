@@ -5,7 +5,9 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -16,11 +18,11 @@ from grok1 import default_files
 from grok1.cli import prompts
 from grok1.cli.job import SHARED
 from grok1.cli.options import Options
-from grok1.cli.parsing import DEFAULT_PROMPT, parse_arguments
+from grok1.cli.parsing import DEFAULT_PROMPT, ELSEWHERE, parse_arguments
 from grok1.parallel import multihost
 from grok1.serving.request import Request
 from paths import ROOT
-from run import chunks
+from run import chunks, slots_for
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,53 @@ from run import chunks
 )
 def test_options_have_the_names_of_other_tools(given: list[str], field: str, value: object) -> None:
     assert getattr(parse_arguments(given), field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["-c", "512"], "here it is --context"),
+        (["--ctx-size=512"], "here it is --context"),
+        (["-r", "A"], "here it is --stop"),
+        (["--num_return_sequences", "3"], "here it is --num-samples"),
+        (["--temperatur", "1"], "the nearest is --temperature"),
+    ],
+)
+def test_names_of_other_tools_are_told_apart(
+    given: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(given)
+    err = capsys.readouterr().err
+    assert "unrecognized arguments: -" in err and name in err
+
+
+def test_suggested_options_are_there(command: Command) -> None:
+    assert set(ELSEWHERE.values()) <= set(re.findall("--[a-z-]+", command("--help").out))
+
+
+def test_what_waits_at_standard_input_is_not_lost_unsaid(tmp_path: pathlib.Path) -> None:
+    """`echo text | python run.py` answered another prompt without a word."""
+    said = "standard input is not read; --prompts-file - takes prompts from it"
+    text = tmp_path / "text"
+    text.write_text("A dog\n")
+    start = "import sys; from grok1.cli import parsing; parsing.parse_arguments(sys.argv[1:])"
+
+    def told(*given: str, **source: Any) -> bool:
+        command = [sys.executable, "-c", start, *given]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **source)
+        assert done.returncode == 0 and done.stderr in ("", f"{said}, one a line\n")
+        return bool(done.stderr)
+
+    with text.open() as file:
+        assert told(input="A dog\n") and told(stdin=file)
+    assert not told(input="") and not told(stdin=subprocess.DEVNULL)
+    for given in (["A"], ["--prompts-file", "-"], ["-i"], ["--plan"]):
+        assert not told(*given, input="A dog\n")
+
+
+def test_few_numbers_of_slots_are_compiled_for() -> None:
+    assert [slots_for(n) for n in (1, 2, 3, 4, 5, 8, 9, 1000)] == [1, 2, 4, 4, 8, 8, 8, 8]
 
 
 @pytest.mark.parametrize(

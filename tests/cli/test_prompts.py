@@ -49,6 +49,14 @@ def test_standard_input_is_text_unless_said_otherwise(monkeypatch: pytest.Monkey
     assert line.prompt == "A"
 
 
+def test_a_list_in_json_is_not_taken_for_text(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text('["A dog"]')
+    with pytest.raises(ValueError, match="expected text, or JSON lines .* --prompts-format jsonl"):
+        prompts.read_lines(str(file))
+    assert [line.prompt for line in prompts.read_lines(str(file), "text")] == ['["A dog"]']
+
+
 # fmt: off
 # id -> (the second line of a file of JSON lines, what the sentence must say)
 LINE_CASES: dict[str, tuple[str, str]] = {
@@ -66,7 +74,7 @@ LINE_CASES: dict[str, tuple[str, str]] = {
 }
 # Those that only a Request can tell.
 SETTING_CASES: dict[str, tuple[str, str]] = {
-    "key": ('"temprature": 1', 'settings of a request (temperature, nucleus_p, rng_seed, '),
+    "key": ('"temprature": 1', 'a request (temperature, nucleus_p or top_p, rng_seed or seed, '),
     "text": ('"temperature": "0.5"', 'temperature: expected a number, got "0.5"'),
     "true": ('"top_k": true', "top_k: expected an integer, got true"),
     "no samples": ('"num_samples": 0', "num_samples must be an integer from 1 to 1024, got 0"),

@@ -27,7 +27,7 @@ def test_set_changes_the_answers_that_follow() -> None:
         "/set temperature 0.9",
         "/set --max-tokens 7",
         "/set top_p 0.5",
-        "/set stop The end",
+        "/set stop=The end",
     ):
         own.obey(line)
     request = own.request("A")

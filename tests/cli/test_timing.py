@@ -1,6 +1,8 @@
 """The times at which tokens arrived, in words."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -33,6 +35,37 @@ def test_first_tokens_and_those_after_them_are_told_apart(clock: list[float]) ->
         "6 tokens in 10.00 s, compilation included: 2.00 s to the first token, then 1.2 tokens/s"
     )
     assert re.fullmatch(COUNTED, times.line() + "\n")
+
+
+def test_the_first_two_tokens_are_shown_together(clock: list[float]) -> None:
+    """For the second one the model is compiled, for seconds; the first keeps its own time."""
+    left, waiting = [1, 2, 3], []
+
+    def ask() -> int | None:
+        clock[0] += 1
+        return left.pop(0) if left else None
+
+    @contextlib.contextmanager
+    def shown() -> Iterator[None]:
+        yield
+        waiting.append(len(left))
+
+    found = timing.arrivals(ask, shown())
+    assert next(found) == (1, 101) and left == [3] and waiting == [1]
+    assert [*found] == [(2, 102), (3, 103)]
+    assert [*timing.arrivals(lambda: None, shown())] == []
+
+
+def test_an_interruption_keeps_the_first_token() -> None:
+    def ask(left: list[int] = [1]) -> int:  # noqa: B006  # once
+        if not left:
+            raise KeyboardInterrupt
+        return left.pop()
+
+    found = timing.arrivals(ask, contextlib.nullcontext())
+    assert next(found)[0] == 1
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
 
 
 def test_it_is_said_when_tokens_come_several_at_a_time(clock: list[float]) -> None:

@@ -55,5 +55,10 @@ def test_the_nearest_name_is_one_that_begins_so():
     assert nearest_name("--temp", ["--stop", "--temperature"]) == "; the nearest is --temperature"
 
 
+def test_hyphens_are_no_likeness():
+    assert nearest_name("--file", ["--min-len", "--seed"]) == ""
+    assert nearest_name("file", ["--min-len", "--profile"]) == "; the nearest is --profile"
+
+
 def test_command_and_api_have_one_default_temperature():
     assert parsing.parse_arguments([]).temperature == Request("a").temperature == 0.7
