@@ -213,9 +213,9 @@ def save(
 ) -> None:
     """Write the parameters of a model as DIR/ckpt-0, and its configuration as DIR/config.json.
 
-    params: int8 with scales, or floats of 16 or 32 bits: `load` and `load_model` read what they
-        find. config: the model's, or its fields; None: Grok-1's,
-        without a config.json, as in the released form.
+    A checkpoint that is there is replaced. params: int8 with scales, or floats of 16 or 32 bits:
+    `load` and `load_model` read what they find. config: the model's, or its fields; None: Grok-1's,
+    without a config.json, as in the released form.
 
     Raises ValueError if the parameters are not those of the configuration, the rest as `write`.
     """

@@ -533,9 +533,10 @@ class InferenceRunner:
         prompts: a string or token ids -> an Inspection, or a list of these -> a list. capture:
         names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of which
         layers; None: all. hooks: pure functions (layer, array, *hook_args) -> array by site, or by
-        (site, layer), as a LanguageModel's call takes them. Their arrays have T = the tokens of the
-        prompt, and as B that prompt as often as the mesh's data axis is long. Each new function
-        object, a bound method too, compiles anew, and so does each length with hooks; what it reads
+        (site, layer), as a LanguageModel's call takes them; several of one site are called in their
+        order. T is the tokens of the prompt, B that prompt as often as the mesh's data axis is
+        long; `grok1.inspection.positions` says which token is where. Each new function object, a
+        bound method too, compiles anew, and so does each length with hooks; what it reads
         from outside, such as a variable, is fixed then. hook_args: arrays and numbers that every
         hook gets; other ones of the same shapes and dtypes (an int is one, a float another) do not
         compile anew.
@@ -614,7 +615,8 @@ class InferenceRunner:
         each, the first token given [BOS]; their sum is that of the whole text, every byte counted
         once. A text longer than the context is read in windows that overlap by half, so that each
         token sees at least half a context of text before it. hooks, hook_args: as for `logits`,
-        with [BOS] at position 0. Raises ValueError if one of them is NaN or infinite.
+        with [BOS] at position 0, and positions that begin anew in each window. Raises ValueError if
+        one of them is NaN or infinite.
         """
         found = self.score_tokens(texts, hooks=hooks, hook_args=hook_args)
         if isinstance(found, TokenScores):

@@ -80,7 +80,8 @@ class Probe:
     capture: the sites to capture. layers: of which layers, as indices from 0; None: all.
     hooks: functions (layer, array) -> array by site, or by site and layer from 0. layer: int32 [],
     handed to hooks; -1 outside the layers. place: of the call's tokens, the positions int32 [B, T],
-    and which are no pads bool [B, T]; see `positions`.
+    and which are no pads bool [B, T]. changing: site and number of axes of the array that a hook
+    has at this moment. Both are for `positions`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Probe:
         self.hooks = hooks or {}
         self.layer = layer
         self.place: tuple[jax.Array, jax.Array] | None = None
+        self.changing: tuple[str, int] | None = None
         self.found: dict[str, jax.Array] = {}
 
     def within(self, layer: jax.Array) -> "Probe":
@@ -119,15 +121,18 @@ class Probe:
         return site in self.capture or any(_parts(key)[0] == site for key in self.hooks)
 
     def _changed(self, site: str, hook: Hook, array: jax.Array) -> jax.Array:
+        self.changing = site, array.ndim
         try:
             new = hook(jnp.asarray(self.layer, jnp.int32), array)
-        except (TypeError, IndexError) as error:  # such as jax raises for `if layer == 3`, too
-            what = str(error).partition("\n")[0]
+        except Exception as error:  # such as jax raises for `if layer == 3`, too
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(
                 f"hooks: the function of {site!r} failed ({what}); it must be a pure function "
                 "(layer, array, *hook_args) -> array of traced arrays: use jax.numpy, and "
                 "jnp.where(layer == 3, x, y) in place of if"
             ) from error
+        finally:
+            self.changing = None
         got = getattr(new, "shape", None), getattr(new, "dtype", None)
         if got != (array.shape, array.dtype):
             given = f"{array.dtype} {list(array.shape)}"
@@ -164,16 +169,20 @@ def tapped(site: str) -> bool:
 
 
 def positions() -> jax.Array:
-    """Return the positions of the tokens that a hook's array belongs to, int32 [B, T]; -1: a pad.
+    """Return the positions of the tokens that a hook's array belongs to, int32; -1: a pad.
 
-    To be called by a hook: `jnp.where((positions() == 3)[..., None], 0, array)` changes one token
-    of each sequence, whatever chunks it is read in. Raises RuntimeError anywhere else.
+    To be called by a hook: `jnp.where(positions() == 3, 0, array)` changes one token of each
+    sequence, whatever chunks it is read in. Of as many axes as the array, B and T where that has
+    them (queries, of attention_weights), and else 1. Raises RuntimeError anywhere else.
     """
     probe = _asked.get()
-    if probe is None or probe.place is None:
+    if probe is None or probe.place is None or probe.changing is None:
         raise RuntimeError("positions: expected to be called by a hook, got a call outside of one")
     position, valid = probe.place
-    return jnp.where(valid, position, -1)
+    found, (site, axes) = jnp.where(valid, position, -1), probe.changing
+    if site == "attention_weights":
+        return found[:, None, :, None]
+    return found.reshape(*found.shape, *(1,) * (axes - found.ndim))
 
 
 def asked() -> Probe | None:

@@ -11,7 +11,7 @@ import pytest
 
 import golden
 from grok1.execution import Execution
-from grok1.inspection import positions
+from grok1.inspection import CAPTURE_SITES, positions
 from grok1.serving.steps import apply_model
 from model import Router
 from runner import InferenceRunner, load_model
@@ -119,7 +119,7 @@ def test_arguments_of_hooks_are_arrays(arguments: Any) -> None:
 
 
 def at_position(_: Any, x: jax.Array, place: jax.Array) -> jax.Array:
-    return jnp.where((positions() == place)[..., None], 2 * x, x)
+    return jnp.where(positions() == place, 2 * x, x)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -148,11 +148,73 @@ def test_hooks_know_positions_in_every_chunk(mesh: tuple[int, int] | None, kerne
 def test_positions_of_pads_are_below_zero() -> None:
     server, pad = golden.runner("three-layers"), golden.runner("three-layers").config.pad_token
     found = server.inspect([5, pad, 6], ("embeddings",), hooks={
-        "embeddings": lambda _, x: x * 0 + positions()[..., None]
+        "embeddings": lambda _, x: x * 0 + positions()
     })  # fmt: skip
     assert found.captured.embeddings[:, 0].tolist() == [0, -1, 2]
     with pytest.raises(RuntimeError, match="expected to be called by a hook"):
         positions()
+
+
+def test_positions_have_the_axes_of_each_site() -> None:
+    """As [B, T, 1] they met the heads of [B, T, N, H], of which there may be T."""
+    server = golden.runner("three-layers", slots=1)
+    sites = [site for site in CAPTURE_SITES if site not in ("expert_index", "embeddings")]
+    before = server.inspect(PROMPT, sites).captured
+    for site in sites:
+        hooks = {(site, 0): lambda _, x: jnp.where(positions() == 3, 0, x)}
+        after = server.inspect(PROMPT, sites, hooks=hooks).captured
+        own, other = getattr(after, site)[0], getattr(before, site)[0]
+        axis = 1 if site == "attention_weights" else 0
+        assert not np.any(own.take(3, axis)), site
+        own, other = (np.delete(x, 3, axis) for x in (own, other))
+        np.testing.assert_allclose(own, other, atol=1e-6)
+
+
+def test_pads_in_a_chunk_change_no_token() -> None:
+    """NaN of a hook at pads was multiplied by weights of zero."""
+    server = golden.runner("three-layers")
+    hooks = {"embeddings": lambda _, x: jnp.where(positions() < 0, jnp.nan, x)}
+    np.testing.assert_allclose(
+        server.logits([PROMPT, OTHER], hooks=hooks), server.logits([PROMPT, OTHER]), atol=1e-5
+    )
+    texts = [PROMPT, OTHER[:3]]
+    for found, plain in zip(server.score(texts, hooks=hooks), server.score(texts), strict=True):
+        np.testing.assert_allclose(found, plain, atol=1e-5)
+
+
+def test_hooks_are_named_where_logits_are_not_finite() -> None:
+    server = golden.runner("three-layers")
+    hooked: Any = {"hooks": {"embeddings": lambda _, x, by: x * by}, "hook_args": (np.nan,)}
+    for use in (server.score, server.generate):
+        with pytest.raises(ValueError, match="NaN or infinity with hooks; look at what they"):
+            use(PROMPT, **hooked)
+
+
+def test_what_a_hook_raises_is_named_with_its_site() -> None:
+    server = golden.runner("three-layers")
+    for wrong, said in (
+        (lambda _, x: jnp.where(jnp.ones([7, 1, 1]), x, 0), "ValueError: Incompatible shapes"),
+        (lambda _, x: {"b": x}["a"], "KeyError: 'a'"),
+    ):
+        with pytest.raises(ValueError, match=f"hooks: the function of 'keys' failed .{said}"):
+            server.inspect(PROMPT, hooks={"keys": wrong})
+
+
+def test_arguments_of_another_device_are_taken() -> None:
+    server = golden.runner("three-layers", slots=1)
+    hooks, value = {"hidden_states": add}, direction(server)
+    there = jax.device_put(value, jax.devices()[3])
+    found, expected = (
+        server.inspect(PROMPT, (), hooks=hooks, hook_args=(x,)).logits for x in (there, value)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [2**40, -(2**31) - 1, 1e300])
+def test_numbers_that_no_dtype_holds_are_refused(value: float) -> None:
+    server = golden.runner("three-layers")
+    with pytest.raises(ValueError, match="hook_args: .*, which (int32|float32) does not hold"):
+        server.logits(PROMPT, hooks={"hidden_states": add}, hook_args=(value,))
 
 
 def test_scores_with_hooks_are_those_of_a_changed_model() -> None:
@@ -300,6 +362,7 @@ def test_gradients_by_embeddings_are_slopes(mesh: tuple[int, int] | None, kernel
     )
     gradient = jax.jit(jax.grad(number))(embeddings)
     assert float(slope) == pytest.approx(float(np.sum(gradient * step)), rel=1e-3)
+    assert np.all(np.linalg.norm(gradient, axis=-1) > 0)  # of every token
     near = [float(number(embeddings + size * step)) for size in (1e-3, -1e-3)]
     assert float(slope) == pytest.approx((near[0] - near[1]) / 2e-3, rel=0.02)
     expected = np.sum(np.sin(server.logits(PROMPT)))
@@ -328,10 +391,9 @@ def test_the_pure_function_is_mapped_and_looked_into() -> None:
     np.testing.assert_allclose(fast(server.params, tokens).logits, found, atol=1e-4)
     hooks = {"embeddings": lambda _, h: h * 2, ("hidden_states", 0): lambda _, h: h * 0}
     own = model(server.params, tokens, capture=("embeddings",)).captured.embeddings
-    given = model(
-        server.params, tokens, embeddings=own, hooks=hooks, capture=("embeddings", "hidden_states")
-    ).captured
-    np.testing.assert_allclose(given.embeddings, 2 * own, atol=1e-6)
+    sites = ("embeddings", "hidden_states")
+    given = model(server.params, tokens, embeddings=3 * own, hooks=hooks, capture=sites).captured
+    np.testing.assert_allclose(given.embeddings, 6 * own, atol=1e-5)
     assert not np.any(given.hidden_states[0])
     sized = {"hidden_states": lambda _, h, size: h * size}
     zero = model(server.params, tokens, hooks=sized, hook_args=(0.0,), capture=("hidden_states",))

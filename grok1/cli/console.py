@@ -241,7 +241,8 @@ def given_path(text: str) -> Path:
 def number(kind: type, low: float, high: float, note: str = "") -> Any:
     """Return a parser for an int or float in [low, high]; `note` ends what it says is expected."""
     name = "an integer" if kind is int else "a number"
-    wanted = f"{name} from {low:.10g} to {high:.10g}{note}"
+    least = "above 0, up to" if low == sys.float_info.min else f"from {low:.10g} to"
+    wanted = f"{name} {least} {high:.10g}{note}"
 
     def parse(text: str) -> Any:
         try:
@@ -291,18 +292,26 @@ def _with_hyphens(argument: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Ends with one sentence where argparse would print its whole usage.
 
-    elsewhere: what other programs call an option -> its name here, for what is said.
+    elsewhere: what other programs call an option -> its name here, for what is said. words: the
+    argument that takes what is no option, wherever it stands, and all after `--`; None: argparse
+    wants such arguments in one place.
     """
 
     elsewhere: Mapping[str, str] = {}
+    words: str | None = None
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; an option that is not there gets the name of the most similar one."""
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)  # texts, whatever they look like
         options = [_with_hyphens(argument) for argument in given[:end]]
-        found, unknown = self.parse_known_args([*options, *given[end:]], namespace)
-        if unknown:
+        if self.words is None:
+            found, unknown = self.parse_known_args([*options, *given[end:]], namespace)
+        else:  # `--` by hand: what argparse makes of it differs from one Python to the next
+            found, unknown = self.parse_known_intermixed_args(options, namespace)
+            setattr(found, self.words, [*getattr(found, self.words), *given[end + 1 :]])
+        # The value of an unknown option is not known to be one.
+        if unknown := [word for word in unknown if word.startswith("-")] or unknown:
             known, name = re.findall(r"--[a-z-]+", self.format_help()), unknown[0].partition("=")[0]
             there = self.elsewhere.get(name)
             hint = f"; here it is {there}" if there else nearest_name(name, known)

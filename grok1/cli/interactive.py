@@ -23,7 +23,7 @@ HELP = """\
 /seed N          one seed for all answers; /seed new: another one for each; /seed: the last one
 /help            these lines
 /exit            or exit, or Ctrl-D: end
-A prompt that begins with a slash is typed with two."""
+Each prompt is answered by itself. One that begins with a slash is typed with two."""
 # Fields of a Request that no line sets: a session shows one answer, and no numbers beside it.
 NOT_HERE = {"prompt", "num_samples", "top_logprobs", "prompt_logprobs"}
 # Why an answer breaks off, which does not show.
@@ -146,7 +146,7 @@ class Settings:
                 if word in known:
                     raise ValueError(f"{word}: expected as /help shows it, got {line!r}")
                 raise ValueError(
-                    f"{word}: expected a command, see /help{nearest_name(word, known)}"
+                    f"{word}: expected one of {', '.join(known)}{nearest_name(word, known)}"
                 )
 
     def _set(self, name: str, text: str) -> None:

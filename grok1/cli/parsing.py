@@ -90,7 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.elsewhere = ELSEWHERE
+    parser.elsewhere, parser.words = ELSEWHERE, "more_prompts"
     parser.add_argument("--version", action="store_true", help="print the versions, and end")
     for add_group in (
         add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
@@ -193,7 +193,8 @@ def add_length(add: Callable[..., Any]) -> None:
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end the answer before this text; may be repeated",
+        help="end the answer before this text, in which \\n is no newline (in most shells $'\\n' "
+        "is); may be repeated",
     )
     add(
         "--seed",
@@ -275,7 +276,7 @@ def add_penalties(add: Callable[..., Any]) -> None:
         type=logit_bias,
         action="append",
         metavar="ID:X",
-        help="add X to the logit of a token; may be repeated",
+        help="add X to the logit of a token, whose id --json shows; may be repeated",
     )
 
 
@@ -402,8 +403,8 @@ def add_prompts(parser: Parser) -> None:
         "-i",
         "--interactive",
         action="store_true",
-        help="answer prompts as they are typed; Ctrl-C stops an answer, Ctrl-D ends, /help says "
-        "what else",
+        help="answer prompts as they are typed, each by itself; Ctrl-C stops an answer, Ctrl-D "
+        "ends, /help says what else",
     )
 
 
@@ -413,6 +414,8 @@ def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence
         parser.error("--prompts-format needs --prompts-file")
     if options.top_logprobs and not (options.json or options.output):
         parser.error("--top-logprobs needs --json or --output")
+    if options.output is not None and str(options.output) == "-":
+        parser.error("--output -: without --output answers are printed, with --json as JSON lines")
     if options.resume and options.output is None:
         parser.error("--resume needs --output, the file to go on with")
     others = {
@@ -425,7 +428,7 @@ def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence
         "--num-samples": options.num_samples > 1,
     }
     if options.interactive:
-        refuse(parser, "--interactive", others, "prompts are typed, answers printed")
+        refuse(parser, "--interactive", others, "prompts are typed, one answer printed for each")
 
 
 def check_routing(parser: Parser, options: argparse.Namespace) -> None:

@@ -237,15 +237,16 @@ def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
 
 def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
     """Raise ValueError if a setting has another name or type than the fields of a Request."""
+    both = {field: f"{field} or {word}" for word, field in PUBLISHED.items()}
     if name not in hints:
-        other = {field: f"{field} or {word}" for word, field in PUBLISHED.items()}
-        known = ", ".join(other.get(field, field) for field in hints if field != "prompt")
+        known = ", ".join(both.get(field, field) for field in hints if field != "prompt")
         raise ValueError(
             f'{place}: expected the keys "prompt", "id" and settings of a request ({known}), got '
             f"{_shown(name)}{nearest_name(name, [*hints, *PUBLISHED])}"
         )
     if not _fits(value, hints[name]):
-        raise ValueError(f"{place}: {name}: expected {_words(hints[name])}, got {_shown(value)}")
+        wanted = _words(hints[name])
+        raise ValueError(f"{place}: {both.get(name, name)}: expected {wanted}, got {_shown(value)}")
 
 
 _NAMES = {

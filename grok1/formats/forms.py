@@ -100,7 +100,9 @@ def require_form(directory: Directory, remedy: str) -> str:
     require_whole(directory)
     found = form(directory)
     if found is None:
-        if not os.path.isdir(directory):
+        if os.path.isfile(directory):
+            got = "a file"
+        elif not os.path.isdir(directory):
             got = "no such directory"
         elif not os.access(directory, os.R_OK | os.X_OK):
             got = "one that may not be read"

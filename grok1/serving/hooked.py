@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,10 @@ import numpy as np
 
 from grok1.inspection import Hook, Site
 
+NOT_FINITE = (
+    "expected finite logits, got NaN or infinity, so the weights are damaged; look for the file "
+    "with `python checkpoint.py verify DIRECTORY`"
+)
 MOST_KEPT = 16  # steps with hooks whose programs are kept
 STATIC = ("config", "execution", "top_logprobs", "capture", "capture_layers")
 
@@ -45,6 +49,16 @@ def bind(hooks: Hooks, arguments: Sequence[Any]) -> dict[Site, Hook]:
     return {site: bound(same.hook) for site, same in hooks}
 
 
+def not_finite(hooks: Hooks) -> str:
+    """Return what is wrong with logits that are not finite."""
+    if not hooks:
+        return NOT_FINITE
+    return (
+        "expected finite logits, got NaN or infinity with hooks; look at what they return, and "
+        "whether the same is finite without them"
+    )
+
+
 def with_hooks(step: Any, hooks: Hooks) -> Any:
     """Return a step of steps.py with hooks, which get its `hook_args`."""
     return _with_hooks(step, hooks) if hooks else step
@@ -59,25 +73,31 @@ def _with_hooks(step: Any, hooks: Hooks) -> Any:
     return jax.jit(own, static_argnames=static, donate_argnames=donated)
 
 
-def as_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """Return what a compiled step can give to hooks: numbers, too, as arrays of one dtype.
+def as_arguments(arguments: Sequence[Any], devices: Collection[Any]) -> tuple[Any, ...]:
+    """Return what a step on these devices can give to hooks: numbers, too, as arrays of one dtype.
 
-    Raises ValueError for what is no tuple or list of arrays and numbers.
+    Raises ValueError for what is no tuple or list of arrays and numbers, or does not fit the dtype.
     """
     if not isinstance(arguments, tuple | list):
         got = type(arguments).__name__
         raise ValueError(f"hook_args: expected a tuple or list of arrays, got one {got}")
     try:
-        return jax.tree.map(_as_array, tuple(arguments))
+        return jax.tree.map(functools.partial(_as_array, devices=devices), tuple(arguments))
     except TypeError as error:
         raise ValueError(f"hook_args: expected arrays and numbers, {error}") from error
 
 
-def _as_array(value: Any) -> Any:
+def _as_array(value: Any, devices: Collection[Any]) -> Any:
     """Return an array of a dtype that jax computes with, as it makes one of float64."""
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) and value.sharding.device_set == devices:
         return value
     array = np.asarray(value)
     if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise TypeError(f"got {value!r}")
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    whole = jnp.issubdtype(dtype, np.integer)
+    if np.any(found != array if whole else np.isfinite(found) != np.isfinite(array)):
+        raise TypeError(f"got {value!r}, which {dtype} does not hold")
+    return found

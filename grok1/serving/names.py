@@ -26,5 +26,5 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     bare = {other.lstrip("-"): other for other in known}  # hyphens are no likeness
     name = name.lstrip("-")
     longer = [other for other in bare if len(name) > 1 and other.startswith(name)]
-    found = longer or difflib.get_close_matches(name, bare, n=1)
+    found = longer or difflib.get_close_matches(name, bare, n=1, cutoff=0.7)
     return f"; the nearest is {bare[found[0]]}" if found else ""

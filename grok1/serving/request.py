@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from model import LanguageModelConfig
 
 DEFAULT_MAX_LEN = 200
-NOT_FINITE = (
-    "expected finite logits, got NaN or infinity, so the weights are damaged; look for the file "
-    "with `python checkpoint.py verify DIRECTORY`"
-)
 NO_LIST = str | bytes | bytearray | memoryview  # of token ids or strings
 NO_PROMPT = NO_LIST | set | frozenset | Mapping
 INTEGERS = "rng_seed", "max_len", "min_len", "num_samples", "top_logprobs"

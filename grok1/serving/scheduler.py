@@ -35,8 +35,8 @@ import numpy as np
 from grok1.checks import is_integer
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
-from grok1.serving.hooked import with_hooks
-from grok1.serving.request import NOT_FINITE, Answer, CheckedRequest, Completion, Event
+from grok1.serving.hooked import not_finite, with_hooks
+from grok1.serving.request import Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
     Decoded,
@@ -672,7 +672,7 @@ class Scheduler:
                 continue
             token, logprob = int(tokens[i, slot, 0]), float(logprobs[i, slot, 0])
             if math.isnan(logprob):
-                self._fail(sequence, NOT_FINITE)
+                self._fail(sequence, not_finite(self._hooks))
             else:
                 first = [x[i, slot] for x in top] if asked else ([], [])
                 self._take(sequence, token, logprob, *first)
@@ -684,7 +684,7 @@ class Scheduler:
             if np.all(np.isfinite(scores[row, :count])):
                 handle._answers[0].take_prompt(*(x[row, :count] for x in (scores, *top)))
             else:
-                self._end(handle, "error", NOT_FINITE)
+                self._end(handle, "error", not_finite(self._hooks))
 
     def _take(self, sequence: _Sequence, token: int, logprob: float, *first: Any) -> None:
         """Give a token to a sequence."""

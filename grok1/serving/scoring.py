@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from grok1.interrupts import uninterrupted
-from grok1.serving.hooked import with_hooks
-from grok1.serving.request import NOT_FINITE, encode
+from grok1.serving.hooked import not_finite, with_hooks
+from grok1.serving.request import encode
 from grok1.serving.steps import LoadedModel, logits_step, new_memory, score_step
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def logits(model: LoadedModel, token_ids: Any) -> np.ndarray:
     rows = []
     for first in range(0, len(tokens), model.num_slots):
         batch = tokens[first : first + model.num_slots]
-        parts = [np.asarray(part) for part in _read(model, logits_step, batch)]
+        lengths = np.full([len(batch)], tokens.shape[1])
+        parts = [np.asarray(part) for part in _read(model, logits_step, lengths, batch)]
         rows.append(np.concatenate(parts, axis=1)[: len(batch), : tokens.shape[1]])
     return np.concatenate(rows)
 
@@ -70,11 +71,11 @@ def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[Toke
     windows.sort(key=lambda window: -len(window[2]))  # those of like lengths together
     for first in range(0, len(windows), model.num_slots):
         batch = windows[first : first + model.num_slots]
-        longest = max(len(window[2]) for window in batch)
-        tokens, targets = np.zeros([2, len(batch), longest], np.int32)
+        lengths = np.array([len(window[2]) for window in batch])
+        tokens, targets = np.zeros([2, len(batch), lengths.max()], np.int32)
         for row, (_, _, inputs, wanted) in enumerate(batch):
             tokens[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
-        parts = [jax.device_get(part) for part in _read(model, score_step, tokens, targets)]
+        parts = map(jax.device_get, _read(model, score_step, lengths, tokens, targets))
         found = [np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)]
         for row, (index, start, inputs, _) in enumerate(batch):
             new = 0 if start == 0 else context - stride
@@ -82,7 +83,7 @@ def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[Toke
             for whole, part in zip(scores[index], found, strict=True):
                 whole[start + new : end] = part[row, new : len(inputs)]
     if not all(np.all(np.isfinite(score.logprobs)) for score in scores):
-        raise ValueError(NOT_FINITE)
+        raise ValueError(not_finite(model.hooks))
     return scores
 
 
@@ -94,8 +95,11 @@ def check_length(config: LanguageModelConfig, length: int) -> None:
         )
 
 
-def _read(model: LoadedModel, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
-    """Run `step` over int arrays [<= B, T] in chunks of one compiled length."""
+def _read(model: LoadedModel, step: Any, lengths: np.ndarray, *arrays: np.ndarray) -> Iterator[Any]:
+    """Run `step` over int arrays [<= B, T] in chunks of one compiled length.
+
+    lengths: int [<= B], how many of a row's T are real.
+    """
     rows, length = arrays[0].shape
     size = next((s for s in model.pad_sizes if s >= length), model.pad_sizes[-1])
     padded = -(-length // size) * size
@@ -104,8 +108,13 @@ def _read(model: LoadedModel, step: Any, *arrays: np.ndarray) -> Iterator[Any]:
     where = {"config": model.config, "execution": model.executions.prefill}
     memory = new_memory(**where, batch=model.num_slots)
     step = with_hooks(step, model.hooks)
+    real = np.zeros([model.num_slots], np.int32)
+    real[:rows] = lengths
     for first in range(0, padded, size):
         chunk = whole[:, :, first : first + size]
+        count = np.clip(real - first, 0, size)
         with uninterrupted():  # jax and haiku bear no exception while they trace
-            result, memory = step(model.params, memory, *chunk, **where, hook_args=model.hook_args)
+            result, memory = step(
+                model.params, memory, count, *chunk, **where, hook_args=model.hook_args
+            )
         yield result

@@ -61,7 +61,8 @@ class LoadedModel(NamedTuple):
 
     def hooked(self, hooks: Mapping[Site, Hook] | None, hook_args: Sequence[Any]) -> LoadedModel:
         """Return the same model with hooks in its steps. Raises ValueError for wrong ones."""
-        checked, arguments = check_hooks(hooks, self.config.model), as_arguments(hook_args)
+        devices = jax.tree.leaves(self.params)[0].sharding.device_set
+        checked, arguments = check_hooks(hooks, self.config.model), as_arguments(hook_args, devices)
         needed = bool(checked) or not arguments
         require(needed, "hook_args", "none without hooks, which get them", hook_args)
         return self._replace(hooks=as_hooks(checked), hook_args=arguments)
@@ -494,6 +495,7 @@ def decode(
 def logits_step(
     params: Any,
     memory: Memory,
+    length: jax.Array,
     tokens: jax.Array,
     *,
     config: LanguageModelConfig,
@@ -501,9 +503,11 @@ def logits_step(
     hooks: Hooks = (),
     hook_args: Sequence[Any] = (),
 ) -> tuple[jax.Array, Memory]:
-    """Read one chunk of tokens [B, T] -> the logits [B, T, V] at each, and the memory."""
-    hooked = bind(hooks, hook_args)
-    output = apply_model(config, execution, params, tokens, memory, hooks=hooked)
+    """Read the first `length` int32 [B] of tokens [B, T] -> logits [B, T, V], and the memory."""
+    output = apply_model(
+        config, execution, params, tokens, memory, length,
+        every_position=True, hooks=bind(hooks, hook_args),
+    )  # fmt: skip
     return readable(output.logits, execution.mesh), output.model_state
 
 
@@ -511,6 +515,7 @@ def logits_step(
 def score_step(
     params: Any,
     memory: Memory,
+    length: jax.Array,
     tokens: jax.Array,
     targets: jax.Array,
     *,
@@ -519,12 +524,14 @@ def score_step(
     hooks: Hooks = (),
     hook_args: Sequence[Any] = (),
 ) -> tuple[tuple[jax.Array, jax.Array], Memory]:
-    """Read one chunk of tokens [B, T] -> the log-probabilities [B, T] of `targets` after each.
+    """As `logits_step` -> the log-probabilities [B, T] of `targets` after each, and the memory.
 
     And whether each target is the likeliest token there, bool [B, T].
     """
-    hooked = bind(hooks, hook_args)
-    output = apply_model(config, execution, params, tokens, memory, hooks=hooked)
+    output = apply_model(
+        config, execution, params, tokens, memory, length,
+        every_position=True, hooks=bind(hooks, hook_args),
+    )  # fmt: skip
     greedy = jnp.argmax(output.logits, axis=-1) == targets
     found = _log_probabilities(output.logits, targets), greedy
     return readable(found, execution.mesh), output.model_state

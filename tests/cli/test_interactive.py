@@ -245,5 +245,5 @@ def test_a_session_goes_with_neither_other_prompts_nor_other_outputs(
     other: tuple[str, ...], command: Command
 ) -> None:
     name = other[0].removesuffix("-ids")
-    sentence = f"--interactive and {name} do not go together: prompts are typed, answers printed"
+    sentence = f"--interactive and {name} do not go together: prompts are typed"
     assert_one_sentence(command("--interactive", *other), 2, sentence)

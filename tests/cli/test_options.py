@@ -52,7 +52,7 @@ def test_options_have_the_names_of_other_tools(given: list[str], field: str, val
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        (["-c", "512"], "here it is --context"),
+        (["-c", "512", "A"], "arguments: -c; here it is --context"),
         (["--ctx-size=512"], "here it is --context"),
         (["-r", "A"], "here it is --stop"),
         (["--num_return_sequences", "3"], "here it is --num-samples"),
@@ -101,6 +101,8 @@ def test_few_numbers_of_slots_are_compiled_for() -> None:
     [
         (["-p", "A"], ["A"]),
         (["A", "B"], ["A", "B"]),
+        (["A", "-n", "3", "B", "--json", "C"], ["A", "B", "C"]),
+        (["A", "-n", "3", "--", "-B", "--json"], ["A", "-B", "--json"]),
         (["--seed", "1", "A"], ["A"]),
         (["--top_k", "1", "--", "--a_b"], ["--a_b"]),
         (["A", "--prompt", "B", "--prompt-ids", "5 6"], ["B", [5, 6], "A"]),

@@ -79,7 +79,7 @@ SETTING_CASES: dict[str, tuple[str, str]] = {
     "true": ('"top_k": true', "top_k: expected an integer, got true"),
     "no samples": ('"num_samples": 0', "num_samples must be an integer from 1 to 1024, got 0"),
     "many samples": (f'"num_samples": {10**9}', "num_samples must be an integer from 1 to 1024"),
-    "half": ('"max_len": 1.5', "max_len: expected an integer or null, got 1.5"),
+    "half": ('"max_len": 1.5', "max_len or max_tokens: expected an integer or null, got 1.5"),
     "null": ('"min_p": null', "min_p: expected a number, got null"),
     "one": ('"ignore_eos": 1', "ignore_eos: expected true or false, got 1"),
     "list": ('"stop": ["a", 1]', 'stop: expected a string or a list (each a string), got ["a", 1]'),

@@ -70,8 +70,8 @@ def test_each_answer_has_a_new_seed() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("/temperature 1", "/temperature: expected a command, see /help"),
-        ("/halp", "/halp: expected a command, see /help; the nearest is /help"),
+        ("/temperature 1", "/temperature: expected one of /help, /set, /seed, /exit"),
+        ("/halp", "/halp: expected one of /help, /set, /seed, /exit; the nearest is /help"),
         ("/set temperature", "/set: expected as /help shows it, got '/set temperature'"),
         ("/set temprature 1", "there is no setting 'temprature'; the nearest is temperature"),
         ("/set temperature 3", "temperature must be from 0 to 2"),
