@@ -167,7 +167,7 @@ def test_positions_have_the_axes_of_each_site() -> None:
         axis = 1 if site == "attention_weights" else 0
         assert not np.any(own.take(3, axis)), site
         own, other = (np.delete(x, 3, axis) for x in (own, other))
-        np.testing.assert_allclose(own, other, atol=1e-6)
+        np.testing.assert_allclose(own, other, atol=1e-4)
 
 
 def test_pads_in_a_chunk_change_no_token() -> None:
