@@ -1,11 +1,11 @@
-"""Load, save and check a checkpoint: its files <-> parameters, read shard by shard.
+"""Load, save and check a checkpoint; its files are read shard by shard.
 
 The parameters are `{module: {param: leaf}}`, every leaf of a module under
-`transformer/decoder_layer/` stacked, with a leading layer axis [L, ...]. Which files they are, and
-in which order, is grok1/formats/layout.py's to know; here, the arrays in them are read from where
-they lie. A checkpoint comes in the released form or as safetensors files; both are loaded alike.
+`transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. grok1/formats/layout.py
+defines the files and their order; this module reads and writes the arrays in them. A checkpoint is
+in the released form or in safetensors files; both are loaded the same way.
 
-python checkpoint.py --help says how to convert one form into the other, and to verify them.
+python checkpoint.py --help says how to convert one form into the other, and how to verify them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     except ValueError as error:
         sys.exit(f"error: {error}")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        # jax takes a second to import: Ctrl-C ends it without showing where it struck.
+        # jax takes a second to import: Ctrl-C ends it without a traceback.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
@@ -75,7 +75,7 @@ __all__ = [
 def read_model_config(directory: Directory) -> LanguageModelConfig:
     """Return the configuration in DIR/config.json; without one, Grok-1's own.
 
-    Raises ValueError if DIR holds no whole checkpoint or config.json is not a configuration.
+    Raises ValueError if DIR holds no complete checkpoint or config.json is not a configuration.
     """
     forms.require_form(directory, "name the right one, or download the checkpoint into it")
     return config_in(directory)
@@ -96,14 +96,15 @@ def check_config(directory: Directory, config: LanguageModelConfig) -> None:
     """Raise CheckpointError unless DIR still has the configuration that was read from it."""
     if read_model_config(directory) != config:
         where = os.path.join(directory, "config.json")
-        got, remedy = "another one", "load it again when nothing writes there"
-        raise forms.error(where, "the configuration of before the weights were read", got, remedy)
+        got, remedy = "another one", "load it again when nothing writes to it"
+        raise forms.error(where, "the configuration from before the weights were read", got, remedy)
 
 
 def shapes_in(directory: Directory, config: LanguageModelConfig) -> Params:
-    """Return the parameters of a model with the types that they have in DIR.
+    """Return the parameter shapes of a model, with the dtypes that are stored in DIR.
 
-    The weights are int8 with scales, as released, or floats; embedding, norms and router floats.
+    The weights are int8 with scales, as released, or floats; embedding, norms and router are
+    floats.
     """
     return layout.shapes_in(directory, config.param_shapes())
 
@@ -111,9 +112,10 @@ def shapes_in(directory: Directory, config: LanguageModelConfig) -> Params:
 def check_files(directory: Directory, shapes: Params) -> list[Any]:
     """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
 
-    shapes: what the files must hold, as in `files`. If DIR has both forms, DIR/ckpt-0 counts.
+    shapes: what the files must hold, as in `files`. If DIR has both forms, DIR/ckpt-0 is used.
 
-    Returns where the arrays of each parameter lie, in the order of `files`. Raises CheckpointError.
+    Returns where the arrays of each parameter are stored, in the order of `files`. Raises
+    CheckpointError.
     """
     return layout.check_files(directory, files(shapes))
 
@@ -128,8 +130,8 @@ def load(
     """Load the checkpoint in DIR onto devices, each of which gets only its own slices.
 
     All names, sizes and headers are checked before anything is put on a device. Stacked parameters
-    are allocated once and filled in place, so that beside the parameters there is little data on
-    the host and on the devices (see loading.py), and never a whole file's.
+    are allocated once and filled in place, so that little data is held in addition to the
+    parameters, on the host and on the devices (see loading.py), and never an entire file.
 
     shapes: what the files must hold, as in `files`.
     shardings: a jax.sharding.Sharding for each array of `shapes`, in the same structure, that does
@@ -138,8 +140,8 @@ def load(
     progress: called as progress(bytes_done, bytes_total), of the bytes that this process reads.
 
     Returns {module: {param: leaf}} of jax.Array, structured like `shapes`.
-    Raises CheckpointError if the files are not those of `shapes`, or hold values that are not
-    finite, ValueError if the other arguments do not fit `shapes`.
+    Raises CheckpointError if the files do not match `shapes` or hold non-finite values, and
+    ValueError if the other arguments do not fit `shapes`.
     """
     records = files(shapes)
     wanted = _cast(shapes, dtypes or {})
@@ -169,7 +171,7 @@ def load(
 
 
 def _by_key(tree: Params) -> dict[tuple[str, str, int], Any]:
-    """Return the arrays of a parameter tree by module, parameter, and place in the leaf."""
+    """Return the arrays of a parameter tree by module, parameter, and index in the leaf."""
     return {
         (module, param, i): array
         for module, leaves in tree.items()
@@ -179,7 +181,7 @@ def _by_key(tree: Params) -> dict[tuple[str, str, int], Any]:
 
 
 def _cast(shapes: Params, dtypes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return `shapes` with the dtypes that the loaded parameters are to have."""
+    """Return `shapes` with the dtypes of the loaded parameters."""
     wanted = {module: dict(leaves) for module, leaves in shapes.items()}
     for name, dtype in dtypes.items():
         module, _, param = name.rpartition("/")
@@ -202,7 +204,7 @@ def _check_sharding(path: Any, array: Any, sharding: jax.sharding.Sharding) -> N
 
 @jax.jit
 def _get_layer(stack: jax.Array, index: jax.Array) -> jax.Array:
-    """Return layer `index` [...] of [L, ...]; one compiled program takes any layer."""
+    """Return layer `index` [...] of [L, ...]; one compiled program serves all layers."""
     return lax.dynamic_index_in_dim(stack, index, axis=0, keepdims=False)
 
 
@@ -213,11 +215,11 @@ def save(
 ) -> None:
     """Write the parameters of a model as DIR/ckpt-0, and its configuration as DIR/config.json.
 
-    A checkpoint that is there is replaced. params: int8 with scales, or floats of 16 or 32 bits:
-    `load` and `load_model` read what they find. config: the model's, or its fields; None: Grok-1's,
-    without a config.json, as in the released form.
+    An existing checkpoint is replaced. params: int8 with scales, or floats of 16 or 32 bits; `load`
+    and `load_model` read all of these. config: the model's, or its fields; None: Grok-1's, without
+    a config.json, as in the released form.
 
-    Raises ValueError if the parameters are not those of the configuration, the rest as `write`.
+    Raises ValueError if the parameters do not match the configuration, otherwise as `write`.
     """
     if isinstance(config, LanguageModelConfig):
         config = config.to_dict()
@@ -238,7 +240,7 @@ def save(
 
 
 def _check_types(params: Params) -> None:
-    """Raise ValueError unless `load` reads the leaves of a tree of parameters."""
+    """Raise ValueError unless `load` can read the leaves of a parameter tree."""
     tree = "a dict {module: {param: array}}"
     require(isinstance(params, Mapping), "params", tree, params)
     for module, leaves in params.items():
@@ -259,17 +261,17 @@ def _shapes_of(params: Params) -> dict[str, list[int]]:
 
 
 def write(directory: Directory, params: Params, config: Mapping[str, Any] | None = None) -> None:
-    """Write any tree of parameters in the released layout, and `config` as DIR/config.json.
+    """Write any parameter tree in the released layout, and `config` as DIR/config.json.
 
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
-        layer at a time. Float parameters are written in the dtype that they have.
+        layer at a time. Float parameters keep their dtype.
 
-    Each file appears whole or not at all: it is written under another name and then renamed. Once
-    one has replaced another, DIR is no checkpoint until saving has come to its end. DIR may be a
-    link to a directory; one in it, where something is to be written, is an OSError. Raises
-    CheckpointError if DIR holds tensor files that this would not replace, or another save or
-    conversion writes there or was interrupted, ValueError if the layout has no place for the
-    parameters, OSError if writing fails.
+    Each file is written under another name and then renamed, so it is never incomplete. Once one
+    file has been replaced, DIR is not a valid checkpoint until saving finishes. DIR may be a link
+    to a directory; a link inside it, at a path to be written, raises OSError. Raises
+    CheckpointError if DIR holds tensor files that this would not replace, or if another save or
+    conversion writes there or was interrupted; ValueError if the layout does not support the
+    parameters; OSError if writing fails.
     """
     records = files(jax.tree.map(_native, params))
     if not records:
@@ -291,7 +293,7 @@ def write(directory: Directory, params: Params, config: Mapping[str, Any] | None
 
 
 def _check_place(directory: Directory, records: Sequence[TensorFile]) -> None:
-    """Make DIR/ckpt-0; raise CheckpointError or OSError if the files cannot be put there."""
+    """Make DIR/ckpt-0; raise CheckpointError or OSError if the files cannot be written there."""
     folder, config_path = (os.path.join(directory, name) for name in (forms.FOLDER, "config.json"))
     if os.path.lexists(os.path.join(directory, forms.WORK)):
         remedy = "start the conversion again, or save to another directory"
@@ -330,9 +332,9 @@ def _check_config_file(directory: Directory, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _marked(directory: Directory, first: str) -> Iterator[None]:
-    """Mark DIR as half saved while the block replaces its files, `first` before the others.
+    """Mark DIR as incomplete while the block replaces its files, starting with `first`.
 
-    The mark stays if the block fails, unless the model before was whole and is as it was.
+    If the block fails, the mark stays unless DIR was complete before and is unchanged.
     """
     marker = os.path.join(directory, forms.SAVING)
     whole = os.path.lexists(first) and not os.path.lexists(marker)
@@ -352,7 +354,7 @@ def _native(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _fetch(record: TensorFile, leaf: Any) -> Iterator[Any]:
-    """Yield the arrays of one file, each fetched when it is asked for."""
+    """Yield the arrays of one file, each fetched on demand."""
     for array in jax.tree.leaves(leaf):
         if record.layer is not None:
             on_device = isinstance(array, jax.Array)
@@ -370,7 +372,7 @@ def convert(
 ) -> conversion.Job:
     """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
 
-    See `conversion.convert`; what the files hold is in config.json, or else Grok-1's.
+    See `conversion.convert`; the files are those of the model in config.json, or else of Grok-1.
     """
     known = forms.SAFETENSORS, forms.RELEASED
     require(form in known, "form", f"one of {known}", form)
@@ -379,9 +381,9 @@ def convert(
 
 
 def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
-    """Check all headers of a checkpoint, that floats are finite and, if it has any, checksums.
+    """Check a checkpoint's headers, that its floats are finite and, if present, its checksums.
 
-    See `conversion.verify`; what the files hold is in config.json, or else Grok-1's.
+    See `conversion.verify`; the files are those of the model in config.json, or else of Grok-1.
     """
     shapes = shapes_in(directory, read_model_config(directory))
     return conversion.verify(directory, shapes, progress)
@@ -391,26 +393,26 @@ def verify(directory: Directory, progress: Progress | None = None) -> tuple[str,
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
+    """Parse the command line; exit with status 2 and one sentence if it is invalid."""
     parser = Parser(
         prog="checkpoint.py",
         description="Convert a checkpoint between its two forms, and verify checksums.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")
-    text = "write a checkpoint in another form; interrupted, the same command goes on"
+    text = "write a checkpoint in the other form; if interrupted, run the same command to resume"
     command = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
     add = command.add_argument
     add("source", type=given_path, metavar="SRC", help="directory that holds the checkpoint")
-    add("target", type=given_path, metavar="DST", help="directory to write to; made if need be")
+    add("target", type=given_path, metavar="DST", help="directory to write to; created if needed")
     add(
         "--to",
         choices=(forms.SAFETENSORS, forms.RELEASED),
         required=True,
-        help="one safetensors file a layer with checksums, or Grok-1's own ckpt-0",
+        help="one safetensors file per layer with checksums, or Grok-1's own ckpt-0",
     )
-    add("--overwrite", action="store_true", help="replace a checkpoint that is in DST")
-    text = "check all headers, float values and, of safetensors, the checksum of every tensor"
+    add("--overwrite", action="store_true", help="replace an existing checkpoint in DST")
+    text = "check all headers, float values and, for safetensors, the checksum of every tensor"
     command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
     add = command.add_argument
     add("directory", type=given_path, metavar="DIR", help="directory that holds the checkpoint")
@@ -418,7 +420,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
-    """Carry out the command; returns the exit status."""
+    """Carry out the command and return the exit status."""
     if options.command == "verify":
         summary, problems = verify(options.directory, progress)
         progress.close()
@@ -434,7 +436,7 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     open_standard_streams()
     worker = Worker()
     progress = ByteProgress("checkpoint")
@@ -444,10 +446,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         end_at_next_interrupt()
         progress.close()
-        say("interrupted; the same command goes on from here")
+        say("interrupted; run the same command to resume")
         os._exit(130)  # sys.exit would wait for the worker
     except BrokenPipeError:
-        os._exit(141)  # the reader has gone
+        os._exit(141)  # the reader has closed the pipe
     except (ValueError, OSError) as problem:
         progress.close()
         say(f"error: {problem}")

@@ -11,15 +11,16 @@ The layers are stacked: parameters keep the released names with `transformer/dec
 of `transformer/decoder_layer_0` ... `_63`, and have a leading layer axis. One layer body is scanned
 over them, so that 64 layers compile as fast as one.
 
-Precision. In bfloat16 mode the inputs of matrix products, but for the router's, are rounded to
+Precision. In bfloat16 mode the inputs of matrix products, except the router's, are rounded to
 bfloat16. Products return float32, and everything else is float32: the residual stream, norms,
-rotary phases, router, scores, softmax, gates and logits. In float32 mode all is float32. The cache
-of keys and values has the dtype that `init_memory` is given. Weights are float or int8
+rotary phases, router, scores, softmax, gates and logits. In float32 mode everything is float32. The
+key/value cache has the dtype passed to `init_memory`. Weights are float or int8
 (`QuantizedWeight8bit`) in either mode.
 
-An `Execution` says how the model is run: on which devices, with which kernels. Its methods compute
-what their names say (`matmul`, `mixture`, `attend_cached`), or only lay an array out over devices
-(`block_input`). `tap(site, x)` returns x; it lets a caller look inside, see grok1/inspection.py.
+An `Execution` defines how the model is run: on which devices, with which kernels. Its methods
+compute (`matmul`, `mixture`, `attend_cached`), or only lay out an array over devices
+(`block_input`). `tap(site, x)` returns x, unless a caller's hook changes it; see
+grok1/inspection.py.
 """
 
 import dataclasses
@@ -58,14 +59,14 @@ __all__ = [
 
 
 def ffn_size(emb_size: int, widening_factor: float) -> int:
-    """Return F, the hidden width of an expert: 2/3 of the widened model width, a multiple of 8."""
+    """Return F, the expert width: 2/3 of the widened width, rounded up to a multiple of 8."""
     size = int(widening_factor * emb_size) * 2 // 3
     return size + -size % 8
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the decoder stack. Raises ValueError naming the field, expected and got.
+    """Sizes of the decoder stack. Raises ValueError that names an invalid field.
 
     shard_activations, data_axis, model_axis: as in Execution.
     """
@@ -84,7 +85,7 @@ class TransformerConfig:
     model_axis: str = MODEL_AXIS
 
     def __new__(cls, *_: Any, **fields: Any):
-        """Refuse the fields that Execution has."""
+        """Reject fields that belong to Execution."""
         config_checks.refuse_moved(fields)
         return super().__new__(cls)
 
@@ -97,7 +98,7 @@ class TransformerConfig:
         return ffn_size(self.emb_size, self.widening_factor)
 
     def partition_rules(self, mesh: AnyMesh | None = None) -> Rules:
-        """Return (pattern, spec) for the parameters of one layer, the first match holding.
+        """Return (pattern, spec) pairs for the parameters of one layer; the first match applies.
 
         mesh: the mesh they are for, if it may have a replica axis.
         """
@@ -122,7 +123,7 @@ class TransformerConfig:
         return Memory(layers, valid=jnp.zeros([batch_size, seq_len], bool))
 
     def execution(self, mesh: AnyMesh | None = None) -> Execution:
-        """Return the obvious way to run the model on a mesh, or on one device."""
+        """Return the default execution on a mesh, or on one device."""
         return Execution(mesh, self.data_axis, self.model_axis, self.shard_activations)
 
     def make(
@@ -131,17 +132,17 @@ class TransformerConfig:
         dtype: Any = jnp.bfloat16,
         execution: Execution | None = None,
     ) -> "Transformer":
-        """Return the module; to be called inside `hk.transform`."""
+        """Return the module; call this inside `hk.transform`."""
         return Transformer(self, mesh, dtype, execution=execution)
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """Sizes of the language model. Raises ValueError naming the field, expected and got.
+    """Sizes of the language model. Raises ValueError that names an invalid field.
 
     embedding_init_scale: the random initial embedding has standard deviation
     `embedding_init_scale / sqrt(emb_size)`.
-    fprop_dtype: bfloat16 or float32, of the activations.
+    fprop_dtype: the dtype of the activations, bfloat16 or float32.
     """
 
     model: TransformerConfig
@@ -159,22 +160,22 @@ class LanguageModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LanguageModelConfig":
-        """Build a configuration from nested plain fields, as a checkpoint's config.json has them.
+        """Build a configuration from nested plain fields, as in a checkpoint's config.json.
 
-        Raises ValueError that names a missing, unknown or wrong field.
+        Raises ValueError that names a missing, unknown or invalid field.
         """
         inner = fields.get("model")
         model = config_checks.from_fields(TransformerConfig, inner)
         return config_checks.from_fields(cls, {**fields, "model": model})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the nested plain fields, for config.json: all but `fprop_dtype`."""
+        """Return the nested plain fields for config.json: all except `fprop_dtype`."""
         fields = dataclasses.asdict(self)
         del fields["fprop_dtype"]
         return fields
 
     def partition_rules(self, mesh: AnyMesh | None = None) -> Rules:
-        """Return (pattern, spec) for every parameter, without the leading layer axis.
+        """Return (pattern, spec) pairs for all parameters, without the leading layer axis.
 
         mesh: the mesh they are for, if it may have a replica axis.
         """
@@ -189,9 +190,9 @@ class LanguageModelConfig:
         return self.model.model_axis_sizes(vocab_size=self.vocab_size)
 
     def make(self, mesh: Mesh | None = None, execution: Execution | None = None) -> "LanguageModel":
-        """Return the module; to be called inside `hk.transform`.
+        """Return the module; call this inside `hk.transform`.
 
-        execution: how it is run, its mesh included; None: the obvious way on `mesh`.
+        execution: how to run the module, including its mesh; None: the default on `mesh`.
         """
         execution = self.model.execution(mesh) if execution is None else execution
         given = isinstance(execution, Execution)
@@ -204,7 +205,7 @@ class LanguageModelConfig:
     def init_params(self, seed: int = 0, *, quantized: bool = False) -> dict[str, dict[str, Any]]:
         """Return random parameters: float32, or int8 with the released scale groups.
 
-        Matrices are normal with deviation 1 / sqrt(fan-in), cut at two of them; norms one.
+        Matrices are normal with deviation 1 / sqrt(fan-in), truncated at two deviations; norms one.
         """
         return parameters.random_params(jax.random.key(seed), config=self, quantized=quantized)
 
@@ -213,7 +214,7 @@ class LanguageModelConfig:
         return jax.eval_shape(lambda: self.init_params(quantized=quantized))
 
     def quantize_params(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Round the weight matrices of a float parameter tree to int8, grouped as released."""
+        """Round the matrices of a float parameter tree to int8, with the released scale groups."""
         return parameters.quantize_params(self, params)
 
     def dequantize_params(
@@ -257,7 +258,7 @@ def grok_1() -> LanguageModelConfig:
 class Linear(hk.Module):
     """`x @ w + b`, w [I, O] float or int8.
 
-    split: which axis of w, if one, is split over the devices of `execution`.
+    split: which axis of w, if any, is split over the devices of `execution`.
     """
 
     output_size: int
@@ -380,14 +381,14 @@ def attend(query: Array, key: Array, value: Array, mask: Array, multiplier: floa
     weights = jnp.where(mask[:, None, None], jnp.exp(scores), 0.0)  # [B, K, G, T, S]
     total = jnp.sum(weights, axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1.0)
-    if tapped("attention_weights"):  # shown so that they sum to one; else divided after the product
+    if tapped("attention_weights"):  # captured weights sum to one; else the product is divided
         weights, total = _tap_weights(weights / total), jnp.ones_like(total)
     out = product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
     return out / jnp.moveaxis(total, 3, 1)
 
 
 def _tap_weights(weights: Array) -> Array:
-    """Show weights [B, K, G, T, S] as [B, N, T, S]."""
+    """Tap weights [B, K, G, T, S] in the shape [B, N, T, S]."""
     by_head = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
     return tap("attention_weights", by_head).reshape(weights.shape)
 
@@ -422,11 +423,11 @@ class MultiHeadAttention(hk.Module):
 
         mask: bool, broadcast to [B, T, S] or given as [B, 1, T, S]; True where a query may see a
         key; None: everywhere. Without `kv_memory`, S = T' and positions start at 0. With it, the
-        new keys are written at its `step`, which is also their position, and S is the memory's
-        length, of which only what has been filled is seen.
+        new keys are written at its `step`, which is also their position; S is the memory's length,
+        and only filled positions are visible.
 
         Raises ValueError if the new keys do not fit the memory's length, or if a mask [B, N, T, S]
-        tells the heads apart.
+        has N > 1.
         """
         execution = self.execution or Execution(mesh, self.data_axis, self.model_axis)
         value_size = self.value_size or self.key_size
@@ -453,10 +454,10 @@ class MultiHeadAttention(hk.Module):
     def _attend(
         self, execution: Execution, q: Array, k: Array, v: Array, mask: Array, memory: Any
     ) -> tuple[Array, KVMemory | None]:
-        """Attend from q to the new k, v [B, T', K, H] and, through a memory, to those before."""
+        """Attend from q to the new k, v [B, T', K, H] and, with a memory, to earlier ones."""
         multiplier = self.attn_output_multiplier
         if memory is None:
-            # Training recomputes the weights in the backward pass, and stores none.
+            # The backward pass recomputes the weights instead of storing them.
             recomputed = jax.checkpoint(attend, static_argnums=4)
             form = attend if tapped("attention_weights") else recomputed
             return form(q, k, v, mask, multiplier), None
@@ -470,7 +471,7 @@ class MultiHeadAttention(hk.Module):
 
 
 def _one_mask(mask: Array | None) -> Array:
-    """Return a mask of three axes, which broadcasts to [B, T, S]."""
+    """Return a mask with three axes that broadcasts to [B, T, S]."""
     if mask is None:
         return jnp.ones([1, 1, 1], bool)
     if mask.ndim == 4:
@@ -481,14 +482,14 @@ def _one_mask(mask: Array | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class MHABlock:
-    """Attention sized by the configuration. Adds no name of its own, as in the released files."""
+    """Attention sized by the configuration. Adds no module name, as in the released files."""
 
     config: TransformerConfig
     mesh: Mesh | None = None
     execution: Execution | None = None
 
     def __call__(self, x: Array, mask: Array, kv_memory: KVMemory | None) -> MHAOutput:
-        """x [B, T, D] in the activation dtype; the rest as MultiHeadAttention takes it."""
+        """x [B, T, D] in the activation dtype; the rest as in MultiHeadAttention."""
         config, execution = self.config, self.execution or self.config.execution(self.mesh)
         attention = MultiHeadAttention(
             config.num_q_heads,
@@ -512,7 +513,7 @@ class DenseBlock:
     """The feed-forward block of one expert, or of a layer without a mixture.
 
     `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation (Shazeer 2020, eq. 6).
-    Adds no name of its own, as in the released files.
+    Adds no module name, as in the released files.
     """
 
     widening_factor: float
@@ -533,7 +534,7 @@ class RouterOutput(NamedTuple):
     """The experts chosen for each token.
 
     gates: float32 [..., A], their probabilities, not renormalized, zero for a masked token.
-    expert_index: int32 [..., A], the experts, best first; E for a masked token, which goes to none.
+    expert_index: int32 [..., A], the experts, best first; E, no expert, for a masked token.
     probs: float32 [..., E], the softmax over all experts.
     """
 
@@ -546,9 +547,8 @@ class RouterOutput(NamedTuple):
 class Router(hk.Module):
     """Chooses the experts of each token, in float32.
 
-    A subclass with another `logits` or `choose` is given to the model as
-    `Execution(..., router=Subclass)`. In a model that is trained it may have other parameters; a
-    checkpoint holds `w`.
+    To use a subclass with another `logits` or `choose`, pass `Execution(..., router=Subclass)`. In
+    training it may have other parameters; a checkpoint holds only `w`.
     """
 
     num_selected_experts: int
@@ -561,7 +561,7 @@ class Router(hk.Module):
         return matmul(x, w)
 
     def choose(self, probs: Array) -> tuple[Array, Array]:
-        """Return gates [..., A] and expert_index int32 [..., A] by probs float32 [..., E].
+        """Return gates [..., A] and expert_index int32 [..., A] for probs float32 [..., E].
 
         As in Grok-1: the chosen probabilities are not renormalized to sum to one.
         """
@@ -583,7 +583,7 @@ class MoELayer(hk.Module):
     """A mixture of experts; each token's output is `sum_a gate_a * expert_a(x)`.
 
     layer_fn: one expert, x [..., D] -> [..., D], with Haiku parameters. A DenseBlock is computed
-    only where it is chosen; any other function for all tokens.
+    only for the tokens routed to it, any other function for all tokens.
     """
 
     num_experts: int
@@ -598,7 +598,7 @@ class MoELayer(hk.Module):
     execution: Execution | None = None
 
     def __call__(self, inputs: Array, padding_mask: Array | None) -> Array:
-        """inputs [B, T, D], padding_mask bool [B, T] (False: to no expert) -> float32 [B, T, D]."""
+        """inputs [B, T, D], padding_mask bool [B, T] (False: no expert) -> float32 [B, T, D]."""
         execution = self.execution or Execution(
             self.mesh, self.data_axis, self.model_axis, self.shard_activations
         )
@@ -644,7 +644,7 @@ class DecoderLayer(hk.Module):
 
     @hk.transparent
     def _feed_forward(self, execution: Execution) -> Callable[[Array, Array], Array]:
-        """The mixture, or one dense block where there are no experts to choose from."""
+        """Return the mixture, or one dense block if there is only one expert."""
         config = self.config
         if config.num_experts <= 1:
             block = DenseBlock(config.widening_factor, self.dtype, execution)
@@ -670,7 +670,7 @@ class Transformer(hk.Module):
     ) -> tuple[Array, KVMemory | None]:
         """h float32 [B, T, D], mask bool [B, T, S], padding_mask bool [B, T] -> h, memory.
 
-        The memory then has the new rows of all layers, and the `step` that it came with.
+        The returned memory has the new rows of all layers; its `step` is unchanged.
         """
         execution = self.execution or self.config.execution(self.mesh)
 
@@ -725,28 +725,29 @@ class LanguageModel(hk.Module):
     ) -> LanguageModelOutput | Array:
         """Tokens int32 [B, T] -> LanguageModelOutput with float32 logits [B, T, V].
 
-        Pads, the tokens not above `pad_token`, have positions, but are not seen as keys, by later
-        calls neither, and go to no expert.
-        memory: past positions, which these tokens continue; None: they start at position 0 and
-        nothing is remembered.
-        length: int32 [B], how many of the T tokens to read. The others change nothing: they are
-        not seen, not remembered and go to no expert; a sequence of length 0 keeps its memory. The
-        logits are then [B, 1, V], at the last position read, unless `every_position`.
-        sequence: int32 [B], which sequences of a larger memory these continue, no two the same. On
-        a mesh, a row and its sequence belong to the same part of the data axis. The other
-        sequences are unchanged.
+        Pads (tokens <= `pad_token`) have positions, but go to no expert and are not visible as
+        keys, in this call or later ones.
+        memory: of the past positions that these tokens continue; None: they start at position 0,
+        and no memory is returned.
+        length: int32 [B], how many of the T tokens to read. The rest are ignored: they are not
+        visible, not stored and go to no expert; a sequence of length 0 keeps its memory. With
+        `length` the logits are [B, 1, V], at the last position read, unless `every_position`.
+        sequence: int32 [B], distinct indices of the sequences that these rows continue in a larger
+        memory. Its other sequences are unchanged. On a mesh, a row and its sequence must be in the
+        same part of the data axis.
         last_hid_only: return only the hidden state [B, D], float32 and after the final norm, at
         the last position read; without `length`, at the last token that is not a pad.
-        capture: names from CAPTURE_SITES; `captured` then holds their arrays. capture_layers: of
-        which layers, in this order, -1 being the last one; None: all. All of them are kept until
-        the call ends: `inspection.captured_shapes` says how large they are.
-        hooks: by site, or by (site, layer) for one layer, a pure function `(layer, array) -> array`
-        of the same shape and dtype, whose result the model goes on with. `layer` is a traced
-        int32, -1 for embeddings. Under `jit` each new function object compiles anew.
+        capture: names from CAPTURE_SITES; `captured` then holds their arrays. capture_layers: the
+        layers to capture, in this order, -1 being the last one; None: all. All these arrays are
+        kept until the call ends: `inspection.captured_shapes` returns their shapes.
+        hooks: a dict from a site, or from (site, layer) for one layer, to a pure function
+        `(layer, array) -> array` of the same shape and dtype, with whose result the model
+        continues. `layer` is a traced int32, -1 for embeddings. Under `jit` each new function
+        object is compiled again.
 
-        Raises ValueError if the mesh's data axis does not divide B; for a site or layer that is not
-        there, or a hook that returns another shape or dtype; for a `sequence` of another shape, or
-        without a memory; or for a capture with last_hid_only.
+        Raises ValueError if the mesh's data axis does not divide B; for an unknown site or layer,
+        or a hook that returns another shape or dtype; for a `sequence` of the wrong shape, or
+        without a memory; or for a `capture` with last_hid_only.
         """
         config = self.config
         execution = self.execution or config.model.execution(self.mesh)
@@ -761,7 +762,7 @@ class LanguageModel(hk.Module):
         context = prepare(memory, valid, count, sequence)
         position = context.start[:, None] + index  # [B, T]
         probe.place = position, valid
-        # A query sees the valid keys up to its own position, those of the memory included.
+        # A query sees the valid keys up to its own position, including those in the memory.
         causal = jnp.arange(context.valid.shape[1]) <= position[..., None]  # [B, T, S]
         mask = causal & context.valid[:, None]
 

@@ -2,8 +2,8 @@
 
 python run.py --prompt "Once upon a time" --max-len 120 --temperature 0.7 --seed 1
 
-With --distributed several processes, on one host or many, are one run: process 0's prompts and
-options hold for all, and only it prints. When a process is lost, all end and say which.
+With --distributed, several processes, on one or more hosts, form one run: they use the prompts and
+options of process 0, which alone prints. If a process is lost, all others end and report which.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# In the background of a shell script Ctrl-C is ignored, and stays so.
+# In the background of a shell script, Ctrl-C is ignored, and stays ignored.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # It ends the imports below without showing where it struck.
+    # Ctrl-C during the imports below ends the process without a traceback.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from grok1 import default_files
@@ -52,11 +52,11 @@ from grok1.serving.request_limits import CHUNKS
 
 ROOT = Path(__file__).resolve().parent
 MOST_SLOTS = 8
-MOST_DEVICES = 128  # virtual ones: more take a machine's threads and memory, and end in no answer
+MOST_DEVICES = 128  # virtual ones: more exhaust the threads and memory of a machine
 
 
 def find_peers(options: Options, errors: TextIO) -> multihost.Peers:
-    """Find out where this process stands among those of the run."""
+    """Find this process's id and number among the processes of the run."""
     place = multihost.find_place(
         options.coordinator, options.num_processes, options.process_id, options.join_timeout
     )
@@ -65,12 +65,12 @@ def find_peers(options: Options, errors: TextIO) -> multihost.Peers:
 
 
 def keep_output(first: bool) -> None:
-    """Keep standard output for the answers of the first process.
+    """Reserve standard output for the answers of the first process.
 
-    gloo, which carries the collectives of CPUs, prints lines to it from C++.
+    gloo, which runs the collectives of CPUs, prints lines to it from C++.
     """
     if first:
-        # Never closed: the answers outlive whatever ends the interpreter.
+        # Never closed, so that the answers are written however the interpreter ends.
         sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding, closefd=False)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
@@ -78,23 +78,23 @@ def keep_output(first: bool) -> None:
 
 
 def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
-    """Load the model as the options say; the prompts that are left are checked before."""
+    """Load the model according to the options, after checking the remaining prompts."""
     options = job.options
     mesh = options.mesh or (1, 1)
-    # Read when jax starts its CPU backend, and ignored elsewhere: virtual devices for the mesh.
+    # Virtual devices for the mesh: only read by the CPU backend of jax, when it starts.
     devices = min(math.prod(mesh) // processes, MOST_DEVICES)
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     with telling("starting JAX"):
-        import jax  # Takes seconds: after all that can be checked without it.
+        import jax  # Takes seconds, so after all checks that do not need it.
 
         from grok1 import backend, compile_cache
         from grok1.kernels import dispatch as kernels
         from runner import RequestError, load_model
 
         backend.require_devices()
-    # Not with others: where one process compiles, XLA may wait for all to do so.
+    # Not with several processes: XLA may wait until all of them compile.
     if not options.compile_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif processes == 1 and (reason := compile_cache.enable()):
@@ -109,14 +109,14 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
             job.directory,
             job.tokenizer,
             mesh=mesh,
-            # As many as before an interruption: rounding depends on it.
+            # The same as before an interruption, since rounding depends on it.
             slots=options.batch or slots_for(len(prompts.places_of_answers(options))),
             dtype=options.dtype,
             context=options.context,
             requests=prompts.make_requests(options, job.left),
             progress=progress,
             kernels=options.kernels,
-            compile_cache=False,  # or enabled above
+            compile_cache=False,  # if used, it is enabled above
             pad_sizes=chunks(options.chunk),
         )
     except RequestError as error:
@@ -134,12 +134,12 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
 
 
 def slots_for(answers: int) -> int:
-    """Return how many sequences to serve at once: few numbers, as each compiles programs anew."""
+    """Return how many sequences to serve at once: a power of two, as each number recompiles."""
     return min(1 << (answers - 1).bit_length(), MOST_SLOTS)
 
 
 def chunks(longest: int | None) -> list[int]:
-    """Return the lengths in which prompts are read."""
+    """Return the lengths of the chunks in which prompts are read."""
     if longest is None:
         return [*CHUNKS]
     return [*(size for size in CHUNKS if size < longest), longest]
@@ -148,16 +148,16 @@ def chunks(longest: int | None) -> list[int]:
 def generate(
     worker: Worker, server: Any, job: Job, phase: Callable[[str], object] = lambda _: None
 ) -> str | None:
-    """Print the answers that are left, or write them to a file; then a line of statistics.
+    """Print the remaining answers, or write them to a file; then print a line of statistics.
 
-    Returns a sentence if errors ended some of them.
+    Returns an error message if some of them ended with an error, otherwise None.
     """
     from runner import MOST_TOKENS
 
     options, answers = job.options, job.answers
     if options.show_routing and server.config.model.num_experts < 2:
-        raise ValueError("--show-routing: this model has no experts that tokens could go to")
-    # Where nobody watches them come, several tokens at a time, which is faster.
+        raise ValueError("--show-routing: this model has no experts to route tokens to")
+    # If answers are not streamed, draw several tokens per dispatch, which is faster.
     tokens = 1 if options.streamed else MOST_TOKENS
     events = server.generate_events(prompts.make_requests(options, job.left), phase, tokens)
     with Progress("answering", already=len(answers.done) if answers else 0) as progress:
@@ -166,14 +166,14 @@ def generate(
             progress(len(answers.done), len(answers.places))
         printer = answers or make_printer(options)
         timing = Timing(tokens)
-        ended = {}  # whose routing is to be shown
+        ended = {}  # answers whose routing is to be shown
         failed = {}
         try:
-            # A bar says what is done where answers go to a file.
+            # If answers go to a file, a progress bar is shown instead.
             said = contextlib.nullcontext() if answers else telling(READING)
             for event, now in arrivals(lambda: worker.call(next, events, None), said):
                 if not timing.tokens:
-                    progress.start()  # what was compiled before says nothing of the rest
+                    progress.start()  # leave compilation out of the estimate
                 place = event.request, event.sample
                 if event.finish_reason == "error":
                     failed[place] = event.completion.error
@@ -185,7 +185,7 @@ def generate(
                 with uninterrupted(signal.SIGINT, multihost.WAKE):
                     printer.show(event._replace(request=job.left[event.request]))
         finally:
-            # After an interruption too: nothing that was computed is lost.
+            # Also after an interruption, so that no computed answer is lost.
             with uninterrupted(multihost.WAKE):
                 printer.close()
     say(timing.line())
@@ -198,12 +198,12 @@ def generate(
     if not failed:
         return None
     (index, _), error = min(failed.items())
-    others = f" ({len(failed)} answers ended by an error)" if len(failed) > 1 else ""
+    others = f" ({len(failed)} answers ended with an error)" if len(failed) > 1 else ""
     return f"{options.lines[job.left[index]].place}: {error}{others}"
 
 
 def show_routing(worker: Worker, server: Any, answer: Any) -> None:
-    """Print which experts the tokens of a prompt and its answer went to."""
+    """Print the experts to which the tokens of a prompt and its answer were routed."""
     from grok1.cli.routing_table import print_routing
 
     ids = [*answer.prompt_ids, *answer.token_ids][: server.config.sequence_len]
@@ -213,19 +213,19 @@ def show_routing(worker: Worker, server: Any, answer: Any) -> None:
 
 
 def work_of(server: Any) -> list[tuple[str, str]]:
-    """Return what the server has to say of its work, as names and values."""
+    """Return the server's statistics as pairs of name and value."""
     done = server.statistics
     if not done.tokens:
         return []
     host = 1e3 * (done.seconds - done.waiting) / done.tokens
     return [
-        ("slots used", f"{done.slots_used:.1f} of {server.num_slots}, in the mean"),
+        ("slots used", f"{done.slots_used:.1f} of {server.num_slots} on average"),
         ("host's work", f"{host:.2f} ms a token, {done.host_share:.0%} of the time"),
     ]
 
 
 def make_printer(options: Options) -> Any:
-    """Return what prints the answers to standard output."""
+    """Return the printer of the answers to standard output."""
     places = prompts.places_of_answers(options)
     if options.json:
         return JsonPrinter(places, [line.id for line in options.lines])
@@ -248,7 +248,7 @@ def serve(worker: Worker, options: Options) -> None:
 
 
 def connect_processes(server: Any, peers: multihost.Peers) -> None:
-    """Wait until all processes have loaded the model, and connect them for their steps."""
+    """Wait until all processes have loaded the model, and connect their devices."""
     from grok1.parallel.sharding import connect
 
     peers.meet()
@@ -260,24 +260,24 @@ def serve_together(worker: Worker, options: Options, peers: multihost.Peers) -> 
     """Load the model and answer, as one of several processes."""
     first = peers.place.process == 0
     if not first:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # they say only what ended them
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # they only report what ended them
     worker.call(peers.join)
     peers.phase("load")
     job = worker.call(agree, peers, options)
-    keep_output(first)  # after --output was opened, which may be /dev/stdout
+    keep_output(first)  # after opening --output, which may be /dev/stdout
     count = peers.place.processes
     if not nothing_left(job):
         with ByteProgress("loading") as progress:
             server = worker.call(make_server, job, progress, count)
         worker.call(connect_processes, server, peers)
         failure = generate(worker, server, job, peers.phase)
-        if failure and first:  # who has all answers, and ends the others
+        if failure and first:  # it has all answers, and ends the others
             raise ValueError(failure)
     worker.call(peers.close)
 
 
 def nothing_left(job: Job) -> bool:
-    """Whether all prompts have their answers already; says so."""
+    """Report and return whether all prompts have been answered already."""
     if not job.left:
         count = len(prompts.places_of_answers(job.options))
         say(f"{job.options.output} holds all {count} answers already")
@@ -285,9 +285,9 @@ def nothing_left(job: Job) -> bool:
 
 
 def show_plan(options: Options) -> None:
-    """Print whether the model fits a mesh. No weights are read, and no accelerator is touched."""
+    """Print whether the model fits a mesh, without reading weights or using an accelerator."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # In its place the option below, which can wait until the size of the mesh is known.
+    # Replaced by jax_num_cpu_devices below, once the size of the mesh is known.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = re.sub(r"\S*xla_force_host_platform_device_count\S*", "", flags)
     with telling("starting JAX"):
@@ -317,13 +317,13 @@ def show_plan(options: Options) -> None:
 
 
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:
-    """Say what went wrong, to the other processes too; returns the exit status.
+    """Report an error, also to the other processes, and return the exit status.
 
-    Raises what should not happen, with its traceback.
+    Raises unexpected errors again, to show their traceback.
     """
     sentence, status, trace = str(error), 1, ""
     if isinstance(error, BrokenPipeError):
-        sentence, status = "the reader of its answers has gone, as with `| head`", 141
+        sentence, status = "the reader of its answers closed the pipe, as `| head` does", 141
     elif isinstance(error, ModuleNotFoundError):
         sentence = f"{error.name} is not installed; run: pip install -r requirements.txt"
     elif (limit := limit_reached(error)) is not None:
@@ -331,15 +331,15 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in sentence:
         sentence = f"too little memory for the model or its cache ({error}); use more devices"
     elif isinstance(error, ValueError | OSError):
-        pass  # its own sentence
+        pass  # has its own message
     elif peers is None:
         raise error
     else:
-        peers.await_loss()  # which makes collectives fail
+        peers.await_loss()  # a lost process makes collectives fail
         sentence = f"{type(error).__name__}: {sentence.splitlines()[0] if sentence else ''}"
         if re.search("gloo|nccl", sentence, re.IGNORECASE):
-            sentence = f"the connection of the devices of all processes failed ({sentence})"
-            sentence += "; look at the network between the hosts, and start them again"
+            sentence = f"the connection between the devices failed ({sentence})"
+            sentence += "; check the network between the hosts, and start all processes again"
         else:
             trace = "".join(traceback.format_exception(error))
     if peers is not None:
@@ -347,14 +347,14 @@ def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int
     if status != 141:
         say(f"{trace}error: {sentence}", errors)
     if peers is not None or status == 141:
-        os._exit(status)  # sys.exit would wait: for the other processes, for a flush
+        os._exit(status)  # sys.exit would wait for the other processes or a flush
     return status
 
 
 def main() -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     open_standard_streams()
-    worker = Worker()  # jax works there
+    worker = Worker()  # runs jax
     errors = sys.stderr
     peers: multihost.Peers | None = None
     options: Options | None = None
@@ -377,15 +377,15 @@ def main() -> int:
         end_at_next_interrupt()
         if peers is not None:
             peers.end("it was interrupted")
-        # A pipe or a device keeps no answers.
+        # A pipe or a device does not store answers.
         kept = options is not None and options.output is not None and options.output.is_file()
-        say("interrupted" + "; --resume goes on from here" * kept, errors)
+        say("interrupted" + "; --resume continues from here" * kept, errors)
         os._exit(130)  # sys.exit would wait for the worker
     return 0
 
 
 def run_and_exit() -> NoReturn:
-    """Run the command as this process, which ends with its status."""
+    """Run the command and exit this process with its status."""
     run_command(main)
 
 

@@ -1,9 +1,9 @@
-"""Requests in, tokens out: the mesh, the weights, and what can be asked of them.
+"""Load a model onto a mesh, and serve requests with it.
 
-`ModelRunner` knows the model and its weights, `InferenceRunner` serves requests with them. Which
-request runs when is in grok1/serving/scheduler.py, what runs on devices in steps.py beside it.
+`ModelRunner` holds the model and loads its weights; `InferenceRunner` serves requests with them.
+Scheduling is in grok1/serving/scheduler.py, and the device programs are in steps.py next to it.
 
-B is the number of slots: sequences that the compiled steps serve at once.
+B is the number of slots: sequences that the compiled programs serve at once.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ __all__ = [
 ]
 
 
-# Fields of an Execution that it has from the mesh and the platform.
+# Fields of an Execution that are set from the mesh and the platform.
 RUNNERS_OWN = {"mesh", "data_axis", "model_axis", "kernels"}
 _log = logging.getLogger(__name__)
 
@@ -99,12 +99,12 @@ class ModelRunner:
     """The model, how many sequences it serves at once, and its weights.
 
     model: the configuration, its `fprop_dtype` included.
-    bs_per_device: sequences per device; the number of slots is their product with the devices of
-    the mesh, at least one, rounded up to a multiple of the data axis.
-    checkpoint_path: a directory that holds a checkpoint; None: random int8 weights, `rng_seed`.
-    kernels: use compiled kernels. execution: how every step is run; its mesh must be None, since
-    the runner makes it, and `kernels` is not read; None: what is fastest, for each kind of step,
-    but for `settings`, other fields of Execution.
+    bs_per_device: sequences per device; the number of slots is this times the number of devices, at
+    least one, rounded up to a multiple of the data axis.
+    checkpoint_path: a checkpoint directory; None: random int8 weights, seeded with `rng_seed`.
+    kernels: use compiled kernels; ignored with an `execution`. execution: how prefill and decode
+    are run; its mesh must be None, since the runner makes the mesh. None: the fastest execution for
+    each, except for the fields in `settings`.
     """
 
     def __init__(
@@ -128,19 +128,19 @@ class ModelRunner:
             require(given, "execution", "a grok1.execution.Execution, or None", execution)
             expected = "one without a mesh; give the sizes of the mesh instead"
             require(execution.mesh is None, "execution", expected, execution.mesh)
-            require(not settings, "settings", "none beside an execution, which has them", settings)
+            require(not settings, "settings", "none with an execution, which has them", settings)
         self.rng_seed = rng_seed
         self.kernels = kernels
         self.execution = execution
         self.settings = dict(settings or {})
 
     def executions(self, mesh: Mesh | None) -> Executions:
-        """Return how each kind of step is run on this mesh."""
+        """Return how prefill and decode are run on this mesh."""
         if self.execution is None:
             how = fastest(self.model, mesh, compiled=self.kernels)
             settings = self.settings
             if settings.get("expert_dispatch", "dynamic") != "dynamic":
-                settings = {"kernels": "plain", **settings}  # the only forms that it has
+                settings = {"kernels": "plain", **settings}  # other kernels need dynamic dispatch
             return Executions(*(dataclasses.replace(one, **settings) for one in how))
         execution = dataclasses.replace(self.execution, mesh=mesh)
         return Executions(execution, execution)
@@ -171,7 +171,7 @@ class ModelRunner:
         """Return the parameters, placed on the mesh or on the default device.
 
         progress: called as progress(bytes_done, bytes_total) while loading. Raises
-        checkpoint.CheckpointError (a ValueError) if the files are not as they should be.
+        checkpoint.CheckpointError (a ValueError) if the files are invalid.
         """
         config, path = self.model, self.checkpoint_path
         shapes = config.param_shapes() if path is None else checkpoint.shapes_in(path, config)
@@ -189,23 +189,24 @@ class ModelRunner:
 
 
 class InferenceRunner:
-    """Serves requests: batched, each with its own settings, tokens and stop reason.
+    """Serve requests in batches, each with its own settings, tokens and stop reason.
 
-    name: a label, for messages. runner: the model. load: the checkpoint directory if it is not the
-    runner's own. tokenizer_path: a SentencePiece model; None: prompts are token ids.
+    name: a label for messages. runner: the model. load: a checkpoint directory to use instead of
+    the runner's own. tokenizer_path: a SentencePiece model; None: prompts are token ids.
     local_mesh_config, between_hosts_config: as in make_mesh; (1, 1) twice means no mesh.
     pad_sizes: the chunk lengths for which prefill is compiled. A prompt is read in chunks of the
-    largest, the rest in the smallest that holds it.
+    largest length, and its remainder in the smallest that holds it.
 
-    `initialize()` loads everything; the other methods need it. Then `executions` says how each kind
-    of step is run, and no attribute can be set: what was loaded would not change with it.
+    `initialize()` loads everything and must be called before the other methods. Afterwards
+    `executions` says how prefill and decode are run, and attributes cannot be set: the loaded model
+    would not change with them.
 
-    Any thread may call any method, and each gets what it asked for, whichever thread's call lets
-    the devices work on it; so may a loop over `generate_events` or `stream` ask for more. `logits`,
-    `inspect` and `score` each keep other threads waiting until they are done. Several processes
-    must all make the same calls in one order, and so from one thread; if one fails, the others
-    wait for it without end, and must be killed (run.py watches its own). In a forked process
-    everything raises RuntimeError: jax does not work there.
+    Any thread may call any method, and each call gets its own results, whichever thread drives the
+    devices. A loop over `generate_events` or `stream` may call other methods. `logits`, `inspect`
+    and `score` block other threads until they are done. If there are several processes, all must
+    make the same calls in the same order, and so from one thread; if one fails, the others wait for
+    it forever and must be killed (run.py watches its own). In a forked process every method raises
+    RuntimeError: jax does not work there.
     """
 
     def __init__(
@@ -244,8 +245,8 @@ class InferenceRunner:
     ) -> None:
         """Make the mesh, check the files, load the tokenizer and then the weights.
 
-        requests: checked before the weights are loaded, which may take long. progress: called as
-        progress(bytes_done, bytes_total). Raises ValueError with the reason in one sentence.
+        requests: to be checked before the weights are loaded, which may take long. progress: called
+        as progress(bytes_done, bytes_total). Raises ValueError with a one-sentence reason.
         """
         vars(self).pop("_fixed", None)
         if self.mesh_config != ((1, 1), (1, 1)):
@@ -279,8 +280,8 @@ class InferenceRunner:
     def _check_change(self, name: str) -> None:
         if name in vars(self).get("_fixed", ()):
             raise AttributeError(
-                f"{name}: expected no change to a loaded model, which goes on as it was loaded; "
-                "load another one, by load_model with the arguments that differ"
+                f"{name}: expected no change to a loaded model; "
+                "call load_model with other arguments to load another one"
             )
 
     @property
@@ -299,7 +300,7 @@ class InferenceRunner:
         hooks: Mapping[Site, Hook] | None = None,
         hook_args: Sequence[Any] = (),
     ) -> Any:
-        """Call with the model while no slot works with it, the memory of idle ones given up."""
+        """Call `work` with the model while no slot uses it, after releasing idle slots' memory."""
         model, scheduler = self._get_loaded()
         model = model.hooked(hooks, hook_args)
 
@@ -314,60 +315,60 @@ class InferenceRunner:
     def run(self) -> Generator[str | None, Request, None]:
         """Serve one request at a time: `next(server)`, then `server.send(request)` -> the text.
 
-        A wrong request raises ValueError, which ends the generator, as in Python every exception
-        does; call `run()` again.
+        An invalid request raises ValueError, which ends the generator; call `run()` again.
         """
         while True:
             request = yield None
             yield self.generate([request])[0].text
 
     def submit(self, prompt: Request | Prompt, **settings: Any) -> Handle:
-        """Put a request in line; `step`, and whatever else is asked for answers, works on it.
+        """Queue a request and return its handle; `step` and other generating calls work on it.
 
-        prompt: a Request, or a string or token ids, of which one is made with these settings.
-        Raises ValueError that names the field, what it may hold and what it holds.
+        prompt: a Request; or a string or token ids, from which one is made with these settings.
+        Raises ValueError that names the field, the expected values and the given one.
         """
         return self._scheduler.submit(self._check(as_request(prompt, settings)))
 
     def step(self, tokens: int = 1) -> list[Event]:
-        """Do the next piece of work for all requests; returns the tokens that are new.
+        """Do the next piece of work for all requests, and return the new tokens.
 
-        At most one chunk of a prompt, and `tokens` for each request that is being answered, or one
-        while a prompt is read: several, up to 16, cost the host less, and come all at once. No
-        events do not mean that all is done: `busy` says so.
+        Reads at most one chunk of a prompt, and draws `tokens` tokens for each request being
+        answered, or one while a prompt is being read. Several tokens, up to 16, cost the host less,
+        and are returned together. An empty list does not mean that all requests have ended; see
+        `busy`.
 
-        Each token of a submitted request comes once: from `stream` if that is called for it, else
-        from `step`, those that other calls have drawn meanwhile from the next `step`. If it fails,
-        the requests that were being answered end with an error. Raises ValueError if `tokens` is
-        not from 1 to 16.
+        Each token of a submitted request is returned once: by `stream` if that is called for the
+        request, else by `step`, including tokens that other calls have drawn since. If this call
+        fails, the requests being answered end with an error. Raises ValueError unless `tokens` is
+        from 1 to 16.
         """
         return self._scheduler.step(tokens)
 
     @property
     def busy(self) -> bool:
-        """Whether there are requests that have not ended, or tokens that `step` has to return."""
+        """Whether there are unfinished requests, or tokens that `step` has yet to return."""
         return self._scheduler.busy
 
     @property
     def statistics(self) -> Statistics:
-        """What has been done since it was last set to `Statistics()`."""
+        """The work done since this was last set to `Statistics()`."""
         return self._scheduler.statistics
 
     @statistics.setter
     def statistics(self, statistics: Statistics) -> None:
         right = isinstance(statistics, Statistics)
-        require(right, "statistics", "a Statistics(), with which the count begins anew", statistics)
+        require(right, "statistics", "a Statistics(), which restarts the count", statistics)
         self._scheduler.statistics = statistics
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
-        """Return an iterator over the tokens of one request; all others go on meanwhile.
+        """Return an iterator over the tokens of one request; other requests continue meanwhile.
 
-        tokens: how many come at a time, as in `step`.
+        tokens: how many to draw at a time, as in `step`.
         """
         return self._scheduler.stream(handle, tokens)
 
     def cancel(self, handle: Handle) -> None:
-        """End a request where it is; its slot is free for the next one. Its answer stays."""
+        """End a request and free its slot for the next one. Its answer so far is kept."""
         self._scheduler.cancel(handle)
 
     @overload
@@ -389,18 +390,19 @@ class InferenceRunner:
         hook_args: Sequence[Any] = (),
         **settings: Any,
     ) -> Any:
-        """Answer one prompt -> its Completion, or several -> a list of theirs, in their order.
+        """Answer one prompt -> its Completion, or several -> a list of Completions in that order.
 
         prompts: a string, token ids or a Request, or a list of these. settings: fields of Request,
         for strings and ids: `generate("The fox", temperature=0, max_len=20)`.
 
-        A request with num_samples above 1 has as many completions in the list, one after another,
-        which is a list, too, if it is the only one. Raises ValueError before the first token, and
-        AnswerError (a ValueError), which holds all answers, if one ended by an error.
+        A request with num_samples > 1 has that many consecutive completions in the list, which is
+        returned even for such a request alone. Raises ValueError for an invalid request, before the
+        first token, and AnswerError (a ValueError), which holds all answers, if one ended with an
+        error.
 
-        hooks, hook_args: as for `inspect`, in every step. Their arrays have the tokens of a part of
-        a prompt, filled up with pads, or the newest token of every slot: which ones they are
-        `grok1.inspection.positions` says. Other threads wait for these answers.
+        hooks, hook_args: as for `inspect`, in prefill and decode. Hooks get the arrays of a chunk
+        of a prompt, padded, or of the newest token of every slot; `grok1.inspection.positions`
+        returns the tokens' positions. With hooks, other threads wait until all answers are done.
         """
         requests, single = as_requests(prompts, settings)
         events: Iterable[Event]
@@ -429,47 +431,47 @@ class InferenceRunner:
     ) -> Iterator[Event]:
         """Return an iterator over each token of each request as it is drawn.
 
-        prompts, settings: as for `generate`. All requests are checked at once: ValueError names the
-        request and what is wrong with it. Requests beyond the number of slots wait in order. One
-        that is given up, by leaving the iterator, is cancelled with all others. An answer that ends
-        by an error has a last event that says so. phase: called with "prefill" and "decode" as
-        these begin. tokens: how many come at a time, as in `step`.
+        prompts, settings: as for `generate`. All requests are checked first: ValueError names the
+        request and the error. Requests beyond the number of slots wait in order. Closing the
+        iterator cancels its requests. If an answer ends with an error, its last event says so.
+        phase: called with "prefill" and "decode" as these begin. tokens: how many to draw at a
+        time, as in `step`.
         """
         scheduler, (requests, _) = self._scheduler, as_requests(prompts, settings)
         self._check_all(requests)
         return scheduler.answer(map(self._check, requests), tokens, phase)
 
     def encode(self, prompt: str | Sequence[int], parse_special: bool = False) -> list[int]:
-        """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
+        """Return the token ids of a string (without BOS), or check given ids. Raises ValueError.
 
-        parse_special: take texts such as [EOS] and <|separator|> for the pieces of that name.
+        parse_special: read text such as [EOS] or <|separator|> as the piece of that name.
         """
         return encode(prompt, self.config, self.vocabulary, parse_special)
 
     def decode(self, token_ids: Any) -> Any:
-        """Return the text of token ids, or a list of texts of a list of token ids.
+        """Return the text of token ids, or a list of texts for a list of token id sequences.
 
-        The space that every text begins with is left out. Raises ValueError without a tokenizer,
-        and for ids that it does not have.
+        The space with which every text begins is removed. Raises ValueError without a tokenizer,
+        and for ids that are out of range.
         """
         if self.vocabulary is None:
-            raise ValueError("to decode token ids takes a tokenizer; load the model with one")
+            raise ValueError("decoding token ids requires a tokenizer; load the model with one")
         several, single = as_list(token_ids)
         texts = [self.vocabulary.decode(self.encode(ids)) for ids in several]
         return texts[0] if single else texts
 
     def check(self, prompt: Request | Prompt, **settings: Any) -> None:
-        """Raise ValueError unless this can be answered; what is given is as for `submit`."""
+        """Raise ValueError unless this request can be answered; arguments as for `submit`."""
         self._check(as_request(prompt, settings))
 
     def _check(self, request: Request) -> CheckedRequest:
         return CheckedRequest(request, self.config, self.vocabulary)
 
     def _check_all(self, requests: Iterable[Request]) -> None:
-        """Raise RequestError unless all requests are right.
+        """Raise RequestError unless all requests are valid.
 
-        What is known of them is found out again when they are answered: kept for a million
-        requests it would take gigabytes.
+        They are checked again when they are answered, since keeping the results for a million
+        requests would take gigabytes.
         """
         for index, request in enumerate(requests):
             try:
@@ -488,9 +490,10 @@ class InferenceRunner:
     ) -> np.ndarray:
         """Return the float32 logits [B, T, V] of int token ids [B, T].
 
-        A string, several strings of as many tokens, and one row of ids [T] are taken as well; of
-        one B is 1. hooks, hook_args: as for `generate`; the programs are those of a few lengths,
-        whatever T is. Raises ValueError if T exceeds the context or an id is out of range.
+        A string, several strings with equal numbers of tokens, and one row of ids [T] are accepted
+        as well; B is 1 for one string or row. hooks, hook_args: as for `generate`; programs are
+        compiled for a few lengths only, whatever T is. Raises ValueError if T exceeds the context
+        or an id is out of range.
         """
         texts = [token_ids] if isinstance(token_ids, str) else token_ids
         if isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts):
@@ -528,21 +531,21 @@ class InferenceRunner:
         hooks: Mapping[Site, Hook] | None = None,
         hook_args: Sequence[Any] = (),
     ) -> Any:
-        """Read one prompt, or each of several, and return what happens inside, by position.
+        """Run the model on one or several prompts, and return activations by position.
 
         prompts: a string or token ids -> an Inspection, or a list of these -> a list. capture:
-        names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: of which
-        layers; None: all. hooks: pure functions (layer, array, *hook_args) -> array by site, or by
-        (site, layer), as a LanguageModel's call takes them; several of one site are called in their
-        order. T is the tokens of the prompt, B that prompt as often as the mesh's data axis is
-        long; `grok1.inspection.positions` says which token is where. Each new function object, a
-        bound method too, compiles anew, and so does each length with hooks; what it reads
-        from outside, such as a variable, is fixed then. hook_args: arrays and numbers that every
-        hook gets; other ones of the same shapes and dtypes (an int is one, a float another) do not
-        compile anew.
+        names from `model.CAPTURE_SITES`, see `inspection.Captured`. capture_layers: the layers to
+        capture; None: all. hooks: pure functions (layer, array, *hook_args) -> array by site, or by
+        (site, layer), as in a LanguageModel's call; several for one site are called in order. In
+        their arrays T is the length of the prompt and B the size of the mesh's data axis, with the
+        prompt repeated; `grok1.inspection.positions` returns the tokens' positions. Each new
+        function object, including a bound method, is compiled again, and so is each prompt length
+        with hooks; outside variables that a hook reads are fixed at that time. hook_args: arrays
+        and numbers passed to every hook; other values of the same shapes and dtypes (int and float
+        differ) do not compile again.
 
-        Raises ValueError for a prompt that is empty or longer than the context, a site or layer
-        that is not there, a wrong hook, or arrays that take more memory than is free.
+        Raises ValueError for a prompt that is empty or longer than the context, an unknown site or
+        layer, an invalid hook, or arrays that take more memory than is free.
         """
         several, single = as_list(prompts)
         found = []
@@ -565,12 +568,14 @@ class InferenceRunner:
         layers: Sequence[int] | None = None,
         positions: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Read a prompt with one place of a site taken from a run of `source`, for each place.
+        """Run a prompt repeatedly, each time with one activation taken from a run of `source`.
 
-        Activation patching: where the map is high, the source's own activation is what the metric
-        depends on. metric: of logits float32 [T, V] -> a number. source: a prompt of as many
-        tokens. site: any but embeddings and attention_weights. layers, positions: the places; None:
-        all. Returns float32 [layers, positions]. Raises ValueError if one of them does not fit.
+        Activation patching: where the result is high, the metric depends on the activation of
+        `source`.
+        metric: logits float32 [T, V] -> a number. source: a prompt with the same number of tokens.
+        site: any except embeddings and attention_weights. layers, positions: which to patch, one at
+        a time; None: all. Returns the metric, float32 [layers, positions]. Raises ValueError if an
+        argument does not fit.
         """
         ids, others = self.encode(prompt), self.encode(source)
         return self._with_model(inspecting.patch, ids, others, metric, site, layers, positions)
@@ -578,12 +583,13 @@ class InferenceRunner:
     def model(self, *, differentiable: bool = False) -> Callable[..., LanguageModelOutput]:
         """Return the model as a pure function (params, tokens, ...) -> LanguageModelOutput.
 
-        params: such as `self.params`; for gradients by weights, which int8 has none of, those of
-        `self.config.dequantize_params(self.params)`. tokens: int32 [B, T]. Its other arguments are
-        those of a LanguageModel's call, `hook_args`, and `embeddings`, float32 [B, T, D], in place
-        of what the tokens have at the site of that name, for gradients by them. differentiable:
-        with forms that jax.grad, jax.jvp and jax.vmap take, which are slower; else these raise
-        ValueError. Nothing is compiled as a whole unless you call it under jax.jit.
+        params: such as `self.params`; for gradients with respect to weights, which int8 does not
+        have, `self.config.dequantize_params(self.params)`. tokens: int32 [B, T]. The other
+        arguments are those of a LanguageModel's call, `hook_args`, and `embeddings`, float32
+        [B, T, D], which replaces the array at the site of that name, for gradients with respect to
+        it.
+        differentiable: use slower operations that support jax.grad, jax.jvp and jax.vmap; otherwise
+        these raise ValueError. To compile the function as one program, call it under jax.jit.
         """
         self._get_loaded()
         assert self.executions is not None
@@ -611,12 +617,12 @@ class InferenceRunner:
     ) -> Any:
         """Return the log-probability of each token of a text, or for each of several texts.
 
-        texts: a string or token ids -> an array, or a list of these -> a list. float32 [tokens]
-        each, the first token given [BOS]; their sum is that of the whole text, every byte counted
-        once. A text longer than the context is read in windows that overlap by half, so that each
-        token sees at least half a context of text before it. hooks, hook_args: as for `logits`,
-        with [BOS] at position 0, and positions that begin anew in each window. Raises ValueError if
-        one of them is NaN or infinite.
+        texts: a string or token ids -> an array, or a list of these -> a list. Each array is
+        float32 [tokens], the first token conditioned on [BOS]; its sum is the log-probability of
+        the full text, every byte counted once. A text longer than the context is read in windows
+        that overlap by half, so that each token sees at least half a context of text before it.
+        hooks, hook_args: as for `logits`, with [BOS] at position 0, and positions that restart in
+        each window. Raises ValueError if a log-probability is NaN or infinite.
         """
         found = self.score_tokens(texts, hooks=hooks, hook_args=hook_args)
         if isinstance(found, TokenScores):
@@ -625,7 +631,7 @@ class InferenceRunner:
 
     @property
     def bos_token(self) -> int:
-        """The id of [BOS], which a text that is scored begins with.
+        """The id of [BOS], with which a scored text begins.
 
         Raises ValueError if the tokenizer has none.
         """
@@ -654,7 +660,7 @@ class InferenceRunner:
         hooks: Mapping[Site, Hook] | None = None,
         hook_args: Sequence[Any] = (),
     ) -> Any:
-        """Return what `score` does, and whether each token is the likeliest at its place."""
+        """Return the results of `score`, and whether each token is the most likely one."""
         several, single = as_list(texts)
         ids = [self.encode(text) for text in several]
         given = ids, self.bos_token
@@ -665,11 +671,11 @@ class InferenceRunner:
 def with_settings(
     config: LanguageModelConfig, dtype: str, context: int | None
 ) -> LanguageModelConfig:
-    """Return a configuration with activations of `dtype`, and perhaps a shorter context."""
+    """Return a configuration with activations of `dtype`, and optionally a shorter context."""
     lengths = range(1, config.sequence_len + 1)
     if context is not None and context not in lengths:
         raise ValueError(
-            f"context: expected 1 to {config.sequence_len} tokens, which the model has seen, "
+            f"context: expected 1 to {config.sequence_len} tokens, the model's own context, "
             f"got {context}"
         )
     return dataclasses.replace(
@@ -695,23 +701,23 @@ def load_model(
     execution: Execution | None = None,
     **settings: Any,
 ) -> InferenceRunner:
-    """Load a checkpoint and return an initialised runner, which generates: the short way in.
+    """Load a checkpoint and return an initialised runner, ready to generate.
 
     directory: of the checkpoint; None: `checkpoints/` if it holds the released weights, else the
     demo. tokenizer_path: a SentencePiece model; None: DIR/tokenizer.model, else that of the demo if
-    the model has as many tokens; with neither, prompts are token ids. mesh: (data, model), over the
-    devices of all processes once jax.distributed has started; each then makes the same calls.
-    slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
-    activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere.
-    context: how many tokens a sequence has room for, at most the model's own context, the default.
-    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use
-    those in grok1/kernels, which are compiled when they are first wanted; where that cannot be, a
-    warning in the log says so, and the plain form does the same, only slower. On a GPU they are for
-    bfloat16. compile_cache: keep what jax compiles from now on for the next start, where run.py
-    does; not with several processes. execution: as in ModelRunner. settings: or some of its fields:
-    router, expert_dispatch, scan_unroll, shard_activations.
+    the vocabulary sizes match; with neither, prompts are token ids. mesh: (data, model), over the
+    devices of all processes once jax.distributed has started; each process then makes the same
+    calls. slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
+    activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere. context:
+    the maximum number of tokens in a sequence, at most the model's own context, the default.
+    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use those
+    in grok1/kernels, which are compiled at first use; if that fails, a warning is logged, and
+    slower plain JAX is used instead. On a GPU they require bfloat16. compile_cache: keep what jax
+    compiles from now on for the next start, in the same directory as run.py; not with several
+    processes. execution: as in ModelRunner. settings: fields of Execution to set instead: router,
+    expert_dispatch, scan_unroll, shard_activations.
 
-    Raises ValueError, in one sentence, if anything is missing or does not fit.
+    Raises ValueError with a one-sentence reason if anything is missing or does not fit.
     """
     _check_arguments(mesh, slots, dtype, settings)
     for name, path in (("directory", directory), ("tokenizer_path", tokenizer_path)):
@@ -752,7 +758,7 @@ def load_model(
 
 
 def _check_arguments(mesh: Any, slots: Any, dtype: Any, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError, or TypeError for an unknown name, unless `load_model` takes these."""
+    """Raise ValueError, or TypeError for an unknown name, if `load_model` does not accept these."""
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
     require(is_integer(slots) and slots >= 1, "slots", "an integer >= 1", slots)
@@ -765,7 +771,7 @@ def _check_arguments(mesh: Any, slots: Any, dtype: Any, settings: Mapping[str, A
 
 
 def _find_tokenizer(directory: str | os.PathLike, vocab_size: int) -> Path | None:
-    """Return the tokenizer in a checkpoint's directory, or the demo's if it has as many pieces."""
+    """Return the tokenizer in a checkpoint's directory, or the demo's if its size fits."""
     path = default_tokenizer(directory)
     if path.parent != Path(directory):
         try:
@@ -780,14 +786,14 @@ def load_server(
     tokenizer_path: str | os.PathLike | None = None,
     **options: Any,
 ) -> InferenceRunner:
-    """`load_model` by its first name."""
+    """Call `load_model`; this is its earlier name."""
     return load_model(directory, tokenizer_path, **options)
 
 
 def sample_from_model(
     server: Generator[str | None, Request, None], prompt: str, max_len: int, temperature: float
 ) -> str:
-    """Continue one prompt on a running `InferenceRunner.run()`; returns the text without it."""
+    """Continue one prompt on a running `InferenceRunner.run()`; return only the new text."""
     next(server)
     return (
         server.send(

@@ -1,4 +1,4 @@
-"""The obvious form that `speed.py` compares with: grok1/reference.py, compiled as it stands."""
+"""The straightforward form that `speed.py` compares with: grok1/reference.py, compiled."""
 
 import functools
 import time
@@ -15,7 +15,7 @@ TEMPERATURE = 0.7
 
 
 class State(NamedTuple):
-    """The cache of each sequence, its last token int32 [B, 1], and what its next is drawn with."""
+    """The cache of each sequence, its last token int32 [B, 1], and the random key."""
 
     cache: reference.Cache
     token: jax.Array
@@ -24,7 +24,7 @@ class State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def step(params: Any, state: State, tokens: jax.Array, *, config: LanguageModelConfig) -> State:
-    """Read tokens [B, T], and draw the one that follows in each sequence."""
+    """Read tokens [B, T], and draw the next token of each sequence."""
     weights = reference.weights_of(params)
     h, cache = reference.hidden_states(weights, config, tokens, state.cache)
     logits = reference.logits(weights, config, h[:, -1:], cache.keys.dtype)[:, 0]
@@ -34,7 +34,7 @@ def step(params: Any, state: State, tokens: jax.Array, *, config: LanguageModelC
 
 
 class Baseline:
-    """The form of the model that has nothing of what makes the others fast; as `speed.Form`."""
+    """The form of the model without any optimization; has the interface of `speed.Form`."""
 
     name = "baseline"
     most_tokens = 1
@@ -45,7 +45,7 @@ class Baseline:
         self._compiled: dict[tuple[int, int], Any] = {}
 
     def compiled(self, batch: int, length: int) -> Any:
-        """Return the program that reads so many tokens of so many sequences."""
+        """Return the program that reads `length` tokens of each of `batch` sequences."""
         if (batch, length) not in self._compiled:
             tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
             state = jax.eval_shape(lambda: self.empty(batch))
@@ -57,7 +57,7 @@ class Baseline:
         return self._compiled[batch, length]
 
     def empty(self, batch: int) -> State:
-        """Return the state of sequences that have read nothing."""
+        """Return the state of empty sequences."""
         config = self.config
         cache = reference.empty_cache(config, batch, config.sequence_len, config.fprop_dtype)
         return State(cache, jnp.zeros([batch, 1], jnp.int32), jax.random.key(0))
@@ -68,7 +68,7 @@ class Baseline:
         return state._replace(cache=state.cache._replace(filled=filled))
 
     def filled(self, state: State) -> float:
-        """Return how many positions of a cache are filled, in the mean."""
+        """Return the mean number of filled positions of a cache."""
         return float(jnp.mean(state.cache.filled))
 
     def read(self, state: State, tokens: np.ndarray) -> State:

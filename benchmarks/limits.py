@@ -1,4 +1,4 @@
-"""What a machine allows: its limits, measured, and the work that a step must do at least."""
+"""The measured limits of a machine, and the least work that a step must do."""
 
 import dataclasses
 import functools
@@ -18,21 +18,22 @@ from grok1 import backend
 from model import LanguageModelConfig
 from random_models import RANKS, as_loaded
 
-ALL_REDUCE_S = 10e-6  # what a small all-reduce among eight GPUs takes, and
-LINK_BYTES_S = 450e9  # how much a GPU sends in a second: NVLink of an H100
+ALL_REDUCE_S = 10e-6  # seconds of a small all-reduce among eight GPUs
+LINK_BYTES_S = 450e9  # bytes per second that a GPU sends: NVLink of an H100
 
 
 class Limits(NamedTuple):
-    """Bytes read in a second, and operations made."""
+    """Bytes read and operations done per second."""
 
     bandwidth: float
     rate: float
 
 
 class Machine:
-    """What this device reads and multiplies at best.
+    """The best speeds at which this device reads and multiplies.
 
-    Measured in turns with what is compared to it: what else runs here slows both down, or neither.
+    They are measured in turns with the forms that are compared with them, so that other programs
+    slow down both or neither.
     """
 
     def __init__(self, config: LanguageModelConfig):
@@ -54,12 +55,12 @@ class Machine:
         self.limits()  # compiles
 
     def limits(self) -> Limits:
-        """Measure both, for some tenths of a second."""
+        """Measure both limits, for some tenths of a second."""
         product = median(_times(lambda: self._multiply(*self._product).block_until_ready()))
         return Limits(self._bandwidth(), self._operations / product)
 
     def _bandwidth(self) -> float:
-        """Return the bytes that are read in a second: the best of several ways and tries."""
+        """Return the bytes read per second: the best of several methods and tries."""
         if not self._on_cpu:
             read = min(_times(lambda: self._read(self._array).block_until_ready()))
             return self._array.nbytes / read
@@ -88,20 +89,20 @@ def _times(function: Callable[[], Any], tries: int = 5) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step must do: bytes that it reads at least, and operations."""
+    """The least work of a step: the bytes that it reads, and its operations."""
 
     bytes: float
     operations: float
 
     def floor(self, limits: Limits) -> float:
-        """Return the least seconds that it can take."""
+        """Return the least time in seconds that it can take."""
         return max(self.bytes / limits.bandwidth, self.operations / limits.rate)
 
 
 def decode_work(
     config: LanguageModelConfig, params: Any, batch: int, filled: float, experts: float
 ) -> Work:
-    """Return the work of a decode step; experts: how many of all layers' the batch chooses."""
+    """Return the work of a decode step; experts: how many the batch selects, over all layers."""
     model = config.model
     each = model.num_layers * model.num_experts
     mixture = sum(_bytes(p) for name, p in params.items() if "/moe/" in name)
@@ -122,7 +123,7 @@ def prefill_operations(config: LanguageModelConfig, tokens: int) -> float:
 
 
 def _matrices(config: LanguageModelConfig) -> float:
-    """Return the weights that one token is multiplied with, without the output table."""
+    """Return how many weights a token is multiplied with, without the output table."""
     model = config.model
     heads = 2 * model.num_q_heads + 2 * model.num_kv_heads
     chosen = 3 * model.num_selected_experts * model.ffn_size
@@ -134,10 +135,10 @@ def _bytes(tree: Any) -> int:
 
 
 def exchange_seconds(config: LanguageModelConfig, tokens: int) -> float:
-    """Return what two all-reduces a layer among eight devices would take: a model, not measured.
+    """Return the modelled, not measured, time of two all-reduces per layer among eight devices.
 
-    Each is ALL_REDUCE_S, and float32 [tokens, D] sent 2 (n - 1) / n times at LINK_BYTES_S (a ring's
-    traffic).
+    Each takes ALL_REDUCE_S, and sends float32 [tokens, D] 2 (n - 1) / n times at LINK_BYTES_S (a
+    ring's traffic).
     """
     sent = 2 * (RANKS - 1) / RANKS * tokens * config.model.emb_size * 4
     return 2 * config.model.num_layers * (ALL_REDUCE_S + sent / LINK_BYTES_S)

@@ -1,11 +1,11 @@
-"""How fast a checkpoint loads, beside reading its files plainly, and how much memory it takes.
+"""Measure how fast a checkpoint loads, compared with reading its files, and its memory use.
 
 python benchmarks/load.py
 
 Writes a checkpoint of 1.4 GB in the released layout to a temporary folder. Then, in turns, reads
-its files into fresh memory with `np.fromfile` and loads it, the page cache being warm. Ends with
-status 1 if the load took more than twice as long (by the median of the turns' ratios), or held more
-anonymous memory beside the parameters than 4 times a device's largest share of a file and 256 MiB.
+its files into new memory with `np.fromfile` and loads it, with a warm page cache. Ends with status
+1 if loading took more than twice as long (by the median of the turns' ratios), or if its anonymous
+memory, without the parameters, exceeded 4 times a device's largest share of a file plus 256 MiB.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def anonymous_bytes() -> int:
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, float, int]:
-    """Return what `work` returns, its seconds, and by how much anonymous memory grew at most."""
+    """Return the result of `work`, its seconds, and the peak growth of anonymous memory."""
     before, peak, over = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -72,7 +72,7 @@ def peak_of(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def measure(directory: Path, config: Any, turns: int, mesh: Any) -> dict[str, Any]:
-    """Read plainly and load in turns; returns the figures."""
+    """Read the files and load them, in turns; return the figures."""
     import jax
     import numpy as np
 
@@ -102,7 +102,7 @@ def measure(directory: Path, config: Any, turns: int, mesh: Any) -> dict[str, An
             lambda: jax.block_until_ready(checkpoint.load(directory, shapes, shardings))
         )
         loads.append(seconds)
-        # What a CPU's parameters take is anonymous too; replicas share one array there.
+        # A CPU's parameters are anonymous memory too; replicas share one array there.
         on_host = {
             shard.data.unsafe_buffer_pointer(): shard.data.nbytes
             for array in jax.tree.leaves(params)
@@ -140,7 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> int:
-    """Run the benchmark; returns 1 if a limit was not held."""
+    """Run the benchmark; return 1 if a limit was exceeded."""
     options = parse_arguments()
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
@@ -156,7 +156,7 @@ def main() -> int:
             write_checkpoint(Path(folder), config)
             found = measure(Path(folder), config, options.turns, make_mesh((1, options.devices)))
     except (ValueError, OSError) as error:
-        say(f"error: {error}; name a folder with 1.5 GB of room with --folder")
+        say(f"error: {error}; give a folder with 1.5 GB of free space with --folder")
         return 2
     except KeyboardInterrupt:
         say("interrupted")
@@ -170,7 +170,7 @@ def main() -> int:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print the figures for a person."""
+    """Print the figures as text."""
     size = found["bytes"] / 1e9
     for name, key in (("np.fromfile", "plain_s"), ("load", "load_s")):
         seconds = found[key]
@@ -179,7 +179,7 @@ def report(found: dict[str, Any]) -> None:
         print(f"{name:12} {middle:.2f} s, {size / middle:.1f} GB/s   ({times})")
     print(f"ratio        {found['ratio']:.2f}, at most {MOST_TIMES:g}")
     beyond, bound = found["beyond_bytes"] / MIB, found["bound_bytes"] / MIB
-    print(f"memory       {beyond:.0f} MiB beside the parameters, at most {bound:.0f}")
+    print(f"memory       {beyond:.0f} MiB besides the parameters, at most {bound:.0f}")
 
 
 if __name__ == "__main__":

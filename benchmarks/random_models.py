@@ -38,7 +38,7 @@ def quarter() -> LanguageModelConfig:
 
 
 def grok_1_rank(layers: int) -> LanguageModelConfig:
-    """Return what one of eight devices computes of Grok-1: its heads, columns and vocabulary."""
+    """Return the part of Grok-1 on one of eight devices: its heads, columns and vocabulary."""
     return LanguageModelConfig(
         vocab_size=128 * 1024 // RANKS,
         sequence_len=8192,
@@ -59,16 +59,16 @@ def grok_1_rank(layers: int) -> LanguageModelConfig:
 
 
 def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any:
-    """Return random int8 parameters as they would lie on the device, made in place.
+    """Return random int8 parameters, generated on the device in their final layout.
 
-    groups: of each matrix' scales, if not as released: a rank of eight has one.
+    groups: scale groups of each matrix, if not as released: a rank of eight has one.
     """
     on_cpu = backend.on_cpu()
     draw = _draw_on_host if on_cpu else _draw_on_device
 
     def leaf(path: Any, shape: Any) -> Any:
         if isinstance(shape, QuantizedWeight8bit):
-            # Of uniform steps: their deviation is 74.
+            # The standard deviation of uniform int8 values is 74.
             scale = 1 / (74 * math.sqrt(shape.shape[-2]))
             own = groups or shape.scales.shape[-2]
             scales = (*shape.scales.shape[:-2], own, shape.scales.shape[-1])
@@ -78,7 +78,7 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any
             )
         if len(shape.shape) < 2 or "scale" in str(path):
             return jnp.ones(shape.shape, shape.dtype)
-        # The router's rows are contracted, the table's columns.
+        # The router is contracted over its rows, the table over its columns.
         width = shape.shape[-1] if "embeddings" in str(path) else shape.shape[-2]
         steps = draw(shape.shape, jnp.dtype(jnp.int8), path)
         scaled = jax.jit(lambda x: (x / (74 * math.sqrt(width))).astype(shape.dtype))(steps)
@@ -90,7 +90,7 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any
 
 
 def as_loaded(array: Any) -> jax.Array:
-    """Return an array in memory as that of a loaded checkpoint lies in."""
+    """Copy an array to memory that is allocated as for a loaded checkpoint."""
     memory = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
     memory[...] = array
     return jax.device_put(memory)

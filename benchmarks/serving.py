@@ -1,16 +1,16 @@
-"""How smoothly tokens come while a prompt is read, what a batch gains, what the host costs.
+"""Measure token latency while a prompt is read, the gain of batching, and the cost of the host.
 
 python benchmarks/serving.py
 
-latency: one request streams, token by token, when another with a prompt of 4,000 tokens arrives.
-No token of the first may come later after the one before it than 1.5 times the longest chunk of
-that prompt takes alone (medians of several turns; random weights, a context of 8,192).
-batch: the demo with 8 slots, all busy, must draw at least 3 times as many tokens in a second as
+latency: while one request streams, token by token, another with a prompt of 4,000 tokens arrives.
+The time between two tokens of the first must be at most 1.5 times that of the longest chunk of the
+prompt alone (medians of several turns; random weights, a context of 8,192).
+batch: the demo with 8 slots, all busy, must draw at least 3 times as many tokens per second as
 with one (median of the ratios of pairs, in turns).
-host: of a step of 16 tokens, as `generate` takes them, the host's own work must take less than 15 %
-of the time, with 1 slot and with 8 (medians).
+host: in steps of 16 tokens, as in `generate`, the host's own work must take less than 15 % of the
+time, with 1 slot and with 8 (medians).
 
-All three, unless options name some of them. Ends with status 1 if a limit was not held.
+Runs all three, unless options select some. Ends with status 1 if a limit was exceeded.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PROMPTS = (
 
 
 def make_long_server() -> InferenceRunner:
-    """Return a runner of random int8 weights, of Grok-1's context, that answers two at a time."""
+    """Return a runner with random int8 weights, Grok-1's context and two slots."""
     config = LanguageModelConfig(
         vocab_size=4096,
         sequence_len=8192,
@@ -79,7 +79,7 @@ def make_long_server() -> InferenceRunner:
 
 
 def time_chunks(server: InferenceRunner, prompt: Sequence[int]) -> list[float]:
-    """Return the seconds of each chunk of a prompt that is read with nothing else at work."""
+    """Return the seconds of each chunk of a prompt that is read while nothing else runs."""
     where: dict[str, Any] = {"config": server.config, "mesh": server.mesh}
     state = jax.block_until_ready(new_state(batch=server.num_slots, **where))
     seconds, first = [], 0
@@ -110,13 +110,13 @@ def time_gaps(server: InferenceRunner, prompt: Sequence[int]) -> list[float]:
             gaps.append(now - last)
             last = now
     assert not streaming.finished, "it ended before the other's prompt was read"
-    while server.busy:  # so that nothing is at work when the next turn begins
+    while server.busy:  # so that the server is idle when the next turn begins
         server.step()
     return gaps
 
 
 def measure_latency(turns: int) -> dict[str, Any]:
-    """Read a long prompt alone and beside a request that streams, in turns."""
+    """Read a long prompt, alone and while another request streams, in turns."""
     server = make_long_server()
     prompt = np.random.default_rng(0).integers(3, server.config.vocab_size, LONG_PROMPT).tolist()
     time_chunks(server, prompt), time_gaps(server, prompt)  # compiles
@@ -139,7 +139,7 @@ def measure_latency(turns: int) -> dict[str, Any]:
 
 
 def load_demo(slots: int) -> InferenceRunner:
-    """Return the demo, warm."""
+    """Return the demo, warmed up."""
     server = load_server(ROOT / "checkpoints/demo", ROOT / "tokenizer.model", slots=slots)
     decode(server, MOST_TOKENS)
     return server
@@ -160,7 +160,7 @@ def decode(server: InferenceRunner, tokens: int) -> tuple[float, float]:
         server.step(tokens)
     server.statistics = Statistics()
     count, began, rate, share = 0, time.perf_counter(), 0.0, 0.0
-    while server.busy:  # to the end, so that nothing is at work when the next turn begins
+    while server.busy:  # to the end, so that the server is idle when the next turn begins
         events = server.step(tokens)
         if not any(handle.finished for handle in handles):
             count += len(events)
@@ -213,7 +213,7 @@ def measure(chosen: Sequence[str], turns: int) -> dict[str, Any]:
 
 
 def judge(found: dict[str, Any]) -> list[str]:
-    """Return a sentence for each limit that was not held."""
+    """Return a sentence for each limit that was exceeded."""
     failures = []
     if (latency := found.get("latency")) and latency["ratio"] > MOST_CHUNKS:
         failures.append(
@@ -222,8 +222,8 @@ def judge(found: dict[str, Any]) -> list[str]:
         )
     if (batch := found.get("batch")) and batch["ratio"] < LEAST_GAIN:
         failures.append(
-            f"{SLOTS} slots draw {batch['ratio']:.2f} times as many tokens in a second as one; "
-            f"the least is {LEAST_GAIN:g}"
+            f"{SLOTS} slots draw {batch['ratio']:.2f} times as many tokens per second as one; "
+            f"the minimum is {LEAST_GAIN:g}"
         )
     for row in found.get("host", []):
         if row["tokens"] == MOST_TOKENS and row["share"] >= MOST_HOST:
@@ -238,8 +238,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--latency", action="store_true", help="measure tokens beside a prompt that is read")
-    add("--batch", action="store_true", help="measure many slots beside one")
+    add("--latency", action="store_true", help="measure token latency while a prompt is read")
+    add("--batch", action="store_true", help="compare many slots with one")
     add("--host", action="store_true", help="measure the host's share of a step")
     count = number(int, 1, 10**6)
     add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
@@ -248,7 +248,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> int:
-    """Run the benchmark; returns 1 if a limit was not held."""
+    """Run the benchmark; return 1 if a limit was exceeded."""
     options = parse_arguments()
     chosen = [name for name in MEASUREMENTS if getattr(options, name)] or MEASUREMENTS
     try:
@@ -270,7 +270,7 @@ def main() -> int:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print the figures for a person."""
+    """Print the figures as text."""
 
     def row(name: str, figure: str, values: Sequence[float], form: str) -> None:
         print(f"{name:22} {figure}   ({' '.join(format(value, form) for value in values)})")

@@ -1,13 +1,14 @@
-"""Thousands of requests of all kinds, come and gone at random: right, compiled once, no leak.
+"""Serve thousands of random requests, and check answers, compilations and memory.
 
 python benchmarks/soak.py
 
 Serves 2,000 requests on 8 slots of the demo: prompts of many lengths, settings of all kinds, one
 answer or several, arriving at random times, some cancelled. They are drawn from a pool whose
-answers were computed before, one request at a time. Ends with status 1 if an answer is not bit for
-bit that of its request alone (of a cancelled one, a beginning of it), if one is lost or comes
-twice, if anything is compiled for a request that was answered before, be it the very first, or if
-the resident set (Linux) grows by 2 % or more after a warm-up, of as many requests as the pool has.
+answers were computed before, one request at a time. Ends with status 1 if an answer differs in any
+bit from that of its request alone (for a cancelled request, from the beginning of it); if one is
+lost or returned twice; if anything is compiled for a request that was answered before, even the
+first one; or if the resident set (Linux) grows by 2 % or more after a warm-up of as many requests
+as the pool has.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SLOTS = 8
 CONTEXT = 128
 PAD_SIZES = 8, 32
 LONGEST_ANSWER = 40
-MOST_OPEN = 4 * SLOTS  # requests at a time, in slots and in line
+MOST_OPEN = 4 * SLOTS  # requests at a time, in slots and queued
 MOST_SILENT = 1000  # steps in a row without a token
 SHOWN = 5  # failures of one kind
 MIB = 1 << 20
@@ -50,7 +51,7 @@ MIB = 1 << 20
 
 
 def draw_request(rng: np.random.Generator, config: LanguageModelConfig) -> Request:
-    """Return a request with a few or many settings that are not their defaults."""
+    """Return a request with few or many settings that differ from their defaults."""
     size = config.vocab_size
     max_len = int(rng.integers(1, LONGEST_ANSWER + 1))
     room = CONTEXT - max_len
@@ -71,7 +72,7 @@ def draw_request(rng: np.random.Generator, config: LanguageModelConfig) -> Reque
         "presence_penalty": float(rng.uniform(-1, 2)),
         "frequency_penalty": float(rng.uniform(-0.5, 1)),
         "logit_bias": {token: float(rng.uniform(-5, 5)) for token in [config.eos_token, *ids(9)]},
-        # Few enough that answers end at one of them, and that the same one is drawn again.
+        # So few that [EOS] and repeated tokens are drawn.
         "allowed_tokens": [config.eos_token, *rng.choice(size, rng.integers(9, 40)).tolist()],
         "stop": [letters(2) for _ in range(rng.integers(1, 4))],
         "stop_tokens": ids(200),
@@ -86,7 +87,7 @@ def draw_request(rng: np.random.Generator, config: LanguageModelConfig) -> Reque
     chosen: dict[str, Any] = {k: value for k, value in values.items() if rng.random() < chance}
     prompt: Any = ids(2 * CONTEXT if truncate else room)
     if rng.random() < 0.3:
-        prompt = letters(room - 1)  # at most a token each, and one for the space before them
+        prompt = letters(room - 1)  # at most one token per letter, and one for the leading space
     return Request(
         prompt,
         max_len=max_len,
@@ -97,7 +98,7 @@ def draw_request(rng: np.random.Generator, config: LanguageModelConfig) -> Reque
 
 
 def expected(answer: Completion, alone: Completion) -> Completion:
-    """Return what an answer should be: that of its request alone, or as much of it as came."""
+    """Return the expected answer: that of its request alone, cut if it was cancelled."""
     if answer.finish_reason != "cancelled":
         return alone
     count, scores, top = len(answer.token_ids), answer.prompt_logprobs, answer.prompt_top_logprobs
@@ -114,7 +115,7 @@ def expected(answer: Completion, alone: Completion) -> Completion:
 
 
 def differing(answer: Completion, wanted: Completion) -> list[str]:
-    """Return the fields that are not the same bit for bit: a float's repr tells its bits."""
+    """Return the fields that differ in any bit: a float's repr determines its bits."""
     names = [field.name for field in dataclasses.fields(Completion)]
     return [name for name in names if repr(getattr(answer, name)) != repr(getattr(wanted, name))]
 
@@ -123,7 +124,7 @@ def differing(answer: Completion, wanted: Completion) -> list[str]:
 
 
 class Soak:
-    """Serves requests from the pool, and keeps only what is open, counts and a few failures.
+    """A server of requests from the pool, which keeps open requests, counts and a few failures.
 
     alone: the answers to each request of the pool. failures: a sentence for each.
     """
@@ -138,10 +139,10 @@ class Soak:
         self.wrong: collections.Counter[str] = collections.Counter()
         self.failures: list[str] = []
         self._open: dict[int, _Open] = {}  # by the number of the handle
-        self._wanted = SLOTS  # how many to have open, which changes
+        self._wanted = SLOTS  # the current target for open requests
 
     def serve(self, count: int) -> None:
-        """Submit so many more requests, and serve until all have ended."""
+        """Submit `count` more requests, and serve until all have ended."""
         last, silent = self.submitted + count, 0
         while self.submitted < last or self._open:
             self._arrive(last - self.submitted)
@@ -158,7 +159,7 @@ class Soak:
             self._fail("busy", "the server is still busy when all requests have ended")
 
     def _arrive(self, left: int) -> None:
-        """Submit some requests: now slots lie idle, now there is a line."""
+        """Submit some requests: at times slots are idle, at times requests are queued."""
         if self.rng.random() < 0.05:
             self._wanted = int(self.rng.integers(MOST_OPEN + 1))
         arriving = min(self._wanted - len(self._open), int(self.rng.integers(1, 5)), left)
@@ -170,7 +171,7 @@ class Soak:
             self.submitted += 1
 
     def _cancel(self) -> None:
-        """Cancel those whose time has come, some of them still in line."""
+        """Cancel the requests whose patience has run out, some of them still queued."""
         for entry in self._open.values():
             if entry.patience is not None:
                 if entry.patience == 0:
@@ -182,7 +183,7 @@ class Soak:
         """Count a token of an open request."""
         entry = self._open.get(event.request)
         if entry is None or entry.cancelled:
-            self._fail("late", f"a token came for request {event.request}, which had ended")
+            self._fail("late", f"a token arrived for request {event.request}, which had ended")
             return
         entry.events[event.sample] += 1
         entry.texts[event.sample] += event.text
@@ -195,30 +196,30 @@ class Soak:
             self._check(entry)
 
     def _lose_all(self) -> None:
-        """Give up the requests that are open."""
+        """Record the open requests as lost, and cancel them."""
         for entry in self._open.values():
             self._fail("lost", f"{entry} was never answered to the end")
             self.server.cancel(entry.handle)
         self._open.clear()
 
     def _check(self, entry: "_Open") -> None:
-        """Hold what was answered to what the request gets alone."""
+        """Compare the answers to a request with those that it gets alone."""
         answers, alone = entry.handle.completions, self.alone[entry.index]
         if len(answers) != len(alone):
-            self._fail("lost", f"{entry} got {len(answers)} answers in place of {len(alone)}")
+            self._fail("lost", f"{entry} got {len(answers)} answers instead of {len(alone)}")
             return
         for sample, (answer, whole) in enumerate(zip(answers, alone, strict=True)):
             name = f"answer {sample} to {entry}"
             self.ends[str(answer.finish_reason)] += 1
             if answer.finish_reason == "cancelled" and not entry.cancelled:
-                self._fail("lost", f"{name} was cancelled by nobody")
+                self._fail("lost", f"{name} was cancelled unexpectedly")
             if fields := differing(answer, expected(answer, whole)):
-                self._fail("differs", f"{name} has other {', '.join(fields)} than alone")
+                self._fail("differs", f"{name} differs from that alone in {', '.join(fields)}")
             if entry.events[sample] != len(answer.token_ids):
                 came = f"{entry.events[sample]} events for {len(answer.token_ids)} tokens"
                 self._fail("events", f"{name} came in {came}")
             if entry.texts[sample] != answer.text:
-                self._fail("events", f"the text of {name} is not what came with its tokens")
+                self._fail("events", f"the text of {name} differs from that of its events")
 
     def _fail(self, kind: str, message: str) -> None:
         """Keep the first failures of a kind, and count them all."""
@@ -230,8 +231,8 @@ class Soak:
 class _Open:
     """A request that was submitted and has not ended.
 
-    index: its place in the pool. patience: after how many steps it is cancelled; None: never.
-    events, texts: how many tokens and what text came for each of its answers.
+    index: in the pool. patience: the number of steps after which it is cancelled; None: never.
+    events, texts: the number of tokens and the text received for each of its answers.
     """
 
     def __init__(self, handle: Handle, index: int, patience: int | None):
@@ -250,7 +251,7 @@ class _Open:
 
 
 class Compilations:
-    """Counts the programs that are compiled from now on."""
+    """A counter of the programs that are compiled from now on."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -260,21 +261,21 @@ class Compilations:
         self.count += event == COMPILED
 
     def hears(self) -> bool:
-        """Whether it notices a program that is compiled now."""
+        """Return whether it notices a program that is compiled now."""
         before = self.count
         jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(3, np.float32)))
         return self.count > before
 
 
 def resident_bytes() -> int:
-    """Return this process's resident set, without what is free but not given back (Linux)."""
+    """Return this process's resident set, after returning free memory to the system (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(requests: int, pool: int, seed: int, points: int) -> dict[str, Any]:
-    """Serve all requests; returns the figures, and what went wrong."""
+    """Serve all requests; return the figures and the failures."""
     compilations = Compilations()
     rng = np.random.default_rng(seed)
     began = time.perf_counter()
@@ -291,7 +292,7 @@ def measure(requests: int, pool: int, seed: int, points: int) -> dict[str, Any]:
     again = compilations.count - once
     soak = Soak(server, drawn, rng)
     before = compilations.count
-    soak.serve(pool)  # in company they take some more memory, once
+    soak.serve(pool)  # the first concurrent requests allocate some more memory, once
     warm, resident = time.perf_counter(), [resident_bytes()]
     for point in range(points):
         soak.serve(requests * (point + 1) // points - requests * point // points)
@@ -314,7 +315,7 @@ def measure(requests: int, pool: int, seed: int, points: int) -> dict[str, Any]:
 
 
 def judge(found: dict[str, Any], hears: bool) -> list[str]:
-    """Return a sentence for each limit on compilations and memory that was not held."""
+    """Return a sentence for each limit on compilations and memory that was exceeded."""
     failures = []
     if not (hears and found["compiled_before"]):
         failures.append(f"jax does not report {COMPILED}, so compilations cannot be counted")
@@ -337,17 +338,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     count = number(int, 1, 10**9)
-    add("--requests", type=count, default=2000, metavar="N", help="how many to serve (2000)")
-    add("--pool", type=count, default=150, metavar="N", help="how many different ones (150)")
-    add("--points", type=count, default=8, metavar="N", help="how often memory is measured (8)")
+    add("--requests", type=count, default=2000, metavar="N", help="requests to serve (2000)")
+    add("--pool", type=count, default=150, metavar="N", help="different requests (150)")
+    add("--points", type=count, default=8, metavar="N", help="how often to measure memory (8)")
     seed = number(int, 0, 2**32 - 1)
-    add("--seed", type=seed, default=0, metavar="N", help="what is drawn, and when it comes (0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of the requests and their arrival (0)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Run the soak; returns 1 if something was not as it should be."""
+    """Run the soak test; return 1 if anything failed."""
     options = parse_arguments()
     try:
         found = measure(options.requests, options.pool, options.seed, options.points)
@@ -367,7 +368,7 @@ def main() -> int:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print the figures for a person."""
+    """Print the figures as text."""
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(found["answers"].items()))
     wrong = sum(found["wrong"].values())
     seconds = f"{found['soak_s']:.0f} s after {found['warm_up_s']:.0f} s of warm-up"

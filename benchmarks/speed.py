@@ -1,19 +1,19 @@
-"""How fast prefill and decoding are, beside the obvious form and beside what the machine allows.
+"""Measure prefill and decoding, relative to a straightforward form and to the machine's limits.
 
 python benchmarks/speed.py [--config quarter|demo|grok-1-rank] [--json]
 
 Three forms of one model run in turns, in one process: `baseline` (benchmarks/baseline.py), `plain`
-(what JAX offers, but only the chosen experts) and `kernels` (grok1/kernels). Ratios are medians
-over the turns.
+(only JAX, and only the selected experts) and `kernels` (grok1/kernels). Ratios are medians over the
+turns.
 
-quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model that comes along.
-grok-1-rank: exactly what one of eight devices holds and computes of the full model, 39.9 GB made on
-the device, to which the two all-reduces a layer are added as `limits.exchange_seconds` models them;
-with `--layers` a part of it, to try the command elsewhere.
+quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model of this
+repository. grok-1-rank: exactly what one of eight devices stores and computes of the full model,
+39.9 GB generated on the device, plus the time of two all-reduces per layer from
+`limits.exchange_seconds`; with `--layers` only some layers, to test the command elsewhere.
 
-The floor of a step is the larger of the bytes that it must read (the chosen experts, the
-attention's weights, the filled cache, the output table, all as stored) over the bandwidth, and its
-operations over the rate of a product; both are measured in each turn.
+The floor of a step is the larger of two times: the bytes that it must read (selected experts,
+attention weights, filled cache and output table, as stored), divided by the bandwidth; and its
+operations, divided by the rate of a product. Both limits are measured in each turn.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from typing import Any
 
 
 def _interrupted(*_: object) -> None:
-    # At once: jax's threads would crash while the interpreter ends, and nothing is left to save.
+    # At once: jax's threads would crash during interpreter shutdown, and there is nothing to save.
     os.write(2, b"interrupted\n")
     os._exit(130)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _interrupted)  # also while modules are imported, for seconds
+    signal.signal(signal.SIGINT, _interrupted)  # also during the imports, which take seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -90,8 +90,8 @@ CONFIGS = "quarter", "demo", "grok-1-rank"
 FORMS = "baseline", "plain", "kernels"
 BATCHES = 1, 4, 16
 PROMPTS = 16, 128, 1024
-PROMPT = 128  # tokens that are in the cache when decoding begins
-# What the figures of `quarter` must be, with --check.
+PROMPT = 128  # tokens in the cache when decoding begins
+# The least figures of `quarter` that --check requires.
 LIMITS = {
     "decode 1: plain / baseline": 6.0,
     "prefill 128: plain / baseline": 4.0,
@@ -106,7 +106,7 @@ LIMITS = {
 
 
 def make_config(options: argparse.Namespace) -> LanguageModelConfig:
-    """Return the configuration that is asked for, in the dtype that this platform runs it in."""
+    """Return the selected configuration, in the dtype for this platform."""
     if options.config == "demo":
         config = read_model_config(ROOT / "checkpoints/demo")
     else:
@@ -127,7 +127,7 @@ def make_params(options: argparse.Namespace, config: LanguageModelConfig) -> Any
 
 
 class Form:
-    """A form of the model, compiled ahead of time, and what compiling it took."""
+    """A form of the model, compiled ahead of time, and its compilation times."""
 
     most_tokens = MOST_TOKENS
 
@@ -138,7 +138,7 @@ class Form:
         self._compiled: dict[tuple[int, int | None], Any] = {}
 
     def compiled(self, batch: int, chunk: int | None = None) -> Any:
-        """Return prefill of a chunk's length, or decode, for so many slots."""
+        """Return the program for prefill of a chunk, or for decoding, with `batch` slots."""
         key = batch, chunk
         if key not in self._compiled:
             step = decode if chunk is None else prefill
@@ -153,7 +153,7 @@ class Form:
         return self._compiled[key]
 
     def empty(self, batch: int) -> State:
-        """Return the state of slots that have read nothing."""
+        """Return the state of empty slots."""
         return new_state(config=self.config, batch=batch, execution=self.executions.decode)
 
     def rewound(self, state: State) -> State:
@@ -163,7 +163,7 @@ class Form:
         return state._replace(memory=state.memory._replace(layers=layers))
 
     def filled(self, state: State) -> float:
-        """Return how many positions of a cache are filled, in the mean."""
+        """Return the mean number of filled positions of a cache."""
         return float(jnp.mean(state.memory.layers.step))
 
     def read(self, state: State, tokens: np.ndarray, slot: int = 0) -> State:
@@ -211,7 +211,7 @@ def random_prompt(config: LanguageModelConfig, tokens: int, seed: int) -> np.nda
 
 
 def chosen_experts(form: Form, state: State) -> int:
-    """Return how many experts of all layers the next step's tokens choose together."""
+    """Return how many experts, over all layers, the next step's tokens select together."""
     length = jnp.ones(state.slots.drawn.shape, jnp.int32)
     route = jax.jit(
         lambda params, state: apply_model(
@@ -227,10 +227,10 @@ def chosen_experts(form: Form, state: State) -> int:
 def in_turns(
     calls: dict[str, Callable[[], Any]], turns: int, machine: Machine
 ) -> tuple[dict[str, list[float]], list[Limits]]:
-    """Return the seconds of each call and the machine's limits, a turn after the other.
+    """Return the seconds of each call, and the machine's limits, for each turn.
 
-    In each turn each is called twice, and the second call counts: the first one also pays for the
-    memory and the caches that another form has just had.
+    In each turn everything is called twice, and the second call counts: the first one is slower
+    because another form has just used the memory and the caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     limits = []
@@ -264,11 +264,11 @@ def measure_prefill(
 def measure_decode(
     forms: Sequence[AnyForm], batch: int, turns: int, machine: Machine
 ) -> dict[str, Any]:
-    """Return the seconds of a step of each form, what it must do, and how near to that it is."""
+    """Return the seconds of each form's decode step, its least work, and its share of the floor."""
     fastest = forms[-1]
     prompts = [random_prompt(fastest.config, PROMPT, slot) for slot in range(batch)]
     states: dict[str, Any] = {form.name: form.ready(prompts) for form in forms}
-    # The baseline has all experts, and none to choose.
+    # The baseline computes all experts, and selects none.
     chooser = next((form for form in forms if isinstance(form, Form)), None)
     chooser = chooser or Form("plain", fastest.config, fastest.params)
     experts = chosen_experts(chooser, states.get(chooser.name) or chooser.ready(prompts))
@@ -286,7 +286,7 @@ def measure_decode(
 
 
 def _row(seconds: dict[str, list[float]], limits: list[Limits], work: Work) -> dict[str, Any]:
-    """Return what is kept of a measurement; the shares are medians over the turns."""
+    """Return the record of a measurement; the shares are medians over the turns."""
     shares = {
         name: median(work.floor(own) / s for own, s in zip(limits, times, strict=True))
         for name, times in seconds.items()
@@ -296,7 +296,7 @@ def _row(seconds: dict[str, list[float]], limits: list[Limits], work: Work) -> d
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
-    """Return how many times as fast a form is, the median over the turns."""
+    """Return the speed of `fast` relative to `slow`, the median over the turns."""
     return median(s / f for s, f in zip(seconds[slow], seconds[fast], strict=True))
 
 
@@ -304,7 +304,7 @@ def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
 
 
 def measure_starts(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds from a process's start to its first token, first and second time."""
+    """Return the seconds from a process's start to its first token, without and with caches."""
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, __file__, "--config", options.config, "--first-token"]
         if options.config == "grok-1-rank":
@@ -329,7 +329,7 @@ def measure_starts(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_first_token(options: argparse.Namespace) -> None:
-    """Start as a server does, read a prompt of 128 tokens, and print when the first token came."""
+    """Start like a server, read a prompt of 128 tokens, and print the time of the first token."""
     compile_cache.enable()
     config = make_config(options)
     executions = fastest(config, None, compiled=kernels.available())
@@ -353,7 +353,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures of a run."""
     names = [name for name in options.forms if name != "kernels" or kernels.available()]
     if not names:
-        raise ValueError("--forms: there are no kernels here, and no other form was asked for")
+        raise ValueError("--forms: the kernels are not available here; select another form")
     config = make_config(options)
     prompts = [n for n in options.prompts or PROMPTS if n <= config.sequence_len]
     if options.prompts and prompts != list(options.prompts):
@@ -365,7 +365,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     most = (config.sequence_len - PROMPT - 1) // (2 * MOST_TOKENS)
     if options.batches and options.turns > most:
         raise ValueError(
-            f"--turns: expected at most {most}, which fill the context, got {options.turns}"
+            f"--turns: expected at most {most}, which fills the context, got {options.turns}"
         )
     _check_memory(config, max([1, *options.batches]))
     found: dict[str, Any] = {"config": options.config, **describe_machine()}
@@ -412,7 +412,7 @@ def _check_memory(config: LanguageModelConfig, batch: int) -> None:
 
 
 def summarise(found: dict[str, Any]) -> dict[str, float]:
-    """Return the figures that runs are compared by."""
+    """Return the figures by which runs are compared."""
     figures: dict[str, float] = {}
     for kind, count in (("prefill", "tokens"), ("decode", "tokens")):
         for size, row in found[kind].items():
@@ -438,7 +438,7 @@ def summarise(found: dict[str, Any]) -> dict[str, float]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return a description of the machine and the versions."""
     device = jax.devices()[0]
     name = device.device_kind
     if device.platform == "cpu":
@@ -462,7 +462,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print a table for a person."""
+    """Print the figures as a table."""
     names = list(next(iter({**found["prefill"], **found["decode"]}.values()))["seconds"])
     machine = f"{found['device']}, {found['cores']} cores, jax {found['jax']}"
     layers = f", {found['layers']} of 64 layers," if found.get("layers", 64) != 64 else ""
@@ -515,8 +515,8 @@ def read_run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(found: dict[str, Any], old: dict[str, Any]) -> None:
-    """Print each figure beside that of an earlier run."""
-    print(f"\nbeside {old['commit']}, {old['time']}, {old['device']}:")
+    """Print each figure next to that of an earlier run."""
+    print(f"\ncompared with {old['commit']}, {old['time']}, {old['device']}:")
     for name, value in found["figures"].items():
         if name in old["figures"]:
             before = old["figures"][name]
@@ -524,24 +524,24 @@ def compare(found: dict[str, Any], old: dict[str, Any]) -> None:
 
 
 def save(path: str, line: str) -> None:
-    """Put a run at the end of a file. Raises ValueError if that cannot be."""
+    """Append a run to a file. Raises ValueError if that fails."""
     try:
         with open(path, "a+") as file:
             file.seek(0)
             before = file.read()
             file.write("\n" + line if line and before and not before.endswith("\n") else line)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it holds no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise ValueError(f"--save: {path} cannot be written ({reason})") from None
 
 
 def check(found: dict[str, Any]) -> list[str]:
-    """Return a sentence for each limit that was not held."""
+    """Return a sentence for each limit that was not reached."""
     figures = found["figures"]
     return [
-        f"{name} is {figures[name]:.2f}, at least {least:g} is asked"
+        f"{name} is {figures[name]:.2f}, at least {least:g} is required"
         if name in figures
-        else f"{name} was not measured, at least {least:g} is asked"
+        else f"{name} was not measured, at least {least:g} is required"
         for name, least in LIMITS.items()
         if figures.get(name, 0) < least
     ]
@@ -559,18 +559,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--forms", nargs="+", choices=FORMS, metavar="FORM", help=f"of {', '.join(FORMS)} (all)")
     add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
     add("--batches", type=count, nargs="*", default=BATCHES, metavar="N",
-        help="how many sequences are decoded at once, each in turn (1 4 16)")  # fmt: skip
+        help="batch sizes of decoding, measured in turn (1 4 16)")  # fmt: skip
     add("--prompts", type=count, nargs="*", metavar="N",
-        help="lengths of prompts, in turn (16 128 1024, or what the context holds)")  # fmt: skip
+        help="prompt lengths, measured in turn (16 128 1024, if the context allows)")  # fmt: skip
     add("--no-starts", dest="starts", action="store_false", help="do not measure starts")
     add("--json", action="store_true", help="print all figures as one JSON object")
-    add("--save", metavar="FILE", help="append them to a file, a line a run")
+    add("--save", metavar="FILE", help="append all figures to a file, one line per run")
     add("--compare", metavar="FILE", help="print ratios to the last such run in a file")
-    add("--check", action="store_true", help="end with status 1 if quarter's limits do not hold")
+    add(
+        "--check", action="store_true", help="end with status 1 if quarter's limits are not reached"
+    )
     add("--first-token", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.forms is None:
-        # All experts of a rank would take its time and its memory.
+        # The baseline would take too much time and memory: it computes all experts of a rank.
         options.forms = FORMS[1:] if options.config == "grok-1-rank" else FORMS
     options.forms = [name for name in FORMS if name in options.forms]
     if not options.batches and options.prompts == []:
@@ -578,7 +580,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.compare and not Path(options.compare).is_file():
         parser.error(f"--compare: there is no file {options.compare}")
     if options.compare and options.json:
-        parser.error("--compare and --json do not go together: ratios are a table for people")
+        parser.error("--compare and --json do not go together: ratios are printed as text")
     if options.check and options.config != "quarter":
         parser.error(f"--check: the limits are those of quarter, not of {options.config}")
     if options.layers is not None and options.config != "grok-1-rank":
@@ -588,13 +590,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> int:
-    """Run the benchmark; returns 1 if a limit was not held."""
+    """Run the benchmark; return 1 if a limit was not reached."""
     options = parse_arguments()
     try:
         if options.first_token:
             draw_first_token(options)
             return 0
-        # Wrong files are said before minutes are spent.
+        # Report unusable files before measuring for minutes.
         old = read_run(options) if options.compare else None
         if options.save:
             save(options.save, "")
@@ -613,7 +615,7 @@ def main() -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say("error: too little memory for this model, or for so many caches of each form")
+        say("error: too little memory for this model, or for the caches of each form")
         return 2
     failures = check(found) if options.check else []
     for failure in failures:

@@ -1,15 +1,15 @@
-"""The platform that jax runs on, asked for at this one place."""
+"""The platform that jax runs on, and its settings."""
 
 import collections
 from typing import Any
 
 import jax
 
-# Settings of jax, and the values with which the model's programs can be built.
+# Settings of jax, and the values that the model's programs require.
 SETTINGS = dict.fromkeys(
     ("jax_enable_x64", "jax_disable_jit", "jax_no_tracing", "jax_no_execution"), False
 )
-# Those on which the numbers depend that are drawn and computed.
+# Settings that affect the random numbers and the results.
 NUMERIC = (
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
@@ -31,23 +31,23 @@ def require_devices() -> None:
     """Raise ValueError if jax finds no devices."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a lost driver
+    except (RuntimeError, AssertionError) as error:  # AssertionError: no message, driver missing
         why = (str(error) or "no driver found").splitlines()[0]
         if platforms := jax.config.values["jax_platforms"]:
             raise ValueError(
-                f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got "
+                f"JAX_PLATFORMS={platforms}: expected platforms with available devices, got "
                 f"none ({why}); correct it or leave it unset"
             ) from error
         raise ValueError(f"jax found no devices ({why})") from error
 
 
 def numerics() -> dict[str, Any]:
-    """Return jax's version and the settings on which numbers depend, as JSON."""
+    """Return jax's version and the settings that affect numbers, as JSON values."""
     return {"version": jax.__version__} | {name: jax.config.values[name] for name in NUMERIC}
 
 
 def use_numerics(wanted: dict[str, Any]) -> None:
-    """Compute as another process does that has these `numerics`. Raises ValueError if jax can't."""
+    """Apply the `numerics` of another process. Raises ValueError if jax's version differs."""
     if wanted["version"] != jax.__version__:
         raise ValueError(
             f"expected jax {wanted['version']}, which process 0 has, got {jax.__version__}; "
@@ -58,19 +58,19 @@ def use_numerics(wanted: dict[str, Any]) -> None:
 
 
 def devices_of_each_process() -> int:
-    """Return how many devices every process has. Raises ValueError if not all have as many."""
+    """Return how many devices each process has. Raises ValueError if these numbers differ."""
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len({*counts.values()}) > 1:
         got = ", ".join(f"{counts[i]} in process {i}" for i in sorted(counts))
         raise ValueError(
-            f"expected as many devices in each process, got {got}; start all on hosts that are "
-            "alike, with the same XLA_FLAGS"
+            f"expected the same number of devices in each process, got {got}; start all processes "
+            "on identical hosts, with the same XLA_FLAGS"
         )
     return jax.local_device_count()
 
 
 def platform() -> str:
-    """Return its name: "cpu", "gpu" or "tpu"."""
+    """Return the platform's name: "cpu", "gpu" or "tpu"."""
     return jax.default_backend()
 
 

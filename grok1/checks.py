@@ -1,4 +1,4 @@
-"""Checks of single values, with the sentence that a wrong one gets."""
+"""Checks of single values, with uniform error messages."""
 
 import math
 import numbers
@@ -9,12 +9,12 @@ _MOST_SHOWN = 400  # characters
 
 
 def is_integer(value: Any) -> TypeGuard[int]:
-    """Return whether a value is an integer, Python's or NumPy's; True and False are none."""
+    """Return whether a value is an integer, Python's or NumPy's; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a real number, Python's or NumPy's; True and False are none."""
+    """Return whether a value is a real number, Python's or NumPy's; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -42,7 +42,7 @@ def require_positive(config: Any, least: float, most: float, *fields: str) -> No
 
 
 def _shown(value: Any) -> str:
-    """Return what an error shows of a value: not all of it where that is endless to print."""
+    """Return the text of a value for an error message, shortened if it is very long."""
     if is_integer(value) and abs(value) >= _LONG:
         return "an integer of more than 40 digits"  # Python refuses to print very long ones
     text = repr(value)

@@ -1,4 +1,4 @@
-"""Compiled programs are kept, so that the next start does not compile them again."""
+"""Keep compiled programs, so that the next start does not compile them again."""
 
 import contextlib
 import warnings
@@ -10,17 +10,17 @@ from grok1.backend import on_cpu
 from grok1.cache_directory import CacheError, cache_directory
 from grok1.formats import atomic
 
-# A file whose time says up to when the entries have been looked at.
+# A file whose modification time is that of the last check of the entries.
 CHECKED = "checked"
-# Before it XLA printed an error for each entry that a CPU with AVX-512 read, its own ones too.
+# Older versions print an error for each entry that a CPU with AVX-512 reads, even its own.
 FIRST_QUIET = (0, 10, 2)
 _ours: str | None = None  # the directory that `enable` has chosen
 
 
 def enable() -> str | None:
-    """Let jax keep what it compiles from now on; returns why it cannot, or None.
+    """Make jax keep what it compiles from now on; return why it cannot, or None.
 
-    What the person has set of jax_compilation_cache_dir or jax_enable_compilation_cache holds.
+    The user's jax_compilation_cache_dir and jax_enable_compilation_cache take precedence.
     """
     global _ours
     enabled = jax.config.values["jax_enable_compilation_cache"]
@@ -36,7 +36,7 @@ def enable() -> str | None:
         return f"compiled programs cannot be kept ({error})"
     except UnicodeEncodeError:
         return f"compiled programs cannot be kept ({directory} is not a path in UTF-8)"
-    # The run does not need the cache: it goes on where an entry cannot be read or written.
+    # The cache is optional: the run continues if an entry cannot be read or written.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     _ours = str(directory)
     jax.config.update("jax_compilation_cache_dir", _ours)
@@ -46,10 +46,10 @@ def enable() -> str | None:
 
 
 def remove_cut_entries(directory: Path) -> None:
-    """Remove the entries that a killed run has left half written; raises OSError.
+    """Remove the entries that a killed run has left incomplete; raises OSError.
 
-    jax writes them in place. It would compile such a program anew at every start, and never
-    replace the entry. Only what was written since the last time is looked at.
+    jax writes entries in place. It would compile the program of an incomplete entry at every start,
+    and never replace the entry. Only entries written since the last check are read.
     """
     checked = directory / CHECKED
     since = checked.stat().st_mtime_ns if checked.exists() else 0
@@ -66,11 +66,11 @@ def remove_cut_entries(directory: Path) -> None:
 
 def is_whole(entry: bytes) -> bool:
     """Whether an entry can be unpacked."""
-    # Private: nothing public says so.
+    # Private, since there is no public function for this.
     from jax._src.compilation_cache import decompress_executable
 
     try:
         decompress_executable(entry)
-    except Exception:  # of whatever library it was packed by
+    except Exception:  # depends on the compression library
         return False
     return True

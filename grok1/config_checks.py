@@ -1,7 +1,6 @@
-"""Checks of the fields of a configuration, and reading one from plain fields.
+"""Check the fields of a configuration, and build one from plain fields.
 
-Every function that checks raises ValueError that names the field, what it may hold and what it
-holds.
+Every check raises ValueError that names the field, the expected values and the given one.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from grok1.parallel.sharding import REPLICA_AXIS
 if TYPE_CHECKING:
     from model import LanguageModelConfig, TransformerConfig
 
-# Far above those of any known model. They bound the time and memory that a configuration from a
-# stranger can take, and keep whatever is computed from several of them below 2**63.
+# Limits far above any known model. They bound the time and memory that an untrusted configuration
+# can take, and keep whatever is computed from several fields below 2**63.
 MOST_LAYERS = 1 << 9  # their tensors fit the largest index that is read
-MOST_COUNT = 1 << 12  # heads, experts; also of numbers in a head
-MOST_CHOSEN = 64  # experts of a token, which are found one after the other
-MOST_WIDTH = 1 << 24  # other axes, and positions: up to here exact in float32
-MOST_LETTERS = 64  # of a mesh axis's name, which errors show
+MOST_COUNT = 1 << 12  # heads, experts; also the head width
+MOST_CHOSEN = 64  # experts per token, which are found one after another
+MOST_WIDTH = 1 << 24  # other axes, and positions: exact in float32 up to this
+MOST_LETTERS = 64  # in the name of a mesh axis, which errors show
 MOST_VALUES = 1 << 50  # in a parameter
 MOST_CACHED = 1 << 40  # keys in a sequence's cache
 FACTORS = 1e-6, 1e6
@@ -36,7 +35,7 @@ MOVED = "expert_dispatch", "scan_unroll", "kernels", "router"
 
 
 def refuse_moved(fields: Iterable[str]) -> None:
-    """Raise ValueError for a field that was once the configuration's and is now Execution's."""
+    """Raise ValueError for a field that has moved from the configuration to Execution."""
     for name in fields:
         if name in MOVED:
             raise ValueError(
@@ -63,7 +62,7 @@ def check_transformer(config: TransformerConfig) -> None:
         require(named, field, f"the name of a mesh axis, not {REPLICA_AXIS!r}", axis)
         require(len(axis) <= MOST_LETTERS, field, f"at most {MOST_LETTERS} letters", axis)
     axis = config.model_axis
-    require(axis != config.data_axis, "model_axis", "another name than data_axis", axis)
+    require(axis != config.data_axis, "model_axis", "a name other than data_axis", axis)
     require(config.key_size % 2 == 0, "key_size", "an even head width", config.key_size)
     multiple = f"a multiple of num_kv_heads = {config.num_kv_heads}"
     divides = config.num_q_heads % config.num_kv_heads == 0

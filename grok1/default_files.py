@@ -1,4 +1,4 @@
-"""The checkpoint and the tokenizer that are used where none are named."""
+"""The default checkpoint and tokenizer."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from grok1.formats import forms
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT / "checkpoints"  # holds the weights once they have been downloaded
-# Where the package was installed, and not cloned, it holds the demo.
+# If the package was installed, not cloned, it contains the demo.
 DEMO = RELEASED / "demo" if RELEASED.is_dir() else ROOT / "grok1" / "demo"
 TOKENIZER = DEMO / "tokenizer.model"
 

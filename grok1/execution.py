@@ -1,8 +1,8 @@
-"""How a model is run: on which devices, and with which forms of its operations.
+"""How a model is run: on which devices, and with which implementations of its operations.
 
-The modules in model.py say what Grok-1 is and ask an Execution for the rest. Without a mesh, and
-with the plain forms, each of its methods is the function of grok1/ops with the same name: whoever
-reads the model for its mathematics may read them so.
+The modules in model.py define Grok-1 and call an Execution for the rest. Without a mesh, and with
+plain kernels, each of its methods computes the function of the same name in grok1/ops: to follow
+the mathematics of the model, read those functions.
 
 Dimension letters as in model.py.
 """
@@ -51,20 +51,20 @@ DISPATCH = "dynamic", "static", "all"
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is run. Raises ValueError naming the field, expected and got.
+    """How a model is run. Raises ValueError that names an invalid field.
 
-    mesh: the devices, or None for one. data_axis, model_axis: the names of its axes: batches are
-    split over the first; heads, hidden widths and the vocabulary over the second.
+    mesh: the devices, or None for one. data_axis, model_axis: the names of the mesh axes. Batches
+    are split over the data axis; heads, hidden widths and the vocabulary over the model axis.
     shard_activations: split the residual stream over the model axis as well. That takes less
     memory and more, smaller exchanges between devices.
-    kernels: the forms of the operations: "plain", on any platform; "xla_cpu", in JAX, written
-    so that XLA makes fast code of it for a CPU; "cpu" and "gpu", compiled, without a gradient.
-    expert_dispatch: how a mixture computes the chosen experts. "dynamic" loops over as many blocks
-    of tokens as exist, without a reverse-mode gradient; "static", for training, over the largest
-    possible number, and skips the empty ones; "all" computes every expert for every token.
+    kernels: the implementation of the operations: "plain", for any platform; "xla_cpu", JAX that
+    XLA compiles to fast code for a CPU; "cpu" and "gpu", compiled kernels, without gradients.
+    expert_dispatch: how a mixture computes the chosen experts. "dynamic" loops over the non-empty
+    blocks of tokens, without a reverse-mode gradient; "static", for training, loops over the
+    largest possible number and skips empty ones; "all" computes every expert for every token.
     scan_unroll: layers per iteration of the compiled loop.
-    router: makes a layer's router, called with num_selected_experts; None: `model.Router`. The
-    place to give a subclass of it.
+    router: called with num_selected_experts to make a layer's router, for example a subclass of
+    `model.Router`; None: `model.Router`.
     """
 
     mesh: AnyMesh | None = None
@@ -95,7 +95,7 @@ class Execution:
 
     @property
     def operations(self) -> Operations:
-        """The forms of the operations on one device."""
+        """The implementations of the operations on one device."""
         return dispatch.operations(self.kernels)
 
     @property
@@ -109,7 +109,7 @@ class Execution:
 
     @property
     def data_size(self) -> int:
-        """The number of parts in which a batch is split."""
+        """The number of parts into which a batch is split."""
         return axis_size(self.mesh, self.data_axis)
 
     # ------------------------------------------------------------------------------ activations
@@ -128,13 +128,13 @@ class Execution:
     def matmul(self, x: jax.Array, weight: Weight, split: Split | None = None) -> jax.Array:
         """`x [..., I] @ weight [I, O]` -> float32 [..., O].
 
-        split: which axis of the weight, if one, is split over devices. x is then [B, T, I].
+        split: which axis of the weight, if any, is split over devices. x is then [B, T, I].
         """
         every = self._all_model_axes
         contracted = every if split == "inputs" else None
         produced = {"outputs": every, "kv_outputs": self.model_axis}.get(split or "")
         if self.mesh is not None and not self.operations.takes_stacked:
-            # A compiler splits plain products by itself; scale groups must allow it.
+            # XLA splits plain products by itself; scale groups must allow it.
             if contracted is not None:
                 x = constrain(x, self.mesh, self.data_axis, None, contracted)
             y = matmul(x, split_groups(sliced(weight), axis_size(self.mesh, contracted)))
@@ -149,7 +149,7 @@ class Execution:
         return self._laid_out(on_shards(local, self.mesh, in_specs, out_specs)(x, weight), produced)
 
     def _laid_out(self, y: jax.Array, produced: Axes) -> jax.Array:
-        """Lay out the result [B, T, O] of a product; one that is not split is a block's."""
+        """Lay out the result [B, T, O] of a product; an unsplit one is a block's output."""
         if produced is None:
             return self.residual(y)
         return constrain(y, self.mesh, self.data_axis, None, produced)
@@ -190,10 +190,10 @@ class Execution:
     def attend_cached(
         self, query: jax.Array, memory: KVMemory, mask: jax.Array, multiplier: float
     ) -> jax.Array:
-        """Attend from query [B, T, K, G, H] to what the memory holds, the new rows included.
+        """Attend from query [B, T, K, G, H] to what the memory holds, including the new rows.
 
-        mask: bool [B or 1, T or 1, S or 1] -> float32 [B, T, K, G, H]. Equal to `model.attend`, and
-        reads only what is filled.
+        mask: bool [B or 1, T or 1, S or 1] -> float32 [B, T, K, G, H]. Equal to `model.attend`, but
+        reads only filled positions.
         """
 
         def local(query: jax.Array, k: Any, v: Any, mask: jax.Array, place: Place) -> jax.Array:
@@ -210,12 +210,12 @@ class Execution:
         return no_reverse(attend(query, *caches(memory), mask, place_of(memory, rows)))
 
     def read(self, memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return what `cache.read_rows` does, in the activation dtype."""
+        """Return the results of `cache.read_rows`, in the activation dtype."""
         k, v, filled = read_rows(memory, rows)
         return self.operations.view(k), self.operations.view(v), filled
 
     def _local(self, place: Place, cache: jax.Array) -> Place:
-        """Number sequences among a device's own, within `on_shards`."""
+        """Make sequence indices relative to a device's own, within `on_shards`."""
         if self.mesh is None or place.sequence is None:
             return place
         first = lax.axis_index(self.data_axis) * cache.shape[1]
@@ -228,7 +228,7 @@ class Execution:
 
     @property
     def _cache_specs(self) -> tuple[P, P]:
-        """Those of a cache [L, C, S, K, H] and of rows [B, T, K, H]."""
+        """The specs of a cache [L, C, S, K, H] and of rows [B, T, K, H]."""
         rows = P(self.data_axis, None, self.model_axis, None)
         return P(None, *rows), rows
 
@@ -241,7 +241,7 @@ class Execution:
 
         params: of all experts, as in grok1/ops/mixture.py; x [B, T, D] in the activation dtype;
         gates, index [B, T, A], index being E for a masked token. Each part of the data axis sorts
-        its own tokens; one sum goes over the model axis.
+        its own tokens; the result is summed once over the model axis.
         """
         forms: dict[str, Callable[..., jax.Array]] = {
             "dynamic": self.operations.mixture,
@@ -288,9 +288,9 @@ class Execution:
         return h, None if memory is None else _recast(memory, stored)
 
     def _keeps_stacked(self, module: str, weight: Any) -> bool:
-        """Whether a layer reads a weight where it is: slicing would copy eight experts to use two.
+        """Whether a layer reads a weight in its stack: slicing would copy eight experts to use two.
 
-        Training wants the slices: its gradients are theirs.
+        Training uses slices, since its gradients are taken with respect to them.
         """
         if "/moe/" in module:
             return self.expert_dispatch == "dynamic"
@@ -302,7 +302,7 @@ ONE_DEVICE = Execution()
 
 
 def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
-    """Return the memory with caches of another dtype of the same size: the same bits."""
+    """Return the memory with its caches reinterpreted as another dtype of the same size."""
     if memory.k.dtype == dtype:
         return memory
     k, v = (lax.bitcast_convert_type(cache, dtype) for cache in (memory.k, memory.v))
@@ -313,17 +313,17 @@ def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
 
 
 class Executions(NamedTuple):
-    """How each kind of step is run."""
+    """How prefill and decode are run."""
 
     prefill: Execution
     decode: Execution
 
 
 def fastest(config: LanguageModelConfig, mesh: AnyMesh | None, *, compiled: bool) -> Executions:
-    """Return what is fastest for each kind of step on this platform.
+    """Return the fastest executions for prefill and decode on this platform.
 
-    compiled: with compiled kernels, which must have been loaded. Decoding exchanges so little that
-    the number of exchanges counts: with a split residual stream there are eight a layer in place of
+    compiled: use compiled kernels, which must have been loaded. Decoding exchanges so little data
+    that the number of exchanges matters: a split residual stream needs eight per layer instead of
     two.
     """
     kernels = dispatch.fastest(compiled=compiled)

@@ -1,7 +1,7 @@
-"""What a compiled step does: its operations, how often each runs, and what devices exchange.
+"""What a compiled program does: its operations, how often each runs, and what devices exchange.
 
 XLA prints a compiled program as text, `jax.stages.Compiled.as_text()`. It is a list of computations
-in braces, one operation a line; loops, conditionals and fusions name the computations that they
+in braces, one operation per line; loops, conditionals and fusions name the computations that they
 call. The compiler's own cost analysis counts the body of a loop once; here, a loop over 64 layers
 counts 64 times.
 """
@@ -35,7 +35,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _DTYPES = {"pred": "bool", "s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "complex"}
 
-# For a program that will not run: the code that a CPU gets may be poor, what XLA decided stays.
+# For a program that will not run: CPU code may be slow, but XLA's decisions are the same.
 _QUICK: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
@@ -43,10 +43,10 @@ _QUICK: dict[str, str | bool] = {
 
 
 def compile_to_look_at(lowered: jax.stages.Lowered) -> Any:
-    """Compile what will not run, in about half the time -> jax.stages.Compiled.
+    """Compile a program that will not run, in about half the time -> jax.stages.Compiled.
 
-    Temporaries (but for some hundred bytes) and exchanges are those of the program that would; its
-    code is slow.
+    Temporaries (except some hundred bytes) and exchanges are those of the usual program; the code
+    is slow.
     """
     try:
         return lowered.compile({**_QUICK, "xla_cpu_use_fusion_emitters": False})
@@ -60,13 +60,13 @@ class Operation:
 
     computation: the name of the list of operations that it is in.
     outputs: ((dtype, shape), ...) of what it returns, on one device; several if it is a tuple.
-    times: how often it runs each time the program does. A loop whose length is not known when it
-        is compiled counts once, and a branch as if it were taken.
+    times: how often it runs per run of the program. A loop whose length is unknown at compile time
+        counts once; every branch counts as taken.
     source: the name that jax gives it, "jit(f)/module/add"; "" if none.
-    devices: how many devices exchange data, 1 if it is no collective.
-    root: of a fusion, the opcode of the operation that makes its output; else its own. What ends
-        in a dynamic-update-slice writes in place.
-    fused: whether it is a part of a fusion, so that its output is never in memory as a whole.
+    devices: how many devices exchange data, 1 if it is not a collective.
+    root: for a fusion, the opcode of the operation that makes its output; else its own opcode. A
+        fusion that ends in a dynamic-update-slice writes in place.
+    fused: whether it is part of a fusion, so that its full output is never in memory.
     """
 
     name: str
@@ -108,14 +108,14 @@ def operations(text: str) -> list[Operation]:
 def collectives(text: str) -> list[Operation]:
     """Return the operations in which devices exchange data.
 
-    A collective in two halves (`all-reduce-start`, `-done`) is one, under its plain name.
+    A collective in two halves (`all-reduce-start`, `-done`) counts once, under its plain name.
     """
     found = []
     for operation in operations(text):
         opcode = operation.opcode.removesuffix("-start")
         outputs = operation.outputs
         if operation.opcode == "all-gather-start":
-            outputs = outputs[len(outputs) // 2 :]  # what goes in stands before what comes out
+            outputs = outputs[len(outputs) // 2 :]  # inputs come before outputs
         if opcode in COLLECTIVES:
             found.append(dataclasses.replace(operation, opcode=opcode, outputs=outputs))
     return found
@@ -126,7 +126,7 @@ def _split(text: str) -> tuple[dict[str, list[re.Match[str]]], str]:
     bodies: dict[str, list[re.Match[str]]] = {}
     current, entry = "", ""
     for line in text.splitlines():
-        # Comments, like /*index=5*/, stand inside of types.
+        # Types may contain comments, like /*index=5*/.
         line = re.sub(r"/\*.*?\*/", "", line)
         if match := _COMPUTATION.match(line):
             current = match["name"]

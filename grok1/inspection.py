@@ -1,9 +1,9 @@
-"""Looking inside the model: which arrays can be captured or changed, by name.
+"""Capture or change arrays inside the model, by name.
 
-A site is a place in the model where an array passes `tap`. `capture=` of a LanguageModel's call
-names those whose arrays it returns; `hooks={site: function}` changes them as they are made, and
-`hooks={(site, layer): function}` those of one layer. What a call does not name is not in the
-compiled program.
+A site is a point in the model where an array passes through `tap`. In a LanguageModel's call,
+`capture=` names the sites whose arrays are returned; `hooks={site: function}` changes arrays as
+they are computed, and `hooks={(site, layer): function}` those of one layer. Sites that a call does
+not name add nothing to the compiled program.
 """
 
 import contextlib
@@ -30,25 +30,25 @@ Site = str | tuple[str, int]  # in all layers, or in one of them
 
 
 class Captured(NamedTuple):
-    """Arrays from inside the model, in the order in which a layer makes them; None: not captured.
+    """Arrays from inside the model, in the order in which they are computed; None: not captured.
 
-    Float32 but for `expert_index`. `L` is the layers, or those of `capture_layers` in their order;
-    `S` is `T` without a memory, else the memory's length; the others as in model.py. What a hook
-    returns is what is captured.
+    Float32 except `expert_index`. `L` is all layers, or those of `capture_layers` in that order;
+    `S` is `T` without a memory, else the memory's length; other letters as in model.py. If a hook
+    changes an array, the changed one is captured.
 
     embeddings: [B, T, D], the residual stream before the first layer.
     queries: [L, B, T, N, H], keys, values: [L, B, T, K, H], of this call's tokens, as attention
-        takes them: queries and keys after their rotary positions.
-    attention_weights: [L, B, N, T, S], how much each query takes of each key: they sum to one over
+        uses them: queries and keys after the rotary embedding.
+    attention_weights: [L, B, N, T, S], the weight of each key for each query: they sum to one over
         S, or are zero for a query that sees no key.
-    head_outputs: [L, B, T, N, H], the values weighed by them, of each head, before the output
+    head_outputs: [L, B, T, N, H], each head's sum of values by these weights, before the output
         projection.
     attention_output: [L, B, T, D], what attention adds to the residual stream.
     router_logits: [L, B, T, E], the router's scores.
     router_probs: [L, B, T, E], the softmax over all experts.
     expert_index: int32 [L, B, T, A], the chosen experts, best first; E for a masked token. A hook
-        may put others in their place: the gates stay as they are, and one outside [0, E) is none.
-    expert_gates: [L, B, T, A], what each of them is multiplied by; zero for a masked token.
+        may replace them: the gates are unchanged, and an index outside [0, E) means no expert.
+    expert_gates: [L, B, T, A], the factor of each chosen expert's output; zero for a masked token.
     feed_forward_output: [L, B, T, D], what the experts add to the residual stream.
     hidden_states: [L, B, T, D], the residual stream after the layer.
     """
@@ -75,13 +75,13 @@ OUTSIDE_LAYERS = ("embeddings",)
 
 
 class Probe:
-    """What a call of the model asks for: hooks change arrays, `found` holds those captured.
+    """What a call of the model captures and changes; `found` holds the captured arrays.
 
-    capture: the sites to capture. layers: of which layers, as indices from 0; None: all.
+    capture: the sites to capture. layers: the layers to capture, as indices from 0; None: all.
     hooks: functions (layer, array) -> array by site, or by site and layer from 0. layer: int32 [],
-    handed to hooks; -1 outside the layers. place: of the call's tokens, the positions int32 [B, T],
-    and which are no pads bool [B, T]. changing: site and number of axes of the array that a hook
-    has at this moment. Both are for `positions`.
+    passed to hooks; -1 outside the layers. place: the positions of the call's tokens, int32 [B, T],
+    and which are not pads, bool [B, T]. changing: site and number of axes of the array that a hook
+    is processing. `positions` reads both.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Probe:
         self.found: dict[str, jax.Array] = {}
 
     def within(self, layer: jax.Array) -> "Probe":
-        """Return a probe that asks for the same in one layer, and has found nothing."""
+        """Return a probe for the same sites and hooks in one layer, with nothing found yet."""
         probe = Probe(self.capture, self.layers, self.hooks, layer)
         probe.place = self.place
         return probe
@@ -124,7 +124,7 @@ class Probe:
         self.changing = site, array.ndim
         try:
             new = hook(jnp.asarray(self.layer, jnp.int32), array)
-        except Exception as error:  # such as jax raises for `if layer == 3`, too
+        except Exception as error:  # including jax's, such as for `if layer == 3`
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(
                 f"hooks: the function of {site!r} failed ({what}); it must be a pure function "
@@ -146,15 +146,15 @@ def _parts(key: Site) -> tuple[str, int | None]:
     return key if isinstance(key, tuple) else (key, None)
 
 
-# What the call that is being traced asks for: a context, so that each thread has its own.
+# The probe of the call being traced; a ContextVar, so that each thread has its own.
 _asked: ContextVar[Probe | None] = ContextVar("asked", default=None)
 
 
 def tap(site: str, array: jax.Array) -> jax.Array:
-    """Return the array of a site, as the model goes on with it.
+    """Return the array of a site, with which the model continues.
 
-    It is captured, or changed by a hook, if the call that is being traced asks for that. Else this
-    is the identity, and nothing of it is in the compiled program.
+    The array is captured, or changed by a hook, if the call being traced asks for that. Otherwise
+    this is the identity, and adds nothing to the compiled program.
 
     Raises ValueError if a hook fails on traced arrays, or returns another shape or dtype.
     """
@@ -163,7 +163,7 @@ def tap(site: str, array: jax.Array) -> jax.Array:
 
 
 def tapped(site: str) -> bool:
-    """Return whether the call that is being traced asks for a site."""
+    """Return whether the call being traced asks for a site."""
     probe = _asked.get()
     return probe is not None and probe.asks_for(site)
 
@@ -171,13 +171,14 @@ def tapped(site: str) -> bool:
 def positions() -> jax.Array:
     """Return the positions of the tokens that a hook's array belongs to, int32; -1: a pad.
 
-    To be called by a hook: `jnp.where(positions() == 3, 0, array)` changes one token of each
-    sequence, whatever chunks it is read in. Of as many axes as the array, B and T where that has
-    them (queries, of attention_weights), and else 1. Raises RuntimeError anywhere else.
+    Call this in a hook: `jnp.where(positions() == 3, 0, array)` changes one token of each sequence,
+    however that is split into chunks. The result has as many axes as the array: B and T where the
+    array has them (T of the queries, for attention_weights), and 1 elsewhere. Raises RuntimeError
+    outside a hook.
     """
     probe = _asked.get()
     if probe is None or probe.place is None or probe.changing is None:
-        raise RuntimeError("positions: expected to be called by a hook, got a call outside of one")
+        raise RuntimeError("positions: expected to be called by a hook, got a call outside one")
     position, valid = probe.place
     found, (site, axes) = jnp.where(valid, position, -1), probe.changing
     if site == "attention_weights":
@@ -201,9 +202,9 @@ def asking(probe: Probe | None) -> Iterator[None]:
 
 
 def check_capture(capture: Collection[str], config: Any) -> tuple[str, ...]:
-    """Return the sites to capture, of a model of a TransformerConfig.
+    """Return the sites to capture; config is a TransformerConfig.
 
-    Raises ValueError for a site that is not there, or what is no collection.
+    Raises ValueError for an unknown site, or if `capture` is not a collection.
     """
     if isinstance(capture, str) or not isinstance(capture, Iterable):
         raise ValueError(
@@ -216,9 +217,9 @@ def check_capture(capture: Collection[str], config: Any) -> tuple[str, ...]:
 
 
 def check_hooks(hooks: Mapping[Site, Hook] | None, config: Any) -> dict[Site, Hook]:
-    """Return hooks, their layers counted from 0, of a model of a TransformerConfig.
+    """Return hooks, with layers counted from 0; config is a TransformerConfig.
 
-    Raises ValueError for a site or layer that is not there, or what is no dict or function.
+    Raises ValueError for an unknown site or layer, or if `hooks` is not a dict of functions.
     """
     if hooks is None:
         return {}
@@ -238,7 +239,7 @@ def check_hooks(hooks: Mapping[Site, Hook] | None, config: Any) -> dict[Site, Ho
         else:
             _check_site("hooks", key, config)
             found[key] = hook
-        # Hashable: a runner finds what it has compiled by its hooks.
+        # Hashable: a runner looks up compiled programs by their hooks.
         if not callable(hook) or not isinstance(hook, Hashable):
             wanted = "a hashable function (layer, array)"
             raise ValueError(f"hooks: {key!r} must be {wanted}, got {hook!r}")
@@ -254,9 +255,9 @@ def _check_site(field: str, name: Any, config: Any) -> None:
 def check_layers(
     layers: Sequence[int], num_layers: int, field: str = "capture_layers"
 ) -> tuple[int, ...]:
-    """Return layers as indices from 0; -1 is the last one. field: what messages call them.
+    """Return layers as indices from 0; -1 is the last one. field: their name in messages.
 
-    Raises ValueError for a layer that is not there, or twice there, or no layer.
+    Raises ValueError for an unknown or repeated layer, or if there are none.
     """
     wanted = f"one or more integers from {-num_layers} to {num_layers - 1}, each layer once"
     wrong = ValueError(f"{field}: expected {wanted}, got {layers!r}")
@@ -278,7 +279,7 @@ def make_probe(
     layers: Sequence[int] | None,
     hooks: Mapping[Site, Hook] | None,
 ) -> Probe:
-    """Return the probe that asks for this, of a model of a TransformerConfig. Raises ValueError."""
+    """Return the probe for these arguments; config is a TransformerConfig. Raises ValueError."""
     capture = check_capture(capture, config)
     if layers is not None:
         layers = check_layers(layers, config.num_layers)
@@ -294,7 +295,7 @@ def captured_shapes(
     positions: int,
     layers: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of captured arrays, of four bytes an element, by site.
+    """Return the shapes of captured arrays, with four bytes per element, by site.
 
     config: a TransformerConfig. steps: T. positions: S. layers: how many; None: all.
     """
@@ -319,5 +320,5 @@ def captured_shapes(
 
 
 def nbytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the bytes that arrays of these `captured_shapes` take together."""
+    """Return the total bytes of arrays of these `captured_shapes`."""
     return sum(4 * math.prod(shape) for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""Ctrl-C, where it must not strike."""
+"""Delay Ctrl-C in critical sections."""
 
 import contextlib
 import signal
@@ -9,12 +9,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def uninterrupted(*signals: int) -> Iterator[None]:
-    """Put off a KeyboardInterrupt until the block is done, for `with`.
+    """Delay KeyboardInterrupt until the end of the `with` block.
 
-    What is in the midst of being done is then neither lost nor cut. The same signal once more comes
-    at once. KeyboardInterrupt comes in place of an exception of the block. Only in the main thread,
-    where Python raises it, and for those of the signals (Ctrl-C's if none is given) for which
-    Python's own handler of Ctrl-C is set.
+    The block is not interrupted halfway, unless the same signal comes a second time. A delayed
+    KeyboardInterrupt replaces an exception of the block. This works only in the main thread, where
+    Python raises KeyboardInterrupt, and for those of the signals (by default SIGINT) whose handler
+    is Python's own for SIGINT.
     """
     handler = signal.default_int_handler
     in_main = threading.current_thread() is threading.main_thread()

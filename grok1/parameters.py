@@ -32,9 +32,9 @@ def random_params(key: jax.Array, *, config: LanguageModelConfig, quantized: boo
 def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
     """Round the weight matrices of a float parameter tree to int8.
 
-    The embedding, norms and router stay float32, as released; matrices that are split along
-    their contracted axis get `RELEASED_SCALE_GROUPS` groups, the others one. Raises ValueError if
-    the attention's output has rows that the groups do not divide.
+    The embedding, norms and router stay float32, as released; matrices that are split along their
+    contracted axis get `RELEASED_SCALE_GROUPS` groups, other matrices one. Raises ValueError if the
+    groups do not divide the rows of the attention's output projection.
     """
     rules, model = config.partition_rules(), config.model.model_axis
 

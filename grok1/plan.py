@@ -1,11 +1,11 @@
-"""Whether a model fits a mesh, and what a token costs there: no weights, no accelerator.
+"""Plan whether a model fits a mesh, and what a token costs there, without weights or accelerators.
 
-Sizes follow from the shapes of the parameters and their places on the mesh. Prefill and decode are
-compiled ahead of time for as many virtual CPU devices: what the compiler adds (temporaries) and
-what devices exchange are read from the compiled programs. A GPU's compiler takes other temporaries,
-mostly fewer, since a CPU's converts some arrays for its products; the rest is the same there.
+Sizes follow from the shapes of the parameters and their shardings. Prefill and decode are compiled
+ahead of time for as many virtual CPU devices as the mesh has: temporaries and exchanges between
+devices are read from the compiled programs. On a GPU temporaries differ and are mostly smaller,
+since XLA for CPUs converts some arrays for its products; the rest is the same.
 
-Sizes are in bytes, and per device unless they say otherwise.
+Sizes are in bytes, and per device unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
 MOST_ROWS = 4096  # sequences on each part of the data axis
 MANY = 16
-# What jax takes of a GPU's memory when it starts, unless it is told otherwise.
+# The fraction of a GPU's memory that jax preallocates by default.
 PREALLOCATED = 0.75
 KINDS = ("attention", "experts", "embedding", "norms and router", "scales")
 
@@ -63,10 +63,10 @@ Sizes = tuple[int, int]  # of the mesh: (data, model)
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a compiled step takes beside the weights and the cache, and what devices exchange.
+    """What a compiled program takes in addition to weights and cache, and what devices exchange.
 
-    temporaries: bytes that it needs while it runs. exchanged: for each kind of collective, its
-    device-to-device exchanges and the bytes that come out of them on each device, in one step.
+    temporaries: bytes that it needs while it runs. exchanged: for each kind of collective, the
+    number of exchanges and the bytes that they return on each device, per run.
     """
 
     temporaries: int
@@ -75,15 +75,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `make_plan` finds.
+    """The result of `make_plan`.
 
-    mesh: (data, model). weights: by kind. cache: keys, values and their marks. steps: "prefill" and
-    "decode". peak: the most that is held at once. token: what one decode step costs at the end of
-    the context, in floating-point operations and bytes read on a device, and the least seconds it
-    takes at the given bandwidth. largest: the batch that still fits, for this context; for shorter
-    ones one that does, and perhaps a larger one. files: what the checkpoint directory holds, None
-    if none was named. host: free disk and memory of this machine, and the most of it that loading
-    takes beside the parameters. verdict: one sentence.
+    mesh: (data, model). weights: by kind. cache: keys, values and their masks. steps: "prefill" and
+    "decode". peak: the most that is held at once. token: the cost of one decode step at the end of
+    the context: floating-point operations, bytes read on a device, and the minimum seconds at the
+    given bandwidth. largest: the largest batch that fits this context; for shorter contexts, a
+    batch that fits but may not be the largest. files: what the checkpoint directory holds, None if
+    none was given. host: free disk and memory of this machine, and the most memory that loading
+    takes in addition to the parameters. verdict: one sentence.
     """
 
     parameters: int
@@ -117,12 +117,12 @@ def make_plan(
 ) -> Plan:
     """Plan for a mesh of (data, model) `sizes`; None: the smallest that fits.
 
-    config: its sequence_len is the context. batch: sequences at once, over the whole mesh; by
+    config: its sequence_len is the context. batch: sequences at once, over the entire mesh; by
     default one for each part of the data axis. device_memory: bytes. bandwidth: of a device's
-    memory, in bytes a second. directory: a checkpoint to look for; its weights are counted in the
-    types that they are stored in, as far as it is there, and else as int8 with scales.
+    memory, in bytes a second. directory: a checkpoint to look for; weights found there are counted
+    in their stored dtypes, others as int8 with scales.
 
-    Needs as many jax devices as the mesh has. Raises ValueError if the mesh or the batch cannot be.
+    Needs as many jax devices as the mesh has. Raises ValueError for an invalid mesh or batch.
     """
     stored = None if directory is None else layout.shapes_in(directory, config.param_shapes())
     if sizes is None:
@@ -134,7 +134,7 @@ def make_plan(
             f"batch: expected a multiple of the mesh's data axis {sizes[0]}, of at most "
             f"{MOST_ROWS * sizes[0]}, got {batch}"
         )
-    # XLA ends the process if the size of an array does not fit 64 bits.
+    # XLA aborts the process if the size of an array does not fit 64 bits.
     if cache_bytes(config, (1, 1), MANY * batch) >= 1 << 62:
         raise ValueError(
             f"batch: expected one whose cache can be counted in bytes, got {batch} sequences of "
@@ -181,7 +181,7 @@ def mesh_of(config: LanguageModelConfig, sizes: Sizes) -> AnyMesh:
 
 
 def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
-    """Raise ValueError, saying which would do, if the model cannot lie on such a mesh."""
+    """Raise ValueError that names valid sizes if the model cannot be split over such a mesh."""
     config.check_mesh(mesh_of(config, sizes))
     if math.prod(sizes) > MOST_DEVICES:
         raise ValueError(
@@ -207,10 +207,10 @@ def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
 def smallest_mesh(
     config: LanguageModelConfig, batch: int, device_memory: int, stored: Any = None
 ) -> Sizes:
-    """Return the mesh of fewest devices whose weights and cache fit, or else the largest."""
+    """Return the smallest mesh on which weights and cache fit, or else the largest mesh."""
     options = _options(config)
     for sizes in options:
-        # Temporaries, drivers and the buffers of collectives need some, too.
+        # Temporaries, drivers and the buffers of collectives need memory, too.
         if fixed_bytes(config, sizes, batch, stored) <= 0.9 * device_memory:
             return sizes
     return options[-1]
@@ -220,7 +220,7 @@ def smallest_mesh(
 
 
 def kind_of(module: str) -> str:
-    """Return which of KINDS the parameters of a module are, but for their scales."""
+    """Return the kind of a module's parameters, one of KINDS, except for their scales."""
     if "multi_head_attention" in module:
         return "attention"
     if "norm" in module or "router" in module:
@@ -241,13 +241,13 @@ def by_kind(tree: Any, size: Any) -> dict[str, Any]:
 
 
 def parameter_count(config: LanguageModelConfig) -> int:
-    """Return how many parameters there are; scales are none."""
+    """Return the number of parameters, without scales."""
     count = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
     return sum(count.values()) - count["scales"]
 
 
 def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
-    """Return the shapes of what one device holds of each array."""
+    """Return the shape of each array's shard on one device."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype),
         tree,
@@ -273,14 +273,14 @@ def cache_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
 
 
 def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Any = None) -> int:
-    """Return what one device holds between steps."""
+    """Return the bytes of parameters and cache on one device."""
     return device_bytes(config, mesh_of(config, sizes), batch, stored)
 
 
 def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None) -> int:
-    """Return the host memory that loading stays below, beside the parameters on the devices.
+    """Return a bound on the host memory of loading, in addition to the parameters on devices.
 
-    Four times what a device holds of a file at most, and 256 MiB; see loading.py.
+    Four times the largest part of a file that a device holds, plus 256 MiB; see loading.py.
     """
     mesh, shapes = mesh_of(config, sizes), stored or config.param_shapes()
     own = on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
@@ -295,13 +295,13 @@ def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None)
 def token_cost(
     config: LanguageModelConfig, sizes: Sizes, batch: int, bandwidth: float, stored: Any = None
 ) -> dict[str, float]:
-    """Return what a decode step costs when the context is full.
+    """Return the cost of a decode step when the context is full.
 
     flops: floating-point operations per token, on all devices together: two for each weight that
-    the token meets, and for each of its scores and weighted values in attention.
-    bytes: what one device must read in a step: its part of all weights but the experts', of those
-    as many as `batch` tokens meet if all are as likely, and its cache.
-    seconds: the least that reading them takes.
+    the token uses, and for each product in its attention.
+    bytes: what one device must read in a decode step: its part of the cache and of all weights, of
+    experts only those that `batch` tokens are expected to use if all are equally likely. seconds:
+    the minimum time to read them.
     """
     model = config.model
     used = model.num_selected_experts / max(1, model.num_experts)
@@ -325,20 +325,20 @@ def token_cost(
 def largest_batches(
     config: LanguageModelConfig, sizes: Sizes, room: int, prompt: int, known: dict[int, int]
 ) -> list[dict[str, int]]:
-    """Return a batch that fits for the context asked for, and for shorter ones, as large as known.
+    """Return the largest batch known to fit, for the given context and for shorter ones.
 
-    room: bytes beside the weights. prompt: the temporaries of prefill, for any batch. known: those
-    of decode for some batches of the whole context.
+    room: bytes left by the weights. prompt: the temporaries of prefill, for any batch. known: those
+    of decode for some batches with the full context.
     """
     data = sizes[0]
     batches = sorted(known)
     last = batches[-1]
 
     def taken(each: float, rows: int) -> float:
-        """Return the bytes that so many sequences take, with a cache of `each`."""
-        # Temporaries: the most of several phases, each a constant and so much a sequence: convex.
-        # So chords lie above, and so does, beyond, the ray from the origin. Shorter contexts take
-        # less: how much is not known without compiling them, too.
+        """Return the bytes that `rows` sequences take, each with a cache of `each` bytes."""
+        # Temporaries are the maximum of several phases, each linear in the sequences, and so
+        # convex. Chords are upper bounds; beyond the last point, so is the ray from the origin.
+        # Shorter contexts take less; how much is unknown without compiling them.
         between = float(np.interp(rows, batches, [known[batch] for batch in batches]))
         beyond = known[last] * rows / last if rows > last else 0.0
         return rows * each + max(prompt, between, beyond) if rows else 0.0
@@ -348,7 +348,7 @@ def largest_batches(
     while context >= min(PREFILL_CHUNK, config.sequence_len):
         shorter = dataclasses.replace(config, sequence_len=context)
         each = cache_bytes(shorter, sizes, data) / data
-        # More sequences take more: the first that do not fit come after all that do.
+        # More sequences take more memory, so that bisection finds the most that fit.
         multiples = range(0, max(0, int(room / each)) + data, data)
         fitting = (
             bisect.bisect_right(multiples, float(room), key=functools.partial(taken, each)) - 1
@@ -364,7 +364,7 @@ def largest_batches(
 def compile_steps(
     config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Any = None
 ) -> tuple[dict[str, Step], dict[int, int]]:
-    """Compile both steps -> what they take, and the temporaries of decode by batch."""
+    """Compile prefill and decode -> their Steps, and the temporaries of decode by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
     executions = fastest(config, mesh, compiled=False)
     chunk = min(PREFILL_CHUNK, config.sequence_len)
@@ -377,9 +377,9 @@ def compile_steps(
         return _read_step(program, fixed_bytes(config, sizes, rows, stored))
 
     batches = sorted({sizes[0], batch, MANY * batch})
-    # XLA compiles without Python's lock.
+    # XLA releases the GIL while it compiles.
     with ThreadPoolExecutor() as pool:
-        # A chunk is of one prompt, however many sequences there are.
+        # A chunk belongs to one prompt, however many sequences there are.
         prompts = pool.submit(compile_step, batch, chunk)
         found = dict(zip(batches, pool.map(lambda n: compile_step(n, None), batches), strict=True))
     steps = {"prefill": prompts.result(), "decode": found[batch]}
@@ -389,7 +389,7 @@ def compile_steps(
 def _read_step(program: Any, held: int) -> Step:
     memory = program.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    # Settings and results are small change: they count as temporaries.
+    # Settings and results are small, and are counted as temporaries.
     peak = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     count: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -408,10 +408,10 @@ def _read_step(program: Any, held: int) -> Step:
 def look_for_files(
     config: LanguageModelConfig, directory: Path, stored: Any = None
 ) -> dict[str, Any]:
-    """Return which files of a checkpoint are in DIR, and which are not as they should be.
+    """Return which files of a checkpoint are in DIR, and which are missing or invalid.
 
-    form: "released" or "safetensors"; of the first, without a checkpoint, all files are missing.
-    problem: what is wrong with files that are all there, else None.
+    form: "released" or "safetensors"; without a checkpoint, "released" with all files missing.
+    problem: the error in files that are all present, else None.
     """
     records = layout.files(stored or config.param_shapes())
     form = forms.form(directory) or forms.RELEASED
@@ -457,7 +457,7 @@ def host_resources(directory: Path | None) -> dict[str, int | None]:
 
 
 def verdict(config: LanguageModelConfig, plan: Plan, stored: Any = None) -> str:
-    """Return in one sentence whether the plan works, and else what would."""
+    """Return one sentence: whether the plan fits, and if not, what would."""
     where = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
     load = f"{plan.batch} x {plan.context} tokens"
     if plan.fits:
@@ -480,7 +480,7 @@ def verdict(config: LanguageModelConfig, plan: Plan, stored: Any = None) -> str:
 
 
 def _larger_meshes(config: LanguageModelConfig, plan: Plan, stored: Any) -> list[str]:
-    """Return advice to take the next larger model axis on which it fits by about as much."""
+    """Return advice to use the next larger model axis on which the plan should fit."""
     temporaries = plan.peak - plan.cache - sum(plan.weights.values())
     data, model = plan.mesh
     for size in config.model_axis_sizes():
@@ -491,7 +491,7 @@ def _larger_meshes(config: LanguageModelConfig, plan: Plan, stored: Any) -> list
 
 
 def _smaller_loads(plan: Plan) -> list[str]:
-    """Return advice to take less at once on this mesh."""
+    """Return advice to use a smaller batch or context on this mesh."""
     for found in plan.largest:
         batch, context = found["batch"], found["context"]
         if batch and (batch < plan.batch or context < plan.context):
@@ -520,14 +520,14 @@ def _files_problem(plan: Plan) -> str:
 
 
 def gib(size: float) -> str:
-    """Return a size of memory in words."""
+    """Return a size of memory as text."""
     if size < 0.1 * 2**30:
         return f"{size / 2**20:.2f} MiB"
     return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def gigabytes(size: float) -> str:
-    """Return a size of files or traffic in words."""
+    """Return a size of files or traffic as text."""
     units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next(((u, n) for u, n in units if size >= u), (1, "bytes"))
     return f"{size / unit:.3g} {name}"

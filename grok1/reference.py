@@ -1,7 +1,7 @@
-"""Grok-1 in plain JAX: the forward pass as its equations stand, with nothing done to make it fast.
+"""Grok-1 in plain JAX: the forward pass as written in its equations, without optimizations.
 
-What the model is tested against, in float64, and what benchmarks/ measures it against. All experts
-are computed for every token, and attention looks at the whole cache.
+The model is tested against it in float64, and benchmarks/ compares the model's speed with it. All
+experts are computed for every token, and attention reads the entire cache.
 
 Dimension letters as in model.py. Weights are
 
@@ -11,8 +11,8 @@ where `name` is that of the parameter within a decoder layer: `multi_head_attent
 `/key`, `/value` and `/linear`; `rms_norm`, `rms_norm_1`, `rms_norm_2`, `rms_norm_3`; `router`;
 `moe/linear`, `moe/linear_v` and `moe/linear_1`, or, without a mixture, `linear` and so on.
 
-The cache's type is that of the inputs of matrix products: float64 (with `jax.enable_x64`), float32
-or bfloat16; all else is float64 or float32.
+The inputs of matrix products have the dtype of the cache: float64 (with `jax.enable_x64`), float32
+or bfloat16; everything else is float64 or float32.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ LAYER = "transformer/decoder_layer/"
 
 
 class Cache(NamedTuple):
-    """What past positions leave: keys, values [L, B, S, K, H]; valid bool [B, S], no pad is there.
+    """Past positions: keys, values [L, B, S, K, H]; valid bool [B, S], True at tokens but not pads.
 
-    filled: int32 [B], how many positions of each sequence there are.
+    filled: int32 [B], how many positions each sequence has filled.
     """
 
     keys: jax.Array
@@ -71,7 +71,7 @@ def empty_cache(
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`einsum`, accumulated in float32 or, of float64, in float64."""
+    """`einsum`, accumulated in float32 or, for float64 inputs, in float64."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum(
         subscripts, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=wide
@@ -83,7 +83,7 @@ def dense(x: jax.Array, weight: Any, dtype: Any) -> jax.Array:
     x = x.astype(dtype)
     if not isinstance(weight, QuantizedWeight8bit):
         return product("...i,io->...o", x, weight.astype(dtype))
-    # An int8 is exact in any dtype. The scales multiply the sums, of each group of rows its own.
+    # An int8 is exact in any dtype. The sums of each group of rows are multiplied by its scales.
     groups = len(weight.scales)
     parts = zip(jnp.split(x, groups, -1), jnp.split(weight.weight, groups), strict=True)
     sums = [product("...i,io->...o", part, rows.astype(dtype)) for part, rows in parts]
@@ -113,7 +113,7 @@ def expert(x: jax.Array, matrices: tuple[Any, Any, Any], dtype: Any) -> jax.Arra
 
 
 def unchanged(_site: str, array: jax.Array) -> jax.Array:
-    """Look at nothing, and change nothing."""
+    """Return the array unchanged."""
     return array
 
 
@@ -121,8 +121,8 @@ class Call(NamedTuple):
     """What the layers of one forward pass share.
 
     position: int [B, T] of each token. mask: bool [B, T, S], True where it may see a key. real:
-    bool [B, T], False for a pad. at: is called with the name of a site and its array, and returns
-    the array to go on with.
+    bool [B, T], False for a pad. at: called with the name of a site and its array; returns the
+    array to continue with.
     """
 
     config: TransformerConfig
@@ -136,7 +136,7 @@ class Call(NamedTuple):
 def attention(
     x: jax.Array, layer: Weights, cache: tuple[jax.Array, jax.Array], call: Call
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attend from x [B, T, D] to a layer's keys and values [B, S, K, H], those of x put in."""
+    """Attend from x [B, T, D] to a layer's keys and values [B, S, K, H], including those of x."""
     config, position, dtype = call.config, call.position, call.dtype
     rows = jnp.arange(x.shape[0])[:, None]
 
@@ -167,7 +167,7 @@ def mixture(x: jax.Array, layer: Weights, call: Call) -> jax.Array:
     experts, real = call.config.num_experts, call.real[..., None]
     scores = call.at("router_logits", product("btd,de->bte", x, layer["router"]))
     probs = call.at("router_probs", jax.nn.softmax(scores, axis=-1))
-    # Largest first; ties go to the lower index. As they are, not renormalized.
+    # Largest first; ties go to the lower index. Not renormalized.
     gates, index = lax.top_k(probs, call.config.num_selected_experts)  # [B, T, A]
     gates = call.at("expert_gates", jnp.where(real, gates, 0))
     index = call.at("expert_index", jnp.where(real, index, experts))
@@ -200,7 +200,7 @@ def forward(
     cache: Cache,
     at: Callable[[str, jax.Array], jax.Array] = unchanged,
 ) -> tuple[jax.Array, Cache]:
-    """Tokens int32 [B, T] after those in the cache -> logits [B, T, V], and the cache with them."""
+    """Tokens int32 [B, T] after those in the cache -> logits [B, T, V], and the updated cache."""
     h, cache = hidden_states(weights, config, tokens, cache, at)
     return logits(weights, config, h, cache.keys.dtype), cache
 
@@ -212,7 +212,7 @@ def hidden_states(
     cache: Cache,
     at: Callable[[str, jax.Array], jax.Array] = unchanged,
 ) -> tuple[jax.Array, Cache]:
-    """Tokens int32 [B, T] after those in the cache -> h [B, T, D], and the cache with them."""
+    """Tokens int32 [B, T] after those in the cache -> h [B, T, D], and the updated cache."""
     rows, length = jnp.arange(tokens.shape[0])[:, None], tokens.shape[1]
     position = cache.filled[:, None] + jnp.arange(length)  # [B, T]
     real = tokens > config.pad_token
@@ -233,7 +233,7 @@ def hidden_states(
 
 
 def logits(weights: Weights, config: LanguageModelConfig, h: jax.Array, dtype: Any) -> jax.Array:
-    """h [B, T, D] behind the last layer -> logits [B, T, V], by the embedding table again."""
+    """h [B, T, D] after the last layer -> logits [B, T, V], with the same embedding table."""
     h = rms_norm(h, weights["rms_norm"]).astype(dtype)
     table = weights["embeddings"].astype(dtype)
     return product("btd,vd->btv", h, table) * config.output_multiplier_scale

@@ -1,4 +1,4 @@
-"""JSON without what programs read differently: repeated keys, NaN, and numbers beyond a float."""
+"""Strict JSON, without repeated keys, NaN, and numbers too large for a float."""
 
 import json
 import math
@@ -13,8 +13,8 @@ _TOO_DEEP = f"it is nested more than {_MOST_NESTED} levels deep"
 def read_json(text: str | bytes) -> Any:
     """Return the value of a JSON text; bytes are UTF-8, perhaps with a byte order mark.
 
-    Raises ValueError, also for a key that comes twice in an object, for NaN and Infinity, for a
-    number too large for a float, and for a text nested too deeply. It says what, in a few words.
+    Raises ValueError with a short reason, also for a repeated key in an object, for NaN and
+    Infinity, for a number too large for a float, and for a text nested too deeply.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
@@ -35,7 +35,7 @@ def read_json(text: str | bytes) -> Any:
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         )
-    if level:  # what would overflow the stack where it is printed or compared
+    if level:  # it would overflow the stack when printed or compared
         raise ValueError(_TOO_DEEP)
     return value
 
@@ -48,7 +48,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:
-            raise ValueError(f"the key {_short(ascii(key))} comes twice in an object")
+            raise ValueError(f"the key {_short(ascii(key))} is repeated in an object")
         fields[key] = value
     return fields
 

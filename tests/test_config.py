@@ -130,7 +130,7 @@ REFUSED = [
     ("data_axis", "", "the name of a mesh axis, not 'replica'"),
     ("model_axis", "", "the name of a mesh axis, not 'replica'"),
     ("data_axis", "replica", "the name of a mesh axis, not 'replica'"),
-    ("model_axis", "data", "another name than data_axis"),
+    ("model_axis", "data", "a name other than data_axis"),
     ("fprop_dtype", jnp.float16, "bfloat16 or float32"),
     ("fprop_dtype", jnp.int8, "bfloat16 or float32"),
     ("fprop_dtype", "nonsense", "bfloat16 or float32"),

@@ -534,5 +534,5 @@ def test_a_runner_refuses_what_it_cannot_inspect(monkeypatch):
         server.inspect([5], hooks={"embeddings": Unhashable()})
     monkeypatch.setattr(memory_budget, "available_memory", lambda: 2**20)
     server.inspect([5] * 10, ("router_probs",))
-    with pytest.raises(ValueError, match=r"takes \d\.\d GiB, and 0\.0 GiB are free; name fewer"):
+    with pytest.raises(ValueError, match=r"takes \d\.\d GiB, and 0\.0 GiB are free; capture fewer"):
         server.inspect([5] * 48, CAPTURE_SITES)

@@ -39,7 +39,7 @@ def test_the_tokenizer_is_found_as_by_the_command(
     monkeypatch.setattr(default_files, "TOKENIZER", tmp_path / "missing")
     without = load_model(tiny, pad_sizes=(16,))
     assert without.tokenizer is None and without.generate([5], max_len=3).text is None
-    with pytest.raises(ValueError, match="a prompt in words needs a tokenizer"):
+    with pytest.raises(ValueError, match="a text prompt needs a tokenizer"):
         without.generate("Once upon")
 
 

@@ -17,7 +17,7 @@ from model import Router
 from runner import InferenceRunner, load_model
 
 PROMPT, OTHER = [5, 6, 7, 8, 9], [5, 60, 7, 80, 9]
-INSTEAD = r"take server.model\(differentiable=True\)"
+INSTEAD = r"use server.model\(differentiable=True\)"
 MESHES = [None, pytest.param((2, 4), marks=pytest.mark.slow)]
 
 
@@ -186,7 +186,7 @@ def test_hooks_are_named_where_logits_are_not_finite() -> None:
     server = golden.runner("three-layers")
     hooked: Any = {"hooks": {"embeddings": lambda _, x, by: x * by}, "hook_args": (np.nan,)}
     for use in (server.score, server.generate):
-        with pytest.raises(ValueError, match="NaN or infinity with hooks; look at what they"):
+        with pytest.raises(ValueError, match="NaN or infinity with hooks; check what they"):
             use(PROMPT, **hooked)
 
 

@@ -380,8 +380,8 @@ WRONG = {
     ),
     "a bias of no token": (Request([5], logit_bias={4096: 1.0}), "from 0 to 4095, got 4096"),
     "biases in a list": (Request([5], logit_bias=[1.0]), "logit_bias must map token ids"),
-    "an empty stop": (Request([5], stop=["a", ""]), "stop must hold strings .* not empty, got ''"),
-    "a stop in ids": (Request([5], stop=[7]), "stop must hold strings that are not empty, got 7"),
+    "an empty stop": (Request([5], stop=["a", ""]), "stop must contain non-empty strings, got ''"),
+    "a stop in ids": (Request([5], stop=[7]), "stop must contain non-empty strings, got 7"),
     "an array without axes": (Request([5], stop=np.array(7)), "stop must be a string or a list of"),
     "one stop": (Request([5], stop=7), "stop must be a string or a list of strings, got 7"),
     "one stop token": (Request([5], stop_tokens=7), "stop_tokens: expected .* ids, got 7"),
@@ -424,7 +424,7 @@ WRONG = {
     ),
     "a flag that is a number": (Request([5], ignore_eos=1), "ignore_eos must be True or False"),
     "a number beyond all": (Request([5], temperature=10**400), "temperature must be a finite"),
-    "no allowed token": (Request([5], allowed_tokens=[]), "allowed_tokens must hold"),
+    "no allowed token": (Request([5], allowed_tokens=[]), "allowed_tokens must contain"),
 }
 
 
@@ -518,7 +518,7 @@ def test_a_number_is_no_prompt(method, prompt, tiny):
 
 
 def test_settings_beside_a_request_are_refused(tiny):
-    with pytest.raises(ValueError, match="max_len is given beside a Request, which has its own"):
+    with pytest.raises(ValueError, match="max_len is given with a Request, which has its own"):
         tiny.generate(["The cat", Request("The cat")], max_len=3)
     with pytest.raises(
         TypeError, match="Request has no field 'max_length'; the nearest is max_len"
@@ -592,7 +592,7 @@ def test_logits_refuse_more_than_the_context(tiny):
 
 
 def test_logits_and_score_refuse_what_are_no_tokens(tiny):
-    with pytest.raises(ValueError, match="rows of unlike lengths"):
+    with pytest.raises(ValueError, match="rows of different lengths"):
         tiny.logits([[5, 6], [7]])
     with pytest.raises(ValueError, match="expected integer token ids"):
         tiny.logits([[5.5, 6]])

@@ -9,7 +9,7 @@ from grok1.strict_json import read_json
 from paths import DATA
 
 REFUSED = {
-    "repeated": ('{"a": 1, "a": 1}', "the key 'a' comes twice in an object"),
+    "repeated": ('{"a": 1, "a": 1}', "the key 'a' is repeated in an object"),
     "repeated-inside": ('[{"b": {"é": 1, "\\u00e9": 2}}]', r"the key '\xe9' comes twice"),
     "repeated-long": (f'{{"{"k" * 10**5}": 1, "{"k" * 10**5}": 1}}', "kkk... comes twice"),
     "nan": ('{"a": NaN}', "NaN is no JSON number"),

@@ -1,4 +1,4 @@
-"""The data of the demo model: documents, the tokenizer trained on them, and token arrays.
+"""Data of the demo model: documents, the tokenizer trained on them, and token arrays.
 
     python tools/demo_corpus.py stories.txt.gz tokenizer.model --vocab-size 4096
 
@@ -20,12 +20,12 @@ import sentencepiece
 
 SEPARATOR = "<|doc|>"  # alone on the line after each document
 
-# The trainer hands out ids in this order, starting after [PAD], [BOS], [EOS] and [UNK].
+# The trainer assigns ids in this order, after [PAD], [BOS], [EOS] and [UNK].
 USER_DEFINED = (
     *("\n" * n for n in range(1, 11)),  # ids 4-13
     *"0123456789",  # 14-23
     *("\t" * n for n in range(1, 9)),  # 24-31
-    # A piece is matched after normalisation, which has turned each space into U+2581.
+    # Pieces are matched after normalization, which replaces each space by U+2581.
     *("\u2581" * n for n in range(2, 17)),  # 32-46
     "<|separator|>",  # 47
     "<|mask|>",  # 48
@@ -34,7 +34,7 @@ USER_DEFINED = (
 
 
 def read_documents(path_gz: str | os.PathLike) -> list[str]:
-    """Reads a gzipped UTF-8 file in which a line `<|doc|>` ends each document.
+    """Read a gzipped UTF-8 file in which a line `<|doc|>` ends each document.
 
     Returns:
       The documents in file order, without leading and trailing newlines; empty ones are dropped.
@@ -54,10 +54,9 @@ def read_documents(path_gz: str | os.PathLike) -> list[str]:
 def train_tokenizer(
     documents: Sequence[str], path: str | os.PathLike, vocab_size: int = 4096
 ) -> sentencepiece.SentencePieceProcessor:
-    """Trains a SentencePiece BPE tokenizer laid out like Grok-1's and writes it to `path`.
+    """Train a SentencePiece BPE tokenizer with the layout of Grok-1's and write it to `path`.
 
-    The same documents and size give the same bytes. The file appears under its name only once it
-    is complete.
+    The same documents and size give the same bytes. The file is written atomically.
 
     Raises:
       ValueError: `vocab_size` is too small for the special pieces and the characters, or larger
@@ -79,8 +78,8 @@ def train_tokenizer(
 
 def _train(documents: Sequence[str], vocab_size: int, model: io.BytesIO) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        # Whole documents, because their inner newlines must reach the trainer as pieces. It skips
-        # longer "sentences" without an error, hence the limit.
+        # Complete documents, because the trainer must see their inner newlines. It silently skips
+        # "sentences" above the limit.
         sentence_iterator=iter(documents),
         max_sentence_length=max(10, *(len(document.encode()) + 1 for document in documents)),
         model_writer=model,
@@ -109,10 +108,10 @@ def _train(documents: Sequence[str], vocab_size: int, model: io.BytesIO) -> None
 def encode_documents(
     tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[str]
 ) -> np.ndarray:
-    """Encodes each document as [BOS] text [EOS] and joins them.
+    """Encode each document as [BOS] text [EOS] and join them.
 
     Returns:
-      [total tokens], uint16 where every id fits, else int32.
+      [total tokens], uint16 if every id fits, otherwise int32.
     """
     dtype = np.uint16 if tokenizer.vocab_size() <= 2**16 else np.int32
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
@@ -122,12 +121,12 @@ def encode_documents(
 
 
 def main() -> None:
-    """Trains the tokenizer named on the command line."""
+    """Train the tokenizer named on the command line."""
     parser = argparse.ArgumentParser(description="Train the demo's tokenizer.")
     parser.add_argument("corpus", help="gzipped training documents")
     parser.add_argument("output", help="where to write the tokenizer")
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args()
     if os.path.lexists(arguments.output) and not arguments.overwrite:
         parser.error(f"{arguments.output} exists; name another file, or give --overwrite")

@@ -26,13 +26,13 @@ CHUNK = 512
 
 
 def nats_per_byte(server: InferenceRunner, documents: list[str]) -> float:
-    """Return the negative log-likelihood of all documents over their bytes in UTF-8."""
+    """Return the negative log-likelihood of all documents, divided by their UTF-8 bytes."""
     nats = -sum(float(np.sum(scores, dtype=np.float64)) for scores in server.score(documents))
     return nats / sum(len(document.encode()) for document in documents)
 
 
 def expert_load(server: InferenceRunner, documents: list[str]) -> np.ndarray:
-    """Return the share of the token copies that goes to each expert, [L, E]; rows sum to 1."""
+    """Return the share of token copies routed to each expert, [L, E]; rows sum to 1."""
     config = server.config
     assert server.tokenizer is not None
     tokens = encode_documents(server.tokenizer, documents)

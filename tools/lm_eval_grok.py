@@ -1,10 +1,10 @@
-r"""Evaluate by EleutherAI's harness: this model as `grok-1`, all else as the harness has it.
+r"""Evaluate this model with EleutherAI's harness, as the model `grok-1`.
 
     python tools/lm_eval_grok.py run --model grok-1 --tasks gsm8k,mmlu --batch_size 8 \
         --model_args checkpoint=checkpoints,mesh=1x8
 
-model_args: checkpoint, a directory (checkpoints/); tokenizer, a SentencePiece model (the one beside
-the checkpoint, else the repository's); mesh, DATAxMODEL (1x1); dtype, float32 or bfloat16; context,
+model_args: checkpoint, a directory (checkpoints/); tokenizer, a SentencePiece model (by default the
+checkpoint's, or the repository's); mesh, DATAxMODEL (1x1); dtype, float32 or bfloat16; context, in
 tokens; kernels, true or false. Needs `pip install -r requirements-eval.txt`.
 """
 
@@ -27,19 +27,19 @@ import numpy as np  # noqa: E402  (after the path)
 
 from grok1.serving.request import Request  # noqa: E402
 
-# What the harness may ask of generation, and which field of a Request that is.
+# The harness's generation settings, and the corresponding fields of a Request.
 SAMPLING = {"temperature": "temperature", "top_p": "nucleus_p", "top_k": "top_k", "min_p": "min_p"}
 LENGTHS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
-MOST_GENERATED = 256  # tokens, as in the harness, where a task does not say
+MOST_GENERATED = 256  # tokens, as in the harness, if a task does not specify it
 
 
 @register_model("grok-1")
 class GrokLM(LM):
-    """Grok-1, loaded by runner.py, as the harness asks models.
+    """Grok-1, loaded by runner.py, with the harness's model interface.
 
-    server: an initialised InferenceRunner with a tokenizer; None: load one as the others say.
+    server: an initialized InferenceRunner with a tokenizer; None: load one.
     batch_size: sequences served at once. device, max_batch_size: given by the harness, not used.
-    Raises ValueError, in one sentence, if something is missing or does not fit.
+    Raises ValueError, with a one-sentence message, if something is missing or does not fit.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class GrokLM(LM):
             kernels=kernels,
         )  # fmt: skip
         if self.server.tokenizer is None:
-            raise ValueError("tokenizer: the harness asks in words; name a SentencePiece model")
+            raise ValueError("tokenizer: the harness uses text; give a SentencePiece model")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return, for each (context, continuation), the continuation's log-probability.
+        """Return each continuation's log-probability, and whether greedy decoding gives it.
 
-        And whether each of its tokens is the likeliest. Of a pair that is longer than the model's
-        context the newest tokens are read.
+        If a (context, continuation) pair is longer than the model's context, its last tokens are
+        read.
         """
         pairs = [self._split(*request.args) for request in requests]
         most = self.server.config.sequence_len
-        # What does not fit even by itself is read in windows, as `score` does.
+        # A continuation that does not fit by itself is read in windows, as in `score`.
         texts = [
             (context + own)[-most:] if len(own) <= most else context + own for context, own in pairs
         ]
@@ -90,7 +90,7 @@ class GrokLM(LM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Return the log-probability of each whole text, as `InferenceRunner.score` has it."""
+        """Return the log-probability of each complete text, from `InferenceRunner.score`."""
         texts = [self.server.encode(request.args[0]) for request in requests]
         found = [_total(scores) for scores in self.server.score(texts)]
         for request, result in zip(requests, found, strict=True):
@@ -98,9 +98,9 @@ class GrokLM(LM):
         return found
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return the continuation of each (context, settings), without what ended it.
+        """Return the continuation of each (context, settings), without its stop string.
 
-        A context that is too long loses its oldest tokens.
+        A context that is too long loses its first tokens.
         """
         asked = [self._request(*request.args) for request in requests]
         found = [completion.text for completion in self.server.generate(asked)]
@@ -110,11 +110,11 @@ class GrokLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this vocabulary from others."""
+        """A name that identifies the vocabulary."""
         return f"grok-1-{self.server.config.vocab_size}"
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of both, cut where the text is: spaces go to the continuation."""
+        """Return the tokens of both; trailing spaces of the context go to the continuation."""
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -123,7 +123,7 @@ class GrokLM(LM):
         return whole[: len(before)], whole[len(before) :]
 
     def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
-        """Return what the harness's settings ask for. Raises ValueError for one unknown."""
+        """Return the Request for the harness's settings. Raises ValueError for an unknown one."""
         settings = dict(settings)
         until = settings.pop("until", None) or []
         stops = [until] if isinstance(until, str) else list(until)
@@ -153,7 +153,7 @@ def _load(
 ) -> Any:
     """Load a runner. Raises ValueError."""
     try:
-        data, model = map(int, str(mesh).split("x"))  # the harness has made a number of "1"
+        data, model = map(int, str(mesh).split("x"))  # the harness converts "1" to an int
         slots = int(batch_size)
     except ValueError:
         raise ValueError(
@@ -166,7 +166,7 @@ def _load(
 
 
 def main() -> None:
-    """Run the harness's own command, which now knows this model."""
+    """Run the harness's command, with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

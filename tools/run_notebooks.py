@@ -1,9 +1,9 @@
-"""Run the notebooks from top to bottom and keep what they show in them.
+"""Run notebooks from top to bottom and save their outputs in them.
 
     python tools/run_notebooks.py notebooks/inside_grok.ipynb notebooks/tiny_from_scratch.ipynb
 
-It needs requirements-notebooks.txt. Times and versions are left out, so that only what a notebook
-shows makes a difference.
+Needs requirements-notebooks.txt. Times and versions are omitted, so that a file changes only if its
+outputs do.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 
 def run(path: Path) -> nbformat.NotebookNode:
-    """Return a notebook with the outputs of its cells, run where it lies."""
+    """Run a notebook in its directory, and return it with the outputs of its cells."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, record_timing=False, resources=where).execute()
@@ -26,7 +26,7 @@ def run(path: Path) -> nbformat.NotebookNode:
 
 
 def _plain(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-    """Return an output without what is written in two ways; None for what is no result."""
+    """Return an output without the text form of an image; None for stderr."""
     if output.output_type == "stream" and output.name == "stderr":
         return None
     if "image/png" in output.get("data", {}):

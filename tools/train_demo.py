@@ -3,8 +3,8 @@
     python tools/train_demo.py --corpus stories.txt.gz --validation stories_valid.txt.gz
 
 trains a tokenizer and a float32 model, rounds it to int8 in the released group layout, and writes
-both to a new directory. It saves its state as it goes: the same command after an interruption
-continues where it stopped. Everything is seeded.
+both to a new directory. It saves its state regularly: after an interruption, the same command
+continues from there. Everything is seeded.
 """
 
 import argparse
@@ -59,14 +59,14 @@ CONFIG = LanguageModelConfig(
     ),
 )
 TOKENS_PER_STEP = 4096
-# Short rows train faster, and a last part of long ones suffices to learn the far positions:
-# (part of the steps, rows as a part of the context).
+# Short rows train faster, and long rows at the end suffice to learn distant positions:
+# (fraction of the training steps, row length as a fraction of the context).
 ROW_LENGTHS = ((0.60, 1 / 4), (0.25, 1 / 2), (0.15, 1))
 BALANCE_WEIGHT = 0.01
 
 
 class State(NamedTuple):
-    """What training carries from step to step, and saves."""
+    """The training state, which is carried from step to step and saved."""
 
     params: Any
     optimizer: Any
@@ -76,8 +76,8 @@ class State(NamedTuple):
 def batches(tokens: np.ndarray, seed: int, steps: int, context: int) -> Iterator[np.ndarray]:
     """Yield int32 [rows, T + 1] for each step, TOKENS_PER_STEP targets each.
 
-    T follows ROW_LENGTHS. Each pass over the corpus cuts it at other places and visits the rows in
-    another order.
+    T follows ROW_LENGTHS. Each pass over the corpus cuts it at different places and visits the rows
+    in a different order.
     """
     parts, fractions = zip(*ROW_LENGTHS, strict=True)
     lengths = np.repeat([int(context * f) for f in fractions], np.diff(_ends(parts, steps)))
@@ -101,7 +101,7 @@ def _ends(parts: Sequence[float], steps: int) -> np.ndarray:
 
 def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
-    execution = Execution(expert_dispatch="static")  # which has a gradient
+    execution = Execution(expert_dispatch="static")  # differentiable
     model: Any = hk.without_apply_rng(
         hk.transform(
             lambda tokens: CONFIG.make(execution=execution)(tokens, capture=("router_probs",))
@@ -113,13 +113,13 @@ def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, j
     experts, chosen = probs.shape[-1], CONFIG.model.num_selected_experts
     index = jax.lax.top_k(probs, chosen)[1]
     load = jax.nn.one_hot(index, experts).mean((1, 2, 3))  # [L, E], sums to 1 over E
-    # The auxiliary loss of Switch Transformers (Fedus et al. 2021, eq. 4): least, 1, if even.
+    # The auxiliary loss of Switch Transformers (Fedus et al. 2021, eq. 4): 1 if even, its minimum.
     balance = experts * jnp.sum(load * probs.mean((1, 2)), axis=-1)
     return nats + BALANCE_WEIGHT * balance.mean(), (nats, load)
 
 
 def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
-    """AdamW with a short warm-up and a linear decay to zero; no decay on vectors."""
+    """Return AdamW with a short warm-up and linear decay to 1 %; no weight decay on vectors."""
     rate = optax.join_schedules(
         [
             optax.linear_schedule(0, peak, 100),
@@ -140,7 +140,7 @@ def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
 
 
 def save_state(path: Path, state: State, recipe: str) -> None:
-    """Write the state atomically, with the recipe that it belongs to."""
+    """Write the state atomically, together with its recipe."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, *leaves, recipe=recipe)
@@ -150,17 +150,15 @@ def save_state(path: Path, state: State, recipe: str) -> None:
 def load_state(path: Path, like: State, recipe: str) -> State:
     """Read a state that has the structure of `like`.
 
-    Raises ValueError if it is damaged, or its recipe is another.
+    Raises ValueError if it is damaged or its recipe differs.
     """
     remedy = "name another file with --state, or remove this one"
     try:
         with path.open("rb") as file, np.load(file) as saved:
             found = str(saved["recipe"])
             leaves = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
-    except Exception as error:  # whatever a damaged archive leads to
-        raise ValueError(
-            f"{path}: expected a state of training, got {error!r}; {remedy}"
-        ) from error
+    except Exception as error:  # a damaged archive can raise anything
+        raise ValueError(f"{path}: expected a training state, got {error!r}; {remedy}") from error
     if found != recipe:
         raise ValueError(
             f"{path}: expected a state of the recipe {recipe}, got one of {found}; {remedy}"
@@ -169,7 +167,7 @@ def load_state(path: Path, like: State, recipe: str) -> State:
 
 
 def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
-    """Train, or go on training, and return the float32 parameters."""
+    """Train, or continue training, and return the float32 parameters."""
     optimizer = make_optimizer(options.steps, options.learning_rate)
 
     @jax.jit
@@ -214,9 +212,9 @@ def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
 def held_out(
     params: Any, tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[str]
 ) -> float:
-    """Return nats per byte over rows of the whole context: a quick check while training.
+    """Return nats per byte over rows of the full context length: a quick check after training.
 
-    `tools/evaluate_demo.py` measures it properly, document by document.
+    `tools/evaluate_demo.py` measures it exactly, document by document.
     """
     tokens = encode_documents(tokenizer, documents).astype(np.int32)
     length = CONFIG.sequence_len
@@ -237,12 +235,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", required=True, help="gzipped training documents, a line <|doc|> after each")
     add("--validation", required=True, help="gzipped held-out documents, in the same form")
-    add(
-        "--tokenizer", type=Path, help="one that exists; by default OUTPUT/tokenizer.model, trained"
-    )
+    add("--tokenizer", type=Path, help="an existing one; by default train OUTPUT/tokenizer.model")
     add("--output", type=Path, default=Path("trained-demo"), help="directory of the checkpoint")
-    add("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    add("--state", type=Path, default=Path("train_demo.npz"), help="where training is saved")
+    add("--overwrite", action="store_true", help="replace an existing checkpoint")
+    add("--state", type=Path, default=Path("train_demo.npz"), help="file of the training state")
     add("--steps", type=int, default=1700, help=f"of {TOKENS_PER_STEP} tokens")
     add("--learning-rate", type=float, default=3e-3, help="at its peak")
     add("--save-every", type=int, default=100, help="steps between saves")
@@ -262,7 +258,7 @@ def check_output(options: argparse.Namespace) -> None:
 def get_tokenizer(
     options: argparse.Namespace, documents: Sequence[str]
 ) -> sentencepiece.SentencePieceProcessor:
-    """Return the tokenizer that was named, or that of the output, trained if it is not there."""
+    """Return the given tokenizer, or that of the output directory, trained if it is missing."""
     own = options.output / "tokenizer.model"
     if options.tokenizer is None and not own.exists():
         options.output.mkdir(parents=True, exist_ok=True)
@@ -271,7 +267,7 @@ def get_tokenizer(
 
 
 def main() -> None:
-    """Run the whole recipe."""
+    """Run the full recipe."""
     options = parse()
     check_output(options)
     documents = read_documents(options.corpus)
@@ -288,8 +284,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # glibc gives large temporaries back after every step and faults them in again at the next:
-    # kept instead, in huge pages, a step takes about 3/4 of the time. Read at start only.
+    # glibc frees large temporaries after every step and faults them in again at the next. If they
+    # are kept, in huge pages, a step takes about 3/4 of the time. glibc reads this only at start.
     keep = {
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": "100000000000",

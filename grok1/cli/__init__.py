@@ -1,1 +1,1 @@
-"""The commands: their options, where prompts come from and where answers go."""
+"""The commands: options, input of prompts and output of answers."""

@@ -1,4 +1,4 @@
-"""What the commands share: standard streams, Ctrl-C, parsers of numbers and sizes, progress."""
+"""Code shared by the commands: standard streams, Ctrl-C, argument parsers, progress."""
 
 import argparse
 import array
@@ -22,17 +22,17 @@ from typing import Any, BinaryIO, NoReturn, Self, TextIO
 
 from grok1.serving.names import nearest_name
 
-MOST_BYTES = 1e18  # of a device, or a second
-PATIENCE = 1.0  # seconds for a message, in a pipe that does not block and is full
-READING = "reading the prompt; the first time the model is compiled"
-SILENCE = 0.7  # seconds after which a terminal is told what is being done
+MOST_BYTES = 1e18  # of a device, or per second
+PATIENCE = 1.0  # seconds to wait until a full non-blocking pipe takes a message
+READING = "reading the prompt; the first time, the model is compiled"
+SILENCE = 0.7  # seconds before `telling` prints to a terminal
 
 
 def open_standard_streams() -> None:
-    """Open those of the descriptors 0, 1 and 2 that are closed, before a file gets their numbers.
+    """Open closed descriptors 0, 1 and 2, so that no other file gets their numbers.
 
-    Then there is nothing to read from standard input, what goes to standard error is lost, and
-    writing to standard output is an error.
+    Standard input is then empty, standard error is discarded, and writing to standard output is an
+    error.
     """
     for descriptor, name, flags in (
         (0, "stdin", os.O_RDONLY),
@@ -42,14 +42,14 @@ def open_standard_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, flags)  # gets the lowest number that is free
+            os.open(os.devnull, flags)  # gets the lowest free number
             os.set_inheritable(descriptor, True)
             mode = "w" if descriptor else "r"
             setattr(sys, name, open(descriptor, mode, buffering=1, closefd=False))  # noqa: SIM115
 
 
 class _Waiting(io.RawIOBase):
-    """Reads from a file, and waits where it would not: "nothing now" is not taken for the end."""
+    """A reader of a non-blocking file that waits for data, instead of reporting end of file."""
 
     def __init__(self, raw: Any):
         self._raw = raw
@@ -64,16 +64,16 @@ class _Waiting(io.RawIOBase):
 
 
 def standard_input() -> BinaryIO:
-    """Return standard input as bytes, which may be one that another program set not to block."""
+    """Return standard input as bytes; it may have been set to non-blocking."""
     buffer: Any = sys.stdin.buffer
     raw = getattr(buffer, "raw", None)
     return buffer if raw is None else io.BufferedReader(_Waiting(raw))
 
 
 def say(message: str, file: TextIO | None = None) -> None:
-    """Print a message for the person, apart from the output; where it cannot be, it is lost.
+    """Print a message for the user to standard error, ignoring errors.
 
-    What it quotes of a file may hold characters that control a terminal: they are escaped.
+    Terminal control characters, which it may quote from a file, are escaped.
     """
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ def say(message: str, file: TextIO | None = None) -> None:
 
 
 def input_waits() -> bool:
-    """Whether standard input is a file or a pipe that has something to read already."""
+    """Whether standard input is a file or a pipe with data to read."""
     waiting = array.array("i", [0])
     with contextlib.suppress(OSError, ImportError):  # not on every platform
         import fcntl
@@ -95,7 +95,7 @@ def input_waits() -> bool:
 
 @contextlib.contextmanager
 def telling(what: str) -> Iterator[None]:
-    """Say what is being done, on a terminal, if the block takes long."""
+    """Print `what` to a terminal if the block takes long."""
     timer = threading.Timer(SILENCE, say, [what])
     timer.daemon = True
     if sys.stderr.isatty():
@@ -107,9 +107,9 @@ def telling(what: str) -> Iterator[None]:
 
 
 def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print what the command was asked for. Raises OSError, with a sentence, if it would be lost.
+    """Print to standard output. Raises OSError, with an error message, if it cannot be written.
 
-    BrokenPipeError is left as it is: whoever read the output wants no more of it.
+    BrokenPipeError is raised unchanged: the reader of the output has closed it.
     """
     try:
         _write(f"{text}{end}", file or sys.stdout)
@@ -120,19 +120,19 @@ def write_out(text: str, end: str = "\n", file: TextIO | None = None) -> None:
 
 
 def _write(text: str, stream: TextIO, patience: float | None = None) -> None:
-    """Write all of a text at once, so that no other thread's comes between.
+    """Write a text at once, so that the output of other threads does not interleave with it.
 
-    patience: how many seconds to wait for each part where writing itself does not; None: for ever.
+    patience: seconds to wait for each part if the stream is non-blocking; None: forever.
 
-    Past the stream's buffer: what it cannot write it would keep, and fail again when Python ends.
+    Bypasses the stream's buffer, which would keep unwritten data and fail again at exit.
     """
     if not hasattr(stream, "buffer"):
         stream.write(text)
         return
     stream.flush()
-    data = text.encode(stream.encoding, "backslashreplace")  # what a terminal cannot show
+    data = text.encode(stream.encoding, "backslashreplace")  # escape unencodable characters
     raw = getattr(stream.buffer, "raw", stream.buffer)
-    while data:  # a disk that is almost full takes a part
+    while data:  # an almost full disk takes only a part
         taken = raw.write(data)
         if taken is None and not select.select([], [raw], [], patience)[1]:  # it does not block
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -140,7 +140,7 @@ def _write(text: str, stream: TextIO, patience: float | None = None) -> None:
 
 
 def check_output() -> None:
-    """Raise OSError, with a sentence, if standard output is closed."""
+    """Raise OSError, with an error message, if standard output is closed."""
     try:
         os.write(1, b"")
     except OSError as error:
@@ -154,7 +154,7 @@ def _unwritable(error: OSError) -> OSError:
 
 
 def limit_reached(error: BaseException) -> str | None:
-    """Return a sentence if an error means that a process got no more memory or threads."""
+    """Return an error message if the process ran out of memory or threads, otherwise None."""
     if isinstance(error, MemoryError):
         what, limit = "memory", "ulimit -v"
     elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
@@ -165,22 +165,22 @@ def limit_reached(error: BaseException) -> str | None:
 
 
 class Worker:
-    """A thread that makes calls, one after the other; the main thread only waits for them.
+    """A thread that runs calls one after the other while the main thread waits for them.
 
-    So Ctrl-C is felt at once, and never strikes halfway through an import, a trace or a
-    compilation. After it the process must end by os._exit: sys.exit would wait for the call.
+    Ctrl-C is thus handled at once, and never interrupts an import, a trace or a compilation. After
+    it the process must end by os._exit, as sys.exit would wait for the call.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what the function returns, or raise what it raises, or KeyboardInterrupt."""
+        """Call a function in the thread and return its result; may raise KeyboardInterrupt."""
         future = self._thread.submit(function, *arguments)
         over: SimpleQueue[Future[Any]] = SimpleQueue()
         future.add_done_callback(over.put)
-        # Not future.result(): a signal that comes just before Python begins to wait wakes nobody,
-        # and one within the locks of threading.py becomes a RuntimeError.
+        # Not future.result(): a signal that arrives just before it waits would be handled too late,
+        # and one inside the locks of threading.py becomes a RuntimeError.
         while not future.done():
             with contextlib.suppress(Empty):
                 over.get(timeout=0.5)
@@ -188,22 +188,22 @@ class Worker:
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Run a command as this process, which ends with its status; no Ctrl-C shows a traceback."""
+    """Run a command and exit with its status; Ctrl-C never shows a traceback."""
     try:
-        # In the background of a shell script Ctrl-C is ignored, and stays so.
+        # In the background of a shell script, Ctrl-C is ignored, and stays ignored.
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             status = main()
         finally:
-            end_at_next_interrupt()  # all is done but for the end of Python itself
-    except KeyboardInterrupt:  # before or after main could take it
+            end_at_next_interrupt()  # only the shutdown of Python is left
+    except KeyboardInterrupt:  # before or after main handles it
         os._exit(130)
     sys.exit(status)
 
 
 def end_at_next_interrupt() -> None:
-    """Have Ctrl-C end the process at once from now on, whatever it is doing to end itself."""
+    """From now on, end the process immediately on Ctrl-C, even during shutdown."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -216,7 +216,7 @@ def mesh_sizes(text: str) -> tuple[int, int]:
         data = model = 0
     if not 0 < min(data, model) <= max(data, model) < 2**31:
         raise argparse.ArgumentTypeError(
-            f"expected two numbers from 1 to {2**31 - 1}, DATA,MODEL such as 1,8, got {text!r}"
+            f"expected two integers from 1 to {2**31 - 1}, DATA,MODEL such as 1,8, got {text!r}"
         )
     return data, model
 
@@ -232,14 +232,14 @@ def token_ids(text: str) -> list[int]:
 
 
 def given_path(text: str) -> Path:
-    """Return a path; of an empty one, which is that of the working directory, nobody thought."""
+    """Return a path; reject the empty one, which would mean the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got an empty string")
     return Path(text)
 
 
 def number(kind: type, low: float, high: float, note: str = "") -> Any:
-    """Return a parser for an int or float in [low, high]; `note` ends what it says is expected."""
+    """Return a parser of an int or float in [low, high]; `note` is appended to the message."""
     name = "an integer" if kind is int else "a number"
     least = "above 0, up to" if low == sys.float_info.min else f"from {low:.10g} to"
     wanted = f"{name} {least} {high:.10g}{note}"
@@ -257,7 +257,7 @@ def number(kind: type, low: float, high: float, note: str = "") -> Any:
 
 
 def quantity(units: dict[str, float], example: str) -> Any:
-    """Return a parser for a positive number with one of these units, such as 80GiB."""
+    """Return a parser of a positive number with one of these units, such as 80GiB."""
 
     def parse(text: str) -> float:
         match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z/]*)\s*", text)
@@ -283,34 +283,34 @@ byte_rate = quantity({f"{unit}/s": size for unit, size in SIZES.items()}, "3.35T
 
 
 def _with_hyphens(argument: str) -> str:
-    """Return --top-p for --top_p, and anything else as it is."""
+    """Return --top-p for --top_p, and anything else unchanged."""
     name, equals, value = argument.partition("=")
     known = re.fullmatch("--[a-z_-]+", name)
     return f"{name.replace('_', '-')}{equals}{value}" if known else argument
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with one sentence where argparse would print its whole usage.
+    """A parser that reports errors in one line, without the usage.
 
-    elsewhere: what other programs call an option -> its name here, for what is said. words: the
-    argument that takes what is no option, wherever it stands, and all after `--`; None: argparse
-    wants such arguments in one place.
+    elsewhere: names of options in other programs -> the name here, for error messages. words: the
+    argument that takes all positional arguments, wherever they are, and all after `--`; None:
+    positional arguments as in argparse.
     """
 
     elsewhere: Mapping[str, str] = {}
     words: str | None = None
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; an option that is not there gets the name of the most similar one."""
+        """Parse; the error for an unknown option suggests the most similar one."""
         given = list(sys.argv[1:] if args is None else args)
-        end = given.index("--") if "--" in given else len(given)  # texts, whatever they look like
+        end = given.index("--") if "--" in given else len(given)  # no options after it
         options = [_with_hyphens(argument) for argument in given[:end]]
         if self.words is None:
             found, unknown = self.parse_known_args([*options, *given[end:]], namespace)
-        else:  # `--` by hand: what argparse makes of it differs from one Python to the next
+        else:  # `--` is handled here: argparse treats it differently in each Python version
             found, unknown = self.parse_known_intermixed_args(options, namespace)
             setattr(found, self.words, [*getattr(found, self.words), *given[end + 1 :]])
-        # The value of an unknown option is not known to be one.
+        # Only name options: an unknown word may be the value of an unknown option.
         if unknown := [word for word in unknown if word.startswith("-")] or unknown:
             known, name = re.findall(r"--[a-z-]+", self.format_help()), unknown[0].partition("=")[0]
             there = self.elsewhere.get(name)
@@ -319,7 +319,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def print_help(self, file: Any = None) -> None:
-        """Print all options; OSError if they cannot be."""
+        """Print all options. Raises OSError."""
         if file is None:
             write_out(self.format_help(), end="")
         else:
@@ -332,13 +332,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class Progress:
-    """Shows how much is done: a bar on a terminal, else a line every few seconds.
+    """Shows progress: a bar on a terminal, otherwise a line every few seconds.
 
-    what: the work, in one word. already: how much was done before it began. Call it as
+    what: the work, in one word. already: how much was done before. Call it as
     progress(done, total), from any thread.
     """
 
-    unit, scaled = " answers", False  # as tqdm takes them
+    unit, scaled = " answers", False  # for tqdm
 
     def __init__(self, what: str, seconds: float = 5.0, already: int = 0):
         self.what = what
@@ -348,12 +348,12 @@ class Progress:
         self.start()
 
     def start(self) -> None:
-        """Count the time from now: only now does the work begin."""
+        """Restart the clock when the work begins."""
         self.began = time.perf_counter()
         self.next = self.began + self.seconds
 
     def __call__(self, done: int, total: int) -> None:
-        """Take how much is done, and all there is."""
+        """Update with the amount done and the total."""
         if sys.stderr.isatty():
             if self.bar is None:
                 from tqdm import tqdm
@@ -373,8 +373,8 @@ class Progress:
             self.next = time.perf_counter() + self.seconds
 
     def amounts(self, done: int, total: int, rate: float) -> str:
-        """Return what is done of all there is, and how much in a second, in words."""
-        return f"{done} of {total} answers, {rate:.2f} a second"
+        """Return the amount done, the total and the rate as text."""
+        return f"{done} of {total} answers, {rate:.2f} per second"
 
     def __enter__(self) -> Self:
         return self
@@ -389,10 +389,10 @@ class Progress:
 
 
 class ByteProgress(Progress):
-    """Shows how many bytes are done."""
+    """Shows progress in bytes."""
 
     unit, scaled = "B", True
 
     def amounts(self, done: int, total: int, rate: float) -> str:
-        """Return the same, in GB."""
+        """Return the amounts and the rate in GB."""
         return f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s"

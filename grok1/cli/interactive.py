@@ -1,4 +1,4 @@
-"""A prompt line: each prompt is answered by itself, as it is typed."""
+"""Interactive sessions: each prompt is answered independently, as it is typed."""
 
 import contextlib
 import io
@@ -17,30 +17,30 @@ from grok1.strict_json import read_json
 
 SIGN = "> "
 HELP = """\
-/set             what was set
-/set NAME VALUE  for the answers from now on, such as /set temperature 0.9, or
-                 /set logit_bias {"300": 5}; the VALUE none: as it was at the start
-/seed N          one seed for all answers; /seed new: another one for each; /seed: the last one
-/help            these lines
-/exit            or exit, or Ctrl-D: end
-Each prompt is answered by itself. One that begins with a slash is typed with two."""
-# Fields of a Request that no line sets: a session shows one answer, and no numbers beside it.
+/set             show the changed settings
+/set NAME VALUE  change a setting for later answers, such as /set temperature 0.9, or
+                 /set logit_bias {"300": 5}; the VALUE none restores the initial one
+/seed N          one seed for all answers; /seed new: a new one for each; /seed: show the last
+/help            show these lines
+/exit            or exit, or Ctrl-D: end the session
+Each prompt is answered independently. Type two slashes for a prompt that begins with one."""
+# Fields of a Request that cannot be set: a session shows one answer, without log-probabilities.
 NOT_HERE = {"prompt", "num_samples", "top_logprobs", "prompt_logprobs"}
-# Why an answer breaks off, which does not show.
+# Messages for ends of an answer that are not visible in its text.
 ENDS = {
     "length": "ended by max_tokens; /set max_tokens N changes it",
-    "context": "ended as the context is full",
+    "context": "ended because the context is full",
 }
-WORDS = {"true": True, "false": False, "none": None}  # in any case, as JSON and Python have them
+WORDS = {"true": True, "false": False, "none": None}  # in any case, as in JSON and Python
 MOST_CHARACTERS = 2**26  # in a line: /dev/zero has no end
 
 
 class Keyboard:
-    """Reads lines, and knows whether Ctrl-C was pressed since.
+    """Reads lines, and records whether Ctrl-C was pressed since the last one.
 
-    While a line is read Ctrl-C clears it. At any other time it only sets `pressed`: an exception
-    between two arbitrary instructions could leave a request behind. Pressed again before the next
-    line is read it ends the command: an answer may not stop, with nobody who reads the output.
+    While a line is read, Ctrl-C clears it. At any other time it only sets `pressed`: an exception
+    between two arbitrary instructions could leave a request behind. A second Ctrl-C before the next
+    line ends the command, as an answer may block if its output is not read.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class Keyboard:
         if self._sign:
             with contextlib.suppress(ImportError):  # not on every platform
                 import readline  # noqa: F401  # gives `input` its history
-        # What is not UTF-8 reaches the tokenizer, which refuses it.
+        # Invalid UTF-8 reaches the tokenizer, which rejects it.
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         self._lines = io.TextIOWrapper(standard_input(), sys.stdin.encoding, "surrogateescape")
         self._before = signal.signal(signal.SIGINT, self._interrupt)
 
     def close(self) -> None:
-        """Give Ctrl-C back its meaning."""
+        """Restore the previous handler of Ctrl-C."""
         signal.signal(signal.SIGINT, self._before)
 
     def read(self) -> str | None:
@@ -83,8 +83,8 @@ class Keyboard:
             line = self._lines.readline(MOST_CHARACTERS + 1)
         except OSError as error:
             raise OSError(
-                f"standard input: expected prompts, got an error ({error.strerror}); start it from "
-                "a terminal or with prompts that can be read"
+                f"standard input: expected prompts, got an error ({error.strerror}); run it in "
+                "a terminal or with readable prompts"
             ) from error
         if not line:
             raise EOFError
@@ -102,10 +102,10 @@ class Keyboard:
 
 
 class Settings:
-    """The settings of the answers from now on, which lines such as /set change.
+    """The settings of later answers, changed by lines such as /set.
 
-    make: makes a Request of a prompt and fields that differ from the command line's. check: raises
-    ValueError if one cannot be answered. seed: that of all answers; None: a new one for each.
+    make: makes a Request from a prompt and the fields that differ from the command line. check:
+    raises ValueError if a Request is invalid. seed: for all answers; None: a new one for each.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class Settings:
         self._first = self._seed = self._last = seed
 
     def request(self, prompt: str) -> Any:
-        """Return the Request of a prompt."""
+        """Return the Request for a prompt."""
         self._last = secrets.randbelow(2**32) if self._seed is None else self._seed
         return self._make(prompt, self._changes | {"rng_seed": self._last})
 
     def obey(self, line: str) -> None:
-        """Carry out a line that begins with a slash. Raises ValueError."""
+        """Run a command line that begins with a slash. Raises ValueError."""
         match line.split():
             case ["/help"]:
                 say(HELP)
@@ -144,7 +144,7 @@ class Settings:
             case [word, *_]:
                 known = "/help", "/set", "/seed", "/exit"
                 if word in known:
-                    raise ValueError(f"{word}: expected as /help shows it, got {line!r}")
+                    raise ValueError(f"{word}: expected the form shown by /help, got {line!r}")
                 raise ValueError(
                     f"{word}: expected one of {', '.join(known)}{nearest_name(word, known)}"
                 )
@@ -156,9 +156,7 @@ class Settings:
             value = text  # a string needs no quotes
         field = published_names({name.removeprefix("--").replace("-", "_"): value})
         if field.keys() & NOT_HERE:
-            raise ValueError(
-                f"{name}: expected a setting that a session has, which prints one answer"
-            )
+            raise ValueError(f"{name}: expected a setting of a session, which prints one answer")
         (name,) = field
         try:
             request = self._make("a", self._changes | field)
@@ -178,10 +176,10 @@ class Settings:
 def converse(worker: Worker, server: Any, settings: Settings, stats: bool = False) -> None:
     """Answer each line of the input until it ends.
 
-    worker: the thread in which jax works. stats: say after each answer when its tokens came.
+    worker: the thread that runs jax. stats: print latencies after each answer.
     """
     if sys.stdin.isatty():
-        say("a prompt a line; Ctrl-C stops an answer, Ctrl-D ends, /help says more")
+        say("one prompt per line; Ctrl-C stops an answer, Ctrl-D exits, /help shows more")
     with contextlib.closing(Keyboard()) as keyboard:
         while (line := keyboard.read()) is not None and line.strip() not in ("exit", "/exit"):
             if not line.strip():
@@ -204,11 +202,11 @@ def converse(worker: Worker, server: Any, settings: Settings, stats: bool = Fals
 
 
 def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timing: Timing) -> None:
-    """Print an answer as it grows, to its end or to Ctrl-C. ValueError: what is wrong."""
+    """Stream an answer until it ends or Ctrl-C is pressed. Raises ValueError."""
     handle = worker.call(server.submit, request)
     events = server.stream(handle)
 
-    # Whether it was pressed is looked at between the steps: none is running when it is cancelled.
+    # Ctrl-C is checked between steps, so that no step is running when the request is cancelled.
     def ask() -> Any:
         return None if keyboard.pressed else worker.call(next, events, None)
 
@@ -216,7 +214,7 @@ def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timin
         if event.token_id is not None:
             timing.take(event.request, prompt=len(event.completion.prompt_ids), at=now)
         write_out(event.text, end="")
-    worker.call(server.cancel, handle)  # leaves one that has ended as it is
+    worker.call(server.cancel, handle)  # does nothing if it has ended
     write_out("")
     answer = handle.completion
     if answer.error is not None:

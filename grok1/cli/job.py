@@ -1,4 +1,4 @@
-"""What a run has to do: which prompts, with which files, where the answers go, what is left."""
+"""The job of a run: its prompts, files and output, and the prompts still to be answered."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from grok1.default_files import ROOT
 from grok1.formats import atomic, forms
 from grok1.parallel.multihost import Peers
 
-# What process 0 decides for all; the files may lie elsewhere on each host.
+# Options that process 0 sets for all; file paths may differ between hosts.
 SHARED = (
     "lines", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch",
@@ -27,10 +27,10 @@ SHARED = (
 
 
 class Job(NamedTuple):
-    """What a run has to do.
+    """The job of a run.
 
-    options: with the prompts of --prompts-file. directory: of the checkpoint. tokenizer: None where
-    nothing of the run is text. answers: the file of --output, if there is one. left: which prompts
+    options: including the prompts of --prompts-file. directory: of the checkpoint. tokenizer: None
+    if the run has no text. answers: the file of --output, if any. left: indices of the prompts that
     do not have all their answers yet.
     """
 
@@ -55,7 +55,7 @@ def prepare(options: Options) -> Job:
 
 
 def agree(peers: Peers, options: Options) -> Job:
-    """Return the job of process 0, with this process's own files, which must hold what its do."""
+    """Return the job of process 0 with this process's files, which must have equal contents."""
     from grok1 import backend  # Takes seconds.
 
     job = prepare(options) if peers.place.process == 0 else None
@@ -64,14 +64,14 @@ def agree(peers: Peers, options: Options) -> Job:
         return job
     if _program() != shared["program"]:
         raise ValueError(
-            f"{ROOT}: expected this program as on process 0, got another version of it; install "
+            f"{ROOT}: expected the same program as on process 0, got another version; install "
             "the same on all hosts"
         )
     backend.use_numerics(shared["numerics"])
     own = _with_files(_merged(options, shared["options"]), *shared["files"])
     directory, tokenizer = choose_files(own)
     for name, found in (_contents(directory, tokenizer) | _weights(directory)).items():
-        # Of weights what is not there, or in the other form, is not known.
+        # Weights that are missing, or in the other form, cannot be compared.
         if found != shared["contents"].get(name, found):
             raise ValueError(
                 f"{tokenizer if name == 'tokenizer' else directory}: expected the same {name} as "
@@ -81,7 +81,7 @@ def agree(peers: Peers, options: Options) -> Job:
 
 
 def _told(job: Job) -> dict[str, Any]:
-    """Return what process 0 tells the others, as JSON."""
+    """Return the data that process 0 sends to the others, as JSON."""
     from grok1 import backend
 
     files = job.directory, job.tokenizer
@@ -96,16 +96,16 @@ def _told(job: Job) -> dict[str, Any]:
 
 
 def _merged(options: Options, shared: dict[str, Any]) -> Options:
-    """Return a process's own options with those that process 0 decides."""
+    """Return a process's own options, updated with those set by process 0."""
     lines = tuple(Line(*line) for line in shared["lines"])
     mesh = shared["mesh"] and tuple(shared["mesh"])
     return dataclasses.replace(options, **(shared | {"lines": lines, "mesh": mesh}))
 
 
 def _with_files(options: Options, directory: str, tokenizer: str | None) -> Options:
-    """Return options whose files are those of process 0, where they name no others."""
+    """Return options with the files of process 0, unless they name other files."""
     if tokenizer is None:
-        options = dataclasses.replace(options, tokenizer=None)  # nothing of the run is text
+        options = dataclasses.replace(options, tokenizer=None)  # the run has no text
     if options.checkpoint is not None:
         return options
     options = dataclasses.replace(options, checkpoint=Path(directory))
@@ -118,7 +118,7 @@ def _with_files(options: Options, directory: str, tokenizer: str | None) -> Opti
 
 
 def choose_files(options: Options) -> tuple[Path, Path | None]:
-    """Return the checkpoint directory, and the tokenizer if something of the run needs one."""
+    """Return the checkpoint directory, and the tokenizer if the run needs one."""
     directory = options.checkpoint
     if directory is None:
         directory = default_files.default_checkpoint()
@@ -134,19 +134,19 @@ def choose_files(options: Options) -> tuple[Path, Path | None]:
 
 
 def _needs_words(options: Options) -> bool:
-    """Whether something of the run is text, which takes a tokenizer."""
+    """Whether the run has text, and so needs a tokenizer."""
     words = any(isinstance(line.prompt, str) for line in options.lines)
     stops = options.stop or any(line.settings.get("stop") for line in options.lines)
     return bool(options.interactive or words or stops)
 
 
 def open_answers(options: Options, directory: Path, tokenizer: Path | None) -> AnswerFile | None:
-    """Open the file for the answers, if there is to be one. Raises ValueError."""
+    """Open the file of --output, if given. Raises ValueError."""
     if options.output is None:
         return None
     how = {"dtype": options.dtype, "context": options.context, "kernels": options.kernels}
     how["chunk"] = options.chunk
-    # The one that makes text of the answers, where no prompt takes any.
+    # If no prompt needs a tokenizer, the default one still decodes the answers.
     model = _contents(directory, tokenizer or default_files.default_tokenizer(directory)) | how
     ids = [line.id for line in options.lines]
     fingerprints = [
@@ -158,23 +158,23 @@ def open_answers(options: Options, directory: Path, tokenizer: Path | None) -> A
 
 
 def _contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:
-    """Return fingerprints of the files on which all processes must agree to take the same steps.
+    """Return fingerprints of the files that must be the same in all processes.
 
-    One that cannot be read has an empty one: loading says what is wrong with it.
+    The fingerprint of an unreadable file is empty; loading it reports the error.
     """
     files = {"config.json": directory / "config.json", "tokenizer": tokenizer}
     found = dict.fromkeys(files, "")
     for name, file in files.items():
         with contextlib.suppress(OSError), atomic.open_regular(str(file or os.devnull)) as opened:
-            # Larger ones are refused, by loading as well.
+            # Loading rejects larger files.
             text = opened.read(forms.MAX_TOKENIZER_BYTES)
             found[name] = hashlib.sha256(text).hexdigest()
     return found
 
 
 def _weights(directory: Path) -> dict[str, str]:
-    """Return fingerprints of the files of the weights; none if they cannot be read."""
-    with contextlib.suppress(OSError):  # loading says what is wrong
+    """Return fingerprints of the weight files; none if they cannot be read."""
+    with contextlib.suppress(OSError):  # loading reports the error
         return forms.samples(directory)
     return {}
 

@@ -1,4 +1,4 @@
-"""What the command line asks for."""
+"""The options of the command line."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 
 class Line(NamedTuple):
-    """A prompt, as it stands in a line of a file or on the command line.
+    """A prompt from a line of a file or from the command line.
 
-    prompt: text or token ids. id: the person's own name for it, or None. settings: fields of a
-    Request that are its own. place: file and line, or which one of the command line's it is.
+    prompt: text or token ids. id: the user's name for it, or None. settings: fields of a Request
+    set for this prompt only. place: file and line, or its number on the command line.
     """
 
     prompt: Any
@@ -21,10 +21,10 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A field for each option, which --help describes; None where a default depends on others.
+    """The options as --help describes them; None if a default depends on other options.
 
-    lines: the prompts. logit_bias: by token id, a text as in JSON. streamed: the answers are
-    printed token by token.
+    lines: the prompts. logit_bias: by token id, a string as in JSON. streamed: print answers token
+    by token.
     """
 
     # The model.

@@ -1,4 +1,4 @@
-"""Where answers go: to standard output as text or JSON lines, or to a file that can be resumed."""
+"""Output of answers: to standard output as text or JSON lines, or to a resumable file."""
 
 import collections
 import contextlib
@@ -16,13 +16,13 @@ from grok1.checks import is_integer
 from grok1.cli.console import write_out
 from grok1.formats import atomic
 
-Place = tuple[int, int]  # of an answer: which prompt it is to, and which one of that prompt's
-BEGINNING = b'{"index": %d, "sample": %d, '  # of a line of an output file
-MOST_BYTES = 2**30  # in such a line: half a line may be the rest of a disk
+Place = tuple[int, int]  # of an answer: index of its prompt, and of the answer within it
+BEGINNING = b'{"index": %d, "sample": %d, '  # the beginning of a line of an output file
+MOST_BYTES = 2**30  # in such a line; an incomplete one may be as large as the disk
 
 
 def answer_fields(answer: Any) -> dict[str, Any]:
-    """Return what JSON says of an answer; what else was asked for, if it was."""
+    """Return the JSON fields of an answer; optional ones if they were requested."""
     fields = {
         "prompt": answer.prompt,
         "prompt_ids": answer.prompt_ids,
@@ -43,7 +43,7 @@ def answer_fields(answer: Any) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Return a value as JSON. Raises ValueError for NaN and Infinity, which JSON does not have."""
+    """Return a value as JSON. Raises ValueError for NaN and Infinity, which JSON lacks."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -54,7 +54,7 @@ def as_json(value: Any) -> str:
 
 
 class Lines:
-    """Prints lines; one that was cut, by an interruption or an error, once more before the next."""
+    """Prints lines; a line cut off by an interrupt or an error is printed again first."""
 
     def __init__(self) -> None:
         self._cut = ""
@@ -67,14 +67,14 @@ class Lines:
         self._cut = ""
 
     def print_again(self) -> None:
-        """Print the line that was cut, if one was, below its half. Raises OSError."""
+        """Print the line that was cut off, if any, on a new line. Raises OSError."""
         if self._cut:
             write_out(f"\n{self._cut}")
             self._cut = ""
 
 
 class TextPrinter:
-    """Streams a single answer as it grows; prints several, each with its prompt, as they end."""
+    """Streams a single answer; prints several with their prompts, each when it is finished."""
 
     def __init__(self, prompts: Sequence[Any], places: Sequence[Place]):
         self.alone = len(places) == 1
@@ -91,7 +91,7 @@ class TextPrinter:
             self.prompt, self.begun = "", True
 
     def show(self, event: Any) -> None:
-        """Print what is new."""
+        """Print the new text of an event, or the finished answer."""
         if self.alone:
             self._begin()
             ids = event.completion.text is None and event.token_id is not None
@@ -104,7 +104,7 @@ class TextPrinter:
             self._whole(place)
 
     def close(self) -> None:
-        """End the line, and print what answers there are of an interrupted batch."""
+        """End the line, and print the incomplete answers of an interrupted batch."""
         self._begin()
         if self.begun:
             write_out("")
@@ -117,7 +117,7 @@ class TextPrinter:
         answer = self.open.pop(place)
         prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
         text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
-        # Ids do not run on into an answer, as words do.
+        # Unlike text, ids need a separator before the answer.
         between = " | " if answer.prompt is None else ""
         label = f"{index + 1}.{sample + 1}" if index in self.several else f"{index + 1}"
         self.lines.print(f"[{label}] {prompt}{between}{text}")
@@ -126,7 +126,7 @@ class TextPrinter:
 class JsonPrinter:
     """Prints finished answers as JSON lines, in the order of the prompts.
 
-    places: of all answers. ids: the person's own name for each prompt, or None.
+    places: of all answers. ids: the user's name for each prompt, or None.
     """
 
     def __init__(self, places: Sequence[Place], ids: Sequence[str | int | None]) -> None:
@@ -136,7 +136,7 @@ class JsonPrinter:
         self.lines = Lines()
 
     def show(self, event: Any) -> None:
-        """Print the answers that are finished and whose turn it is."""
+        """Print the finished answers whose turn it is."""
         if event.finish_reason is not None:
             self.finished[event.request, event.sample] = event.completion
         while self.waiting and self.waiting[0] in self.finished:
@@ -153,7 +153,7 @@ class JsonPrinter:
 
 
 def fields_of_line(place: Place, ids: Sequence[str | int | None], answer: Any) -> dict[str, Any]:
-    """Return the fields of an answer's line: its place, its prompt's own name, and the answer."""
+    """Return the JSON fields of an answer: its place, the id of its prompt, and the answer."""
     index, sample = place
     own = {} if ids[index] is None else {"id": ids[index]}
     return {"index": index, "sample": sample} | own | answer_fields(answer)
@@ -163,19 +163,19 @@ def fields_of_line(place: Place, ids: Sequence[str | int | None], answer: Any) -
 
 
 def fingerprint(**values: Any) -> str:
-    """Return a fingerprint of all that an answer depends on, which must be JSON."""
+    """Return a fingerprint of JSON values, such as all that an answer depends on."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class AnswerFile:
-    """Writes answers to a file, a JSON line each, as they finish.
+    """Writes each answer to a file as a JSON line when it is finished.
 
-    places: of all answers. fingerprints: of each request; they stand in the lines, and tell whether
-    what is there already belongs to this run. ids: the person's own name for each prompt, or None.
-    resume: keep what is there; `done` holds the places of those. progress: called with the number
-    of answers that are there, and of all.
+    places: of all answers. fingerprints: of each request, written to the lines to detect whether
+    existing answers belong to this run. ids: the user's name for each prompt, or None. resume: keep
+    the existing answers, whose places are in `done`. progress: called with the number of answers
+    written and in total.
 
-    Raises ValueError, in one sentence, if the file cannot be written or holds something else.
+    Raises ValueError, with an error message, if the file is not writable or has other contents.
     """
 
     def __init__(
@@ -193,18 +193,18 @@ class AnswerFile:
         self.progress: Callable[[int, int], object] = lambda _, __: None
         self.done: set[Place] = set()
         try:
-            # Once, and until the end: what is checked and locked is what is written.
+            # Opened only once, so that the file checked and locked is the file written.
             how = os.O_RDWR if resume else os.O_WRONLY
             self._descriptor = os.open(path, how | os.O_APPEND | os.O_CREAT, 0o666)
             self.close = weakref.finalize(self, os.close, self._descriptor)
             self._regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
-            self._size = 0  # of the file, at least: standard error may go there, too
+            self._size = 0  # least size of the file, as standard error may also go there
             if self._regular:  # a device or a pipe is shared
                 self._take_up(resume)
             elif resume:
                 raise ValueError(
-                    f"{path}: expected a file to resume, got a pipe or a device, which keeps no "
-                    "answers; start without --resume"
+                    f"{path}: expected a file to resume, got a pipe or a device, which does not "
+                    "store answers; start without --resume"
                 )
         except OSError as error:
             raise ValueError(
@@ -213,9 +213,9 @@ class AnswerFile:
             ) from error
 
     def show(self, event: Any) -> None:
-        """Write an answer that is finished; one that an error ended is left to another run."""
+        """Write a finished answer; one that ended with an error is left to another run."""
         place = event.request, event.sample
-        # Of several answers to a prompt some may have been there before.
+        # Some of several answers to a prompt may have been there before.
         if event.finish_reason not in (None, "error") and place not in self.done:
             self._write(place, event.completion)
             self.done.add(place)
@@ -229,23 +229,23 @@ class AnswerFile:
         except OSError as error:
             raise ValueError(
                 f"{self.path}: {len(self.done)} of {len(self.places)} answers are written, "
-                f"and no more can be ({error.strerror}); mend that, and start again, with --resume "
+                f"and no more can be ({error.strerror}); fix that, and start again, with --resume "
                 "if it is a file"
             ) from error
 
     def _append(self, line: bytes) -> None:
-        """Put a line at the end of the file, where it is when this returns."""
+        """Append a line to the file; it is written when this returns."""
         if self._regular:
             self._check_unchanged()
-        while line:  # a disk that is almost full takes a part of it
+        while line:  # an almost full disk takes only a part
             written = os.write(self._descriptor, line)
             self._size += written
             line = line[written:]
 
     def _check_unchanged(self) -> None:
-        """Raise ValueError if the path has another file now, or this one was cut.
+        """Raise ValueError if the file was replaced or truncated.
 
-        Editors save by renaming a new file, and what this run wrote to the old one would be lost.
+        Editors save by renaming a new file; answers written to the old one would then be lost.
         """
         found = os.fstat(self._descriptor)
         with contextlib.suppress(FileNotFoundError):
@@ -253,11 +253,11 @@ class AnswerFile:
                 return
         raise ValueError(
             f"{self.path}: expected the file as this run left it, got one that another program has "
-            "removed, replaced or cut; start again, with --resume if the file is there"
+            "removed, replaced or truncated; start again, with --resume if the file is there"
         )
 
     def _take_up(self, resume: bool) -> None:
-        """Keep other runs away, and find out what is done; half a line at the end is cut off."""
+        """Lock the file and read its answers; remove an incomplete last line."""
         if not atomic.lock(self._descriptor):
             raise ValueError(
                 f"{self.path}: expected a file for this run alone, got one that another run is "
@@ -267,11 +267,11 @@ class AnswerFile:
         if size and not resume:
             raise ValueError(
                 f"{self.path}: expected no such file, or an empty one, got one of "
-                f"{size} bytes; add --resume to go on with it, or name another file"
+                f"{size} bytes; add --resume to continue it, or name another file"
             )
         if not resume:
             return
-        whole = 0  # bytes of whole lines
+        whole = 0  # bytes of complete lines
         with open(self._descriptor, "rb", closefd=False) as file:
             lines = iter(functools.partial(file.readline, MOST_BYTES + 1), b"")
             for number, line in enumerate(lines, 1):
@@ -285,16 +285,16 @@ class AnswerFile:
         self._size = whole
 
     def _may_begin(self, half: bytes) -> bool:
-        """Whether an interruption of this run, or of the machine, may have left half a line so."""
+        """Whether `half` may be a line left incomplete by an interruption or a crash."""
         half = half.rstrip(b"\0")  # of a block that never reached the disk
-        # Without a whole line before it, it must be long enough to be known as ours.
+        # Without a complete line before it, it must be long enough to identify it.
         return any(
             half.startswith(beginning) or (self.done and beginning.startswith(half))
             for beginning in (BEGINNING % place for place in self.places)
         )
 
     def _place(self, line: bytes, place: str) -> Place:
-        """Return which answer is in a line. Raises ValueError if it is none of this run."""
+        """Return the place of the answer in a line. Raises ValueError if it is not of this run."""
         try:
             fields = json.loads(line)
             index, sample, found = fields["index"], fields["sample"], fields["fingerprint"]
@@ -303,13 +303,13 @@ class AnswerFile:
         if not is_integer(index) or not 0 <= index < len(self.fingerprints):
             raise ValueError(
                 f"{place}: expected the index of one of {len(self.fingerprints)} prompts, got "
-                f"{index!r}; give the prompts that the file was begun with, or name another file"
+                f"{index!r}; give the prompts that the file was started with, or name another file"
             )
         if found != self.fingerprints[index]:
             raise ValueError(
-                f"{place}: expected an answer to prompt {index + 1} as it is now, got one of "
+                f"{place}: expected an answer to prompt {index + 1} of this run, got one of "
                 "another prompt, other settings or another model; give those that the file was "
-                "begun with, or name another file"
+                "started with, or name another file"
             )
         known = is_integer(sample) and (index, sample) in self.places
         if not known or (index, sample) in self.done:

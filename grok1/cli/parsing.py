@@ -1,4 +1,4 @@
-"""The arguments of run.py, and what must fit together before anything is loaded."""
+"""The arguments of run.py, and checks of their combinations before anything is loaded."""
 
 import argparse
 import dataclasses
@@ -35,7 +35,7 @@ from grok1.serving.request_limits import (
 )
 
 DEFAULT_PROMPT = "Once upon a time"
-# What llama.cpp, Hugging Face and vLLM call these.
+# Names of these options in llama.cpp, Hugging Face and vLLM.
 ELSEWHERE = {
     "-b": "--chunk",
     "--batch-size": "--chunk",
@@ -71,7 +71,7 @@ def coordinator(text: str) -> str:
 
 
 def logit_bias(text: str) -> tuple[str, float]:
-    """Parse "ID:X"; the id stays a string, as it is in JSON."""
+    """Parse "ID:X"; the id stays a string, as in JSON."""
     token, colon, value = text.rpartition(":")
     if not (colon and re.fullmatch("[0-9]{1,9}", token)):
         expected = "a token id and a number such as 5:-2.5"
@@ -80,8 +80,8 @@ def logit_bias(text: str) -> tuple[str, float]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
-    """Parse the command line; exits with status 2 and one sentence if it is wrong."""
-    # As it is started: by Python here, or as an installed command.
+    """Parse the command line; exit with status 2 and an error message if it is invalid."""
+    # Started as a script by Python, or as an installed command.
     script = os.path.basename(sys.argv[0]) == "run.py"
     parser = Parser(
         prog="python run.py" if script else None,
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
         allow_abbrev=False,
     )
     parser.elsewhere, parser.words = ELSEWHERE, "more_prompts"
-    parser.add_argument("--version", action="store_true", help="print the versions, and end")
+    parser.add_argument("--version", action="store_true", help="print the versions and exit")
     for add_group in (
         add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
     ):  # fmt: skip
@@ -102,7 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
         sys.exit(0)
     prompts = [*(given.prompts or []), *given.more_prompts]
     if "-" in given.more_prompts:
-        parser.error("-: prompts on standard input are read with --prompts-file -")
+        parser.error("-: to read prompts from standard input, use --prompts-file -")
     check_distributed(parser, given)
     check_prompts(parser, given, prompts)
     check_routing(parser, given)
@@ -111,14 +111,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
 
 
 def as_options(given: argparse.Namespace, prompts: Sequence[Any]) -> Options:
-    """Return what was given as Options."""
+    """Return the parsed arguments as Options."""
     if given.interactive:
-        # In place of those to come: wrong settings are told before the weights are loaded.
+        # Stands for the prompts to come, so that settings are checked before loading weights.
         lines = [Line([0], None, {}, "the options")]
     else:
         asked = prompts or ([] if given.prompts_file else [DEFAULT_PROMPT])
         if asked == [DEFAULT_PROMPT] and not given.plan and input_waits():
-            say("standard input is not read; --prompts-file - takes prompts from it, one a line")
+            say("standard input is ignored; use --prompts-file - to read prompts, one per line")
         lines = [Line(x, None, {}, f"request {number}") for number, x in enumerate(asked, 1)]
     values = vars(given) | {
         "lines": tuple(lines),
@@ -130,7 +130,7 @@ def as_options(given: argparse.Namespace, prompts: Sequence[Any]) -> Options:
 
 
 def version() -> str:
-    """Return what --version prints."""
+    """Return the output of --version."""
     try:
         jax = importlib.metadata.version("jax")
     except importlib.metadata.PackageNotFoundError:
@@ -139,7 +139,7 @@ def version() -> str:
 
 
 def add_model(parser: Parser) -> None:
-    """Add the options of what is loaded."""
+    """Add the options of the model."""
     add = parser.add_argument_group("model").add_argument
     add(
         "-m",
@@ -148,7 +148,7 @@ def add_model(parser: Parser) -> None:
         dest="checkpoint",
         type=given_path,
         metavar="DIR",
-        help="directory of a checkpoint; by default checkpoints/ if it holds one, else the demo",
+        help="checkpoint directory; by default checkpoints/ if it contains one, else the demo",
     )
     add(
         "--tokenizer",
@@ -164,7 +164,7 @@ def add_model(parser: Parser) -> None:
 
 
 def add_sampling(parser: Parser) -> None:
-    """Add the options of how answers are drawn, and where they end."""
+    """Add the options of sampling and of the end of answers."""
     add = parser.add_argument_group("sampling").add_argument
     add_length(add)
     add_filters(add)
@@ -172,7 +172,7 @@ def add_sampling(parser: Parser) -> None:
 
 
 def add_length(add: Callable[..., Any]) -> None:
-    """Add the options of how many answers there are, and how long they are."""
+    """Add the options of the number and length of answers."""
     add(
         "-n",
         "--max-tokens",
@@ -180,25 +180,25 @@ def add_length(add: Callable[..., Any]) -> None:
         dest="max_len",
         type=number(int, 1, 2**31 - 1),
         metavar="N",
-        help="most tokens to generate, beside the prompt's (200, or as many as fit the context)",
+        help="most tokens to generate after the prompt (200, or as many as fit the context)",
     )
     add(
         "--min-len",
         type=number(int, 0, 2**31 - 1),
         default=0,
         metavar="N",
-        help="let nothing end an answer before so many tokens (0)",
+        help="do not end an answer before N tokens (0)",
     )
     add(
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end the answer before this text, in which \\n is no newline (in most shells $'\\n' "
-        "is); may be repeated",
+        help="end the answer before this text; \\n is not a newline (in most shells $'\\n' is); "
+        "may be repeated",
     )
     add(
         "--seed",
-        type=number(int, 0, 2**32 - 1, " (--seed $RANDOM: another one each time)"),
+        type=number(int, 0, 2**32 - 1, " (--seed $RANDOM: a new one each time)"),
         metavar="N",
         help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
         "each answer)",
@@ -208,12 +208,12 @@ def add_length(add: Callable[..., Any]) -> None:
         type=number(int, 1, MOST_SAMPLES),
         default=1,
         metavar="N",
-        help="so many answers to each prompt, which is read once; the seed counts up (1)",
+        help="number of answers to each prompt, which is read once; the seed counts up (1)",
     )
 
 
 def add_filters(add: Callable[..., Any]) -> None:
-    """Add the options of which tokens may be drawn."""
+    """Add the options of the sampling filters."""
     add(
         "--temperature",
         "--temp",
@@ -236,14 +236,14 @@ def add_filters(add: Callable[..., Any]) -> None:
         type=number(float, sys.float_info.min, 1),
         default=1.0,
         metavar="X",
-        help="draw from the fewest tokens whose probability reaches X (1)",
+        help="draw from the fewest tokens whose total probability reaches X (1)",
     )
     add(
         "--min-p",
         type=number(float, 0, 1),
         default=0.0,
         metavar="X",
-        help="draw from the tokens X times as probable as the most probable one, or more (0)",
+        help="draw from tokens at least X times as probable as the most probable one (0)",
     )
 
 
@@ -255,86 +255,86 @@ def add_penalties(add: Callable[..., Any]) -> None:
         type=number(float, 1 / LARGEST_PENALTY, LARGEST_PENALTY),
         default=1.0,
         metavar="X",
-        help="above 1 tokens of prompt and answer come back less (1)",
+        help="above 1, tokens of the prompt and the answer are repeated less often (1)",
     )
     add(
         "--presence-penalty",
         type=number(float, -LARGEST_BIAS, LARGEST_BIAS),
         default=0.0,
         metavar="X",
-        help="above 0 tokens of the answer come back less (0)",
+        help="above 0, tokens of the answer are repeated less often (0)",
     )
     add(
         "--frequency-penalty",
         type=number(float, -LARGEST_BIAS, LARGEST_BIAS),
         default=0.0,
         metavar="X",
-        help="above 0 tokens come back the less, the more often they are in the answer (0)",
+        help="as --presence-penalty, but once for each time a token is in the answer (0)",
     )
     add(
         "--logit-bias",
         type=logit_bias,
         action="append",
         metavar="ID:X",
-        help="add X to the logit of a token, whose id --json shows; may be repeated",
+        help="add X to the logit of the token ID, as shown by --json; may be repeated",
     )
 
 
 def add_output(parser: Parser) -> None:
-    """Add the options of what is printed, and where."""
+    """Add the options of the output."""
     add = parser.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="print one JSON object a line for each answer")
+    add("--json", action="store_true", help="print each answer as one line of JSON")
     add(
         "--top-logprobs",
         type=number(int, 0, MOST_LOGPROBS),
         default=0,
         metavar="N",
-        help="with each token's log-probability those of the N likeliest, in JSON (0)",
+        help="also report the N most probable tokens with each token, in JSON (0)",
     )
     add(
         "--output",
         type=given_path,
         metavar="FILE",
-        help="write each answer to FILE as it ends, as a JSON object a line, and print none",
+        help="write each finished answer to FILE as one line of JSON, and print none",
     )
     add(
         "--resume",
         action="store_true",
-        help="go on with an interrupted --output: answer only what it does not hold",
+        help="continue an interrupted --output: generate only the answers missing from it",
     )
     add(
         "--stats",
         action="store_true",
-        help="say at the end how long first tokens took, and those after them",
+        help="print the latency of first and of later tokens at the end",
     )
     add(
         "--show-routing",
         action="store_true",
-        help="show which experts each token of the prompt and its answer went to, in each layer",
+        help="show the experts of each token of the prompt and its answer, in each layer",
     )
 
 
 def add_machine(parser: Parser) -> None:
-    """Add the options of how the model is run."""
+    """Add the options of the devices, batch and context."""
     count = number(int, 1, 2**31 - 1)
     add = parser.add_argument_group("machine").add_argument
     add(
         "--mesh",
         type=mesh_sizes,
         metavar="DATA,MODEL",
-        help="devices along the batch and along heads and hidden widths (1,1); Grok-1 needs 1,8",
+        help="devices over the batch, and over heads and hidden widths (1,1); Grok-1 needs 1,8",
     )
     add(
         "--batch",
         type=count,
         metavar="N",
-        help="sequences to serve at once; by default 1, 2, 4 or 8, as there are prompts",
+        help="sequences to serve at once; by default 1, 2, 4 or 8, depending on the prompts",
     )
     add(
         "--context",
         type=count,
         metavar="N",
-        help="room for so many tokens of each, prompt and answer; by default the model's context",
+        help="context of N tokens, prompt and answer together; by default the model's",
     )
     add(
         "--chunk",
@@ -346,18 +346,18 @@ def add_machine(parser: Parser) -> None:
         "--no-compile-cache",
         dest="compile_cache",
         action="store_false",
-        help="neither keep compiled programs for the next start nor use those of the last one",
+        help="do not save compiled programs, nor use saved ones",
     )
     add(
         "--no-kernels",
         dest="kernels",
         action="store_false",
-        help="use nothing but what JAX offers: slower, and on a CPU without a C++ compiler",
+        help="use only JAX operations: slower, but needs no C++ compiler on a CPU",
     )
 
 
 def add_prompts(parser: Parser) -> None:
-    """Add the options of prompts, given or yet to be typed."""
+    """Add the options of prompts."""
     group = parser.add_argument_group("prompts")
     add = group.add_argument
     add(
@@ -372,7 +372,7 @@ def add_prompts(parser: Parser) -> None:
         dest="prompts",
         action="append",
         metavar="TEXT",
-        help="text to continue, may be repeated",
+        help="text to continue; may be repeated",
     )
     add(
         "--prompt-ids",
@@ -380,19 +380,19 @@ def add_prompts(parser: Parser) -> None:
         action="append",
         type=token_ids,
         metavar='"5 6 7"',
-        help="token ids to continue, may be repeated; needs no tokenizer",
+        help="token ids to continue, without a tokenizer; may be repeated",
     )
     add(
         "--prompts-file",
         type=lambda text: text if text == "-" else str(given_path(text)),
         metavar="FILE",
-        help="more prompts, one a line: text, or in FILE.jsonl JSON objects with the key prompt, "
-        "if wanted id, and settings of their own; - is standard input",
+        help="more prompts, one per line: text, or in FILE.jsonl JSON objects with the key prompt "
+        "and optionally id and settings; - is standard input",
     )
     add(
         "--prompts-format",
         choices=("text", "jsonl"),
-        help="what --prompts-file holds, whatever its name",
+        help="format of --prompts-file, whatever its name",
     )
     add(
         "--truncate",
@@ -403,13 +403,13 @@ def add_prompts(parser: Parser) -> None:
         "-i",
         "--interactive",
         action="store_true",
-        help="answer prompts as they are typed, each by itself; Ctrl-C stops an answer, Ctrl-D "
-        "ends, /help says what else",
+        help="answer prompts as they are typed, each independently; Ctrl-C stops an answer, Ctrl-D "
+        "exits, /help shows more",
     )
 
 
 def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence[Any]) -> None:
-    """Exit with status 2 if the options of prompts and answers do not fit together."""
+    """Exit with status 2 if options of prompts and answers are incompatible."""
     if options.prompts_format and options.prompts_file is None:
         parser.error("--prompts-format needs --prompts-file")
     if options.top_logprobs and not (options.json or options.output):
@@ -417,7 +417,7 @@ def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence
     if options.output is not None and str(options.output) == "-":
         parser.error("--output -: without --output answers are printed, with --json as JSON lines")
     if options.resume and options.output is None:
-        parser.error("--resume needs --output, the file to go on with")
+        parser.error("--resume needs --output, the file to continue")
     others = {
         "--prompt": prompts,
         "--prompts-file": options.prompts_file,
@@ -432,7 +432,7 @@ def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence
 
 
 def check_routing(parser: Parser, options: argparse.Namespace) -> None:
-    """Exit with status 2 if something else is to be printed than a table for the eye."""
+    """Exit with status 2 if --show-routing is given with an incompatible option."""
     others = {
         "--json": options.json,
         "--output": options.output,
@@ -441,11 +441,11 @@ def check_routing(parser: Parser, options: argparse.Namespace) -> None:
         "--plan": options.plan,
     }
     if options.show_routing:
-        refuse(parser, "--show-routing", others, "it prints a table for people")
+        refuse(parser, "--show-routing", others, "it prints a text table")
 
 
 def refuse(parser: Parser, name: str, others: dict[str, Any], reason: str) -> None:
-    """Exit with status 2 if one of the options was given that do not go together with another."""
+    """Exit with status 2 if one of `others` was given together with the option `name`."""
     given = [other for other, value in others.items() if value]
     if given:
         parser.error(f"{name} and {given[0]} do not go together: {reason}")
@@ -454,13 +454,13 @@ def refuse(parser: Parser, name: str, others: dict[str, Any], reason: str) -> No
 def add_plan(parser: Parser) -> None:
     """Add the options of a plan."""
     add = parser.add_argument_group(
-        "a plan, which needs neither weights nor GPUs; for --mesh, --batch, --context, --dtype"
+        "a plan, without weights or GPUs; uses --mesh, --batch, --context, --dtype"
     ).add_argument
     add(
         "--plan",
         action="store_true",
-        help="say whether the model fits a mesh, by default the smallest that it fits, and what a "
-        "token costs there",
+        help="show whether the model fits a mesh, by default the smallest possible one, and the "
+        "cost of a token",
     )
     add(
         "--device-memory",
@@ -474,12 +474,12 @@ def add_plan(parser: Parser) -> None:
         type=byte_rate,
         default=byte_rate("3.35TB/s"),
         metavar="RATE",
-        help="of a device's memory (3.35TB/s, as of an H100)",
+        help="memory bandwidth of each device (3.35TB/s, an H100)",
     )
 
 
 def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[Any]) -> None:
-    """Exit with status 2 if prompts are to be answered, or several processes are to plan."""
+    """Exit with status 2 if --plan is given with an incompatible option."""
     others = {
         "--prompt": prompts,
         "--prompts-file": options.prompts_file,
@@ -491,30 +491,30 @@ def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[An
 
 
 def add_distributed(parser: Parser) -> None:
-    """Add the options of a run of several processes."""
-    add = parser.add_argument_group("several processes, as a rule one a host").add_argument
+    """Add the options of runs with several processes."""
+    add = parser.add_argument_group("several processes, usually one per host").add_argument
     add(
         "--distributed",
         action="store_true",
-        help="be one of several processes; by default placed by SLURM, GKE or MPI",
+        help="run as one of several processes; by default as set by SLURM, GKE or MPI",
     )
     add(
         "--coordinator",
         type=coordinator,
         metavar="HOST:PORT",
-        help="where process 0 listens, which all others must reach",
+        help="address of process 0, reachable from all others",
     )
     add(
         "--num-processes",
         type=number(int, 1, 2**20),
         metavar="N",
-        help="how many processes are started, each with the same coordinator",
+        help="number of processes, all started with the same coordinator",
     )
     add(
         "--process-id",
         type=number(int, 0, 2**20),
         metavar="I",
-        help="which one this is, from 0",
+        help="index of this process, from 0",
     )
     seconds = number(float, 2, 1e6, " (seconds)")
     add(
@@ -522,20 +522,19 @@ def add_distributed(parser: Parser) -> None:
         type=seconds,
         default=multihost.PEER_TIMEOUT,
         metavar="SECONDS",
-        help="a process that is silent for so long is lost, and all end "
-        f"({multihost.PEER_TIMEOUT:g})",
+        help=f"end all processes if one is silent for this long ({multihost.PEER_TIMEOUT:g})",
     )
     add(
         "--join-timeout",
         type=seconds,
         default=multihost.JOIN_TIMEOUT,
         metavar="SECONDS",
-        help=f"how long to wait for all processes to come ({multihost.JOIN_TIMEOUT:g})",
+        help=f"how long to wait for all processes to connect ({multihost.JOIN_TIMEOUT:g})",
     )
 
 
 def check_distributed(parser: Parser, options: argparse.Namespace) -> None:
-    """Exit with status 2 if the options of several processes do not fit together."""
+    """Exit with status 2 if the options of several processes are incompatible."""
     place = {
         "--coordinator": options.coordinator,
         "--num-processes": options.num_processes,
@@ -546,9 +545,9 @@ def check_distributed(parser: Parser, options: argparse.Namespace) -> None:
     if given and not options.distributed:
         parser.error(f"{given[0]} needs --distributed")
     if given and missing:
-        parser.error(f"{given[0]} needs {' and '.join(missing)}, or none of them to be given")
+        parser.error(f"{given[0]} needs {' and '.join(missing)}; give all of them or none")
     if given and options.process_id >= options.num_processes:
         parser.error(
-            f"argument --process-id: expected one from 0 to {options.num_processes - 1}, as there "
-            f"are {options.num_processes} processes, got {options.process_id}"
+            f"argument --process-id: expected an integer from 0 to {options.num_processes - 1}, as "
+            f"there are {options.num_processes} processes, got {options.process_id}"
         )

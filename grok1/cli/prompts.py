@@ -1,6 +1,6 @@
 """The prompts of a run: from the command line and from a file, each with its own settings.
 
-All that is known of them is JSON until requests are made of it, so that process 0 can share it.
+They are stored as JSON values until requests are made, so that process 0 can share them.
 """
 
 import collections.abc
@@ -22,7 +22,7 @@ from grok1.serving.names import PUBLISHED, nearest_name, published_names
 from grok1.serving.request_limits import DEFAULT_SEED, MOST_SAMPLES
 from grok1.strict_json import read_json
 
-# The options that set fields of a Request, for what is said about them.
+# The options that set fields of a Request, for error messages.
 OPTIONS = {
     "rng_seed": "--seed",
     "max_len": "--max-tokens",
@@ -46,7 +46,7 @@ MOST_BYTES = 2**26  # in a line: /dev/zero has no end
 def with_file(options: Options) -> Options:
     """Return the options with the prompts of --prompts-file after those of the command line.
 
-    Raises ValueError, in one sentence, if the file cannot be read or holds no prompts.
+    Raises ValueError, with an error message, if the file is unreadable or has no prompts.
     """
     if options.prompts_file is None:
         return options
@@ -55,14 +55,14 @@ def with_file(options: Options) -> Options:
 
 
 def read_lines(file: str, form: str | None = None) -> list[Line]:
-    """Return the prompts of a file, or of standard input, as `-`.
+    """Return the prompts of a file, or of standard input if it is `-`.
 
-    form: "text", a prompt a line, or "jsonl", an object a line; by default as the name ends.
+    form: "text", one prompt per line, or "jsonl", one object per line; None: by the file name.
     """
     if form is None and file.endswith(".json"):
         raise ValueError(
-            f"{file}: expected text, or JSON lines in a file called .jsonl, got one called .json; "
-            "write an object a line, and say so with --prompts-format jsonl, or text"
+            f"{file}: expected text, or JSON lines in a .jsonl file, got a .json file; write one "
+            "object per line and give --prompts-format jsonl, or give --prompts-format text"
         )
     form = form or ("jsonl" if file.endswith(".jsonl") else "text")
     name = "standard input" if file == STANDARD_INPUT else file
@@ -77,9 +77,9 @@ def read_lines(file: str, form: str | None = None) -> list[Line]:
 
 
 def _numbered(file: str, name: str) -> Iterator[tuple[int, str]]:
-    """Return an iterator over the lines that are not blank, with their numbers, from 1."""
+    """Return an iterator over the non-blank lines and their numbers, from 1."""
     try:
-        # Standard input stays open: another file would get its number.
+        # Standard input stays open, so that no other file gets its descriptor.
         given = file == STANDARD_INPUT
         with contextlib.nullcontext(standard_input()) if given else open(file, "rb") as opened:
             lines = iter(functools.partial(opened.readline, MOST_BYTES + 1), b"")
@@ -89,13 +89,13 @@ def _numbered(file: str, name: str) -> Iterator[tuple[int, str]]:
                     yield number, text
     except OSError as error:
         raise ValueError(
-            f"{name}: expected a file of prompts, which cannot be read ({error.strerror}); "
-            "name another one with --prompts-file"
+            f"{name}: cannot read the prompts ({error.strerror}); name another file with "
+            "--prompts-file"
         ) from error
 
 
 def _decode(line: bytes, number: int, place: str) -> str:
-    """Return the text of a line, without what ends it. Raises ValueError."""
+    """Return the text of a line without its line ending. Raises ValueError."""
     if len(line) > MOST_BYTES:
         raise ValueError(f"{place}: expected at most {MOST_BYTES} bytes in a line, got more")
     if number == 1:
@@ -110,7 +110,7 @@ def _decode(line: bytes, number: int, place: str) -> str:
 
 
 def _parse(text: str, place: str) -> Line:
-    """Return what a line of JSON asks for. Raises ValueError."""
+    """Return the prompt and settings of a line of JSON. Raises ValueError."""
     try:
         fields = read_json(text)
     except ValueError as error:
@@ -169,9 +169,9 @@ def command_settings(options: Options) -> dict[str, Any]:
 
 
 def with_options(reason: str, own: dict[str, Any]) -> str:
-    """Return what is wrong with a request, its fields by the names of the command's options.
+    """Return an error message about a request, with field names replaced by option names.
 
-    own: those of its fields that a line of a file has set, by the names that they have there.
+    own: the fields set by a line of a file, which keep their names.
     """
     names = {field: option for field, option in OPTIONS.items() if field not in own}
     if "truncate" in names:
@@ -180,30 +180,30 @@ def with_options(reason: str, own: dict[str, Any]) -> str:
 
 
 def _option(found: re.Match[str], names: dict[str, str]) -> str:
-    """Return "--max-tokens " for "max_len = ", and what is no field as it is."""
+    """Return "--max-tokens " for "max_len = "; anything that is not a field is unchanged."""
     field, equals = found[0].removesuffix(" = "), found[1]
     return f"{names[field]}{' ' if equals else ''}" if field in names else found[0]
 
 
 def fields_of(options: Options, index: int) -> dict[str, Any]:
-    """Return the fields of one request, as JSON: its own settings go before the command line's."""
+    """Return the fields of one request, as JSON; its own settings override the command line."""
     line = options.lines[index]
     return {"prompt": line.prompt} | command_settings(options) | line.settings
 
 
 def places_of_answers(options: Options) -> list[tuple[int, int]]:
-    """Return the place of each answer that is wanted: of which prompt, and which one of its."""
+    """Return the place of each answer: index of its prompt, and of the answer within it."""
     found = []
     for index in range(len(options.lines)):
         wanted = fields_of(options, index)["num_samples"]
-        # Any other number is refused when the requests are checked.
+        # Other numbers are rejected when the requests are checked.
         good = is_integer(wanted) and 1 <= wanted <= MOST_SAMPLES
         found += [(index, i) for i in range(wanted if good else 1)]
     return found
 
 
 def _with_numbers(fields: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return fields of a Request out of JSON, in which the keys of each mapping are texts."""
+    """Return fields of a Request from JSON, with the keys of mappings as integers."""
     return {
         name: _keyed(value, f"{place}: {name}") if isinstance(value, dict) else value
         for name, value in fields.items()
@@ -211,7 +211,7 @@ def _with_numbers(fields: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def request_for(options: Options, prompt: str, changes: dict[str, Any]) -> Any:
-    """Return a request for a prompt with the settings of the command line, but for some."""
+    """Return a request for a prompt with the settings of the command line, updated by `changes`."""
     from grok1.serving.request import Request  # Takes seconds.
 
     fields = _with_numbers(command_settings(options) | changes, "the options")
@@ -221,7 +221,7 @@ def request_for(options: Options, prompt: str, changes: dict[str, Any]) -> Any:
 def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
     """Return a request for each of these prompts.
 
-    Raises ValueError with the place of a setting that Request does not have, or not of that type.
+    Raises ValueError, with the place, for a setting of unknown name or wrong type.
     """
     from grok1.serving.request import Request  # Takes seconds.
 
@@ -236,7 +236,7 @@ def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
 
 
 def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
-    """Raise ValueError if a setting has another name or type than the fields of a Request."""
+    """Raise ValueError if a setting is not a field of Request or has the wrong type."""
     both = {field: f"{field} or {word}" for word, field in PUBLISHED.items()}
     if name not in hints:
         known = ", ".join(both.get(field, field) for field in hints if field != "prompt")
@@ -259,7 +259,7 @@ _NAMES = {
 
 
 def _words(hint: Any) -> str:
-    """Return what JSON of a type is called."""
+    """Return the name of a type in JSON, for error messages."""
     parts = typing.get_args(hint)
     if _is_union(hint):
         return " or ".join(_words(part) for part in parts)
@@ -273,7 +273,7 @@ def _words(hint: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a type. What it may be beyond that, the runner knows."""
+    """Whether a JSON value is of a type; the runner checks its range."""
     parts = typing.get_args(hint)
     if _is_union(hint):
         return any(_fits(value, part) for part in parts)
@@ -300,11 +300,11 @@ def _is_key(key: str, hint: Any) -> bool:
 
 
 def _keyed(value: dict[str, Any], place: str) -> dict[Any, Any]:
-    """Return a mapping with its keys as numbers, which in JSON are texts."""
+    """Return a mapping with its keys, strings in JSON, as integers."""
     try:
         keyed = {int(key): item for key, item in value.items()}
     except ValueError:
-        return value  # which is refused with its request
+        return value  # rejected when the request is checked
     if len(keyed) < len(value):
-        raise ValueError(f"{place}: expected each number once, got {_shown(value)}")
+        raise ValueError(f"{place}: expected each token id once, got {_shown(value)}")
     return keyed

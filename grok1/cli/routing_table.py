@@ -1,4 +1,4 @@
-"""Which experts each token goes to, as a table for a terminal: legible without colour too."""
+"""A table of the experts of each token, for a terminal; readable without colour."""
 
 from collections.abc import Sequence
 from typing import TextIO
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from grok1.cli.console import write_out
 
-# One an expert, as far as they reach: the eight that every terminal tells apart.
+# One per expert, repeated after eight: the colours that every terminal distinguishes.
 STYLES = "red", "green", "yellow", "blue", "magenta", "cyan", "bright_white", "bright_black"
 TOKEN_WIDTH = 14
 
@@ -18,21 +18,21 @@ TOKEN_WIDTH = 14
 def print_routing(
     pieces: Sequence[str], expert_index: np.ndarray, num_experts: int, file: TextIO | None = None
 ) -> None:
-    """Print a row a token, with its experts in each layer, best first; then each expert's load.
+    """Print one row per token with its experts in each layer, best first, then the load.
 
     pieces: the text of each token. expert_index: int [L, T, A]. Layers that do not fit a line go
-    into further tables. Where `file` is no terminal there is no colour and no bold; with NO_COLOR
-    set there is no colour.
+    into further tables. There is no colour or bold if `file` is not a terminal, and no colour if
+    NO_COLOR is set.
     """
     console = Console(file=file, highlight=False)
     layers, tokens, chosen = expert_index.shape
     digits = len(str(num_experts - 1))
     between = "" if digits == 1 else "."
     cell = max(chosen * digits + (chosen - 1) * len(between), len(str(layers - 1)))
-    console.width = max(console.width, TOKEN_WIDTH + cell + 1)  # rich would print empty lines
+    console.width = max(console.width, TOKEN_WIDTH + cell + 1)  # avoids empty lines by rich
     fitting = max(1, (console.width - TOKEN_WIDTH) // (cell + 1))
     names = [_legible(piece) for piece in pieces]
-    # Captured: on a pipe without a reader rich would end the process.
+    # Captured, as rich would exit the process if a pipe has no reader.
     with console.capture() as shown:
         for first in range(0, layers, fitting):
             block = range(first, min(first + fitting, layers))
@@ -59,12 +59,12 @@ def print_routing(
 
 
 def _style(expert: int, rank: int) -> str:
-    """Return the colour of an expert; the best one of a token is bold."""
+    """Return the style of an expert: its colour, and bold for the best one of a token."""
     return ("bold " if rank == 0 else "") + STYLES[expert % len(STYLES)]
 
 
 def _legible(piece: str) -> str:
-    """Return a token's text as wide as its column; what cannot be seen is an escape."""
+    """Return a token's text in the width of its column, with invisible characters escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
     if cell_len(shown) >= TOKEN_WIDTH:
         shown = set_cell_size(shown, TOKEN_WIDTH - 2) + "…"

@@ -1,16 +1,16 @@
-"""What must hold before jax and dm-haiku are imported. Imports nothing but Python's own."""
+"""Checks before importing jax and dm-haiku. Imports only the standard library."""
 
 import tempfile
 from pathlib import Path
 
 
 def check_surroundings(program: Path) -> None:
-    """Raise ValueError if jax or dm-haiku cannot be imported or work here.
+    """Raise ValueError if jax or dm-haiku cannot be imported or cannot work here.
 
     program: the directory of this program.
     """
     if not __debug__:
-        raise ValueError("python -O takes out what dm-haiku needs; start without it")
+        raise ValueError("python -O removes code that dm-haiku needs; start without it")
     try:
         str(program).encode()
     except UnicodeEncodeError:
@@ -19,5 +19,5 @@ def check_surroundings(program: Path) -> None:
         tempfile.gettempdir()  # as an import of dm-haiku does
     except FileNotFoundError as error:
         raise ValueError(
-            f"{error.strerror}; make room there, or set TMPDIR to a directory that can be written"
+            f"{error.strerror}; free space there, or set TMPDIR to a writable directory"
         ) from None

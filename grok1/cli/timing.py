@@ -1,4 +1,4 @@
-"""When tokens arrived: the last line of a run, and the block of --stats."""
+"""Arrival times of tokens: for the last line of a run, and for --stats."""
 
 import array
 import collections
@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
-MOST_INTERVALS = 2**20  # that are kept: beyond it every second, fourth, ... one
+MOST_INTERVALS = 2**20  # kept; beyond it only every second, fourth, ... one is
 
 
 def arrivals(
     ask: Callable[[], Any], waiting: contextlib.AbstractContextManager[Any], together: int = 2
 ) -> Iterator[tuple[Any, float]]:
-    """Return an iterator over what `ask()` returns, to None, and the time at which each came.
+    """Return an iterator over the results of `ask()` until None, with their arrival times.
 
-    The first ones are given together, `waiting` is entered for them: at a first start the step for
-    second tokens is compiled, for seconds in which nothing would follow the first one.
+    The first `together` ones are collected inside the context `waiting` and yielded together: at a
+    first start, compiling the step for second tokens would delay the second event by seconds.
     """
     first: collections.deque[tuple[Any, float]] = collections.deque()
     event: Any = None
@@ -26,15 +26,15 @@ def arrivals(
         with waiting:
             while len(first) < together and (event := ask()):
                 first.append((event, time.perf_counter()))
-    finally:  # after Ctrl-C, too, nothing that has come is lost
-        while first:  # and none is kept
+    finally:  # also after Ctrl-C, so that no event is lost
+        while first:  # and no reference is kept
             yield first.popleft()
     while event and (event := ask()):
         yield event, time.perf_counter()
 
 
 class Timing:
-    """The times at which the tokens of a run arrived; it begins when this is made.
+    """Arrival times of the tokens of a run, counted from the creation of this object.
 
     at_a_time: how many tokens of an answer may arrive together.
     """
@@ -42,19 +42,19 @@ class Timing:
     def __init__(self, at_a_time: int = 1) -> None:
         self.at_a_time = at_a_time
         self.began = time.perf_counter()
-        self.tokens = self.prompts = 0  # tokens, drawn and read
-        self.first = array.array("d")  # of each answer, seconds from the beginning
+        self.tokens = self.prompts = 0  # number of tokens drawn, and of prompt tokens read
+        self.first = array.array("d")  # seconds to the first token of each answer
         self.between = array.array("d")  # seconds between the tokens of an answer
         self.last = 0.0
-        self._every = 1  # how many tokens there are for each that `between` has
-        self._latest: dict[Hashable, float] = {}  # of each answer that goes on
+        self._every = 1  # `between` has one of this many intervals
+        self._latest: dict[Hashable, float] = {}  # of each unfinished answer
 
     def take(
         self, answer: Hashable, ended: bool = False, prompt: int = 0, at: float | None = None
     ) -> None:
-        """Note that a token of an answer is there; no other one follows if it has ended.
+        """Record the arrival of a token of an answer; `ended` marks the last one.
 
-        prompt: how many tokens were read for its first one. at: by time.perf_counter; None: now.
+        prompt: number of prompt tokens read for the first one. at: by time.perf_counter; None: now.
         """
         self.last = now = (time.perf_counter() if at is None else at) - self.began
         self.tokens += 1
@@ -71,7 +71,7 @@ class Timing:
             self._latest[answer] = now
 
     def line(self) -> str:
-        """Return what there was in one line."""
+        """Return a summary in one line."""
         total = time.perf_counter() - self.began
         first = min(self.first, default=0.0)
         line = f"{self.tokens} tokens in {total:.2f} s, compilation included: {first:.2f} s to the"
@@ -80,11 +80,11 @@ class Timing:
         return f"{line} first"
 
     def _speed(self) -> float:
-        """Return how many tokens were drawn in a second, after the first."""
+        """Return the number of tokens drawn per second after the first."""
         return (self.tokens - 1) / max(1e-9, self.last - min(self.first))
 
     def block(self, more: Sequence[tuple[str, str]] = ()) -> str:
-        """Return the statistics, a line each, and the names and values of `more`."""
+        """Return the statistics and the names and values of `more`, one per line."""
         rows = [*self._rows(), *more]
         width = max((len(name) for name, _ in rows), default=0)
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
@@ -109,5 +109,5 @@ class Timing:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the least of the values that so many percent of them do not exceed."""
+    """Return the least value that `percent` percent of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]

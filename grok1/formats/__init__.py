@@ -1,1 +1,1 @@
-"""Checkpoints on disk: the released form, the safetensors form, and the way to the devices."""
+"""Checkpoints on disk: the released form, the safetensors form, and loading onto devices."""

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and stay so through a power cut.
+"""Atomic and durable file writes: a file is complete or absent, even after a power cut.
 
-No link is followed where something is written or removed: what it points to may be anybody's.
+Links are not followed when writing or removing: their target may belong to someone else.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is still the same one with the same contents.
+    """What identifies a file and its contents: if it is equal, the file is unchanged.
 
-    changed: the time of its last change in ns.
+    changed: the time of the last modification in ns.
     """
 
     device: int
@@ -25,18 +25,18 @@ class Stamp(NamedTuple):
 
 
 def stamp(file: str | int) -> Stamp:
-    """Return the stamp of a file, by its path or its descriptor. Raises OSError."""
+    """Return the stamp of a file, given its path or descriptor. Raises OSError."""
     status = os.stat(file)
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a regular file to read it. Anything else is an OSError."""
+    """Open a regular file for reading. Raises OSError for anything else."""
     return open(path, "rb", opener=_open_regular)
 
 
 def _open_regular(path: str, flags: int) -> int:
-    # Looked at once it is open, when nobody can replace it; to open a pipe must wait for no writer.
+    # Checked after opening, when it can no longer be replaced. O_NONBLOCK: a pipe must not block.
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -45,7 +45,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def require_plain(path: str, *, folder: bool = False) -> None:
-    """Raise OSError if there is something else than a file, or than a folder: a link, too."""
+    """Raise OSError if the path exists but is not a regular file (or folder), e.g. is a link."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -57,23 +57,23 @@ def require_plain(path: str, *, folder: bool = False) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make a directory, if it is not there, in one that is. Raises OSError, also for a link."""
+    """Make a directory if it does not exist; its parent must. Raises OSError, also for a link."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
     require_plain(path, folder=True)
 
 
 def partial(path: str) -> str:
-    """Return the name beside it that a file has until it is whole."""
+    """Return the name, in the same directory, that a file has until it is complete."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.partial")
 
 
 def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> None:
-    """Write a file so that it appears whole or not at all.
+    """Write a file atomically.
 
-    temporary: the name until it is whole, on the same disk; by default one beside it. Raises
-    OSError, with the temporary file gone and an older file of that name as it was.
+    temporary: the name until it is complete, on the same disk; by default in the same directory.
+    Raises OSError; then the temporary file is removed and an older file at `path` is unchanged.
     """
     temporary = temporary or partial(path)
     require_plain(temporary)
@@ -87,7 +87,7 @@ def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> N
 
 
 def fill(path: str, contents: Iterable[Any]) -> None:
-    """Write a new file, of which `place` can then make a lasting one; an older one is removed."""
+    """Write a new file, to be finished with `place`; an older one at `path` is removed."""
     require_plain(path)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
@@ -97,7 +97,7 @@ def fill(path: str, contents: Iterable[Any]) -> None:
 
 
 def place(temporary: str, path: str) -> None:
-    """Rename a finished file, once it is safely stored; then its name is, too."""
+    """Flush a finished file to disk, rename it, and flush its directory."""
     require_plain(path)
     _sync(temporary)
     os.replace(temporary, path)
@@ -105,29 +105,29 @@ def place(temporary: str, path: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file, if it is there, so that it stays removed."""
+    """Remove a file if it exists, durably."""
     if os.path.lexists(path):
         os.remove(path)
         _sync(os.path.dirname(path) or ".")
 
 
 def lock(descriptor: int) -> bool:
-    """Lock an open file or directory for this process; returns False if another one has locked it.
+    """Lock an open file or directory for this process; return False if another process holds it.
 
-    The lock ends with the descriptor, and so with the process, however that ends. It has no effect
-    where the file system has no locks.
+    The lock is released when the descriptor is closed, at the latest when the process ends. It has
+    no effect if the file system does not support locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass  # This file system has none.
+        pass  # This file system has no locks.
     return True
 
 
 def _sync(path: str) -> None:
-    """Wait until a file, or the names in a directory, have reached the disk."""
+    """Wait until a file, or the entries of a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,11 @@
-"""Converts a checkpoint between its two forms, and verifies checksums.
+"""Convert a checkpoint between its two forms, and verify checksums.
 
-While it lasts, DST/.converting holds the files that are being written and `state.json`: which are
-finished, and from which source. Every finished file is renamed to its place, so that whatever ends
-the command, a power cut included, the same command goes on after the last finished file.
+During a conversion, DST/.converting holds the files that are being written and `state.json`, which
+records the source and the finished files. Each finished file is renamed to its final path. If the
+command is interrupted, even by a power cut, the same command continues after the last of them.
 
-DST itself may be a link to a directory. A link in it, where a file or directory is to be, is
-refused: what it points to is not DST's. SRC may hold links, as download caches do.
+DST itself may be a link to a directory. A link in DST in place of an output file or directory is
+refused: its target does not belong to DST. SRC may contain links, as download caches do.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _HEADER = 256  # bytes, about, of a tensor in a safetensors header
 class Output:
     """One file to write.
 
-    file: its path in DST. members: the parameters in it. size: in bytes, perhaps a little more.
+    file: its path in DST. members: the parameters in it. size: an upper bound in bytes.
     """
 
     file: str
@@ -56,8 +56,8 @@ class Output:
 class Job:
     """A conversion whose source has been checked.
 
-    located: where each tensor lies in the source. checksums: what they must be, if it says so.
-    identity: changes if a file of the source is written. overwrite: a checkpoint may be replaced.
+    located: the location of each tensor in the source. checksums: those that the source states, if
+    any. identity: changes if a source file changes. overwrite: a checkpoint may be replaced.
     """
 
     source: str
@@ -78,10 +78,10 @@ class Job:
 
 @dataclasses.dataclass
 class State:
-    """What DST/.converting/state.json says of a conversion that is under way.
+    """The contents of DST/.converting/state.json: the progress of a conversion.
 
-    files: {file: [size, time of its last change in ns]} of those that are finished.
-    checksums: {tensor: checksum} of what is in them. In the file there is a digest of all three.
+    files: {file: [size, modification time in ns]} of the finished files.
+    checksums: {tensor: checksum} of the tensors in them. state.json adds a digest of all three.
     """
 
     identity: str
@@ -102,13 +102,13 @@ def convert(
 
     shapes: what the files of `source` must hold, as in `layout.files`.
 
-    Arrays go from file to file without being held in memory. Files that an earlier, interrupted
-    call has finished are kept if the source is still the same. The source's checksums are verified
-    if it has any. config.json and tokenizer.model are copied. overwrite: replace a checkpoint that
-    is in `target`, as a whole.
+    Arrays are streamed from file to file. Files that an earlier, interrupted call has finished are
+    kept if the source is unchanged. The source's checksums are verified if it has any. config.json
+    and tokenizer.model are copied. overwrite: replace an existing checkpoint in `target`
+    completely.
 
-    progress: called as progress(bytes_done, bytes_total). Raises CheckpointError (a ValueError) in
-    one sentence; what was finished stays, and the same call goes on from there.
+    progress: called as progress(bytes_done, bytes_total). Raises CheckpointError (a ValueError)
+    with a one-sentence message; finished files are kept, and the same call continues after them.
     """
     job = _plan(os.fspath(source), os.fspath(target), form, shapes, overwrite)
     with _writing(job.target), _working(job) as work:
@@ -127,16 +127,16 @@ def convert(
 
 
 def _require_unchanged(job: Job) -> None:
-    """Raise CheckpointError if a file of the source is not as it was when it was checked."""
+    """Raise CheckpointError if a file of the source has changed since it was checked."""
     stamps = {array.path: array.stamp for array in job.located.values()}
     same = all(atomic.stamp(path) == stamp for path, stamp in stamps.items())
     if not same or _identity(job.source, job.form, job.located) != job.identity:
         got, remedy = "some that changed", "start the same command again when nothing writes there"
-        raise error(job.source, "files that stay as they are", got, remedy)
+        raise error(job.source, "files that do not change", got, remedy)
 
 
 def _plan(source: str, target: str, form: str, shapes: layout.Params, overwrite: bool) -> Job:
-    """Check all that can be checked before the first byte is written."""
+    """Check everything that can be checked before the first byte is written."""
     if forms.form(source) == form:
         remedy = f"name another form than {form} with --to"
         raise error(source, "a checkpoint in another form", f"one that is {form} already", remedy)
@@ -149,7 +149,7 @@ def _plan(source: str, target: str, form: str, shapes: layout.Params, overwrite:
         checksums = safetensors.read_index(source).checksums
         outputs = [Output(f"{forms.FOLDER}/{r.file}", [r], r.size) for r in records]
     with _writing(target):
-        for name in _COPIED:  # before anything in DST is touched
+        for name in _COPIED:  # before anything in DST is changed
             with (
                 contextlib.suppress(FileNotFoundError),
                 atomic.open_regular(os.path.join(source, name)),
@@ -162,7 +162,7 @@ def _plan(source: str, target: str, form: str, shapes: layout.Params, overwrite:
 
 
 def _locate(directory: Directory, records: list[TensorFile]) -> dict[str, pickle_file.Located]:
-    """Return where each tensor lies in a checkpoint of either form, all headers checked."""
+    """Return the location of each tensor in a checkpoint of either form; checks all headers."""
     located: dict[str, pickle_file.Located] = {}
     leaves = layout.check_files(directory, records)
     for record, leaf in zip(records, leaves, strict=True):
@@ -177,16 +177,16 @@ def _safe_output(file: str, members: list[TensorFile]) -> Output:
 
 
 def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]) -> str:
-    """Return a digest of what is converted: names, sizes, times and samples of all files.
+    """Return a digest of the source: names, sizes, times and samples of all files.
 
-    Names, sizes and times of the tensors' files are as they were when their headers were checked.
+    Sizes and times of the tensors' files are those from when their headers were checked.
     """
     stamps = {array.path: array.stamp for array in located.values()}
     paths = stamps.keys() | {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
     seen: list[Any] = [form, layout.read_config(source), forms.samples(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
-            # Without the device's number, which may be another one after the machine was started.
+            # Without the device number, which may differ after a reboot.
             name, stamp = os.path.relpath(path, source), stamps.get(path) or atomic.stamp(path)
             seen.append([name, stamp.size, stamp.changed])
     return _digest(seen)
@@ -197,7 +197,7 @@ def _digest(value: Any) -> str:
 
 
 def _check_target(job: Job) -> None:
-    """Raise CheckpointError if DST holds what would be left over, or cannot be there."""
+    """Raise CheckpointError if DST is unsuitable or holds files that would be left over."""
     target, source = os.path.realpath(job.target), os.path.realpath(job.source)
     files = os.path.realpath(os.path.join(source, forms.FOLDER))
     if target == source or os.path.commonpath([target, files]) == files:
@@ -205,7 +205,7 @@ def _check_target(job: Job) -> None:
         raise error(job.target, "another directory than the source", got, "name another one")
     work = os.path.join(target, forms.WORK)
     if any(os.path.commonpath([work, path]) == work for path in (source, files)):
-        remedy = f"move it out of {forms.WORK}, which is removed in the end"
+        remedy = f"move it out of {forms.WORK}, which is removed at the end"
         raise error(job.source, "a source outside of the target's own files", work, remedy)
     if os.path.lexists(job.target) and not os.path.isdir(job.target):
         remedy = "name a directory, which need not exist"
@@ -235,7 +235,7 @@ def _check_target(job: Job) -> None:
 
 
 def _check_replaced(job: Job) -> None:
-    """Raise CheckpointError if a file of another program, or unasked a checkpoint, would be."""
+    """Raise CheckpointError if another program's file, or a checkpoint unasked, is replaced."""
     if _is_ours(job):
         under_way = os.path.lexists(os.path.join(job.target, forms.WORK))
         if not (job.overwrite or under_way):
@@ -246,12 +246,12 @@ def _check_replaced(job: Job) -> None:
         own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
         same = name in _COPIED and os.path.lexists(own) and os.path.lexists(others)
         if os.path.lexists(others) and not (same and filecmp.cmp(own, others, shallow=False)):
-            remedy = "move it to another place, or name another directory"
+            remedy = "move it elsewhere, or name another directory"
             raise error(others, "no file, or the source's own", "another program's", remedy)
 
 
 def _is_ours(job: Job) -> bool:
-    """Whether DST holds a checkpoint, or a part of one, which is replaced as a whole."""
+    """Return whether DST holds a checkpoint, or a part of one, which is replaced completely."""
     if os.path.lexists(os.path.join(job.target, forms.INDEX)):
         return True
     with contextlib.suppress(OSError, TypeError, ValueError):
@@ -265,7 +265,7 @@ def _is_ours(job: Job) -> bool:
 
 
 def _check_index(job: Job) -> None:
-    """Raise CheckpointError if DST has an index of another program, whose files are not ours."""
+    """Raise CheckpointError if DST has an index that another program wrote."""
     path = os.path.join(job.target, forms.INDEX)
     if os.path.lexists(path) and not safetensors.is_own_index(job.target):
         remedy = "name another directory, or remove it"
@@ -273,7 +273,7 @@ def _check_index(job: Job) -> None:
 
 
 def _tensor_files(job: Job) -> set[str]:
-    """Return the files in DST that are of the form to be written."""
+    """Return the tensor files in DST that are of the output's form."""
     if job.form == forms.SAFETENSORS:
         return {name for name in os.listdir(job.target) if name.endswith(".safetensors")}
     folder = os.path.join(job.target, forms.FOLDER)
@@ -281,7 +281,7 @@ def _tensor_files(job: Job) -> set[str]:
 
 
 def _check_space(job: Job, state: State | None) -> None:
-    """Raise CheckpointError if the disk is too small for what is still to be written."""
+    """Raise CheckpointError if the disk has too little space for the remaining files."""
     needed = largest = 0
     for name in _COPIED:
         with contextlib.suppress(FileNotFoundError):
@@ -298,30 +298,30 @@ def _check_space(job: Job, state: State | None) -> None:
             job.target,
             f"{needed + largest:,} bytes of free disk space",
             f"{free:,} bytes",
-            "make room, or name a directory on another disk",
+            "free some space, or name a directory on another disk",
         )
 
 
 @contextlib.contextmanager
 def _writing(target: str) -> Iterator[None]:
-    """Turn what the system says against writing into one sentence."""
+    """Turn an OSError into a CheckpointError of one sentence."""
     try:
         yield
     except OSError as problem:
         got = f"an error ({problem.strerror or problem})"
-        remedy = "mend that and start the same command again: it goes on from there"
+        remedy = "fix that and start the same command again: it continues from there"
         where = os.fspath(problem.filename or target)
         raise error(where, "files that can be read and written", got, remedy) from problem
 
 
 @contextlib.contextmanager
 def _working(job: Job) -> Iterator[str]:
-    """Make DST/.converting, for this process alone; after an error it stays if it has a state."""
+    """Make and lock DST/.converting; after an error it is kept if it has a state."""
     work = os.path.join(job.target, forms.WORK)
     state = os.path.join(work, _STATE)
     os.makedirs(job.target, exist_ok=True)
     with forms.only_writer(job.target):
-        _check_target(job)  # again: another program may have left something
+        _check_target(job)  # again: another program may have added something
         atomic.make_folder(work)
         _check_work(job, work)
         _clean(job, work)
@@ -338,23 +338,23 @@ def _working(job: Job) -> Iterator[str]:
 
 
 def _temporary_names(job: Job) -> set[str]:
-    """Return the names in DST/.converting of files that are being written."""
+    """Return the names that files have in DST/.converting while they are being written."""
     outputs = {os.path.basename(output.file) for output in job.outputs}
     return outputs | {*_COPIED, forms.INDEX, os.path.basename(atomic.partial(_STATE))}
 
 
 def _check_work(job: Job, work: str) -> None:
-    """Raise CheckpointError if DST/.converting holds what no conversion of this kind wrote."""
+    """Raise CheckpointError if DST/.converting holds files that this conversion does not write."""
     others = sorted(set(os.listdir(work)) - _temporary_names(job) - {_STATE})
     if others:
         got = f"{len(others)} of another name"
-        remedy = "move what is there to another place, or name another directory"
+        remedy = "move what is there elsewhere, or name another directory"
         where = os.path.join(work, others[0])
         raise error(where, "only files of an unfinished conversion", got, remedy)
 
 
 def _clean(job: Job, work: str) -> None:
-    """Remove what was being written, perhaps by a process that was killed."""
+    """Remove unfinished files, perhaps of a process that was killed."""
     for name in _temporary_names(job):
         path = os.path.join(work, name)
         atomic.require_plain(path)
@@ -363,23 +363,23 @@ def _clean(job: Job, work: str) -> None:
 
 
 def _read_state(job: Job) -> State | None:
-    """Return how far an earlier call with the same source came; None: there was none."""
+    """Return the state of an earlier call with the same source, or None."""
     try:
         state = _load_state(job)
     except FileNotFoundError:
         return None
     except (TypeError, ValueError):
         path = os.path.join(job.target, forms.WORK, _STATE)
-        _log.warning("%s is damaged: starting anew", path)
+        _log.warning("%s is damaged: starting over", path)
         return None
     if state.identity != job.identity:
-        _log.warning("%s is not what %s was begun with: starting anew", job.source, job.target)
+        _log.warning("%s is not the source of %s: starting over", job.source, job.target)
         return None
     return state
 
 
 def _load_state(job: Job) -> State:
-    """Return what DST says of a conversion. Raises OSError, TypeError or ValueError."""
+    """Return the state in DST. Raises OSError, TypeError or ValueError."""
     fields = _fields_of_state(job)
     if fields.pop("digest", None) != _digest(fields):
         raise ValueError("expected another digest")
@@ -388,12 +388,12 @@ def _load_state(job: Job) -> State:
 
 def _fields_of_state(job: Job) -> dict[str, Any]:
     with atomic.open_regular(os.path.join(job.target, forms.WORK, _STATE)) as file:
-        # A longer one is no JSON without its end.
+        # A longer file is cut here, and is then not valid JSON.
         return dict(read_json(file.read(_MAX_STATE_BYTES)))
 
 
 def _begin(job: Job, work: str) -> State:
-    """Forget an earlier conversion; what it finished is now only in the way."""
+    """Start a new state, discarding that of an earlier conversion."""
     state = State(job.identity, {}, {})
     _write_state(work, state)
     atomic.remove(os.path.join(job.target, forms.INDEX))
@@ -429,7 +429,7 @@ def _stamp(path: str) -> list[int]:
 
 
 def _finished(job: Job, state: State, output: Output) -> bool:
-    """Return whether a file is there as this conversion left it."""
+    """Return whether an output exists, unchanged since this conversion finished it."""
     path = os.path.join(job.target, output.file)
     stamp = state.files.get(output.file)
     known = stamp is not None and state.checksums.keys() >= set(output.names)
@@ -437,7 +437,7 @@ def _finished(job: Job, state: State, output: Output) -> bool:
 
 
 def _write_outputs(job: Job, state: State, work: str, progress: Progress | None) -> None:
-    """Write the files that are not finished, and note each as soon as it is."""
+    """Write the unfinished files, and record each in the state when it is finished."""
     counter = Counter(job.total, progress)
     with ThreadPoolExecutor(_THREADS) as pool:
         for output in job.outputs:
@@ -455,9 +455,9 @@ def _write_outputs(job: Job, state: State, work: str, progress: Progress | None)
 def _write_output(
     job: Job, output: Output, path: str, work: str, pool: ThreadPoolExecutor, counter: Counter
 ) -> dict[str, str]:
-    """Write one file; returns the checksums of its tensors, computed from the source."""
+    """Write one file; return the checksums of its tensors, computed from the source."""
     futures = {
-        # Beside the writing: both take the same pages of the source while they are in memory.
+        # While writing: both read the same pages of the source while they are in memory.
         name: pool.submit(safetensors.checksum, job.located[name], name, counter.add)
         for name in output.names
     }
@@ -490,13 +490,13 @@ def _mismatch(
 def verify(
     directory: Directory, shapes: layout.Params, progress: Progress | None = None
 ) -> tuple[str, list[str]]:
-    """Check all headers of a checkpoint, that floats are finite and, if it has any, checksums.
+    """Check a checkpoint's headers, that its floats are finite, and its checksums if any.
 
     shapes: what the files must hold, as in `layout.files`.
 
-    Returns a sentence that says what was checked, and one for each tensor that is not as it was, or
-    has values that are not finite. Raises CheckpointError (a ValueError) if the files cannot be
-    those of a checkpoint.
+    Returns a sentence that says what was checked, and one for each tensor that has changed or has
+    values that are not finite. Raises CheckpointError (a ValueError) if the files are not those of
+    a checkpoint.
     """
     records = layout.files(shapes)
     located = _locate(directory, records)
@@ -524,7 +524,7 @@ def _verify_tensors(
     checksums: Mapping[str, str],
     progress: Progress | None,
 ) -> list[str]:
-    """Return a sentence for each tensor that is not finite or has another checksum, if any."""
+    """Return a sentence for each tensor that is not finite or has a wrong checksum."""
     counter = Counter(sum(map(pickle_file.nbytes, located.values())), progress)
     problems = {}
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -1,9 +1,9 @@
-"""The two forms of a checkpoint: how a directory shows which it holds, their records and errors.
+"""The two forms of a checkpoint: how to tell them apart, their records and their errors.
 
-A checkpoint DIR comes in one of two forms: RELEASED, with one pickle a parameter and layer in
-DIR/ckpt-0 (pickle_file.py), or SAFETENSORS, with one file a layer and the index DIR/INDEX
-(safetensors.py). DIR/WORK marks a conversion that has not come to its end (conversion.py), and
-DIR/SAVING a `checkpoint.save` that has not: files of two models may be there.
+A checkpoint DIR has one of two forms: RELEASED, with one pickle per parameter and layer in
+DIR/ckpt-0 (pickle_file.py), or SAFETENSORS, with one file per layer and the index DIR/INDEX
+(safetensors.py). DIR/WORK marks an unfinished conversion (conversion.py), and DIR/SAVING an
+unfinished `checkpoint.save`, which may leave files of two models.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ FOLDER = "ckpt-0"
 INDEX = "model.safetensors.index.json"
 WORK = ".converting"
 SAVING = ".saving"
-TENSORS = r"tensor[0-9]+_[0-9]+|.+\.safetensors"  # names of the files that hold them
-SAMPLES, SAMPLE_BYTES = 4, 4096  # that `samples` reads of each of these files
+TENSORS = r"tensor[0-9]+_[0-9]+|.+\.safetensors"  # names of tensor files
+SAMPLES, SAMPLE_BYTES = 4, 4096  # that `samples` reads of each tensor file
 MAX_TOKENIZER_BYTES = 64 << 20  # Grok-1's has 2.2 MB
 
 Directory = str | os.PathLike[str]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not what was asked for: one sentence says where, how, and what to do."""
+    """A checkpoint is not as expected; the message says where, how, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """One file of a released checkpoint, as the layout demands it.
+    """One file of a released checkpoint, as the layout requires it.
 
     file: its name in ckpt-0, "tensor00003_000".
     name: the parameter that it holds, "transformer/decoder_layer_0/moe/linear_1/w".
-    module, param, layer: where that lies in the stacked parameters; layer None if not stacked.
+    module, param, layer: its place in the stacked parameters; layer None if not stacked.
     leaf: the stored array(s): jax.ShapeDtypeStruct, or a QuantizedWeight8bit of two.
     size: its exact length in bytes, as `save` writes it.
     """
@@ -55,14 +55,14 @@ class TensorFile:
 
 @contextlib.contextmanager
 def only_writer(directory: Directory) -> Iterator[None]:
-    """Keep other saves and conversions away from DIR, which is there, until the block ends.
+    """Lock the existing directory DIR against other saves and conversions within the block.
 
-    Raises CheckpointError if another one is at work.
+    Raises CheckpointError if another one is in progress.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if not atomic.lock(descriptor):
-            expected, got = "one save or conversion at a time", "another one at work"
+            expected, got = "one save or conversion at a time", "another in progress"
             raise error(str(directory), expected, got, "wait until it ends")
         yield
     finally:
@@ -70,33 +70,33 @@ def only_writer(directory: Directory) -> Iterator[None]:
 
 
 def error(where: str, expected: str, got: str, remedy: str) -> CheckpointError:
-    """Return the error whose sentence, on one line, says all four."""
+    """Return an error whose message is one line with all four arguments."""
     sentence = f"{where}: expected {expected}, got {got}; {remedy}"
     return CheckpointError("".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence))
 
 
 def form(directory: Directory) -> str | None:
-    """Return RELEASED or SAFETENSORS, as DIR holds a checkpoint, or None; of both, RELEASED."""
+    """Return the form of the checkpoint in DIR, or None; RELEASED if it holds both."""
     if os.path.isdir(os.path.join(directory, FOLDER)):
         return RELEASED
     return SAFETENSORS if os.path.isfile(os.path.join(directory, INDEX)) else None
 
 
 def require_whole(directory: Directory) -> None:
-    """Raise CheckpointError if a conversion or a save into DIR has not come to its end."""
+    """Raise CheckpointError if a conversion or a save into DIR is unfinished."""
     if os.path.lexists(os.path.join(directory, WORK)):
-        got = "a conversion's unfinished one"
+        got = "an unfinished conversion"
         remedy = f"start the same conversion again, or remove {WORK} and what it made"
     elif os.path.lexists(os.path.join(directory, SAVING)):
         got = f"one half saved ({SAVING} is there)"
-        remedy = "save it again: files of the model before may be among the new ones"
+        remedy = "save it again: files of the previous model may be among the new ones"
     else:
         return
-    raise error(str(directory), "a whole checkpoint", got, remedy)
+    raise error(str(directory), "a complete checkpoint", got, remedy)
 
 
 def require_form(directory: Directory, remedy: str) -> str:
-    """Return the form of the checkpoint in DIR; raises CheckpointError if there is no whole one."""
+    """Return the form of the checkpoint in DIR. Raises CheckpointError unless it is complete."""
     require_whole(directory)
     found = form(directory)
     if found is None:
@@ -113,16 +113,16 @@ def require_form(directory: Directory, remedy: str) -> str:
 
 
 def samples(directory: Directory) -> dict[str, str]:
-    """Return a digest of the size and a few blocks of each file that holds tensors, by its name.
+    """Return {file: digest} of the size and a few blocks of each tensor file.
 
-    Other weights have others, unless they differ in a few places only: to read all of Grok-1's
-    takes minutes. Raises OSError.
+    Other weights give other digests, unless they differ in a few places only: reading all of
+    Grok-1's weights takes minutes. Raises OSError.
     """
     folder = FOLDER if form(directory) == RELEASED else ""
     names = os.listdir(os.path.join(directory, folder))
     files = sorted(os.path.join(folder, name) for name in names if re.fullmatch(TENSORS, name))
     paths = [os.path.join(directory, file) for file in files]
-    with ThreadPoolExecutor(16) as pool:  # a network's file system takes a while to answer
+    with ThreadPoolExecutor(16) as pool:  # a network file system has a high latency
         return dict(zip(files, pool.map(_sample, paths), strict=True))
 
 

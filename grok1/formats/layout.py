@@ -1,11 +1,11 @@
-"""Which files a checkpoint has, in which order, and whether those of a directory are these.
+"""The files of a checkpoint and their order, and checks that a directory holds them.
 
 The released form is `DIR/ckpt-0/tensorNNNNN_000`, one file per parameter and layer, and perhaps
 `DIR/config.json`. Parameters are `{module: {param: leaf}}`; every leaf of a module under
 `transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. The files are not:
 layer `i` of such a module is stored as `transformer/decoder_layer_{i}/...`, and the file numbers
-follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... What is inside of one file is
-pickle_file.py's to know. A checkpoint of the form that safetensors.py knows is checked just so.
+follow the sorted names, so layers run 0, 1, 10, 11, ..., 2, 20, ... The format of one file is
+defined in pickle_file.py. A checkpoint in the safetensors form is checked in the same way.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.strict_json import read_json
 
 STACKED = "transformer/decoder_layer/"
-FLOATS = "float32", "bfloat16", "float16"  # in which parameters that are no int8 may be stored
+FLOATS = "float32", "bfloat16", "float16"  # the stored dtypes of parameters that are not int8
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -35,7 +35,7 @@ Params = Mapping[str, Mapping[str, Any]]  # {module: {param: leaf}}
 def read_config(directory: Directory) -> dict[str, Any] | None:
     """Return DIR/config.json as a dict, or None if there is no such file.
 
-    Raises CheckpointError if it cannot be read or is not one JSON object.
+    Raises CheckpointError if it cannot be read or is not a JSON object.
     """
     path = os.path.join(directory, "config.json")
     remedy = "correct it, or take the file that came with the checkpoint"
@@ -65,7 +65,7 @@ def files(shapes: Params) -> list[TensorFile]:
     shapes: {module: {param: leaf}}, a leaf being a jax.ShapeDtypeStruct or a QuantizedWeight8bit
         of two (int8 weight, bfloat16 scales); stacked [L, ...] under `transformer/decoder_layer/`.
 
-    Raises ValueError if the stacked leaves differ in L, or the layout has no place for a leaf.
+    Raises ValueError if the stacked leaves differ in L, or the layout does not support a leaf.
     """
     entries: list[tuple[str, str, str, int | None, Any, int]] = []
     depths = set()
@@ -84,7 +84,9 @@ def files(shapes: Params) -> list[TensorFile]:
                 name = f"{STACKED[:-1]}_{layer}/{module.removeprefix(STACKED)}"
                 entries.append((name, param, module, layer, own, size))
     if len(depths) > 1:
-        raise ValueError(f"stacked parameters: expected one number of layers, got {sorted(depths)}")
+        raise ValueError(
+            f"stacked parameters: expected the same number of layers in each, got {sorted(depths)}"
+        )
     entries.sort(key=lambda entry: entry[:2])
     return [
         TensorFile(
@@ -103,9 +105,9 @@ def files(shapes: Params) -> list[TensorFile]:
 def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
 
-    If DIR has both, DIR/ckpt-0 counts, and not the safetensors files.
+    If DIR holds both forms, DIR/ckpt-0 is checked and the safetensors files are ignored.
 
-    Returns where the arrays of each parameter lie, in the order of `records`, which are those of
+    Returns the locations of each parameter's arrays, in the order of `records`, which come from
     `files`. Raises CheckpointError.
     """
     forms.require_whole(directory)
@@ -115,14 +117,14 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
         folder = os.path.join(directory, forms.FOLDER)
         _check_names(folder, records)
         found = [_read_header(folder, record) for record in records]
-    forms.require_whole(directory)  # of what is replaced from now on the stamps will differ
+    forms.require_whole(directory)  # from now on, a replaced file is detected by its stamp
     return found
 
 
 def shapes_in(directory: Directory, shapes: Params) -> dict[str, dict[str, Any]]:
     """Return `shapes` with the types that parameters have in DIR: int8 with scales, or floats.
 
-    One file of each parameter is looked at, and left to `check_files` if it is not as it should be.
+    Reads one file of each parameter. An invalid file is ignored here; `check_files` reports it.
     """
     first: dict[tuple[str, str], TensorFile] = {}
     for record in files(shapes):
@@ -138,7 +140,7 @@ def shapes_in(directory: Directory, shapes: Params) -> dict[str, dict[str, Any]]
 
 
 def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Any, Any]:
-    """Return what the files of these records hold."""
+    """Return {(module, param): leaf} of what the files of these records hold."""
     found: dict[Any, Any] = {}
     for record in records:
         path = os.path.join(directory, forms.FOLDER, record.file)
@@ -152,7 +154,7 @@ def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Any,
 
 
 def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[Any, Any]:
-    """Return what is stored for these records as one array each, which is a float one."""
+    """Return {(module, param): array} of the records that are stored as one array, of floats."""
     found: dict[Any, Any] = {}
     for file, members in safetensors.layout(records).items():
         with contextlib.suppress(CheckpointError):
@@ -162,14 +164,14 @@ def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[A
 
 
 def _retyped(leaf: Any, stored: Any) -> Any:
-    """Return a leaf [L, ...] or [...] with the type of a stored one, if that is a float array."""
+    """Return a leaf [L, ...] or [...] with the dtype of a stored one, if that is a float array."""
     if not isinstance(stored, pickle_file.Located) or stored.dtype not in FLOATS:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, np.dtype(stored.dtype))
 
 
 def tensor_names(folder: str) -> set[str]:
-    """Return the names in a folder that are those of tensor files. Raises OSError."""
+    """Return the names of the tensor files in a folder. Raises OSError."""
     return {name for name in os.listdir(folder) if re.fullmatch("tensor[0-9]+_[0-9]+", name)}
 
 
@@ -209,10 +211,10 @@ def _check_names(folder: str, records: list[TensorFile]) -> None:
 
 
 def _read_header(folder: str, record: TensorFile) -> Any:
-    """Return where the arrays of a file lie, as `pickle_file.read_header` does.
+    """Return the locations of a file's arrays, as `pickle_file.read_header` does.
 
-    Raises CheckpointError unless the file holds what `record` says; then it has the right length
-    too, since its arrays have the expected number of bytes, all there, and nothing follows them.
+    Raises CheckpointError unless the file holds what `record` says. Its length is then right, too:
+    its arrays are complete, have the expected number of bytes, and nothing follows them.
     """
     path = os.path.join(folder, record.file)
     where = f"{path} ({record.name})"

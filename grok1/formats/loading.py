@@ -1,11 +1,11 @@
-"""From files to devices: in parallel, and with little memory beside the parameters.
+"""Load arrays from files onto devices: in parallel, and with little additional memory.
 
-What lies alike on several devices is a `_Part` of an array: one slice, read once. Parts are filled
-piece by piece, the layers of a stacked array in any order. A CPU's memory is the host's, so there a
-part is filled where it stays. For any other device each of a few threads has one small buffer, and
-a piece goes from the file through it into its place in an array that is already on the device. No
-device waits for another, and no process for another: each reads what its own devices hold, but for
-parts that are columns: those of the same rows are filled together, from whole rows, read once.
+A slice of an array that is the same on several devices is a `_Part`, and is read once. Parts are
+filled piece by piece, the layers of a stacked array in any order. On a CPU, a part is filled in the
+host memory where it stays. For other devices, each of a few threads has one small buffer, through
+which it copies a piece from the file into an array that is already on the device. No device or
+process waits for another: each process reads what its own devices hold. Parts that are columns of
+the same rows are filled together: complete rows are read, once.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from grok1.formats.pickle_file import Located
 from grok1.formats.values import Index
 
 WORKERS = 4
-# On the way to a device; a buffer that stays in the processor's cache is read back from there.
+# Of a transfer to a device: a buffer that stays in the processor's cache is read from there.
 PIECE_BYTES = 16 << 20
-# The norms, routers and scales of all layers: as many small transfers would cost more than one.
+# Norms, routers and scales of all layers: many small transfers would cost more than one.
 SMALL_BYTES = 16 << 20
 
 Progress = Callable[[int, int], object]
 
 
 class Source(NamedTuple):
-    """Where one stored array comes from and goes to.
+    """A stored array and its destination.
 
-    array: the key of the array that it is, or is a layer of. layer: which, None if it is all of it.
-    located: its file, offset, shape and dtype. name: what errors call it.
+    array: the key of the array to fill. layer: the layer of it that is stored; None: all of it.
+    located: its file, offset, shape and dtype. name: its name in error messages.
     """
 
     array: Any
@@ -56,9 +56,9 @@ def fill_arrays(
 ) -> dict[Any, jax.Array]:
     """Read arrays onto devices; each process reads the rows of which its own devices hold a part.
 
-    sources: all layers of all arrays. wanted: the shape [L, ...] or [...] and dtype of each, the
-    stored numbers being cast to it. shardings: where each lies; none splits a layer axis.
-    progress: called as progress(bytes_done, bytes_total), of those that this process reads.
+    sources: all layers of all arrays. wanted: the shape [L, ...] or [...] and dtype of each array;
+    stored numbers are cast to the dtype. shardings: of each array; none splits a layer axis.
+    progress: called as progress(bytes_done, bytes_total), counting what this process reads.
 
     Raises forms.CheckpointError if a file has changed since its header was read, or holds values
     that are not finite.
@@ -76,7 +76,7 @@ def fill_arrays(
 
 
 class Counter:
-    """Adds up the bytes that several threads have done, for a Progress."""
+    """A counter of the bytes that several threads have processed, for a Progress."""
 
     def __init__(self, total: int, progress: Progress | None):
         self.total = total
@@ -85,7 +85,7 @@ class Counter:
         self.lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
-        """Count so many bytes more."""
+        """Add to the count."""
         with self.lock:
             self.done += nbytes
             if self.progress is not None:
@@ -104,7 +104,7 @@ def _run(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:
         for future in [executor.submit(work, stop, *job) for job in jobs]:
             future.result()
     except BaseException:
-        # Those that run end at their next piece, and the first exception is the one to tell.
+        # Running jobs stop at their next piece; the first exception is the one that is raised.
         stop.set()
         raise
     finally:
@@ -115,9 +115,9 @@ def _run(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:
 
 
 class _Part:
-    """One slice of an array, alike on all of `devices`.
+    """One slice of an array, the same on all of `devices`.
 
-    index: the slice; all of a layer axis.
+    index: the slice; it includes all of a layer axis.
     """
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], dtype: Any):
@@ -126,13 +126,13 @@ class _Part:
         self.dtype = dtype
 
     def room(self, box: Index, dtype: np.dtype) -> np.ndarray | None:
-        """Return where values of this box and type can be read to, in C order, if they can."""
+        """Return a C-contiguous view to read this box and dtype into directly, or None."""
         del box, dtype
         return None
 
 
 class _HostPart(_Part):
-    """A part that is filled on the host, and handed to its devices as a whole."""
+    """A part that is filled on the host, and then transferred to its devices at once."""
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
         super().__init__(index, devices, dtype)
@@ -146,12 +146,12 @@ class _HostPart(_Part):
         self.values[(*box, ...)] = piece
 
     def finish(self) -> list[jax.Array]:
-        # A CPU takes aligned memory as it is, without a copy.
+        # A CPU device uses aligned memory without a copy.
         return [jax.device_put(self.values, device) for device in self.devices]
 
 
 class _DevicePart(_Part):
-    """A part that lies on its devices from the start, and is filled there."""
+    """A part that is allocated on its devices, and filled there."""
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
         super().__init__(index, devices, dtype)
@@ -166,7 +166,7 @@ class _DevicePart(_Part):
                 _set_piece(value, jax.device_put(piece, device), where)
                 for value, device in zip(self.values, self.devices, strict=True)
             ]
-            # The buffer is free again, and no more than one piece a thread is on its way.
+            # After this the buffer can be reused; at most one piece per thread is in transfer.
             jax.block_until_ready(self.values)
 
     def finish(self) -> list[jax.Array]:
@@ -175,7 +175,7 @@ class _DevicePart(_Part):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_piece(values: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    """Replace what lies at `start` by the piece, in place."""
+    """Write the piece into `values` at `start`, in place."""
     return lax.dynamic_update_slice(values, piece, tuple(start))
 
 
@@ -190,7 +190,7 @@ def _buffer() -> np.ndarray:
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:
-    """Return so many bytes, aligned as XLA wants them, uint8."""
+    """Return an uninitialized uint8 array of `nbytes` bytes, aligned as XLA requires."""
     memory = np.empty(nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + nbytes]
@@ -221,7 +221,7 @@ def _on_host(devices: Sequence[jax.Device]) -> bool:
 
 
 def _groups(parts: Sequence[Any]) -> list[list[Any]]:
-    """Return the parts in groups that differ in their last axis alone."""
+    """Group parts that differ only in the last axis of their slice."""
     groups: dict[str, list[Any]] = {}
     for part in parts:
         groups.setdefault(str(part.index[:-1]), []).append(part)
@@ -245,7 +245,7 @@ def _read(count: Counter, stop: threading.Event, source: Source, group: Sequence
 
 @contextlib.contextmanager
 def _unchanged(source: Source) -> Iterator[None]:
-    """Say of a file whose header was read that it has changed if it cannot be read now."""
+    """Turn an OSError into a CheckpointError: a file whose header was read has changed."""
     try:
         yield
     except OSError as error:
@@ -255,7 +255,7 @@ def _unchanged(source: Source) -> Iterator[None]:
 def _read_piece(
     file: BinaryIO, source: Source, group: Sequence[Any], box: Index, count: Counter
 ) -> None:
-    """Read a box of a stored array, and give each part of a group its share."""
+    """Read a box of a stored array, and write its share to each part of a group."""
     layer = () if source.layer is None else (slice(source.layer, source.layer + 1),)
     shares = []
     for part in group:
@@ -267,7 +267,7 @@ def _read_piece(
         return
     part, share, place = shares[0]
     dtype, shape = jnp.dtype(source.located.dtype), _sizes(box)
-    # Straight to where all of it stays, or else through a buffer.
+    # Read directly into the part if possible, otherwise through a buffer.
     room = part.room(place, dtype) if len(shares) == 1 and share == box else None
     if room is None:
         read = _buffer()[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
@@ -284,7 +284,7 @@ def _read_piece(
 
 
 def _cast(piece: np.ndarray, dtype: Any, source: Source) -> np.ndarray:
-    """Return values in the dtype that is wanted, in which they must be finite, too."""
+    """Cast values to the wanted dtype, in which they must be finite, too."""
     if piece.dtype == dtype:
         return piece
     with np.errstate(over="ignore"):
@@ -294,7 +294,7 @@ def _cast(piece: np.ndarray, dtype: Any, source: Source) -> np.ndarray:
 
 
 def _boxes(source: Source, group: Sequence[Any]) -> Iterator[Index]:
-    """Yield the boxes of a stored array that a group's parts hold, with whole rows, in pieces."""
+    """Yield the complete rows of a stored array that a group's parts share, in pieces."""
     shape, index = source.located.shape, _own(source, group[0])
     rows = (*index[:-1], slice(0, shape[-1])) if shape else ()
     for piece in _pieces(_sizes(rows), jnp.dtype(source.located.dtype).itemsize):
@@ -318,26 +318,26 @@ def _overlap(one: slice, other: slice) -> slice:
 
 
 def _within(box: Index, outer: Index) -> Index:
-    """Return a box as it lies in an outer one."""
+    """Return a box relative to an outer one."""
     pairs = zip(box, outer, strict=True)
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
 
 
 def _stored_bytes(source: Source, group: Sequence[Any]) -> int:
-    """Return the bytes of a group of parts that come from this source."""
+    """Return how many bytes of a group of parts come from this source."""
     itemsize = jnp.dtype(source.located.dtype).itemsize
     return sum(math.prod(_sizes(_own(source, part))) * itemsize for part in group)
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterable[Index]:
-    """Cut an array into pieces of at most PIECE_BYTES, in the order of memory.
+    """Cut an array into pieces of at most PIECE_BYTES, in memory order.
 
-    Of about equal size, so that one or two compiled programs place them all.
+    They have about equal sizes, so that one or two compiled programs write them all.
     """
     cuts: list[list[slice]] = []
     for axis, size in enumerate(shape):
         row = math.prod(shape[axis + 1 :]) * itemsize
-        # Rows of the axes before this one are cut one by one if they are too large.
+        # This axis is cut only if the previous axis was cut into single rows.
         whole = not cuts or len(cuts[-1]) == shape[axis - 1]
         most = max(1, PIECE_BYTES // row) if whole else size
         step = math.ceil(size / math.ceil(size / most))

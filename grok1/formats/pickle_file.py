@@ -1,12 +1,12 @@
 """The format of one checkpoint file: a numpy array or a QuantizedWeight8bit, as a pickle.
 
-Loading a pickle runs whatever program it holds, so these are never loaded. `_Reader` walks the
-opcodes and builds a description: it knows only the opcodes and globals of the layout, writes down
-calls instead of making them, and steps over array bytes. What comes out is where in the file each
-array lies. `_Writer` turns such a description back into the bytes that Python's own pickler makes.
+Loading a pickle can run arbitrary code, so these are never loaded. `_Reader` walks the opcodes and
+builds a description: it accepts only the opcodes and globals of the layout, records calls instead
+of making them, and skips array bytes. The result is the offset of each array in the file. `_Writer`
+turns such a description back into the bytes that Python's own pickler writes.
 
 A leaf is what a file holds: an array, or a QuantizedWeight8bit of two. An array is anything with a
-`shape` and a `dtype`, like jax.ShapeDtypeStruct: no function here needs its values but `contents`.
+`shape` and a `dtype`, like jax.ShapeDtypeStruct; only `contents` needs the values.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from grok1.formats.atomic import Stamp
 from grok1.ops.quantization import QuantizedWeight8bit
 
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
-# one can take: an opcode reads at most 255 bytes and makes at most one value.
+# file can take: an opcode reads at most 255 bytes and makes at most one value.
 _MAX_OPCODES = 256
-_MAX_AXES = 8  # of an array, with a stored one having three: their product is printed
+_MAX_AXES = 8  # of an array; stored ones have up to three. Bounds their product, which is printed.
 # Python's pickler closes a frame that has grown to this size, and keeps larger bytes out of frames.
 _FRAME_TARGET = 64 * 1024
 
@@ -39,7 +39,7 @@ _TUPLES = ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
 class LayoutError(ValueError):
-    """A file is outside the layout, perhaps because it `ended` too early."""
+    """A file does not follow the layout. `ended`: because it ends too early."""
 
     def __init__(self, expected: str, got: str, problem: str = "is no tensor file"):
         super().__init__(f"{problem}: expected {expected}, got {got}")
@@ -48,9 +48,9 @@ class LayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """An array whose bytes begin at `offset`; `dtype` says so if they are in no usual order.
+    """An array whose bytes begin at `offset`; `dtype` names an unusual byte or memory order.
 
-    path, stamp: of the file that holds it, where the one who made this knows them.
+    path, stamp: of the file that holds it, if known.
     """
 
     shape: tuple[int, ...]
@@ -63,21 +63,22 @@ class Located:
 def read_header(file: BinaryIO, size: int) -> Any:
     """Return the Located, or QuantizedWeight8bit of two, that an open file of `size` bytes holds.
 
-    Their bytes are all there, and nothing follows them. Raises LayoutError for any other file.
+    Raises LayoutError if their bytes are incomplete, something follows them, or the file is not of
+    the layout.
     """
     return _parse(_Reader(file, size).read())
 
 
 def contents(leaf: Any, arrays: Iterable[Any]) -> Iterator[Any]:
-    """Yield the bytes of the file of a leaf, piece by piece; `arrays` are its arrays' values."""
+    """Yield the file of a leaf in pieces of bytes; `arrays` are its arrays' values."""
     pairs = zip(_arrays(leaf), arrays, strict=True)
     return join(leaf, ([np.asarray(v, dtype=array.dtype, order="C")] for array, v in pairs))
 
 
 def join(leaf: Any, arrays: Iterable[Iterable[np.ndarray]]) -> Iterator[Any]:
-    """Yield the bytes of the file of a leaf; `arrays` are its arrays, each in pieces, in C order.
+    """Yield the file of a leaf in pieces of bytes; `arrays` are its arrays, in pieces, in C order.
 
-    A piece is asked for once the one before it is no longer needed.
+    A piece is requested only when the previous one is no longer needed.
     """
     remaining = iter(arrays)
     for piece in _header(leaf):
@@ -95,7 +96,7 @@ def file_size(leaf: Any) -> int:
 
 
 def describe(leaf: Any) -> str:
-    """Return what errors call a leaf, "float32 [6144, 8]": equal texts are equal leaves."""
+    """Describe a leaf for errors, "float32 [6144, 8]"; equal leaves have equal descriptions."""
     if isinstance(leaf, QuantizedWeight8bit):
         return f"quantised {describe(leaf.weight)} with scales {describe(leaf.scales)}"
     return f"{leaf.dtype} {list(leaf.shape)}"
@@ -107,7 +108,7 @@ def nbytes(array: Any) -> int:
 
 
 def check(name: str, leaf: Any) -> None:
-    """Raise ValueError, with the name, if the layout has no place for a leaf."""
+    """Raise ValueError, with the name, if the layout does not support a leaf."""
     arrays = _arrays(leaf)
     dtypes = [np.dtype(array.dtype) for array in arrays]
     if isinstance(leaf, QuantizedWeight8bit):
@@ -130,11 +131,11 @@ def _header(leaf: Any) -> list[bytes | None]:
     return _Writer().write(_unparse(leaf))
 
 
-# The description of a pickle: None, bool, int, str and tuple stand for themselves, these for more.
+# The description of a pickle consists of None, bool, int, str, tuple and the classes below.
 
 
 class _Global(enum.Enum):
-    """Every global that a tensor file may name. None is ever imported or called."""
+    """Every global that a tensor file may name. They are never imported or called."""
 
     QUANTIZED = ("__main__", "QuantizedWeight8bit")
     RECONSTRUCT = ("numpy.core.multiarray", "_reconstruct")
@@ -145,7 +146,7 @@ class _Global(enum.Enum):
 
 @dataclasses.dataclass(eq=False)
 class _Object:
-    """What `function(*arguments)` returns, with its state; or a dict, if `function` is None.
+    """The result of `function(*arguments)`, with its state; or a dict, if `function` is None.
 
     The state of a dict is a tuple, (key, value, key, value, ...).
     """
@@ -157,7 +158,7 @@ class _Object:
 
 @dataclasses.dataclass(eq=False)
 class _Bytes:
-    """A bytes object at `offset`. `head` is its first byte, b"" if not known (yet)."""
+    """A bytes object at `offset`. `head` is its first byte, b"" if unknown."""
 
     offset: int
     length: int
@@ -166,7 +167,7 @@ class _Bytes:
 
 _KIND = _Bytes(0, 1, b"b")  # An argument of every `_reconstruct`.
 
-# How a pickled dtype spells its type: "f4" for float32, but bfloat16 by a global.
+# The type code in a pickled dtype: "f4" for float32, but a global for bfloat16.
 _DTYPES: dict[Any, np.dtype] = {np.dtype(t).str[1:]: np.dtype(t) for t in "?bhiqBHIQefd"}
 _DTYPES[_Global.BFLOAT16] = np.dtype(ml_dtypes.bfloat16)
 
@@ -174,15 +175,15 @@ _DTYPES[_Global.BFLOAT16] = np.dtype(ml_dtypes.bfloat16)
 def _parse(value: Any) -> Any:
     """Return the Located, or QuantizedWeight8bit of two, that a description stands for.
 
-    A hostile description can be deep, cyclic, or small and endless to print: nothing here looks
-    further into it than the patterns do, or prints more of it than single strings.
+    A hostile description can be deep or cyclic, or small but endless to print. So it is inspected
+    only as deep as the patterns go, and only single strings of it are printed.
     """
     match value:
         case _Object(
             _Global.QUANTIZED, (), _Object(None, None, ("weight", weight, "scales", scales))
         ):
             leaf = QuantizedWeight8bit(_parse_array(weight), _parse_array(scales))
-            # What a pickle stores once, it may name twice; parts of it, it cannot.
+            # A pickle can refer to the same bytes twice, but not to a part of them.
             if leaf.weight.offset == leaf.scales.offset:
                 expected, got = "bytes of their own for weight and scales", "the same for both"
                 raise LayoutError(expected, got, "contradicts itself")
@@ -192,7 +193,7 @@ def _parse(value: Any) -> Any:
 
 def _parse_array(value: Any) -> Located:
     match value:
-        # The size, alignment and flags of a dtype add nothing to its name.
+        # The size, alignment and flags of a dtype follow from its name.
         case _Object(
             _Global.RECONSTRUCT,
             (_Global.NDARRAY, (0,), _Bytes(_, 1, b"b")),
@@ -244,7 +245,7 @@ _MARK = object()
 
 
 class _Reader:
-    """A pickle machine that writes a description. Its `step` is the list of allowed opcodes."""
+    """A pickle machine that builds a description. `step` defines the allowed opcodes."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
@@ -281,7 +282,7 @@ class _Reader:
             case "BININT1" | "BININT2" | "BININT":
                 value = self.number(opcode)
             case "SHORT_BINUNICODE":
-                # Text that is not UTF-8 becomes text that is not in the layout.
+                # Invalid UTF-8 becomes a string that is not in the layout.
                 value = self.take(self.take(1)[0]).decode(errors="backslashreplace")
             case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
                 value = self.skip(self.number(opcode))
@@ -320,7 +321,7 @@ class _Reader:
         self.stack.append(value)
 
     def stop(self) -> Any:
-        """Return the value on the stack, if it and the file end here."""
+        """Return the only value on the stack. Raises LayoutError unless the file ends here."""
         value = self.pop()
         if self.stack:
             raise LayoutError("one value", f"{len(self.stack) + 1}")
@@ -344,7 +345,7 @@ class _Reader:
         return data
 
     def skip(self, count: int) -> _Bytes:
-        """Step over the bytes of an array: however many they are, one is read."""
+        """Skip the bytes of an array, reading only the first."""
         self.reach(count)
         offset = self.position
         head = self.take(1) if count else b""
@@ -377,7 +378,7 @@ class _Reader:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
             raise self.misused("STACK_GLOBAL")
-        # numpy 2 moved the module; it is the same function.
+        # NumPy 2 renamed the module of this function.
         place = "numpy.core.multiarray" if module == "numpy._core.multiarray" else module
         try:
             return _Global((place, name))
@@ -387,7 +388,7 @@ class _Reader:
 
 
 class _Writer:
-    """Pickles a description as Python does in protocol 4, leaving room for the arrays' bytes."""
+    """A pickler of descriptions, like Python's in protocol 4, that leaves out the arrays' bytes."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes | None] = [_PROTOCOL_4]
@@ -396,17 +397,17 @@ class _Writer:
         self.memo: dict[Any, int] = {}
 
     def write(self, value: _Object) -> list[bytes | None]:
-        """Return the bytes of the file that holds the value; None: an array's belong here."""
+        """Return the bytes of the file that holds the value, with None for those of each array."""
         self.put(value)
         self.emit("STOP")
         self.close_frame()
         return self.pieces
 
     def put(self, value: Any) -> None:
-        """Write one value and what it is made of, storing and recalling as the pickler does."""
+        """Write a value and its parts, memoizing them as Python's pickler does."""
         if self.frame_size >= _FRAME_TARGET:
             self.close_frame()
-        # Equal tuples are distinct objects in these files: stored, never recalled.
+        # Equal tuples are distinct objects in these files: memoized, but never recalled.
         key = object() if isinstance(value, tuple) else value
         if key in self.memo:
             self.emit("BINGET", bytes([self.memo[key]]))

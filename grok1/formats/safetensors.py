@@ -1,17 +1,17 @@
 """The safetensors form of a checkpoint: its names, its index, its headers and its checksums.
 
-DIR holds one file a layer, `layer-00.safetensors` and on, `outer.safetensors` with what belongs to
-no layer, and the index `model.safetensors.index.json`:
+DIR holds one file per layer, starting with `layer-00.safetensors`; `outer.safetensors` with the
+parameters outside the layers; and the index `model.safetensors.index.json`:
 
     {"metadata": {"format": "grok-1-jax/1", "total_size": bytes of all tensors},
      "weight_map": {tensor: file},
      "checksums": {tensor: "sha256:" and 64 hexadecimal digits}}
 
 A tensor is named like the released parameter, `transformer/decoder_layer_0/rms_norm/scale`; an int8
-matrix is two of them, `.../w/weight` and `.../w/scales`. Values are stored as they were released.
-A file is a length in eight bytes, little-endian, and so much JSON, the header, and then the values.
-A file's tensors lie in it one after another, without gap or overlap. It is read with read calls and
-not by the safetensors library, which maps it: a mapped file that is cut ends the process.
+matrix is two tensors, `.../w/weight` and `.../w/scales`. Values are stored as they were released. A
+file consists of the header's length in eight bytes, little-endian; the header, in JSON; and the
+values of its tensors, without gap or overlap. Files are read with read calls, not with the
+safetensors library, which maps them: if a mapped file is truncated, the process is killed.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from grok1.strict_json import read_json
 
 OUTER = "outer.safetensors"
 _FORMAT = "grok-1-jax/1"
-# Grok-1's index has 0.4 MB and its headers 3 kB. The limits bound what a hostile file can take.
+# Grok-1's index has 0.4 MB and its headers 3 kB. The limits are for hostile files.
 _MAX_INDEX_BYTES = 4 << 20
 _MAX_HEADER_BYTES = 1 << 18
 
-# In the order in which the library has them in a file.
+# In the order in which the library stores them in a file.
 _DTYPES = {
     "U64": "uint64",
     "I64": "int64",
@@ -61,7 +61,7 @@ _DAMAGED = "convert or download it again"
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What the index says: the file and the checksum of each tensor, and the bytes of all."""
+    """The contents of the index: each tensor's file and checksum, and the bytes of all tensors."""
 
     files: Mapping[str, str]
     checksums: Mapping[str, str]
@@ -72,7 +72,7 @@ class Index:
 
 
 def tensors(record: TensorFile, leaf: Any = None) -> dict[str, Any]:
-    """Return {name: array} of a parameter's leaf; by default of `record.leaf`."""
+    """Return {name: array} for a parameter's leaf; by default `record.leaf`."""
     leaf = record.leaf if leaf is None else leaf
     if isinstance(leaf, QuantizedWeight8bit):
         return {f"{record.name}/weight": leaf.weight, f"{record.name}/scales": leaf.scales}
@@ -80,7 +80,7 @@ def tensors(record: TensorFile, leaf: Any = None) -> dict[str, Any]:
 
 
 def layout(records: Iterable[TensorFile]) -> dict[str, list[TensorFile]]:
-    """Return {file: the parameters that it holds}: first what belongs to no layer, then layers."""
+    """Return {file: its parameters}: first those outside the layers, then the layers."""
     groups: dict[int, list[TensorFile]] = {}
     for record in records:
         groups.setdefault(-1 if record.layer is None else record.layer, []).append(record)
@@ -95,7 +95,7 @@ def layout(records: Iterable[TensorFile]) -> dict[str, list[TensorFile]]:
 
 
 def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> bytes:
-    """Return the bytes of the index; the same parameters make the same bytes."""
+    """Return the bytes of the index; they depend only on the arguments."""
     weight_map, size = {}, 0
     for file, members in layout(records).items():
         for record in members:
@@ -115,8 +115,8 @@ def contents(
 ) -> Iterator[Any]:
     """Yield the bytes of a safetensors file, as the library writes it.
 
-    arrays: the shape and dtype of each tensor. values: what is in each, in pieces, in C order. A
-    piece is asked for once the one before it is no longer needed.
+    arrays: the shape and dtype of each tensor. values: the values of each, in pieces, in C order. A
+    piece is requested only when the previous one is no longer needed.
     """
     codes = {name: _CODES[np.dtype(array.dtype).name] for name, array in arrays.items()}
     names = sorted(arrays, key=lambda name: ([*_DTYPES].index(codes[name]), name))
@@ -141,9 +141,9 @@ def contents(
 def checksum(
     array: pickle_file.Located, name: str, count: Callable[[int], object] | None = None
 ) -> str:
-    """Return the checksum of an array's bytes as the index has it.
+    """Return the checksum of an array's bytes, in the format of the index.
 
-    count: called with the bytes of each piece. Raises as `values.read_pieces`.
+    count: called with the number of bytes of each piece. Raises the errors of `values.read_pieces`.
     """
     digest = hashlib.sha256()
     for piece in read_pieces(array, name):
@@ -159,7 +159,7 @@ def checksum(
 def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     """Check the index, and the sizes and headers of all files of DIR.
 
-    Returns where the arrays of each parameter lie, in the order of `records`: a
+    Returns the location of each parameter's arrays, in the order of `records`: a
     pickle_file.Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
     """
     files = layout(records)
@@ -171,7 +171,7 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
 
 
 def arrays_in(path: str) -> dict[str, pickle_file.Located]:
-    """Return the types and shapes of a file's tensors by name, as its header says, unchecked.
+    """Return the dtypes and shapes of a file's tensors by name, from its header, unchecked.
 
     Raises CheckpointError if it has no header.
     """
@@ -184,7 +184,7 @@ def arrays_in(path: str) -> dict[str, pickle_file.Located]:
 
 
 def read_index(directory: Directory) -> Index:
-    """Return the index of DIR, its own form checked. Raises CheckpointError."""
+    """Return the index of DIR. Raises CheckpointError if it is malformed."""
     path = os.path.join(directory, forms.INDEX)
     try:
         with atomic.open_regular(path) as opened:
@@ -203,7 +203,7 @@ def read_index(directory: Directory) -> Index:
             pass
         case _:
             expected, got = "metadata, weight_map and checksums", "something else"
-            remedy = "an index by another program does not do: convert the released files"
+            remedy = "an index by another program is not accepted: convert the released files"
             raise error(path, expected, got, remedy)
     if kind != _FORMAT:
         raise error(path, f"the format {_FORMAT}", _short(kind), "convert the released files")
@@ -220,7 +220,7 @@ def read_index(directory: Directory) -> Index:
 
 
 def is_own_index(directory: Directory) -> bool:
-    """Return whether the index of DIR is of this form, whole or damaged, or of another program."""
+    """Return whether this program wrote the index of DIR, which may be damaged."""
     with atomic.open_regular(os.path.join(directory, forms.INDEX)) as file:
         text = file.read(_MAX_INDEX_BYTES + 1)
     try:
@@ -234,7 +234,7 @@ def is_own_index(directory: Directory) -> bool:
 
 
 def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]]) -> None:
-    """Raise CheckpointError unless the index has exactly the tensors of `files`, each in its."""
+    """Raise CheckpointError unless the index lists exactly the tensors of `files` in its files."""
     arrays = {
         file: [item for record in members for item in tensors(record).items()]
         for file, members in files.items()
@@ -259,7 +259,7 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
 
 
 def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
-    """Return {parameter: the leaf with the places of its arrays} of one file."""
+    """Return {parameter: leaf with the locations of its arrays} of one file."""
     entries, begin, stamp = _read_header(path)
     expected = {name: array for record in members for name, array in tensors(record).items()}
     for name in sorted(expected.keys() ^ entries.keys()):
@@ -291,7 +291,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
 
 
 def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.Stamp]:
-    """Return the tensors' entries in the header of a file, where their values begin, its stamp."""
+    """Return the tensors' entries in a file's header, the offset of the values, and its stamp."""
     try:
         with atomic.open_regular(path) as file:
             stamp = atomic.stamp(file.fileno())
@@ -302,22 +302,22 @@ def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.Stamp]:
             text = file.read(length)
     except OSError as problem:
         got = f"an error ({problem.strerror or problem})"
-        remedy = f"check that it is there and may be read, or {_DAMAGED}"
+        remedy = f"check that it exists and is readable, or {_DAMAGED}"
         raise error(path, "a readable safetensors file", got, remedy) from problem
     if len(text) < length or not text.startswith(b"{"):
-        raise _damaged(path, "it has no whole header")
+        raise _damaged(path, "its header is incomplete")
     entries = _parse(path, text)
     match entries.pop("__metadata__", {}):
         case dict(metadata) if all(isinstance(value, str) for value in metadata.values()):
             return entries, 8 + length, stamp
-    raise _damaged(path, "its metadata are no strings")
+    raise _damaged(path, "its metadata are not strings")
 
 
 def _place(path: str, name: str, array: Any, entry: Any) -> int:
-    """Return where the values of a tensor begin, counted from the header's end.
+    """Return the offset of a tensor's values from the end of the header.
 
-    Raises CheckpointError unless its entry in the header has the type and shape of `array`, and
-    place for so many bytes.
+    Raises CheckpointError unless its entry in the header has the dtype and shape of `array`, and
+    the corresponding number of bytes.
     """
     where = f"{path} ({name})"
     match entry:
@@ -326,7 +326,7 @@ def _place(path: str, name: str, array: Any, entry: Any) -> int:
         ):
             pass
         case _:
-            raise _damaged(where, "it is described by something else than type, shape and place")
+            raise _damaged(where, "its entry is not dtype, shape and data_offsets")
     wanted, got = pickle_file.describe(array), f"{_DTYPES.get(code, code)} {shape}"
     if got != wanted:
         remedy = "check that the configuration is that of this checkpoint"
@@ -337,7 +337,7 @@ def _place(path: str, name: str, array: Any, entry: Any) -> int:
 
 
 def _damaged(where: str, how: str) -> forms.CheckpointError:
-    return error(where, "a whole safetensors file", f"a damaged one ({how})", _DAMAGED)
+    return error(where, "a complete safetensors file", f"a damaged one ({how})", _DAMAGED)
 
 
 def _parse(path: str, text: bytes) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def _parse(path: str, text: bytes) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """Return a value of a file as an error may show it: on one line, and not all of it."""
+    """Return a value of a file for an error message: on one line, and shortened."""
     return ascii(value if not isinstance(value, (dict, list)) else type(value).__name__)[
         :_MOST_SHOWN
     ]

@@ -1,6 +1,7 @@
 """Read the values of stored arrays from their files, a box or a piece at a time.
 
-With read calls, never a memory map: a mapped file that another program cuts ends the process.
+Uses read calls, not a memory map: if another program truncated a mapped file, the process would be
+killed.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ _PIECE_BYTES = 4 << 20
 
 @contextlib.contextmanager
 def open_values(array: Located, name: str) -> Iterator[BinaryIO]:
-    """Open the file of an array, to be read from its beginning to its end.
+    """Open the file of an array for sequential reading.
 
-    Raises OSError if it cannot be opened, CheckpointError, which calls the array `name`, if it is
-    not the file whose header was read, or is another one when the block ends.
+    Raises OSError if it cannot be opened. Raises CheckpointError, in which the array is called
+    `name`, if the file has changed since its header was read, also if it has when the block ends.
     """
     with atomic.open_regular(array.path) as file:
         _require_unchanged(file, array, name)
@@ -43,7 +44,7 @@ def _require_unchanged(file: BinaryIO, array: Located, name: str) -> None:
 
 
 def changed(array: Located, name: str, how: str | None = None) -> forms.CheckpointError:
-    """Return the error that says that the file of an array was changed, perhaps `how`."""
+    """Return the error for an array's file that was changed; `how`: details, if known."""
     got = f"one that changed ({how})" if how else "one that changed"
     remedy = "start again when nothing else writes to it"
     return forms.error(f"{array.path} ({name})", "the file that was checked", got, remedy)
@@ -52,10 +53,10 @@ def changed(array: Located, name: str, how: str | None = None) -> forms.Checkpoi
 def read_box(file: BinaryIO, array: Located, box: Index, out: np.ndarray) -> None:
     """Read a box of an array, of the shape of `out`, into `out`, which is in C order.
 
-    Raises OSError if the file ends too early, as one does that was cut since it was checked.
+    Raises OSError if the file ends too early, for example if it was truncated after the check.
     """
     shape, itemsize = array.shape, out.itemsize
-    whole = len(shape)  # the axes from here on are read as a whole
+    whole = len(shape)  # the axes from here on are read completely
     while whole and (box[whole - 1].start, box[whole - 1].stop) == (0, shape[whole - 1]):
         whole -= 1
     leading = box[: max(0, whole - 1)]
@@ -72,10 +73,10 @@ def read_box(file: BinaryIO, array: Located, box: Index, out: np.ndarray) -> Non
 
 
 def read_pieces(array: Located, name: str) -> Iterator[np.ndarray]:
-    """Yield all values of an array, flat, piece by piece; each is gone when the next is read.
+    """Yield all values of an array, flat, in pieces; the next piece overwrites the previous one.
 
-    Raises OSError if the file cannot be read to the array's end, CheckpointError, which calls it
-    `name`, if it has changed since its header was read, or a value is not finite.
+    Raises OSError if the file cannot be read to the array's end. Raises CheckpointError, in which
+    the array is called `name`, if it has changed since its header was read, or is not finite.
     """
     dtype = np.dtype(array.dtype)
     flat = dataclasses.replace(array, shape=(math.prod(array.shape),))
@@ -91,25 +92,25 @@ def read_pieces(array: Located, name: str) -> Iterator[np.ndarray]:
 
 
 def require_finite(values: np.ndarray, array: Located, name: str) -> None:
-    """Raise CheckpointError if values that were read from an array, and perhaps cast, aren't."""
+    """Raise CheckpointError if values of an array, perhaps cast, are not all finite."""
     if not _all_finite(values):
-        with np.errstate(invalid="ignore"):  # which bfloat16 has of a NaN
+        with np.errstate(invalid="ignore"):  # which a bfloat16 NaN would set
             bad = values[~np.isfinite(values)].flat[0]
         expected = "finite numbers"
         if values.dtype != array.dtype:
             expected += f" in {values.dtype}"
-        remedy = "the model cannot compute with that: download the file again, or save it anew"
+        remedy = "the model cannot compute with that: download the file again, or save it again"
         raise forms.error(f"{array.path} ({name})", expected, str(bad), remedy)
 
 
 def is_float(array: Any) -> bool:
-    """Return whether an array's values could be other than finite."""
+    """Return whether an array's dtype can hold values that are not finite."""
     dtype = np.dtype(array.dtype)
     return dtype == ml_dtypes.bfloat16 or dtype.kind == "f"
 
 
 def _all_finite(values: np.ndarray) -> bool:
     if values.dtype == ml_dtypes.bfloat16:
-        # For it np.isfinite takes ten times as long as this.
+        # np.isfinite takes ten times as long for bfloat16.
         return bool(np.max(values.view(np.uint16) & 0x7FFF, initial=0) < 0x7F80)
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())

@@ -1,1 +1,1 @@
-"""What a device computes faster by its own means than as XLA compiles it; see dispatch.py."""
+"""Kernels that are faster than what XLA compiles, and their selection; see dispatch.py."""

@@ -1,10 +1,10 @@
-// What decoding on a CPU spends its time on: products of float32 rows with int8 matrices, each row
-// with the matrix of its group, and with the output table; attention to a cache.
+// The operations that take most of the time of decoding on a CPU: products of float32 rows with
+// int8 matrices, each row with the matrix of its group; products with the output table; attention.
 //
-// It is bound by memory: a weight should be read once, as it is stored, in order. XLA writes int8
-// out as float32 first and reads that.
+// They are memory-bound: weights should be read once, as stored, in order. XLA first writes int8 to
+// memory as float32 and reads that.
 //
-// A sum is always added up in the same order, or exactly: a row's bits do not depend on its company.
+// Sums are computed in a fixed order, or exactly: a row's bits do not depend on the other rows.
 
 #include <algorithm>
 #include <array>
@@ -28,14 +28,14 @@ namespace ffi = xla::ffi;
 namespace {
 
 // Calls work(0) ... work(count - 1) on the threads of the pool and on this one; returns when all
-// have ended. This one never waits for a task that has not begun: the pool may be busy.
+// have finished. It never waits for a task that has not started, since the pool may be busy.
 template <typename Work>
 void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   struct Progress {
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> ended{0};
   };
-  // Held by the tasks too: one may begin when all work has been done and this call has returned.
+  // Shared with the tasks: one may start after all work is done and this call has returned.
   auto progress = std::make_shared<Progress>();
   auto run = [progress, count, &work] {
     for (int64_t i; (i = progress->next.fetch_add(1)) < count;) {
@@ -51,11 +51,11 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
 
 // ----------------------------------------------------------------------- rows by int8 matrices
 
-constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest where it is read in order
-constexpr int64_t kLeast = 512;  // columns of a task, however many threads there are
+constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest when read in order
+constexpr int64_t kLeast = 512;  // the fewest columns of a task, for any number of threads
 
-// How rows are multiplied with int8 matrices: by what is fastest (whole numbers where there is AMX,
-// else floats), as whole numbers by dot products only, where they are known, or as floats.
+// How rows are multiplied with int8 matrices: by the fastest method (integers with AMX, otherwise
+// floats), in integers by dot product instructions only (if available), or in floats.
 enum Form : int32_t { kFastest = 0, kDots = 1, kFloats = 2 };
 
 // int8 [E, I, O] and bfloat16 [E, J, O]: the matrices of one layer.
@@ -70,7 +70,7 @@ struct Stack {
   }
 };
 
-// Takes a layer's matrices out of those of all, [L, E, I, O] and [L, E, J, O].
+// Selects a layer's matrices from those of all layers, [L, E, I, O] and [L, E, J, O].
 ffi::Error TakeLayer(const ffi::Buffer<ffi::S8>& weight, const ffi::Buffer<ffi::BF16>& scales,
                      const ffi::Buffer<ffi::S32>& layer, Stack* stack) {
   auto shape = weight.dimensions(), scale_shape = scales.dimensions();
@@ -89,16 +89,16 @@ ffi::Error TakeLayer(const ffi::Buffer<ffi::S8>& weight, const ffi::Buffer<ffi::
   return ffi::Error::Success();
 }
 
-// Rows of x, sorted by the expert that they go to, as they are multiplied with its matrices.
+// Rows of x, sorted by expert, and their product with the experts' matrices.
 class Rows {
  public:
   struct Run {
     int64_t expert, first, count;  // rows first ... first + count of x
-    int64_t tile;                  // the first of its digits
-    int64_t partial = 0;           // the first row of what its slabs make
+    int64_t tile;                  // the first tile of its digits
+    int64_t partial = 0;           // the first row of its slabs' partial sums
   };
 
-  // x [M, I]; start [E + 1]: where each expert's rows begin, at last where all end.
+  // x [M, I]; start [E + 1]: the first row of each expert, then the end of the last expert's rows.
   Rows(ffi::ThreadPool& pool, const float* x, const int32_t* start, const Stack& stack, Form form)
       : pool_(pool), x_(x), inputs_(stack.inputs), outputs_(stack.outputs) {
     int64_t tiles = 0;
@@ -116,8 +116,8 @@ class Rows {
 #endif
   }
 
-  // y [M, O] = x @ the matrices of a stack. With a second one of the same shapes, finish(y, other,
-  // width) is called for each part of a row of y and of what the second makes of it.
+  // y [M, O] = x @ the matrices of a stack. With a second stack of the same shapes, finish(y,
+  // other, width) is called for each part of a row of y and of the second stack's product.
   template <typename Finish>
   void Multiply(const Stack& stack, const Stack* second, float* y, const Finish& finish) {
     Slabs slabs(stack.Of(0));
@@ -141,19 +141,19 @@ class Rows {
   }
 
  private:
-  // Some columns of a run: of all its rows with a whole matrix, or of one slab.
+  // Some columns of a run's product: with the full matrix, or with one slab.
   struct Task {
     const Run* run;
     int64_t slab;  // -1: all
     int64_t first, width;
   };
 
-  // Shares the work out. Few rows are multiplied slab by slab: memory is fastest where it is read in
-  // order. What slabs make of many rows would be more than their weights. `sums` is what is to be
-  // done when all slabs have been.
+  // Divides the work into tasks. Few rows are multiplied slab by slab: memory is fastest when read
+  // in order. The slabs' partial sums of many rows would be larger than their weights. `sums` are
+  // the tasks that follow when all slabs are done.
   void ShareOut(const Slabs& slabs, int64_t weights, std::vector<Task>* tasks,
                 std::vector<Task>* sums) {
-    // Wide tasks, unless there would be too few for all threads. A pool may not be there at all.
+    // Wide tasks, unless there would be too few for all threads. There may be no pool.
     int64_t threads = std::max<int64_t>(pool_.num_threads(), 1), runs = runs_.size();
     auto add = [&](std::vector<Task>* to, const Run& run, int64_t slab, int64_t width) {
       for (int64_t first = 0; first < outputs_; first += width) {
@@ -183,14 +183,14 @@ class Rows {
   }
 
   bool BySlabs(const Run& run, const Slabs& slabs) const {
-    constexpr int64_t kInputs = 192;  // of a slab at least, for each row
+    constexpr int64_t kInputs = 192;  // the fewest inputs of a slab, for each row
 #ifdef KERNELS_INTEGERS
     if (digits_) return false;
 #endif
     return slabs.count > 1 && run.count * kInputs * slabs.count <= inputs_;
   }
 
-  // What slab `slab` of the stack `which` makes of a run's rows, [count, O].
+  // The partial sums of slab `slab` of the stack `which` for a run's rows, [count, O].
   float* Partial(const Run& run, const Slabs& slabs, int64_t which, int64_t slab,
                  float* partial) const {
     return partial + (run.partial + (which * slabs.count + slab) * run.count) * outputs_;
@@ -260,7 +260,7 @@ class Rows {
 
   static constexpr int64_t kFew = 2;
 
-  // Columns of a part of so many rows: its sums stay in cache.
+  // The columns of a part of `count` rows, so that its sums stay in cache.
   int64_t MostColumns(int64_t count) const {
     int64_t sums = kFloatSums / std::min(count, kRows);
 #ifdef KERNELS_INTEGERS
@@ -279,7 +279,7 @@ class Rows {
 #ifdef KERNELS_INTEGERS
   void WriteDigits(int64_t tiles, int64_t groups) {
     static thread_local Digits digits;
-    digits_ = &digits;  // of this thread, also where others write them
+    digits_ = &digits;  // of this thread, also when others write them
     digits.Resize(tiles, inputs_, groups);
     std::vector<std::pair<int64_t, int64_t>> rows;  // of each tile: the first, and how many
     for (const Run& run : runs_) {
@@ -294,7 +294,7 @@ class Rows {
     for (int64_t t = 0; t < tiles; ++t) write(t);
   }
 
-  static constexpr int64_t kAlone = 64 * 1024;  // numbers that this thread writes without others
+  static constexpr int64_t kAlone = 64 * 1024;  // numbers that this thread writes alone
   Digits* digits_ = nullptr;
 #endif
   ffi::ThreadPool& pool_;
@@ -308,7 +308,8 @@ class Rows {
 
 thread_local Memory Rows::partials_;
 
-// Whether x [M, I] and y [M, O] fit the matrices, and `starts` [E + 1] the rows.
+// Checks that x [M, I] and y [M, O] fit the matrices, and `starts` [E + 1] the rows; zeroes the
+// rows of y that have no expert.
 ffi::Error CheckRows(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
                      const ffi::Buffer<ffi::S32>& starts, ffi::ResultBuffer<ffi::F32>& y) {
   auto shape = x.dimensions();
@@ -329,8 +330,8 @@ ffi::Error CheckRows(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
 }
 
 // x float32 [M, I], its rows sorted by expert; weight int8 [L, E, I, O]; scales bfloat16
-// [L, E, J, O]; starts int32 [E + 1], where in x each expert's rows begin, the last where all end;
-// layer int32 []. y float32 [M, O] = x @ weight, zero where a row has no expert.
+// [L, E, J, O]; starts int32 [E + 1], the first row of each expert, then the end of the last one's;
+// layer int32 []. y float32 [M, O] = x @ weight, zero if a row has no expert.
 ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                               ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::BF16> scales,
                               ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> layer,
@@ -350,7 +351,7 @@ void Gate(float* gate, const float* value, int64_t width) {
     Lanes small = u > 80.0f ? Lanes{} + 80.0f : u;
     small = small < -80.0f ? Lanes{} - 80.0f : small;
     Lanes below = 1.0f + Exp(small, 0.0f);
-    below = u > 80.0f ? Lanes{} + INFINITY : below;  // z may be of any size
+    below = u > 80.0f ? Lanes{} + INFINITY : below;  // z may have any magnitude
     return z / below * value;
   };
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -366,7 +367,7 @@ void Gate(float* gate, const float* value, int64_t width) {
   }
 }
 
-// As GroupedProduct, with two weights of one shape: y = gelu(x @ gate) * (x @ value).
+// Like GroupedProduct, with two weights of the same shape: y = gelu(x @ gate) * (x @ value).
 ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                             ffi::Buffer<ffi::S8> gate, ffi::Buffer<ffi::BF16> gate_scales,
                             ffi::Buffer<ffi::S8> value, ffi::Buffer<ffi::BF16> value_scales,
@@ -386,14 +387,14 @@ ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 
 // ------------------------------------------------------------------------- rows by an output table
 
-constexpr int64_t kEntries = kRegisters == 32 ? 6 : 3;  // of the table, and
-constexpr int64_t kTableTile = 4;  // rows of x, that are multiplied at a time: sums in registers
+constexpr int64_t kEntries = kRegisters == 32 ? 6 : 3;  // entries of the table, and
+constexpr int64_t kTableTile = 4;  // rows of x, multiplied at a time, with their sums in registers
 constexpr int64_t kEntryTask = 64 * kEntries;
-constexpr int64_t kTableRows = 16;  // of x, for which the table is read once
+constexpr int64_t kTableRows = 16;  // rows of x for which the table is read once
 constexpr int64_t kPart = 512;  // of the contracted width: entries stay in the first-level cache
 
 // sums[r][v] += x[r][d] * entry[v][d], lane by lane, for kCount rows of x, a tile of entries and
-// first <= d < end. `ahead`: whether as many entries follow in memory, which are wanted next.
+// first <= d < end. `ahead`: whether to prefetch the next kEntries entries in memory.
 template <int kCount, typename Element>
 void AddDots(const float* x, const Element* const* entry, int64_t width, int64_t first, int64_t end,
              bool ahead, Lanes (*sums)[kEntries]) {
@@ -489,18 +490,18 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
 
 // ---------------------------------------------------------------------------- decoding's attention
 
-constexpr float kSoftCap = 30;  // of Grok-1's scores: a softmax needs no maximum to be subtracted
+constexpr float kSoftCap = 30;  // of Grok-1's scores: so softmax need not subtract the maximum
 
 // exp(cap tanh(score / cap)), with tanh(u) = expm1(2 u) / (expm1(2 u) + 2).
 inline Lanes SoftCapped(Lanes score) {
   Lanes twice = score * (2 / kSoftCap);
-  twice = twice > 40.0f ? Lanes{} + 40.0f : twice;  // there tanh is one
+  twice = twice > 40.0f ? Lanes{} + 40.0f : twice;  // where tanh is one
   twice = twice < -40.0f ? Lanes{} - 40.0f : twice;
   Lanes grown = Exp(twice, 1.0f);
   return Exp(kSoftCap * (grown / (grown + 2.0f)), 0.0f);
 }
 
-// What a weight becomes before it multiplies values of this type.
+// Rounds an attention weight to the type of the values that it multiplies.
 inline float Round(float weight, const float*) { return weight; }
 inline float Round(float weight, const uint16_t*) {  // to bfloat16, ties to even
   uint32_t bits;
@@ -570,16 +571,16 @@ void AddWeighted(const float* weights, const Element* const* value, int64_t coun
   }
 }
 
-// The cache of one sequence and some key/value heads, of `width` each, beside each other: rows of all
-// heads, `stride` apart.
+// The cache of one sequence for some adjacent key/value heads of `width` each; positions are
+// `stride` apart.
 template <typename Element>
 struct Heads {
   const Element *keys, *values;
   int64_t stride, count, width;
 };
 
-// Adds what kCount queries of a head see in some positions: to out [kCount, width] the values by
-// weight, w = exp(cap tanh(query . key m / cap)), and to total [kCount] the weights.
+// For kCount queries of a head and some positions, adds the values, weighted by
+// w = exp(cap tanh(query . key m / cap)), to out [kCount, width] and the weights to total [kCount].
 template <int kCount, typename Element>
 void AttendBlock(const float* query, const Element* const* key, const Element* const* value,
                  int64_t count, int64_t width, float multiplier, float* out, float* total) {
@@ -596,8 +597,8 @@ void AttendBlock(const float* query, const Element* const* key, const Element* c
   AddWeighted<kCount>(weights, value, count, width, out);
 }
 
-// out[k][g] = sum_s w[k][g][s] values[s][k] / sum_s w[k][g][s] over the first `filled` positions that
-// are `seen`; zero if there is none. query and out [heads, queries, width].
+// out[k][g] = sum_s w[k][g][s] values[s][k] / sum_s w[k][g][s] over the first `filled` positions
+// that are `seen`; zero if there is none. query and out [heads, queries, width].
 template <typename Element>
 void AttendHeads(const float* query, int64_t queries, const Heads<Element>& heads, const bool* seen,
                  int64_t filled, float multiplier, float* out) {
@@ -611,17 +612,17 @@ void AttendHeads(const float* query, int64_t queries, const Heads<Element>& head
   for (int64_t s = 0; s < filled;) {
     int64_t position[kLanes], count = 0;
     for (; s < filled && count < kLanes; ++s) {
-      if (seen[s]) position[count++] = s;  // what lies elsewhere may be no number
+      if (seen[s]) position[count++] = s;  // other positions may hold NaN
     }
     if (count == 0) break;
-    std::fill(position + count, position + kLanes, position[0]);  // scored, and not counted
+    std::fill(position + count, position + kLanes, position[0]);  // scored, but not counted
     bool more = s + kLanes <= filled;
     for (int64_t k = 0; k < heads.count; ++k) {
       const Element *key[kLanes], *value[kLanes];
       for (int64_t n = 0; n < kLanes; ++n) {
         key[n] = heads.keys + position[n] * heads.stride + k * width;
         value[n] = heads.values + position[n] * heads.stride + k * width;
-        for (int64_t i = 0; more && i < width; i += kOfLine) {  // wanted next
+        for (int64_t i = 0; more && i < width; i += kOfLine) {  // needed next
           __builtin_prefetch(key[n] + ahead + i, 0, 2);
           __builtin_prefetch(value[n] + ahead + i, 0, 2);
         }
@@ -661,7 +662,7 @@ ffi::Error AttendImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::An
               out->element_count() == query.element_count();
   if (!fits) return ffi::Error::InvalidArgument("the shapes of an attention do not fit");
   auto attend = [&](auto* key_data, auto* value_data) {
-    // As many heads together as leave work for all threads: they lie beside each other.
+    // As many heads per task as leave work for all threads: heads are adjacent in memory.
     int64_t wanted = (2 * std::max<int64_t>(pool.num_threads(), 1) + batch - 1) / batch;
     int64_t parts = std::clamp<int64_t>(wanted, 1, heads);
     ForEach(pool, batch * parts, [&](int64_t task) {

@@ -1,4 +1,4 @@
-"""Kernels for a CPU, whose functions are in cpu.cc."""
+"""Kernels for a CPU; their functions are in cpu.cc."""
 
 import functools
 from typing import Any
@@ -25,8 +25,8 @@ HANDLERS = {
     ATTEND: "Attend",
 }
 MOST_TABLE_ROWS = 16  # up to which `table_product` is faster than XLA's
-FASTEST, DOTS, FLOATS = range(3)  # how int8 is multiplied, as cpu.cc numbers it
-form = FASTEST  # the tests try the others
+FASTEST, DOTS, FLOATS = range(3)  # how int8 is multiplied: the enum Form in cpu.cc
+form = FASTEST  # the tests set the others
 
 
 def grouped_product(
@@ -35,11 +35,10 @@ def grouped_product(
     """Multiply each row with the matrix of its group.
 
     x: float [M, I], sorted by group. weight: [L, E, I, O], of which `layer` int32 [] is used.
-    starts: int32 [E + 1], where in x each group begins, and at last where all end.
+    starts: int32 [E + 1], the first row of each group in x, then the end of the last group.
     Returns float32 [M, O], zero in the rows after the last group. A processor with AMX multiplies
-    integers of 27 bits, as `xla_cpu.matmul` does; another one accumulates in
-    float32. A row's result depends on no other row. Only what is used of the weight is read, as
-    int8, once for up to 64 rows.
+    integers of 27 bits, as `xla_cpu.matmul` does; others accumulate in float32. A row's result does
+    not depend on other rows. Only the matrices in use are read, as int8, once for up to 64 rows.
 
     Raises KernelError as `load` does.
     """
@@ -56,7 +55,7 @@ def gated_product(
     starts: jax.Array,
     layer: jax.Array,
 ) -> jax.Array:
-    """`gelu(x @ gate) * (x @ value)`, both as `grouped_product` multiplies -> float32 [M, O].
+    """`gelu(x @ gate) * (x @ value)`, both by `grouped_product` -> float32 [M, O].
 
     gelu in its tanh approximation. Raises KernelError as `load` does.
     """
@@ -68,15 +67,15 @@ def gated_product(
 
 
 def _form(weight: QuantizedWeight8bit) -> np.int32:
-    """Return how int8 is multiplied: in integers only where their sums cannot overflow."""
+    """Return how int8 is multiplied: in integers only if their sums cannot overflow."""
     inputs = weight.shape[-2] // weight.scales.shape[-2]
     return np.int32(form if inputs <= xla_cpu.MOST_SUMMED else FLOATS)
 
 
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x [M, D] @ table.T`, table float32 or bfloat16 [V, D] -> float32 [M, V], accumulated so.
+    """`x [M, D] @ table.T`, table float32 or bfloat16 [V, D] -> float32 [M, V].
 
-    The table is read once, as it is stored. Faster than XLA's product for a few rows.
+    Accumulates in float32. The table is read once, as stored. Faster than XLA for a few rows.
 
     Raises KernelError as `load` does.
     """
@@ -96,7 +95,7 @@ def attend_one(
 ) -> jax.Array:
     """`cache.attend_cached` for one position of each sequence, T = 1 and B = C.
 
-    keys, values: float32, bfloat16 or its bits. What is not filled is not read.
+    keys, values: float32, bfloat16 or its bits. Only filled positions are read.
 
     Raises KernelError as `load` does.
     """
@@ -115,9 +114,9 @@ def _call(name: str, shape: Any, *arrays: jax.Array, **numbers: Any) -> jax.Arra
 
 @functools.cache
 def load() -> None:
-    """Compile the kernels, unless that has been done before, and let jax call them.
+    """Compile the kernels, unless they are cached, and register them with jax.
 
-    Raises KernelError where that cannot be.
+    Raises KernelError if that fails.
     """
     library = shared_library.load(HANDLERS.values())
     for target, name in HANDLERS.items():

@@ -1,7 +1,7 @@
-"""Which forms of the operations there are, and which this machine has.
+"""The implementations ("forms") of the operations, and which of them this machine supports.
 
-`plain`: grok1/ops, on any platform. `xla_cpu`: in JAX, written so that XLA makes fast code of it
-for a CPU. `cpu`: compiled from C++. `gpu`: Pallas. Each is tested to equal the plain form.
+`plain`: grok1/ops, on any platform. `xla_cpu`: JAX code from which XLA generates fast code for a
+CPU. `cpu`: compiled from C++. `gpu`: Pallas. Each is tested against the plain form.
 """
 
 import functools
@@ -17,7 +17,7 @@ NAMES = "plain", "xla_cpu", "cpu", "gpu"
 
 
 def operations(name: str) -> Operations:
-    """Return the forms of this name; those that a form has no own of are the plain ones."""
+    """Return the operations of this name; those that it does not implement are the plain ones."""
     if name == "plain":
         return Operations()
     if name == "xla_cpu":
@@ -28,9 +28,9 @@ def operations(name: str) -> Operations:
 
 
 def fastest(*, compiled: bool) -> str:
-    """Return the name of the fastest forms for the platform that jax runs on.
+    """Return the name of the fastest forms for jax's platform.
 
-    compiled: of those too that have to be compiled, which `load` does.
+    compiled: whether to include those that `load` has to compile.
     """
     if backend.on_cpu():
         return "cpu" if compiled else "xla_cpu"
@@ -51,7 +51,7 @@ def check(name: str) -> None:
     except KernelError as error:
         raise ValueError(
             f'kernels: {name!r} cannot be used here ({error}); use "plain", which computes the '
-            "same, only slower"
+            "same, but slower"
         ) from error
 
 
@@ -61,19 +61,19 @@ def _compiled(name: str) -> Any:
         from grok1.kernels import cpu
 
         return cpu
-    from grok1.kernels import gpu  # where it is wanted: Pallas takes long to import
+    from grok1.kernels import gpu  # only when needed: Pallas takes long to import
 
     return gpu
 
 
 def load() -> None:
-    """Make sure that this platform's compiled kernels are there. Raises KernelError if not."""
+    """Make this platform's compiled kernels available. Raises KernelError if that fails."""
     _compiled(fastest(compiled=True)).load()
 
 
 @functools.cache
 def available() -> bool:
-    """Return whether this platform's compiled kernels are there; logs, once, why they are not."""
+    """Return whether this platform's compiled kernels are available; log, once, why not."""
     try:
         load()
     except KernelError as error:

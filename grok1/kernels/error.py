@@ -1,5 +1,5 @@
-"""What the kernels' modules raise."""
+"""The exception that the kernels' modules raise."""
 
 
 class KernelError(Exception):
-    """Why there is no kernel on this machine, in a few words."""
+    """The kernels cannot be used on this machine; the message says why."""

@@ -1,5 +1,5 @@
-// Products of float32 rows with int8 matrices in float32: the form for processors without AMX.
-// Each weight is converted in registers.
+// Products of float32 rows with int8 matrices in float32, for processors without AMX. Each weight
+// is converted in registers.
 
 #ifndef KERNELS_FLOATS_H_
 #define KERNELS_FLOATS_H_
@@ -12,12 +12,12 @@
 
 namespace {
 
-constexpr int64_t kFloatSums = 64 * 1024;  // of a part: they stay in the second-level cache
-constexpr int64_t kSlabs = 4, kSlab = 128;  // of a matrix at least; inputs of one at least
-constexpr int64_t kPanelDepth = 64;  // inputs, at most, that are taken at a time
+constexpr int64_t kFloatSums = 64 * 1024;  // sums of a part: they stay in the second-level cache
+constexpr int64_t kSlabs = 4, kSlab = 128;  // fewest slabs of a matrix, fewest inputs of a slab
+constexpr int64_t kPanelDepth = 64;  // most inputs that are multiplied at a time
 
-// How the inputs of a matrix are cut into slabs, each within a scale group. A sum of a slab is added
-// to that of the slabs before it, however rows, columns and slabs are shared out.
+// How the inputs of a matrix are divided into slabs, each within a scale group. Slabs are summed in
+// order, for any division of rows, columns and slabs into tasks.
 struct Slabs {
   explicit Slabs(const Matrix& matrix)
       : group_inputs(matrix.inputs / matrix.groups),
@@ -46,7 +46,7 @@ void AddTile(const float* x, const Element* weight, int64_t stride, int64_t dept
     }
     for (int64_t i = 0; i < depth; ++i) {
       const Element* from = weight + i * stride + c;
-      if constexpr (kCount == 1) {  // one after the other: there are no registers to hold them
+      if constexpr (kCount == 1) {  // one by one: there are no registers to hold them all
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
           Lanes wide = Widen(from + v * kLanes);
@@ -82,7 +82,7 @@ constexpr auto TilesOf(std::index_sequence<kIndex...>) {
 template <typename Element>
 constexpr auto kTiles = TilesOf<Element>(std::make_index_sequence<kTile>());  // by rows, from 1
 
-// Calls work(r, count) for each tile of `rows` rows: its first row, and how many.
+// Calls work(r, count) for each tile of `rows` rows, with its first row and its number of rows.
 template <typename Work>
 inline void ForTiles(int64_t rows, const Work& work) {
   int64_t tiles = (rows + kTile - 1) / kTile;
@@ -101,7 +101,7 @@ inline void Pack(const float* x, int64_t x_stride, int64_t rows, int64_t depth, 
   });
 }
 
-// AddTile for all tiles of `rows` packed rows. A panel that several tiles read is converted once.
+// AddTile for all tiles of `rows` packed rows. A panel for several tiles is converted once.
 inline void AddPanel(const float* packed, int64_t rows, const int8_t* weight, int64_t stride,
                      int64_t depth, float* sums) {
   if (rows <= kTile) {
@@ -119,7 +119,7 @@ inline void AddPanel(const float* packed, int64_t rows, const int8_t* weight, in
   });
 }
 
-// The same for `width` columns that are no whole panel.
+// The same for `width` columns, fewer than a panel.
 inline void AddNarrow(const float* packed, int64_t rows, const int8_t* weight, int64_t stride,
                       int64_t depth, int64_t width, float* sums) {
   ForTiles(rows, [&](int64_t first, int64_t count) {
@@ -135,15 +135,15 @@ inline void AddNarrow(const float* packed, int64_t rows, const int8_t* weight, i
   });
 }
 
-// How many inputs are taken at a time. Few rows read a line of weights several times, in which lines
-// that lie 4 KiB apart would push each other out of the first-level cache if there were more.
+// The number of inputs that are multiplied at a time. Few rows read a line of weights several
+// times; more lines, 4 KiB apart, would evict each other from the first-level cache.
 inline int64_t DepthOf(int64_t rows, int64_t stride) {
   if (rows > kTile) return std::min(4 * rows, kPanelDepth);
   return stride % 4096 == 0 ? 8 : 16;
 }
 
-// y[r][...] = x[r] @ a slab of a matrix, scaled, for `rows` rows and `width` columns from `first` on;
-// or is added to what y holds.
+// y[r][...] = x[r] @ a slab of a matrix, scaled, for `rows` rows and `width` columns from `first`
+// on. add: add to y instead.
 inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, const Slabs& slabs,
                          int64_t slab, int64_t first, int64_t width, bool add, float* y,
                          int64_t y_stride) {
@@ -159,7 +159,7 @@ inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, con
     Ahead ahead(weight + depth * stride, stride, std::min(most, end - i - depth), width);
     Pack(x + i, matrix.inputs, rows, depth, packed);
     for (int64_t p = 0; p < panels; ++p, weight += kPanel) {
-      // Asked for before the tile is multiplied: within it, GCC makes slower code.
+      // Prefetched before the tile is multiplied: inside its loop, GCC generates slower code.
       for (int64_t n = 0; n < depth; ++n) {
         __builtin_prefetch(weight + n * stride + kPanel);
         ahead.Ask();
@@ -181,7 +181,7 @@ inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, con
       int64_t n = 0;
       for (int64_t whole = std::min(kPanel, width - c) - kLanes; n <= whole; n += kLanes) {
         Lanes scaled = Load(own + n) * Widen(scales + c + n);
-        Pin(scaled);  // rounded here, as it is where slabs are added up later
+        Pin(scaled);  // rounded here, as when slabs are added later
         Store(to + n, add ? Load(to + n) + scaled : scaled);
       }
       for (; n < std::min(kPanel, width - c); ++n) {

@@ -1,16 +1,16 @@
-"""The grouped product and the attention for NVIDIA GPUs, written in Pallas for its Triton compiler.
+"""The grouped product and the attention for NVIDIA GPUs, in Pallas with its Triton backend.
 
-Dimension letters: `M` rows, `E` groups of them, `I` inputs, `O` outputs, `J` scale groups, `L`
+Dimension letters: `M` rows, `E` groups of rows, `I` inputs, `O` outputs, `J` scale groups, `L`
 layers; `B` sequences, `C` sequences of a cache, `T` query positions, `S` positions of a cache, `K`
 key/value heads, `G` queries per key/value head, `H` head width, `R` rows of a tile.
 
-A decode step is as fast as its weights and its cache are read. So both kernels are handed the
-whole stack of layers and find their part of it by the layer's index, read nothing that is not used,
-and cut the sum that a result is into pieces, so that a single row keeps all processors busy. The
-float32 partial sums are added outside, in a fixed order: nothing is added atomically.
+A decode step is bound by reading its weights and its cache. So both kernels take the full stack of
+layers and the index of one, read only what is used, and split each sum into pieces, so that a
+single row keeps all processors busy. The float32 partial sums are added outside the kernel, in a
+fixed order, without atomics.
 
 Each kernel is launched from a frozen description of its tiles (`ProductLaunch`, `AttentionLaunch`),
-which also says how many bytes that launch moves.
+which also computes how many bytes the launch moves.
 """
 
 import dataclasses
@@ -41,19 +41,19 @@ from grok1.ops.quantization import (
     product,
 )
 
-Ref = Any  # what a kernel loads from and stores to; its type has no public name
+Ref = Any  # a reference that a kernel loads from and stores to; the type has no public name
 
 PROCESSORS = 132  # of an H100
-DEPTH = 64  # inputs that a product's tile takes at a time
+DEPTH = 64  # inputs that a product's tile processes at a time
 SHORTEST_PIECE = 3 * DEPTH  # a shorter one would write nearly as much as it reads
-LEAST_TILE = 16  # Triton's products have no smaller side
+LEAST_TILE = 16  # the smallest side of Triton's products
 BLOCK = 64  # positions of the cache that are attended to at a time
-PARTS = 16  # what the blocks of a few queries are dealt to
+PARTS = 16  # programs that share the blocks of a few queries
 
 
 @functools.cache
 def load() -> None:
-    """Try the grouped product on this device; raises KernelError if it does not do as it should."""
+    """Test the grouped product on this device. Raises KernelError if it fails or is wrong."""
     rng = np.random.default_rng(0)
     steps = rng.integers(-127, 128, [1, 1, DEPTH, 128]).astype(np.int8)
     weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 1, 128], 0.01, jnp.bfloat16))
@@ -62,14 +62,14 @@ def load() -> None:
         y = jax.jit(grouped_product)(x, weight, jnp.array([0, 2], jnp.int32), jnp.int32(0))
         expected = np.asarray(matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0, 0]), weight)))
         wrong = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
-    except Exception as error:  # whatever a compiler or driver may raise
+    except Exception as error:  # a compiler or driver may raise anything
         raise KernelError(str(error).strip().splitlines()[0]) from error
     if not wrong < 1e-3:
-        raise KernelError(f"a product that was tried is wrong by {wrong:.0%}")
+        raise KernelError(f"a test product is wrong by {wrong:.0%}")
 
 
 def _power_of_two(n: int) -> int:
-    """Return the least power of two that is at least n >= 1."""
+    """Return the smallest power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -79,15 +79,15 @@ def _ceil_div(n: jax.Array, divisor: int) -> jax.Array:
 
 
 def _check_addresses(name: str, array: jax.Array) -> None:
-    """Raise ValueError where Pallas would compute addresses wrongly.
+    """Raise ValueError if Pallas would compute wrong addresses.
 
-    It takes 32-bit offsets up to 4 GiB, and Triton reads these as signed: enough for elements of
-    two bytes and more.
+    It uses 32-bit offsets up to 4 GiB, which Triton reads as signed. This is wrong only for
+    elements of one byte.
     """
     if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
         raise ValueError(
-            f"{name} of shape {array.shape}: the GPU kernels take bytes up to 2 GiB or more than "
-            "4 GiB, not between; use the plain form"
+            f"{name} of shape {array.shape}: the GPU kernels take arrays of bytes up to 2 GiB or "
+            "above 4 GiB, not between; use the plain form"
         )
 
 
@@ -96,13 +96,13 @@ def _check_addresses(name: str, array: jax.Array) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ProductLaunch:
-    """How a grouped product is laid over programs.
+    """How a grouped product is divided among programs.
 
-    A group's rows go in tiles of `row_tile`, which begin where the group does: a group of no more
-    rows reads its matrix once. Each tile is a visit; there are as many as the rows can need, and
-    the programs of those beyond the ones that are used do nothing. The contracted axis goes in
-    pieces of `piece` inputs, none of which crosses a scale group. With `split` each program takes
-    one piece and writes a partial sum; without, each takes all of them, in the same order.
+    A group's rows are divided into tiles of `row_tile`, from its first row on: a group of at most
+    `row_tile` rows reads its matrix once. Each tile is a visit. The grid has as many visits as the
+    rows can need; the programs of unused ones do nothing. The contracted axis is divided into
+    pieces of `piece` inputs, none of which crosses a scale group. With `split` each program
+    processes one piece and writes a partial sum; without, all pieces, in the same order.
 
     rows, inputs, outputs, groups, scale_groups: M, I, O, E, J. itemsize: bytes of an element of x.
     """
@@ -120,13 +120,13 @@ class ProductLaunch:
 
     @property
     def visits(self) -> int:
-        """The most tiles of rows that there can be, each of another group or other rows."""
+        """The maximum number of row tiles over all groups."""
         wasted = self.groups * (self.row_tile - 1)
         return min(self.rows, (self.rows + wasted) // self.row_tile)
 
     @property
     def columns(self) -> int:
-        """Tiles of outputs."""
+        """The number of output tiles."""
         return pl.cdiv(self.outputs, self.column_tile)
 
     @property
@@ -136,35 +136,35 @@ class ProductLaunch:
 
     @property
     def group_pieces(self) -> int:
-        """Pieces of a scale group."""
+        """The number of pieces per scale group."""
         return pl.cdiv(self.group_inputs, self.piece)
 
     @property
     def pieces(self) -> int:
-        """Pieces of the contracted axis."""
+        """The number of pieces of the contracted axis."""
         return self.scale_groups * self.group_pieces
 
     @property
     def partials(self) -> int:
-        """Partial sums of each output."""
+        """The number of partial sums of each output."""
         return self.pieces if self.split else 1
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Visits first: those of one group run side by side, and share its matrix in the cache."""
+        """The programs; visits first, so that those of one group share its matrix in the cache."""
         return self.visits, self.columns, self.partials
 
     @property
     def compiler(self) -> plgpu.CompilerParams:
-        """Few rows wait for memory, so more tiles are on their way at a time."""
+        """The compiler options; few rows are memory-bound, so more tiles are prefetched."""
         large = self.row_tile * self.column_tile > 8192
         return plgpu.CompilerParams(num_warps=8 if large else 4, num_stages=4 if self.split else 3)
 
     def bytes_moved(self, counts: Sequence[int]) -> dict[str, int]:
         """Return the bytes that programs read and write, by kind, with `counts` rows in the groups.
 
-        What several programs read is counted for each; the larger part of that is x, which the
-        level-two cache holds.
+        What several programs read is counted for each; most of it is x, which stays in the
+        level-two cache.
         """
         tiles = sum(pl.cdiv(count, self.row_tile) for count in counts)
         used = sum(counts)
@@ -180,17 +180,17 @@ class ProductLaunch:
 
 
 def plan_product(x: jax.Array, weight: QuantizedWeight8bit) -> ProductLaunch:
-    """Return the launch for x [M, I] and a weight [L, E, I, O]: shapes and dtypes are looked at.
+    """Return the launch for x [M, I] and a weight [L, E, I, O], from their shapes and dtypes.
 
-    Pieces depend on the weight's shape alone, so the order in which a row's products are added is
-    the same whatever M is.
+    Pieces depend only on the weight's shape, so a row's products are added in the same order for
+    any M.
     """
     (rows, inputs), (_, groups, _, outputs) = x.shape, weight.shape
     scale_groups = weight.scales.shape[-2]
     wanted = max(1, 2 * PROCESSORS // (pl.cdiv(outputs, 128) * scale_groups))
     most = max(1, inputs // scale_groups // SHORTEST_PIECE)
     piece = pl.cdiv(inputs // scale_groups, min(wanted, most))
-    exact = x.dtype == jnp.float32  # without tensor cores, whose larger tiles would not pay
+    exact = x.dtype == jnp.float32  # without tensor cores: larger tiles do not help
     launch = ProductLaunch(
         rows=rows,
         inputs=inputs,
@@ -205,7 +205,7 @@ def plan_product(x: jax.Array, weight: QuantizedWeight8bit) -> ProductLaunch:
     )
     if launch.row_tile == 128 and launch.visits * launch.columns < PROCESSORS:
         launch = dataclasses.replace(launch, row_tile=64)
-    # Many rows wait for arithmetic, and would write as much in partial sums as they read.
+    # Many rows are compute-bound, and their partial sums would be as large as what they read.
     few = launch.row_tile <= 32 or launch.visits * launch.columns < PROCESSORS // 2
     launch = dataclasses.replace(launch, split=few and launch.pieces > 1)
     programs = launch.visits * launch.columns * launch.partials
@@ -225,17 +225,17 @@ def grouped_product(
     """Multiply each row with the matrix of its group.
 
     x: bfloat16 or float32 [M, I], M > 0, sorted by group. weight: int8 [L, E, I, O], of which
-    `layer` int32 [] is used, with bfloat16 scales [L, E, J, O]. starts: int32 [E + 1], where in x
-    each group begins, and at last where all end. Returns float32 [M, O], zero in the rows before
-    the first group and after the last. Only what is used of the weight is read, as int8, once for
+    `layer` int32 [] is used, with bfloat16 scales [L, E, J, O]. starts: int32 [E + 1], the first
+    row of each group in x, then the end of the last group. Returns float32 [M, O], zero in the rows
+    before the first group and after the last. Only the matrices in use are read, as int8, once for
     each tile of a group's rows; see `ProductLaunch`.
 
-    A row's result depends on no other row. Whatever M is, its products are added in the same order;
-    but larger tiles take other instructions of the tensor cores, which may round differently.
+    A row's result does not depend on other rows. Its products are added in the same order for any
+    M, but larger tiles use other tensor core instructions, which may round differently.
 
     int8 is exact in the dtype of x, sums are float32, and the scales multiply the sums. float32 is
-    multiplied as such, without tensor cores: right, but slow. A group's rows and `layer` must lie
-    within x and the stack, which is not checked. interpret: run on any device, for tests.
+    multiplied without tensor cores: accurate, but slow. A group's rows and `layer` must be within x
+    and the stack, which is not checked. interpret: run on any device, for tests.
 
     Raises ValueError if shapes or dtypes do not fit, or if the weight takes between 2 and 4 GiB.
     """
@@ -252,7 +252,7 @@ def grouped_product(
     arrays = layer, starts, x, weight.weight, weight.scales
     partial = forward_only(call)(*arrays)  # [partials, M, O]
     row = jnp.arange(launch.rows)
-    used = (row >= starts[0]) & (row < starts[-1])  # no program writes the others
+    used = (row >= starts[0]) & (row < starts[-1])  # no program writes the other rows
     return jnp.where(used[:, None], functools.reduce(operator.add, partial), 0)
 
 
@@ -280,14 +280,14 @@ def _product_kernel(
     scales_ref: Ref,
     out_ref: Ref,
 ) -> None:
-    """Write one tile of outputs [R, columns]; of one piece, if the launch is split."""
+    """Write one tile of outputs [R, columns]; only for one piece, if the launch is split."""
     visit, column, part = (pl.program_id(axis) for axis in range(3))
     layer = plgpu.load(layer_ref)
     group, first, end = _find_visit(launch, starts_ref, visit)
     rows = pl.ds(first, launch.row_tile)
     inside = (first + jnp.arange(launch.row_tile) < end)[:, None]
     columns = pl.ds(column * launch.column_tile, launch.column_tile)
-    present = None  # whether an output is there; None: all are
+    present = None  # whether an output exists; None: all do
     if launch.outputs % launch.column_tile:
         number = column * launch.column_tile + jnp.arange(launch.column_tile)
         present = (number < launch.outputs)[None, :]
@@ -332,7 +332,7 @@ def _product_kernel(
 def _find_visit(
     launch: ProductLaunch, starts_ref: Ref, visit: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the group of a visit, its first row and where the group ends; no rows if unused."""
+    """Return the group of a visit, its first row and the group's end; no rows if unused."""
 
     def step(g: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         before, group, first, end = found
@@ -363,11 +363,11 @@ def _load(ref: Ref, mask: jax.Array | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionLaunch:
-    """How attention over a cache is laid over programs.
+    """How attention over a cache is divided among programs.
 
     The T x G queries of a sequence's key/value head are rows, in tiles of `row_tile`. A tile's
-    blocks of `block` positions are dealt to `parts` programs in turn, so that these have equal
-    shares however far the sequence has come; each writes the sums of its share.
+    blocks of `block` positions are distributed round-robin to `parts` programs, so that their
+    shares are equal for any length of the sequence; each writes the sums of its share.
 
     batch, queries, kv_heads, group, width, value_width, positions: B, T, K, G, H, H', S.
     itemsize: bytes of an element of queries and cache. mask_queries: T, or 1 if the mask is the
@@ -389,28 +389,28 @@ class AttentionLaunch:
 
     @property
     def rows(self) -> int:
-        """Queries of a sequence's key/value head, T x G."""
+        """The queries of a sequence's key/value head, T x G."""
         return self.queries * self.group
 
     @property
     def tiles(self) -> int:
-        """Tiles of rows."""
+        """The number of row tiles."""
         return pl.cdiv(self.rows, self.row_tile)
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """Programs."""
+        """The programs."""
         return self.parts, self.tiles, self.kv_heads, self.batch
 
     @property
     def compiler(self) -> plgpu.CompilerParams:
-        """Two blocks are on their way while one is used."""
+        """The compiler options; two blocks are loaded while one is used."""
         return plgpu.CompilerParams(num_warps=4, num_stages=3)
 
     def bytes_moved(self, reach: Sequence[Sequence[int]]) -> dict[str, int]:
         """Return the bytes that programs read and write, by kind.
 
-        reach: [B][tiles], how many positions each tile of rows looks at.
+        reach: [B][tiles], how many positions each tile of rows reads.
         """
         seen = sum(map(sum, reach))  # positions, over sequences and tiles
         if self.mask_queries > 1:
@@ -434,10 +434,10 @@ class AttentionLaunch:
 def plan_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> AttentionLaunch:
-    """Return the launch for what `attend_cached` takes: shapes and dtypes are looked at.
+    """Return the launch for the arguments of `attend_cached`, from their shapes and dtypes.
 
-    The blocks and whom they are dealt to depend on T x G alone: a sequence's sums are added in the
-    same order in any batch.
+    The blocks and their distribution depend only on T x G: a sequence's sums are added in the same
+    order in any batch.
     """
     batch, queries, kv_heads, group, width = query.shape
     rows = queries * group
@@ -453,7 +453,7 @@ def plan_attention(
         mask_queries=mask.shape[1],
         row_tile=min(64, max(LEAST_TILE, _power_of_two(rows))),
         block=BLOCK,
-        # Many rows fill the processors by themselves, and their sums take much room.
+        # Many rows occupy the processors without parts, and their sums take much memory.
         parts=PARTS if rows <= 512 else 1,
     )
 
@@ -470,17 +470,17 @@ def attend_cached(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`cache.attend_cached` in one kernel, which reads no more of a cache than is filled.
+    """`cache.attend_cached` in one kernel, which reads only the filled part of a cache.
 
     query [B, T, K, G, H]. keys, values: [L, C, S, K, H], of which `layer` int32 [] is read. All are
-    bfloat16, or float32, which is multiplied as such, without tensor cores. mask: bool, broadcast
-    to [B, T, S]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
-    [B], where among the C of the cache each query's sequence is; None: B = C, in order. Returns
-    float32 [B, T, K, G, H], zero where a query sees no key. `layer` and `sequence` must lie within
+    bfloat16, or float32, which is multiplied without tensor cores. mask: bool, broadcast to
+    [B, T, S]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
+    [B], the index of each query's sequence among the C of the cache; None: B = C, in order. Returns
+    float32 [B, T, K, G, H], zero where a query sees no key. `layer` and `sequence` must be within
     the cache, which is not checked. interpret: run on any device, for tests.
 
-    Of several queries, each tile goes as far as the last position that one of them sees. Beside
-    arguments and result, memory for `parts` partial sums is taken, whatever S is.
+    With several queries, each tile reads up to the last position that one of its queries sees. In
+    addition to the arguments and the result, it needs memory for `parts` partial sums, for any S.
 
     Raises ValueError if shapes or dtypes do not fit, or if the mask takes between 2 and 4 GiB.
     """
@@ -527,7 +527,7 @@ def _check_attention(query: jax.Array, keys: jax.Array, values: jax.Array) -> No
 
 
 def _reach(launch: AttentionLaunch, mask: jax.Array, filled: jax.Array) -> jax.Array:
-    """Return how many positions each tile of rows has to look at, int32 [B, tiles]."""
+    """Return how many positions each tile of rows has to read, int32 [B, tiles]."""
     if launch.queries == 1 or launch.mask_queries == 1:
         return jnp.broadcast_to(filled[:, None], (launch.batch, launch.tiles))
     position = jnp.arange(launch.positions)
@@ -595,14 +595,14 @@ def _attention_kernel(
 
 
 def _columns(width: int) -> tuple[Any, jax.Array | None]:
-    """Return a slice as wide as Triton takes it, and [1, width] which are there; None: all are."""
+    """Return a slice of a size that Triton takes, and a mask of its valid columns; None: all."""
     size = max(LEAST_TILE, _power_of_two(width))
-    start = jnp.int32(0) if size > width else 0  # as a number, jax would refuse what lies beyond
+    start = jnp.int32(0) if size > width else 0  # with an int, jax would refuse to exceed `width`
     return pl.ds(start, size), None if size == width else (jnp.arange(size) < width)[None, :]
 
 
 def _and(mask: jax.Array, other: jax.Array | None) -> jax.Array:
-    """Combine two masks, the second of which may be that all is there."""
+    """Combine two masks; None as the second one masks nothing."""
     return mask if other is None else mask & other
 
 
@@ -616,7 +616,7 @@ def gated_product(
     starts: jax.Array,
     layer: jax.Array,
 ) -> jax.Array:
-    """`gelu(x @ gate) * (x @ value)`, both as `grouped_product` multiplies -> float32 [M, O]."""
+    """`gelu(x @ gate) * (x @ value)`, both by `grouped_product` -> float32 [M, O]."""
     gates = jax.nn.gelu(grouped_product(x, gate, starts, layer), approximate=True)
     return gates * grouped_product(x, value, starts, layer)
 

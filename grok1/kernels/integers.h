@@ -1,13 +1,13 @@
-// Products of float32 rows with int8 matrices in whole numbers: exact, therefore the same in any
-// order, by instructions that multiply int8 four at a time.
+// Products of float32 rows with int8 matrices in integers, by instructions that multiply int8 four
+// at a time. They are exact, and therefore the same in any order.
 //
-// As in quantization.local_matmul, a row is a power of two times whole numbers of 27 bits, and each
-// of these is four signed digits of seven bits. A tile holds the digits of four rows: 16 rows of
-// bytes, row by row, the lowest digit first, for 64 inputs. Weights are arranged likewise: 64 inputs
-// by 64 columns become four blocks of 16 lines, whose lane n holds four inputs of one column.
+// As in xla_cpu.matmul, a row is a power of two times integers of 27 bits, each of which is four
+// signed digits of seven bits. A tile holds the digits of four rows: 16 rows of bytes, row by row,
+// the lowest digit first, for 64 inputs. Weights are rearranged to match: 64 inputs by 64 columns
+// become four blocks of 16 lines, whose lane n holds four inputs of one column.
 //
-// Two instructions multiply them: Intel's matrix extensions (AMX), and for few rows AVX-512's dot
-// products. Both give the same bits. Alone, dot products are no faster than floats.
+// Two kinds of instructions multiply them: Intel's matrix extensions (AMX), and for few rows
+// AVX-512's dot products. Both give the same bits. Alone, dot products are no faster than floats.
 
 #ifndef KERNELS_INTEGERS_H_
 #define KERNELS_INTEGERS_H_
@@ -31,7 +31,7 @@
 
 namespace {
 
-constexpr int64_t kWide = 4096;  // columns whose rows the processor itself reads ahead
+constexpr int64_t kWide = 4096;  // columns from which the processor prefetches rows itself
 constexpr int64_t kDigits = 4, kDigitBits = 7;
 constexpr int kBits = kDigits * kDigitBits - 2;  // of a magnitude: the highest digit is not full
 // A tile holds kTokens rows of x.
@@ -41,18 +41,18 @@ constexpr int64_t kTileBytes = kSide * kDepth;
 constexpr int64_t kColumns = 64;                   // of a panel: four blocks
 constexpr int64_t kPanelBytes = kDepth * kColumns;  // of a panel's weights, for the inputs of a tile
 constexpr int64_t kPanelSums = kSide * kColumns;    // of a tile with a panel
-constexpr int64_t kAllSums = 192 * 1024;  // of a part: they stay in the second-level cache,
-constexpr int64_t kArranged = 512 * 1024;  // beside so many bytes of arranged weights
-constexpr int64_t kStrip = 16;             // inputs that are arranged at a time, in memory's order
+constexpr int64_t kAllSums = 192 * 1024;  // sums of a part: they stay in the second-level cache,
+constexpr int64_t kArranged = 512 * 1024;  // together with these bytes of rearranged weights
+constexpr int64_t kStrip = 16;             // inputs that are rearranged at a time, in memory order
 
 inline __mmask16 First16(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// The digits of rows of x, at most kTokens a tile.
+// The digits of rows of x, at most kTokens rows per tile.
 class Digits {
  public:
-  // Of `inputs` in `groups`, each of which begins a new run of tiles.
+  // For `inputs` in `groups`, each of which begins a new tile.
   void Resize(int64_t tiles, int64_t inputs, int64_t groups) {
     inputs_ = inputs / groups;
     groups_ = groups;
@@ -67,7 +67,7 @@ class Digits {
     return tiles_ + ((t * groups_ + group) * blocks_ + block) * kTileBytes;
   }
   float unit(int64_t row) const { return units_[row]; }
-  // Of each row of a tile: the sum of its digits in a group.
+  // The sum of the digits of each row of a tile in a group.
   const int32_t* totals(int64_t t, int64_t group) const {
     return totals_ + (t * groups_ + group) * kSide;
   }
@@ -89,8 +89,8 @@ class Digits {
       __m512i bits = _mm512_maskz_loadu_epi32(First16(width - i), x + i);
       most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
     }
-    int32_t largest = _mm512_reduce_max_epi32(most);  // the bits of a float, which order as it does
-    // A unit below float32's normal numbers would be zero.
+    int32_t largest = _mm512_reduce_max_epi32(most);  // a float's bits, in the order of the floats
+    // A subnormal float32 unit would become zero.
     int exponent = std::max((largest >> 23) - 126, kBits - 124);
     bool finite = largest < 0x7f800000;
     units_[t * kTokens + token] =
@@ -111,7 +111,7 @@ class Digits {
       int8_t* to = tiles_ + ((t * groups_ + group) * blocks_ + i / kDepth) * kTileBytes +
                    token * kDigits * kDepth + i % kDepth;
       for (int d = 0; d < kDigits; ++d) {
-        __m512i digit = number;  // the highest is what is left
+        __m512i digit = number;  // the highest digit is the remainder
         if (d < kDigits - 1) {
           digit = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(number, half), full), half);
           number = _mm512_srai_epi32(_mm512_sub_epi32(number, digit), kDigitBits);
@@ -131,8 +131,8 @@ class Digits {
   int64_t inputs_, groups_, blocks_;
 };
 
-// Arranges `rows` inputs of a panel of weights, from a multiple of four on, `width` columns: four
-// inputs and 16 columns become a line of one of the four blocks. What is not there becomes zero.
+// Rearranges `rows` inputs of a panel of weights, from a multiple of four on, and `width` columns:
+// four inputs and 16 columns become a line of one of the four blocks, padded with zeros.
 inline void Arrange(const int8_t* weight, int64_t stride, int64_t rows, int64_t width, int8_t* to) {
   bool whole = rows % 4 == 0 && width >= kColumns;
   __mmask64 columns = width >= kColumns ? ~0ull : (1ull << width) - 1;
@@ -147,7 +147,7 @@ inline void Arrange(const int8_t* weight, int64_t stride, int64_t rows, int64_t 
         if (i + r < rows) in[r] = _mm512_maskz_loadu_epi8(columns, weight + r * stride);
       }
     }
-    // Within each quarter of a vector, therefore block v holds columns 4 v ... 4 v + 3 of each.
+    // These work within each quarter of a vector: block v holds columns 4 v ... 4 v + 3 of each.
     __m512i a = _mm512_unpacklo_epi8(in[0], in[1]), b = _mm512_unpackhi_epi8(in[0], in[1]);
     __m512i c = _mm512_unpacklo_epi8(in[2], in[3]), d = _mm512_unpackhi_epi8(in[2], in[3]);
     _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
@@ -159,9 +159,9 @@ inline void Arrange(const int8_t* weight, int64_t stride, int64_t rows, int64_t 
 
 // ------------------------------------------------------------------------- by AVX-512's products
 
-// Adds the products of kCount rows of a tile, from byte `at` of each, with `lines` lines of the
-// blocks v ... v + kBlocks - 1 to their sums. The instruction takes one side as unsigned: of weights
-// with their highest bit turned over, which is 128 more.
+// Adds the products of kCount rows of a tile with `lines` lines of kBlocks blocks to their sums.
+// The instruction takes one side as unsigned: the weights with their highest bit flipped, which
+// adds 128.
 template <int kCount, int kBlocks>
 inline void AddLines(const int8_t* tile, const int8_t* arranged, int64_t lines, int32_t* sums) {
   const __m512i turn = _mm512_set1_epi8(-128);
@@ -200,7 +200,7 @@ inline void AddLines(const int8_t* tile, const int8_t* arranged, int64_t lines, 
   }
 }
 
-// The same for all four blocks, so many at a time that their sums stay in registers.
+// The same for all four blocks, as many at a time as keep their sums in registers.
 template <int kCount>
 void AddAllLines(const int8_t* tile, const int8_t* arranged, int64_t lines, int32_t* sums) {
   constexpr int kBlocks = kCount == 1 ? 4 : kCount == 2 ? 2 : 1;
@@ -213,15 +213,15 @@ void AddAllLines(const int8_t* tile, const int8_t* arranged, int64_t lines, int3
 
 #ifdef KERNELS_AMX
 
-// Whether the system lets this process use them.
+// Returns whether the system lets this process use AMX.
 inline bool HasTiles() {
   constexpr int kRequest = 0x1023, kTileData = 18;
   static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return allowed;
 }
 
-// While there is one, this thread's tiles hold `rows` rows of sums (0 to 3) and digits (4), or 16
-// of weights (5 to 7).
+// Configures this thread's tile registers during its lifetime: `rows` rows of sums (0 to 3) and of
+// digits (4), and 16 rows of weights (5 to 7).
 class Tiles {
  public:
   explicit Tiles(int64_t rows) {
@@ -242,7 +242,7 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Adds the products of `count` tiles, one after the other, with as many panels to their sums.
+// Adds the products of `count` consecutive tiles with as many panels to their sums.
 inline void AddTiles(const int8_t* tile, const int8_t* arranged, int64_t count, bool begin,
                      int32_t* sums) {
   __asm__ volatile("" ::: "memory");  // GCC does not know that a tile's load reads memory
@@ -278,7 +278,7 @@ inline void AddTiles(const int8_t* tile, const int8_t* arranged, int64_t count, 
 
 // ------------------------------------------------------------------------------------ by either
 
-// Rows of x, from the first of a tile on, and some columns of a matrix.
+// Rows of x, starting at a tile, and some columns of a matrix.
 struct Part {
   const Digits& x;
   int64_t first_tile, rows;
@@ -292,14 +292,14 @@ struct Part {
   const int8_t* weight(int64_t group, int64_t input) const {
     return matrix.weight + (group * inputs() + input) * matrix.outputs + first;
   }
-  // `rows` inputs, from this one on, of those that follow it in all groups.
+  // The next `rows` inputs from this one on, across groups.
   Ahead Next(int64_t group, int64_t input, int64_t rows) const {
     int64_t left = matrix.inputs - group * inputs() - input;
     return Ahead(weight(group, input), matrix.outputs, std::min(rows, left), width);
   }
 };
 
-// Begins sums to which AddAllLines adds: of weights that are 128 more.
+// Initializes the sums for AddAllLines: corrects for the 128 that it adds to the weights.
 inline void BeginSums(const Part& part, int64_t group, int32_t* sums) {
   for (int64_t p = 0; p < part.panels(); ++p) {
     for (int64_t t = 0; t < part.tiles(); ++t, sums += kPanelSums) {
@@ -339,8 +339,8 @@ inline void MultiplyFew(const Part& part, int64_t group, int32_t* sums) {
   }
 }
 
-// The same for many rows. Weights are arranged for a whole part first, in memory's order: while it
-// multiplied, the processor would not read ahead.
+// The same for many rows. First, the weights of a part are rearranged in memory order: between
+// products, the processor would not prefetch.
 inline void MultiplyMany(const Part& part, int64_t group, bool by_tiles, int32_t* sums) {
   static thread_local Memory memory;
   int64_t panels = part.panels(), blocks = part.x.blocks();
@@ -380,7 +380,7 @@ inline void MultiplyMany(const Part& part, int64_t group, bool by_tiles, int32_t
   }
 }
 
-// Four vectors, each of four columns of every 16, in the order of their columns.
+// Sorts four vectors, each with four of every 16 columns, into the order of their columns.
 inline void Transpose(__m512* v) {
   __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
   __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
@@ -390,8 +390,8 @@ inline void Transpose(__m512* v) {
   v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
 }
 
-// y[r][...] = x[r] @ matrix for the rows and columns of a part. `few`: the rows are so few that dot
-// products need less of everything than tiles do.
+// y[r][...] = x[r] @ matrix for the rows and columns of a part. `few`: so few rows that dot
+// products are cheaper than tiles.
 inline void MultiplyIntegers(const Part& part, bool few, bool by_tiles, float* y,
                              int64_t y_stride) {
   static thread_local Memory memory;

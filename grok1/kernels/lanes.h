@@ -1,5 +1,5 @@
-// Vectors of numbers, as wide as the processor has them: of wider ones compilers make slow code. And
-// what the products of a CPU share.
+// Vectors of the processor's width (compilers generate slow code for wider ones), and what the
+// products on a CPU share.
 
 #ifndef KERNELS_LANES_H_
 #define KERNELS_LANES_H_
@@ -28,14 +28,14 @@ constexpr int64_t kRegisters = 32;
 constexpr int64_t kRegisters = 16;
 #endif
 
-constexpr int64_t kLine = 64;    // bytes that memory gives at a time
-constexpr int64_t kPanel = 64;   // columns that are taken together: a line of int8
-constexpr int64_t kTile = 6;     // rows that are multiplied at a time, their sums in registers
-constexpr int64_t kRows = 64;    // that are multiplied at a time at most, each weight read once
-constexpr int64_t kTokens = 4;   // rows of x that are taken together at least
+constexpr int64_t kLine = 64;    // bytes of a cache line
+constexpr int64_t kPanel = 64;   // columns that are processed together: a line of int8
+constexpr int64_t kTile = 6;     // rows that are multiplied at a time, with their sums in registers
+constexpr int64_t kRows = 64;    // most rows for which each weight is read once
+constexpr int64_t kTokens = 4;   // rows of x per tile of digits
 
-// The vectors of a panel that `count` rows are multiplied with at a time: as many as registers hold
-// with their sums and a number of x.
+// The number of vectors of a panel that `count` rows are multiplied with at a time: as many as fit
+// the registers together with their sums and a number of x.
 constexpr int64_t VectorsOf(int64_t count) {
   int64_t vectors = kPanel / kLanes;
   while (count > 1 && vectors * (count + 1) >= kRegisters) vectors /= 2;
@@ -50,8 +50,8 @@ inline Lanes Load(const float* from) { return *reinterpret_cast<const Anywhere*>
 
 inline void Store(float* to, Lanes lanes) { *reinterpret_cast<Anywhere*>(to) = lanes; }
 
-// Keeps a value in a register, as it is: GCC would read it from memory again each time, or round the
-// product that it is only after it has been added to something.
+// Keeps a value in a register, already rounded: GCC would reload it from memory each time, or fuse
+// a product with the addition that follows.
 template <typename Value>
 inline void Pin(Value& value) {
 #if defined(__AVX512F__)
@@ -124,9 +124,9 @@ typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 // exp(x) - less, for |x| <= 80. With x = n ln 2 + r it is 2^n (exp(r) - 1) + (2^n - less), exact to
 // a few units in the last place, also near zero if less is one; |r| <= 0.35, for which eight terms
-// of exp's series do.
+// of exp's series suffice.
 inline Lanes Exp(Lanes x, float less) {
-  constexpr float kRound = 3 << 22;  // added and taken away: the nearest whole number
+  constexpr float kRound = 3 << 22;  // adding and subtracting it rounds to the nearest integer
   Lanes n = (x * 1.44269504f + kRound) - kRound;
   Lanes r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
   Lanes series = r * (1.0f / 40320) + 1.0f / 5040;
@@ -138,7 +138,7 @@ inline Lanes Exp(Lanes x, float less) {
   return power * (series * r) + (power - less);
 }
 
-// Memory that grows and is kept, for what a thread computes with.
+// Scratch memory of a thread, which grows and is reused.
 class Memory {
  public:
   Memory() = default;
@@ -146,7 +146,7 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // Returns at least so many bytes, from the beginning of a line; what was there is lost.
+  // Returns at least `bytes` bytes, aligned to a line; the previous contents are lost.
   void* AtLeast(size_t bytes) {
     if (bytes > size_) {
       std::free(data_);
@@ -168,8 +168,7 @@ struct Matrix {
   int64_t inputs, outputs, groups;
 };
 
-// A block of a matrix that is wanted next: asks memory for it line by line, in the order in which
-// it lies there, while something else is multiplied.
+// Prefetches the next block of a matrix line by line, in memory order, while another is multiplied.
 class Ahead {
  public:
   Ahead(const int8_t* block, int64_t stride, int64_t rows, int64_t width)

@@ -1,7 +1,7 @@
-"""Open a shared library; as a program, try in a process of its own whether that goes well.
+"""Open a shared library; as a program, test in a separate process whether it can be loaded.
 
-As a program it is given the library's path and the names to look up. It imports nothing of ours, to
-start fast. At its end it prints LOADED: a library may end the process, with any status.
+The program's arguments are the library's path and the names to look up. It imports nothing of this
+project, to start fast. It prints LOADED on success, as a library may exit with any status.
 """
 
 import ctypes
@@ -15,13 +15,13 @@ LOADED = "loaded\n"
 
 
 def open_library(content: bytes, path: Path, names: Iterable[str]) -> ctypes.CDLL:
-    """Return the library with this content, which has been read from `path`.
+    """Return the library with this content, which was read from `path`.
 
-    Raises OSError if it cannot be loaded, AttributeError if it has no function of one of the names.
+    Raises OSError if it cannot be loaded, AttributeError if one of the names is missing.
     """
     try:
         library = ctypes.CDLL(_in_memory(content))
-    except (AttributeError, OSError):  # not every system can, or lets code run from there
+    except (AttributeError, OSError):  # not supported, or executing code from memory is denied
         library = ctypes.CDLL(str(path))
     for name in names:
         library[name]
@@ -29,8 +29,8 @@ def open_library(content: bytes, path: Path, names: Iterable[str]) -> ctypes.CDL
 
 
 def _in_memory(content: bytes) -> str:
-    """Return the path of a file in memory: what is loaded from it is what has been read."""
-    # Never closed: the loader takes a second library of the same path for the first.
+    """Return the path of a file in memory, so that exactly `content` is loaded."""
+    # Never closed: the loader would take another library with the same path for this one.
     memory = os.memfd_create("grok-1-kernels")
     with open(memory, "wb", closefd=False) as file:
         file.write(content)

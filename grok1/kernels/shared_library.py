@@ -1,4 +1,4 @@
-"""The library of the CPU's kernels: compiled from cpu.cc when it is first wanted, and kept."""
+"""The library of CPU kernels: compiled from cpu.cc on first use, and cached."""
 
 import contextlib
 import ctypes
@@ -26,8 +26,8 @@ HEADERS = tuple(SOURCE.with_name(name) for name in ("floats.h", "integers.h", "l
 COMPILERS = "c++", "g++", "clang++"
 FLAGS = "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"
 COMPILE_LIMIT, ANSWER_LIMIT = 300, 30  # seconds for a compilation, and for anything else
-# A shell that runs a command. When the pipe at its standard input is closed, as the end of the
-# process that started it does too, all processes of its group are killed.
+# A shell that runs a command. When the pipe at its standard input is closed, for example because
+# the parent process has ended, all processes of its group are killed.
 GUARD = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & "$@" </dev/null 3<&-'
 MOST_BYTES = 2**28  # of a library
 DIGEST_SIZE = hashlib.sha256().digest_size
@@ -36,9 +36,9 @@ _log = logging.getLogger(__name__)
 
 
 def load(names: Collection[str]) -> ctypes.CDLL:
-    """Return the library, in which there are functions of these names.
+    """Return the library, which has functions of these names.
 
-    Raises KernelError where there is none that can be loaded.
+    Raises KernelError if none can be loaded.
     """
     compiler = _compiler()
     try:
@@ -49,7 +49,7 @@ def load(names: Collection[str]) -> ctypes.CDLL:
 
 
 def _kept_file(compiler: list[str]) -> Path | None:
-    """Return in which file the library is kept, or is to be; None, and a note, if it cannot be."""
+    """Return the path of the cached library; None, with a logged note, if it cannot be cached."""
     version = _call(compiler, ["--version"], ANSWER_LIMIT)
     sources = (path.read_text() for path in (SOURCE, *HEADERS))
     parts = "\0".join([*sources, *compiler, version, jaxlib.__version__, *FLAGS])
@@ -62,20 +62,20 @@ def _kept_file(compiler: list[str]) -> Path | None:
 
 
 def _load_kept(kept: Path | None, names: Collection[str]) -> ctypes.CDLL | None:
-    """Return the library that is kept; None if none is, or none that can be used."""
+    """Return the cached library; None if there is none, or it cannot be used."""
     if kept is None:
         return None
     try:
         content = read(kept)
         if content[-DIGEST_SIZE:] != _digest(content[:-DIGEST_SIZE]):
-            return None  # a damaged one would end the process
+            return None  # a damaged one would crash the process
         return open_library(content, kept, names)
     except (CacheError, OSError, AttributeError):
         return None
 
 
 def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) -> ctypes.CDLL:
-    """Return a library that is compiled now, and keep it if it can be loaded."""
+    """Compile a library, load it, cache it and return it."""
     with _scratch_directory(kept) as scratch:
         made = Path(scratch, "made.so")
         _compile(compiler, made)
@@ -83,7 +83,7 @@ def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) ->
             raise KernelError(f"{_called(compiler)} made no library")
         content = made.read_bytes()
         try:
-            # In a process of its own, since loading a broken one may end the process.
+            # In a separate process, since loading a broken one may end the process.
             python = sys.executable or "python3"
             said = _run([python, "-I", "-S", PROGRAM, str(made), *names], ANSWER_LIMIT)
             if not said.endswith(LOADED):
@@ -99,7 +99,7 @@ def _load_new(compiler: list[str], kept: Path | None, names: Collection[str]) ->
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile the kernels to `library`, beside which the compiler's temporary files go."""
+    """Compile the kernels to `library`; the compiler's temporary files go to its directory."""
     arguments = [*FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(library)]
     _call(compiler, arguments, COMPILE_LIMIT, TMPDIR=str(library.parent))
 
@@ -107,8 +107,8 @@ def _compile(compiler: list[str], library: Path) -> None:
 def _scratch_directory(kept: Path | None) -> tempfile.TemporaryDirectory[str]:
     """Return a temporary directory that no other user can change.
 
-    Beside what is kept only where there is no other place: the system clears away what an
-    interruption leaves in its own.
+    It is in the cache directory only if the system's is unsuitable: the system cleans up its own
+    after an interruption.
     """
     try:
         place = private_directory(Path(tempfile.gettempdir()))
@@ -124,7 +124,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is whole, or not there at all."""
+    """Write a file atomically."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
             file.write(content)
@@ -139,7 +139,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _compiler() -> list[str]:
-    """Return the command of the C++ compiler that CXX names, or of the first that is there."""
+    """Return the command of the C++ compiler: CXX if set, otherwise the first one found."""
     value = os.environ.get("CXX", "")
     try:
         named = shlex.split(value)
@@ -153,12 +153,12 @@ def _compiler() -> list[str]:
 
 
 def _called(compiler: list[str]) -> str:
-    """Return what messages call a compiler."""
+    """Return the name of a compiler in messages."""
     return f"CXX={compiler[0]}" if os.environ.get("CXX", "").strip() else compiler[0]
 
 
 def _call(compiler: list[str], arguments: list[str], limit: float, **variables: str) -> str:
-    """Return what the compiler prints. Raises KernelError where it fails."""
+    """Return what the compiler prints. Raises KernelError if it fails."""
     try:
         return _run([*compiler, *arguments], limit, **variables)
     except KernelError as error:
@@ -168,7 +168,7 @@ def _call(compiler: list[str], arguments: list[str], limit: float, **variables: 
 def _run(command: list[str], limit: float, **variables: str) -> str:
     """Return what a command prints. Raises KernelError if it fails or takes more than `limit` s.
 
-    No process of its group outlives this call, or this process.
+    No process of its group outlives this call or the calling process.
     """
     reader, writer = os.pipe()
     with open(writer, "wb", buffering=0) as alive:

@@ -1,4 +1,4 @@
-"""The mixture with the tokens sorted by expert, for products that take groups of rows.
+"""The mixture of experts with tokens sorted by expert, for products of groups of rows.
 
 Dimension letters as in grok1/ops/mixture.py.
 """
@@ -17,8 +17,8 @@ Product = Callable[..., jax.Array]
 def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """Sort the token copies by expert; index int32 [M, A], `num_experts` for a masked copy.
 
-    Returns the order of the copies, int32 [M * A], masked ones last; and int32 [E + 1], the places
-    in it where each expert's copies begin, and where all end.
+    Returns the order of the copies, int32 [M * A], masked ones last; and int32 [E + 1], the index
+    in it of each expert's first copy, then the end of the last expert's.
     """
     flat = index.reshape(-1)
     order = jnp.argsort(flat, stable=True)
@@ -28,14 +28,14 @@ def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Ar
 
 
 def unsorted(out: jax.Array, order: jax.Array, starts: jax.Array, gates: jax.Array) -> jax.Array:
-    """Sum by gates [B, T, A] what the experts made of `sorted_copies`, [M * A, D] -> [B, T, D].
+    """Sum the experts' outputs for `sorted_copies`, by gates [B, T, A]: [M * A, D] -> [B, T, D].
 
-    What they made of masked copies counts as zero.
+    The outputs of masked copies count as zero.
     """
     masked = jnp.arange(out.shape[0]) >= starts[-1]
     out = jnp.where(masked[:, None], 0, out)
     copies = jnp.zeros_like(out).at[order].set(out)
-    # Tokens are the first axis: XLA divides the work of that axis among a CPU's cores.
+    # Tokens are the first axis: XLA divides that axis among a CPU's cores.
     copies = copies.reshape(-1, gates.shape[-1], out.shape[-1])  # [M, A, D]
     mixed = jnp.sum(copies * flat(gates)[..., None], axis=1)
     return mixed.reshape(*gates.shape[:2], -1)
@@ -49,9 +49,9 @@ def grouped_experts(
     gates: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
-    """`mixture.chosen_experts` by products whose rows are grouped by the matrix that they meet.
+    """`mixture.chosen_experts` by products of rows that are grouped by expert.
 
-    params: of int8. gated_product, grouped_product: as in `kernels.cpu`.
+    params: int8. gated_product, grouped_product: as in `kernels.cpu`.
     """
     order, starts = sorted_copies(flat(index), expert_count(params))
     rows = flat(x)[order // index.shape[-1]]

@@ -1,7 +1,7 @@
-"""Forms of the operations of which XLA makes fast code for a CPU: in JAX, no compiler needed.
+"""Forms of the operations for which XLA generates fast CPU code: in JAX, no C++ compiler needed.
 
-Dimension letters as in grok1/ops. Each function equals the one of that name in grok1/ops, to
-float32's rounding.
+Dimension letters as in grok1/ops. Each function equals the one of that name in grok1/ops, up to
+float32 rounding.
 """
 
 import functools
@@ -28,24 +28,25 @@ from grok1.ops.quantization import (
 )
 from grok1.ops.quantization import matmul as plain_matmul
 
-LEAST_WEIGHTS = 1 << 20  # fewer are converted within the caches, and compile faster in one product
+LEAST_WEIGHTS = 1 << 20  # smaller ones are converted in the caches; one product compiles faster
 BLOCK_WEIGHTS, BLOCK_COLUMNS = 1 << 21, 8192  # of a block at most: 8 MiB of float32, read in order
 DIGITS, DIGIT_BITS = 4, 7
-MOST_SUMMED = 1 << 16  # inputs of a scale group: an int32 holds the sum of their products
-LEAST_ROWS = 8  # below which XLA's int8 product takes as long or longer
-SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied, of which two go at a time
-SIZES = 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128  # rows that are compiled for
+MOST_SUMMED = 1 << 16  # inputs of a scale group, so that the sum of their products fits an int32
+LEAST_ROWS = 8  # with fewer, XLA's int8 product takes as long or longer
+SMALL_EXPERT = 8 << 20  # bytes of an expert's matrices, as multiplied; two such run at a time
+SIZES = 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128  # row counts to compile for
 
 
 # --------------------------------------------------------------------------------- int8 products
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """`quantization.matmul`, of a large int8 matrix in blocks, or of int8 by int8.
+    """`quantization.matmul`; a large int8 matrix is multiplied in blocks, or int8 by int8.
 
-    XLA's CPU backend writes a matrix of int8 out as float32 before it multiplies, an order slower
-    than it multiplies what is in its caches. So a large matrix is taken in blocks that are; or, on
-    a processor that multiplies int8 by int8, as it is stored (`_integer_matmul`).
+    XLA's CPU backend writes an int8 matrix to memory as float32 before it multiplies, which is an
+    order of magnitude slower than multiplying in the caches. So a large matrix is converted in
+    blocks that fit the caches, or used as stored if the processor multiplies int8 by int8
+    (`_integer_matmul`).
     """
     one, large = stacked(weight), math.prod(weight.shape) >= LEAST_WEIGHTS
     if not large or not isinstance(one.stack, QuantizedWeight8bit):
@@ -56,7 +57,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Return whether this processor has Intel's products of int8 (AMX), which XLA uses."""
+    """Return whether this processor has Intel's int8 products (AMX), which XLA uses."""
     try:
         return "amx_int8" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -75,15 +76,15 @@ def _large_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
 
 @_large_matmul.defjvp
 def _large_matmul_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Differentiate the product that is meant, by x: rounding to integers has no slope."""
+    """Differentiate the exact product with respect to x: rounding has a zero derivative."""
     x, weight = primals
     return _large_matmul(x, weight), plain_matmul(tangents[0], weight.sliced())
 
 
 def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
-    """`_large_matmul`, block by block, each of which is converted to float32 within the caches.
+    """`_large_matmul` in blocks, each of which is converted to float32 in the caches.
 
-    In float32 whatever the dtype of x: products of bfloat16 are exact in it.
+    Computes in float32 for any dtype of x: products of bfloat16 are exact in it.
     """
     rows, columns = weight.shape
     values, scales = weight.stack.weight, weight.stack.scales
@@ -91,13 +92,13 @@ def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
     width = min(columns, BLOCK_COLUMNS)
     most = BLOCK_WEIGHTS // width
     even = [n for n in range(max(1, most // 8), most + 1) if of_group % n == 0]
-    depth = max(even, default=of_group)  # rows without such divisors are taken together
+    depth = max(even, default=of_group)  # without such a divisor, a block is an entire group
     deep = rows // depth
     x = x.astype(jnp.float32)
 
     def add(i: jax.Array, out: jax.Array) -> jax.Array:
         row, column = i % deep * depth, i // deep * width
-        # The last columns may overlap the ones before: a slice ends where the matrix does.
+        # The last block may overlap the previous one: a slice cannot exceed the matrix.
         block = lax.dynamic_slice(values, (weight.layer, row, column), (1, depth, width))[0]
         scale = lax.dynamic_slice(scales, (weight.layer, row // of_group, column), (1, 1, width))[0]
         part = lax.dynamic_slice(x, (0, row), (x.shape[0], depth))
@@ -112,15 +113,15 @@ def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
 def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:
     """`_large_matmul` of float32 x in integers.
 
-    Each row of x is a power of two times integers of 27 bits, and these are four digits of
-    seven bits, each an int8. Their products with the weights are summed exactly: a row's result
-    depends neither on other rows nor on an order.
+    Each row of x is a power of two times integers of 27 bits, each of which is four digits of seven
+    bits, stored as int8. Their products with the weights are summed exactly, so a row's result
+    depends neither on other rows nor on the order of summation.
     """
     (rows, inputs), groups = x.shape, scales.shape[0]
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     bits = DIGITS * DIGIT_BITS - 2  # the highest digit must not be full: digits have signs
     _, exponent = jnp.frexp(largest)
-    exponent = jnp.maximum(exponent, bits - 124)  # a unit below float32's normal ones would be zero
+    exponent = jnp.maximum(exponent, bits - 124)  # a subnormal float32 unit would become zero
     number = jnp.round(jnp.ldexp(x, bits - exponent)).astype(jnp.int32)
     digits = []  # of [M, I], the lowest first
     for _ in range(DIGITS - 1):
@@ -130,7 +131,7 @@ def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.A
     lines = jnp.concatenate([*digits, number]).astype(jnp.int8)  # [DIGITS * M, I]
     lines = jnp.pad(lines, ((0, max(0, LEAST_ROWS - DIGITS * rows)), (0, 0)))
     total = jnp.zeros([], jnp.float32)
-    for group in range(groups):  # one product for all, with an axis of groups, is slow
+    for group in range(groups):  # one product with an axis of groups is slow
         own = slice(group * inputs // groups, (group + 1) * inputs // groups)
         sums = jnp.matmul(lines[:, own], weight[own], preferred_element_type=jnp.int32)
         sums = sums[: DIGITS * rows].reshape(DIGITS, rows, -1).astype(jnp.float32)
@@ -146,9 +147,9 @@ def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.A
 
 
 def chosen_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    """`mixture.chosen_experts`: two blocks at a time, or of large experts in one prompt, by size.
+    """`mixture.chosen_experts`: two blocks at a time, or `by_size` for large experts in one prompt.
 
-    Two blocks of small experts keep two cores busy, where one matrix would not.
+    Two blocks of small experts keep two cores busy; one matrix would not.
     """
     elements = sum(math.prod(leaves["w"].shape[-2:]) for leaves in params.values())
     small = elements * x.dtype.itemsize <= SMALL_EXPERT
@@ -159,10 +160,10 @@ def chosen_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Ar
 
 
 def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    """`chosen_experts`, each expert's rows together, up to the next of the sizes that are compiled.
+    """`chosen_experts`, with each expert's rows padded to the next compiled size.
 
-    So its matrices are read and converted once, and few rows are multiplied in vain.
-    Rounding may depend on the size: with several sequences, one's would on the others.
+    So each expert's matrices are read and converted once, with little padding. Rounding may depend
+    on the size; with several sequences, one's result would depend on the others.
     """
     experts, tokens, chosen = expert_count(params), *flat(index).shape
     order, starts = sorted_copies(flat(index), experts)
@@ -175,7 +176,7 @@ def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) ->
         def write(e: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
             own = {name: {"w": matrix(leaves["w"], e)} for name, leaves in params.items()}
             y = expert(own, lax.dynamic_slice_in_dim(rows, row, size), matmul)
-            # What is more than the expert's is written anew by those to whom it belongs.
+            # Rows beyond the expert's are overwritten by the experts that they belong to.
             return lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
         return write if size else lambda _e, _row, out: out
@@ -198,17 +199,17 @@ def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) ->
 
 
 def cache_dtype(dtype: Any) -> Any:
-    """Return the dtype in which a cache of `dtype` is best stored: bfloat16 as its bits.
+    """Return the best dtype to store a cache of `dtype` in: for bfloat16, its bits as uint16.
 
-    XLA's CPU backend has bfloat16 in products only: to write a row of a bfloat16 cache it would
-    convert all of the cache to float32 and back, in every layer. So the loop over layers carries
-    uint16. A cache of bfloat16 works as well, but is converted when a step begins and ends.
+    XLA's CPU backend supports bfloat16 only in products: to write a row of a bfloat16 cache it
+    would convert the entire cache to float32 and back, in every layer. So the loop over layers
+    carries uint16. A bfloat16 cache works as well, but is converted at a step's beginning and end.
     """
     return jnp.uint16 if dtype == jnp.bfloat16 else dtype
 
 
 def from_bits(x: jax.Array) -> jax.Array:
-    """See the uint16 of `cache_dtype` as the bfloat16 that it is; anything else unchanged."""
+    """Reinterpret the uint16 of `cache_dtype` as bfloat16; return anything else unchanged."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
@@ -220,7 +221,7 @@ def write_rows(
     length: jax.Array,
     sequence: jax.Array | None = None,
 ) -> jax.Array:
-    """`cache.write_rows`, one sequence at a time: all at once would copy the stacked cache."""
+    """`cache.write_rows`, one sequence at a time; all at once would copy the stacked cache."""
     rows, slots = new.shape[1], cache.shape[2]
     if cache.dtype == jnp.uint16:  # the bits of bfloat16
         new = lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
@@ -228,8 +229,8 @@ def write_rows(
         new = new.astype(cache.dtype)
 
     def write(b: jax.Array, cache: jax.Array) -> jax.Array:
-        # dynamic_update_slice clamps its start, which would shift a chunk that runs past the end
-        # over earlier slots. So the window is clamped here, and rows keep their own slots in it.
+        # dynamic_update_slice clamps its start, which would write a chunk that runs past the end to
+        # earlier positions. So the window is clamped here, and rows keep their positions in it.
         window = jnp.clip(start[b], 0, slots - rows)
         row = jnp.arange(rows) - (start[b] - window)
         keep = (row >= 0) & (row < length[b])
@@ -242,7 +243,7 @@ def write_rows(
 
 
 def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """`cache.weigh`; for one query a product would first transpose the values."""
+    """`cache.weigh`; for one query, without a product, which would first transpose the values."""
     if weights.shape[3] > 1:
         return cache.weigh(weights, value)
     by_position = jnp.moveaxis(weights[:, :, :, 0], -1, 1).astype(jnp.float32)  # [B, S, K, G]

@@ -1,4 +1,4 @@
-"""The cache of keys and values: what a model remembers between calls.
+"""The cache of keys and values, which a model keeps between calls.
 
 Dimension letters: `B` batch, or the sequences that a call reads and writes; `C` sequences of a
 cache, `T` new positions, `S` positions of a cache, `K` key/value heads, `H` head width, `L` layers.
@@ -21,10 +21,10 @@ class KVMemory(NamedTuple):
     """Keys and values of past positions, and which of them a call reads and writes.
 
     k, v: [L, C, S, K, H] for all layers, or [C, S, K, H] for one.
-    step: int32 [B], the positions that each sequence has filled.
+    step: int32 [B], how many positions each sequence has filled.
     length: int32 [B], during a call, how many of its T positions are written; None: all.
     sequence: int32 [B], during a call for B of the C sequences: which ones; None: B = C, in order.
-    layer: int32 [], during a layer's call, which of the L layers is its own; None: there is one.
+    layer: int32 [], during a layer's call, its index among the L layers; None: only one layer.
     """
 
     k: jax.Array
@@ -36,10 +36,10 @@ class KVMemory(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a model must remember between calls.
+    """The state that a model keeps between calls.
 
     layers: one KVMemory for all layers.
-    valid: bool [B, S], whether the position holds a key: a pad token is masked for good.
+    valid: bool [B, S], whether a position holds a visible key; pad tokens stay masked.
     """
 
     layers: KVMemory
@@ -47,7 +47,7 @@ class Memory(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where in a stack of caches [L, C, S, K, H] one layer's call writes and reads; see KVMemory.
+    """Where one layer's call writes and reads in a stack of caches [L, C, S, K, H]; see KVMemory.
 
     start: int32 [B], the position of each sequence's first new row. Only `sequence` may
     be None.
@@ -69,7 +69,7 @@ def place_of(memory: KVMemory, rows: int) -> Place:
 
 
 def caches(memory: KVMemory) -> tuple[jax.Array, jax.Array]:
-    """Return keys and values as stacks [L, C, S, K, H], of one layer if there is one."""
+    """Return keys and values as stacks [L, C, S, K, H], with L = 1 for a single layer."""
     k, v = memory.k, memory.v
     return (k[None], v[None]) if memory.layer is None else (k, v)
 
@@ -80,7 +80,7 @@ def with_caches(memory: KVMemory, k: jax.Array, v: jax.Array) -> KVMemory:
 
 
 def step_on(memory: KVMemory, rows: int) -> KVMemory:
-    """Return the memory after `rows` new positions: `step` counts those that were written."""
+    """Return the memory after `rows` new positions: `step` grows by the number written."""
     place = place_of(memory, rows)
     return memory._replace(step=place.start + place.length)
 
@@ -91,9 +91,9 @@ def step_on(memory: KVMemory, rows: int) -> KVMemory:
 class Context(NamedTuple):
     """What the new tokens of one call can see.
 
-    layers: of the sequences read; None without a memory. start: int32 [B], the position of each
-    sequence's first new token. valid: bool [B, S], which positions hold a key, the new ones
-    included; without a memory S = T.
+    layers: the memory of the sequences read, or None. start: int32 [B], the position of each
+    sequence's first new token. valid: bool [B, S], which positions hold a key, including the new
+    ones; without a memory S = T.
     """
 
     layers: KVMemory | None
@@ -104,7 +104,7 @@ class Context(NamedTuple):
 def prepare(
     memory: Memory | None, new: jax.Array, length: jax.Array, sequence: jax.Array | None
 ) -> Context:
-    """Prepare a memory for new tokens; those of `new` bool [B, T] hold keys.
+    """Prepare a memory for new tokens; new: bool [B, T], which of them hold keys.
 
     length, sequence: as in KVMemory.
     """
@@ -122,9 +122,9 @@ def prepare(
 
 
 def advance(memory: Memory | None, context: Context, written: KVMemory | None) -> Memory | None:
-    """Return the memory after a call: `step` moved on, with the caches that have been written.
+    """Return the memory after a call, with `step` advanced and the written caches.
 
-    memory: that of all sequences, before `prepare`, which returned `context`.
+    memory: of all sequences, as passed to `prepare`, which returned `context`.
     """
     if memory is None or context.layers is None or written is None:
         return None
@@ -169,7 +169,7 @@ def weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def read_rows(memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the keys and values [B, S, K, H] of all positions, and which are there, bool [B, S].
+    """Return keys and values [B, S, K, H] of all positions, and which are filled, bool [B, S].
 
     rows: T of the call, whose new positions have been written.
     """
@@ -194,18 +194,18 @@ def attend_cached(
     view: Callable[[jax.Array], jax.Array] = lambda cache: cache,
     weigh: Callable[[jax.Array, jax.Array], jax.Array] = weigh,
 ) -> jax.Array:
-    """Attend to the first positions of a cache, in blocks, as many as the longest sequence needs.
+    """Attend to the first positions of a cache, in as many blocks as the longest sequence needs.
 
     query [B, T, K, G, H]; keys, values [L, C, S, K, H], of which `layer` is read; mask bool,
     broadcast to [B, T, S] (True: may see) -> float32 [B, T, K, G, H], zero for a query that sees no
     key. Equal to `model.attend`. filled: int32 [B], how many positions of each sequence hold a key.
-    sequence: int32 [B], as in KVMemory. view, weigh: for a processor that stores keys otherwise, or
-    sums otherwise.
+    sequence: int32 [B], as in KVMemory. view, weigh: replacements for a processor that stores keys
+    or sums values in another way.
 
-    Scores are capped at 30, so their exponentials lie between 1e-13 and 1e13 and a softmax needs no
-    maximum to be subtracted: it is two sums, which can be taken block by block. A block that holds
-    no key of a sequence adds zero to both, exactly: how long the longest sequence of a batch is
-    changes no bit of the others.
+    Scores are capped at 30, so their exponentials are between 1e-13 and 1e13, and the softmax is
+    computed without subtracting the maximum, as two sums over blocks. A block that holds no key of
+    a sequence adds exactly zero to both sums: the length of the longest sequence in a batch does
+    not change any bit of the other sequences' results.
     """
     size = keys.shape[2]
     block = min(BLOCK, size)
@@ -230,7 +230,7 @@ def attend_cached(
     blocks = (jnp.max(filled) + block - 1) // block
     out, total = lax.fori_loop(0, blocks, add, (out, total))
     total = jnp.moveaxis(total, -1, 1)[..., None]  # [B, T, K, G, 1]
-    # A NaN stays one.
+    # NaN is kept.
     return jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
 
 

@@ -1,4 +1,4 @@
-"""What says where the derivatives are, in place of jax, where there are none."""
+"""Errors for operations without derivatives, which name the differentiable ones."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -9,13 +9,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 INSTEAD = (
-    "take server.model(differentiable=True), or a model made with "
+    "use server.model(differentiable=True), or a model made with "
     'Execution(kernels="plain", expert_dispatch="static")'
 )
 
 
 def forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel of arrays that raises ValueError where jax.grad, jvp or vmap meets it."""
+    """Return a kernel of arrays that raises ValueError under jax.grad, jax.jvp or jax.vmap."""
 
     @jax.custom_jvp
     def call(*arrays: jax.Array) -> Any:
@@ -35,7 +35,7 @@ def forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(*_: Any) -> NoReturn:
-    raise ValueError(f"loops of a length that is not known have no gradient; {INSTEAD}")
+    raise ValueError(f"loops of unknown length have no gradient; {INSTEAD}")
 
 
 _no_reverse = Primitive("no_reverse")
@@ -47,5 +47,5 @@ mlir.register_lowering(_no_reverse, mlir.lower_fun(lambda x: x, multiple_results
 
 
 def no_reverse(x: jax.Array) -> jax.Array:
-    """Return x, an array whose gradient raises ValueError; jax.jvp and jax.vmap go through it."""
+    """Return x, such that its gradient raises ValueError, while jax.jvp and jax.vmap work."""
     return _no_reverse.bind(x)

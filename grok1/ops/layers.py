@@ -18,11 +18,11 @@ Layer = Callable[[jax.Array, KVMemory | None], tuple[jax.Array, KVMemory | None]
 def transform_stacked(
     function: Callable[..., Any], count: int, *example: Any
 ) -> tuple[dict[str, dict[str, Any]], Callable[..., Any]]:
-    """Make a function that calls Haiku modules pure, with `count` sets of their parameters.
+    """Transform a function of Haiku modules to a pure one, with `count` sets of parameters.
 
     example: arguments of the function, for initialization.
-    Returns the parameters, which belong to the module that calls, each with a leading axis of
-    `count`; and `apply(params, *arguments)`, which takes one set.
+    Returns the parameters, which belong to the calling module, each with a leading axis of `count`;
+    and `apply(params, *arguments)`, which takes one set.
     """
     transformed: Any = hk.without_apply_rng(hk.transform(function))
     init, apply = transformed
@@ -45,11 +45,11 @@ def scan_layers(
     """Apply `layer_fn`, a function of Haiku modules, `num_layers` times to h and the memory.
 
     layer_fn: (h, memory) -> (h, memory), where the memory's `layer` says which layer this is.
-    memory: of all layers; its caches are updated in place, and its `step` stays.
-    keep_stacked: (module name, weight) -> whether a layer gets a weight as StackedWeight, left
-    among those of all layers, instead of its own slice. unroll: layers per iteration.
+    memory: of all layers; its caches are updated in place, and its `step` is unchanged.
+    keep_stacked: (module name, weight) -> whether a layer gets a weight as a StackedWeight of all
+    layers instead of its own slice. unroll: layers per iteration.
 
-    What is captured is stacked over the layers, or over those that the call names.
+    Captured arrays are stacked over all layers, or over those that the call selects.
     """
     params, apply = transform_stacked(layer_fn, num_layers, h, None)
     if hk.running_init():
@@ -89,7 +89,7 @@ def scan_layers(
 
 
 def _split(params: Any, keep_stacked: Callable[[str, Any], bool]) -> tuple[Any, Any]:
-    """Divide a parameter tree in what is kept stacked and what is sliced."""
+    """Split a parameter tree into the weights kept stacked and those sliced per layer."""
     kept: dict[str, dict[str, Any]] = {}
     own: dict[str, dict[str, Any]] = {}
     for module, leaves in params.items():
@@ -116,7 +116,7 @@ def _put(
     layer: jax.Array,
     selected: Sequence[int],
 ) -> dict[str, jax.Array]:
-    """Put what was captured in a layer at its index among the selected layers, if it is one."""
+    """Store a layer's captured arrays at its index in the selected layers, if it is selected."""
     matches = jnp.array(selected) == layer
     index = jnp.argmax(matches)
 

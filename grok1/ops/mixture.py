@@ -21,9 +21,9 @@ Params = Mapping[str, Mapping[str, Any]]
 
 
 def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Return the `count` largest of x [..., E] and their indices, ties go to the lower index.
+    """Return the `count` largest of x [..., E] and their indices; ties go to the lower index.
 
-    As `lax.top_k`, which makes a compiler gather a batch that is split over several devices.
+    Replaces `lax.top_k`, for which XLA gathers a batch that is split over several devices.
     """
     index: list[jax.Array] = []
     rest = x
@@ -42,7 +42,7 @@ def expert(
 
     params: {"linear": {"w": [D, F]}, "linear_v": {"w": [D, F]}, "linear_1": {"w": [F, D]}};
     x [..., D] in the activation dtype -> float32 [..., D]. (Shazeer 2020, eq. 6, GEGLU.)
-    multiply: `matmul`, or a processor's form of it.
+    multiply: `matmul`, or a processor's implementation of it.
     """
     gate = jax.nn.gelu(multiply(x, params["linear"]["w"]), approximate=True)
     hidden = gate * multiply(x, params["linear_v"]["w"])
@@ -81,22 +81,22 @@ class Blocks(NamedTuple):
 
 
 def block_rows(copies: int, num_experts: int) -> int:
-    """Return R: what most experts have to do in one block, a multiple of 4, up to 128."""
-    # More than the even share, by its spread: a second block reads an expert's weights again. Fewer
-    # than 4 rows cost a processor as much as 4, and of more than 128 too many may be padding.
+    """Return R, a multiple of 4 up to 128: one block is enough for most experts."""
+    # The even share plus its spread, since a second block reads an expert's weights again. Fewer
+    # than 4 rows cost as much as 4; with more than 128, too many may be padding.
     share = copies / num_experts
     return min(128, 4 * math.ceil((share + 1.25 * math.sqrt(share)) / 4))
 
 
 def sort_by_expert(index: jax.Array, num_experts: int, multiple: int = 1) -> Blocks:
-    """Lay the token copies out in blocks; index int32 [M, A], `num_experts` for a masked copy.
+    """Lay out the token copies in blocks; index int32 [M, A], `num_experts` for a masked copy.
 
-    There is room for a multiple of `multiple` blocks; the unused ones hold only padding.
+    The number of blocks is a multiple of `multiple`; unused ones hold only padding.
     """
     tokens, chosen = index.shape
     copies = tokens * chosen
     rows = block_rows(copies, num_experts)
-    # Each expert wastes less than one block, and no more blocks exist than copies.
+    # Each expert wastes less than one block, and there are no more blocks than copies.
     most = min(copies, (copies + num_experts * (rows - 1)) // rows)
     most = -(-most // multiple) * multiple
     flat = index.reshape(-1)
@@ -129,10 +129,10 @@ def chosen_experts(
     multiply: Callable[[jax.Array, Weight], jax.Array] = matmul,
     together: int = 1,
 ) -> jax.Array:
-    """The mixture, computing only the chosen experts; arguments and result as in `all_experts`.
+    """Compute only the chosen experts of a mixture; arguments and result as in `all_experts`.
 
-    The loop is over blocks of rows of one expert, whose matrices are read inside it, `together`
-    blocks at a time. multiply: `matmul`, or a processor's form of it.
+    The loop runs over blocks of rows, `together` blocks at a time, and reads the matrices of each
+    block's expert. multiply: `matmul`, or a processor's implementation of it.
     """
     blocks = sort_by_expert(flat(index), expert_count(params), together)
     x_blocks = gather_rows(x, blocks)
@@ -157,8 +157,8 @@ def differentiable_experts(
 ) -> jax.Array:
     """`chosen_experts` for training: a loop with a dynamic bound has no reverse-mode gradient.
 
-    The loop is over as many blocks as there can be, each with its own copy of its expert's
-    matrices, and skips the empty ones.
+    The loop runs over the largest possible number of blocks, each with a copy of its expert's
+    matrices, and skips empty ones.
     """
     params = sliced(params)
     blocks = sort_by_expert(flat(index), expert_count(params))
@@ -187,7 +187,7 @@ def flat(x: jax.Array) -> jax.Array:
 
 
 def gather_rows(x: jax.Array, blocks: Blocks) -> jax.Array:
-    """Lay tokens x [B, T, D] out in blocks: [blocks, R, D], zero where a row is padding."""
+    """Lay out tokens x [B, T, D] in blocks [blocks, R, D], zero where a row is padding."""
     x = flat(x)
     return jnp.concatenate([x, jnp.zeros_like(x[:1])])[blocks.row_token]
 

@@ -1,4 +1,4 @@
-"""The operations that a processor may have its own forms of."""
+"""The operations that can have processor-specific implementations."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 class Operations(NamedTuple):
-    """One set of forms; the default ones are plain JAX, which any platform runs.
+    """One set of implementations; the defaults are plain JAX, which runs on any platform.
 
-    Each function takes and returns what the default one does, on one device.
-    cache_dtype: the dtype in which a cache of some dtype is best stored, of the same size; view: a
-    cache so stored -> the values that it holds.
-    takes_stacked: whether `matmul` reads a StackedWeight of int8 where it is.
+    Each function takes and returns the same as the default one, on one device.
+    cache_dtype: a cache's dtype -> the best dtype of that size for storing it; view: a cache stored
+    that way -> its values.
+    takes_stacked: whether `matmul` reads a StackedWeight of int8 without slicing it.
     """
 
     matmul: Callable[..., jax.Array] = quantization.matmul

@@ -5,7 +5,7 @@ Dimension letters: `I` in (contracted) width, `O` out width, `J` scale groups al
 A quantized matrix stands for `weight[i, o] * scales[i // (I / J), o]`: one scale per output column,
 and along the contracted axis one per group of `I / J` consecutive rows. Grok-1 has one group for
 most matrices, and eight for the two whose contracted axis its mesh splits (the attention's output
-projection and the experts' `linear_1`). The number of groups says nothing about the mesh in use.
+projection and the experts' `linear_1`). The number of groups does not depend on the mesh in use.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ class QuantizedWeight8bit:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedWeight:
-    """The weight of one layer, left among those of all layers; a Haiku parameter like any array.
+    """The weight of one layer, stored in the stack of all layers; usable as a Haiku parameter.
 
     For loops and kernels that read a part of it: slicing a layer out first would copy it.
 
-    stack: [L, ...], float or QuantizedWeight8bit. layer: int32 [], which one.
+    stack: [L, ...], float or QuantizedWeight8bit. layer: int32 [], its index.
     """
 
     stack: Any
@@ -64,7 +64,7 @@ Weight = jax.Array | QuantizedWeight8bit | StackedWeight
 
 
 def stacked(weight: Weight) -> StackedWeight:
-    """Return a weight as that of the one layer of a stack, unless it is in a stack already."""
+    """Return a weight as a stack of one layer, unless it is stacked already."""
     if isinstance(weight, StackedWeight):
         return weight
     return StackedWeight(jax.tree.map(lambda w: w[None], weight), jnp.int32(0))
@@ -80,7 +80,7 @@ def sliced(tree: Any) -> Any:
 
 
 def matrix(weight: Weight, index: jax.Array) -> StackedWeight:
-    """Return one matrix [I, O] of a weight [E, I, O], left where it is."""
+    """Return one matrix [I, O] of a weight [E, I, O], without copying it."""
     if not isinstance(weight, StackedWeight):
         return StackedWeight(weight, index)
     flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), weight.stack)  # [L * E, I, O]
@@ -91,7 +91,7 @@ def quantize(weight: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
     """Round a float matrix [..., I, O] to int8 with `groups` bfloat16 scales per column.
 
     Each group's largest magnitude maps to 127 (symmetric, no zero point). The scale is rounded to
-    bfloat16 before the division, so that the stored pair is as close as its own scale allows.
+    bfloat16 before the division, so that the int8 values are the closest ones for the stored scale.
 
     Raises ValueError if `groups` does not divide I.
     """
@@ -132,9 +132,10 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """`x [..., I] @ weight [I, O]`, float32 [..., O], for a float, int8 or stacked weight.
 
-    The weight is converted to the dtype of `x`, in which int8 is exact. The scales multiply the
-    float32 partial sums of each group, not the inputs of the product, where that would round them:
-    in float32 an int8 times its scale is exact, and one product is faster than one a group.
+    The weight is converted to the dtype of `x`, in which int8 is exact. In bfloat16 the scales
+    multiply the float32 partial sums of each group, since scaled inputs would be rounded. In
+    float32 an int8 times its scale is exact, and one product of scaled weights is faster than one
+    per group.
     """
     if isinstance(weight, StackedWeight):
         return matmul(x, weight.sliced())
@@ -160,9 +161,9 @@ def split_groups(
 ) -> jax.Array | QuantizedWeight8bit:
     """Repeat scales until their groups divide evenly into `parts` slices along the rows.
 
-    The matrix stands for the same values. A slice along I then holds complete groups, so that each
+    The values of the matrix are unchanged. A slice along I then holds complete groups, so that each
     device scales its own partial sums. Released weights (8 groups) on 1, 2, 4 or 8 parts are
-    returned as they are.
+    returned unchanged.
     """
     if not isinstance(weight, QuantizedWeight8bit) or weight.scales.shape[-2] % parts == 0:
         return weight

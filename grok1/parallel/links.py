@@ -1,8 +1,8 @@
-"""Connections between processes: messages that are bounded and checked, and copies of bytes.
+"""Connections between processes: bounded, checked messages, and copies of bytes.
 
-A message is one line of JSON, an object with one key: its kind, and its content. What whoever
-connects may send before it is known is small and must come soon; what may be sent later is listed
-by kind and type as well. Anything else is a ValueError for the receiver.
+A message is one line of JSON: an object with one key, its kind, whose value is its content. The
+receiver states which kinds and types it expects, their size and, before the sender is known, a
+short time limit. Anything else raises ValueError in the receiver.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 PAUSE = 0.2  # seconds, between two attempts
-KEEP_ALIVE = 30  # seconds, between two signs of life that the system sends
+KEEP_ALIVE = 30  # seconds, between two keep-alive packets of the operating system
 
 
 class Expected(NamedTuple):
     """Which messages may come next.
 
-    types: that of the content, by kind. limit: bytes in one message. seconds: for all of one
-    message; None: as long as some of it comes.
+    types: of the content, by kind. limit: bytes in one message. seconds: the time limit for a
+    complete message; None: no limit while bytes of it keep coming.
     """
 
     types: Mapping[str, type]
@@ -32,7 +32,7 @@ class Expected(NamedTuple):
 
 
 def pack(**message: Any) -> bytes:
-    """Return a message as it is sent."""
+    """Return the bytes of a message."""
     return json.dumps(message).encode() + b"\n"
 
 
@@ -49,14 +49,14 @@ def _unpack(line: bytes | bytearray, types: Mapping[str, type]) -> tuple[str, An
 class Link:
     """A connection that carries messages.
 
-    Whatever waits longer than `timeout` seconds raises TimeoutError, which is an OSError. `name`,
-    `phase`, `ready` and `done` are what the process at the other end has said of itself.
+    Waiting longer than `timeout` seconds raises TimeoutError, which is an OSError. `name`, `phase`,
+    `ready` and `done` are what the process at the other end has reported about itself.
     """
 
     def __init__(self, connection: socket.socket, timeout: float):
-        with contextlib.suppress(OSError):  # it may have ended already
+        with contextlib.suppress(OSError):  # it may be closed already
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Those of jax say nothing for long, and networks forget what is idle for minutes.
+            # jax's connections are silent for long, and networks drop idle ones after minutes.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
                 if hasattr(socket, option):  # not on every platform
@@ -65,7 +65,7 @@ class Link:
         self.socket = connection
         self.timeout = timeout
         self.unread = bytearray()
-        self.failure: str | None = None  # why this side shut it
+        self.failure: str | None = None  # why this side shut it down
         self.name = ""
         self.phase = "the start"
         self.ready = False
@@ -78,7 +78,7 @@ class Link:
             self._write(data)
 
     def beat(self) -> None:
-        """Send a sign of life, unless a message is under way, which is one. Raises OSError."""
+        """Send a heartbeat, unless a message is being sent, which serves as one. Raises OSError."""
         if self._sending.acquire(blocking=False):
             try:
                 self._write(pack(alive=True))
@@ -88,10 +88,10 @@ class Link:
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
-            while rest:  # not sendall, whose time-out is for the whole
+            while rest:  # not sendall, whose time-out is for all of the data
                 rest = rest[self.socket.send(rest) :]
         except TimeoutError:
-            # Nothing can follow half a message.
+            # Nothing can be sent after half a message.
             self.failure = f"it has read nothing for {self.timeout:g} s"
             self.shut()
             raise
@@ -99,7 +99,7 @@ class Link:
     def receive(self, expected: Expected) -> tuple[str, Any] | None:
         """Return kind and content of the next message; None if the connection was closed.
 
-        Raises OSError, and ValueError for what is not expected.
+        Raises OSError, and ValueError for an unexpected message.
         """
         deadline = time.monotonic() + (expected.seconds or math.inf)
         piece = bytes(self.unread)
@@ -116,10 +116,10 @@ class Link:
         return _unpack(line, expected.types)
 
     def ask(self, question: bytes, expected: Expected) -> tuple[str, Any]:
-        """Send a message and return the answer, all of which must come within the time-out.
+        """Send a message and return the answer, which must be complete within the time-out.
 
-        Without one the link is closed. Raises OSError if the connection ends, ValueError for an
-        answer that is not expected.
+        If it fails, the link is closed. Raises OSError if the connection ends, ValueError for an
+        unexpected answer or none.
         """
         try:
             self.send(question)
@@ -134,12 +134,12 @@ class Link:
             raise
 
     def shut(self) -> None:
-        """End the connection for both sides; a thread that waits for it wakes up."""
+        """Shut down both directions; a thread that waits for the connection wakes up."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Shut it and give back its file descriptor; only for the thread that receives."""
+        """Shut it down and close its file descriptor; only for the receiving thread."""
         self.shut()
         self.socket.close()
 
@@ -148,7 +148,7 @@ Result = TypeVar("Result")
 
 
 def insist(attempt: Callable[[float], Result], timeout: float) -> Result:
-    """Call with the seconds that are left until it succeeds. Raises its last OSError."""
+    """Call `attempt` with the remaining seconds until it succeeds. Raises its last OSError."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -173,18 +173,18 @@ def listen_everywhere(port: int) -> socket.socket:
 
 
 def accepted(listener: socket.socket) -> Iterator[socket.socket]:
-    """Yield connections for ever."""
+    """Yield connections forever."""
     while True:
         try:
             connection, _ = listener.accept()
-        except OSError:  # it has gone already, or too many files are open for the moment
+        except OSError:  # it is closed already, or too many files are open at the moment
             time.sleep(PAUSE)
         else:
             yield connection
 
 
 def begins_with(connection: socket.socket, beginning: bytes, timeout: float) -> bool:
-    """Whether these bytes come first, and in time; reads no more, and leaves no time-out."""
+    """Return whether these bytes come first, in time. Reads no more, and clears the time-out."""
     connection.settimeout(timeout)
     found = b""
     while len(found) < len(beginning) and beginning.startswith(found):
@@ -201,7 +201,7 @@ def copy_bytes(
     first: bytes = b"",
     keep: socket.socket | None = None,
 ) -> bool:
-    """Copy `first` and all bytes until either side ends; then end both, but leave `keep` open.
+    """Copy `first` and all bytes until either side ends; then end both, except `keep`.
 
     Returns whether it was `source` that ended.
     """
@@ -213,14 +213,14 @@ def copy_bytes(
         ended = True
     if target is not keep:
         with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)  # whoever reads from it closes it
+            target.shutdown(socket.SHUT_RDWR)  # the thread that reads from it closes it
     if source is not keep:
         source.close()
     return ended
 
 
 def _read(source: socket.socket, most: int = 2**16) -> bytes:
-    """Return the next bytes, none at the end, or if none come in time."""
+    """Return the next bytes; none at the end, or after the time-out."""
     try:
         return source.recv(most)
     except OSError:

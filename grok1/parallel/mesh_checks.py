@@ -1,4 +1,4 @@
-"""Which meshes a model can be split over."""
+"""Checks of whether a model can be split over a mesh."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_mesh(config: TransformerConfig, mesh: AnyMesh, **others: int) -> None:
     """Raise ValueError unless the mesh has both axes and its model axis divides every width.
 
-    others: further widths that it must divide, by name.
+    others: further widths that the model axis must divide, by name.
     """
     for axis in (config.data_axis, config.model_axis):
         require(axis in mesh.shape, "mesh", f"an axis named {axis!r}", mesh.axis_names)
@@ -31,7 +31,7 @@ def check_mesh(config: TransformerConfig, mesh: AnyMesh, **others: int) -> None:
         kv_heads % heads == 0 and heads in (size, kv_heads),
         "mesh",
         f"a model axis of {min(size, kv_heads)}, one key/value head each, and the "
-        "rest on a replica axis, as make_mesh(..., num_kv_heads=...) lays them",
+        "rest on a replica axis, as from make_mesh(..., num_kv_heads=...)",
         dict(mesh.shape),
     )
 
@@ -46,7 +46,7 @@ def model_axis_sizes(config: TransformerConfig, **others: int) -> list[int]:
 
 
 def check_execution(config: LanguageModelConfig, execution: Execution) -> None:
-    """Raise ValueError unless the model can be run so: its mesh, if any, must divide the widths."""
+    """Raise ValueError unless the mesh of `execution`, if any, divides the model's widths."""
     mesh, model = execution.mesh, config.model
     if mesh is None:
         return
@@ -59,23 +59,23 @@ def check_execution(config: LanguageModelConfig, execution: Execution) -> None:
 
 
 def check_devices(model_axis_sizes: list[int], data: int, model: int, available: int) -> None:
-    """Raise ValueError, with the meshes that fit the model, if a mesh needs more devices.
+    """Raise ValueError, with the meshes that fit the model, if a mesh needs too many devices.
 
-    model_axis_sizes: those that the model allows. available: the devices of this machine.
+    model_axis_sizes: those that the model allows. available: the number of devices here.
     """
     if data * model > available:
         sizes = (n for n in model_axis_sizes if available % n == 0)
         fitting = " ".join(f"{available // n},{n}" for n in sizes)
         raise ValueError(
             f"a mesh of {data},{model} needs {data * model} devices, but this machine has "
-            f"{available}, for which the model can take the meshes {fitting}; on a CPU start "
+            f"{available}, on which the model can use the meshes {fitting}; on a CPU start "
             f"with XLA_FLAGS=--xla_force_host_platform_device_count={data * model}"
         )
 
 
 def _split_widths(config: TransformerConfig, size: int) -> dict[str, int]:
     """Return the widths that a model axis of this size must divide, by name."""
-    # Beyond the key/value heads, several devices share one and divide its query heads.
+    # With more devices than key/value heads, several share one and divide its query heads.
     shared = size > config.num_kv_heads and size % config.num_kv_heads == 0
     heads = "num_q_heads" if shared else "num_kv_heads"
     widths = {heads: getattr(config, heads), "the expert width": config.ffn_size}

@@ -1,25 +1,25 @@
-"""Several processes as one: how they meet, what they share, and how all end when one is lost.
+"""Run several processes as one: how they connect, what they share, and how a lost process ends all.
 
-Every process is to end with one sentence that names who was lost, and status 1; jax alone does
-neither. With jax 0.10 and 0.12, whatever the time-outs of `jax.distributed.initialize` and
-with `jax_enable_recoverability` as well, its coordination service aborts a process (SIGABRT, a C++
-trace, no word of who was lost) when process 0 dies, at once; when a process is silent for the
-heartbeat time-out; when one never comes, or its address is wrong; and some time after one has ended
-by an error. Recoverable, a collective whose peer is silent waits for ever. `multihost_utils` works
-by collectives, which need the devices, and how many of these there are (virtual ones, on a CPU) is
-among what process 0 decides for all. What jax does well stays its own: devices and collectives, and
-that all leave together (`jax.distributed.shutdown`).
+If a process is lost, every other one must end with status 1 and a sentence that names it. jax alone
+does neither. With jax 0.10 and 0.12, for any time-outs of `jax.distributed.initialize` and also
+with `jax_enable_recoverability`, its coordination service aborts a process with SIGABRT and a C++
+trace that does not name the lost process: at once when process 0 dies; when a process is silent for
+the heartbeat time-out; when one never connects, or its address is wrong; and some time after one
+has ended with an error. With recoverability, a collective whose peer is silent waits forever.
+`multihost_utils` is based on collectives, which need the devices, but process 0 decides how many
+devices there are (virtual ones, on a CPU). jax is still used for devices and collectives, and for
+shutting down together (`jax.distributed.shutdown`).
 
-So every process keeps a connection to process 0, at the coordinator's address. It carries signs of
-life; what the process is doing; process 0's options; and the sentence by which a process ends,
-which all others repeat. A closed connection is noticed at once, a silent one after the time-out.
-jax's service listens behind the same address, on a port of process 0's own, and each other process
-reaches it through a relay in itself. When process 0 dies the relay leaves jax's side of the
-connection open: jax sees a silence, for which its own time-out is far longer, and this module
-speaks first. All of it uses public options of jax, but for finding the place in a job.
+So every process keeps a connection to process 0, at the coordinator's address. It carries
+heartbeats, the process's current phase, process 0's options, and the sentence with which a process
+ends, which all others repeat. A closed connection is noticed at once, a silent one after the
+time-out. jax's service listens on a local port of process 0, and is reached through the same
+address: each other process runs a relay to it. When process 0 dies, the relay keeps jax's side of
+the connection open. jax then only sees silence, for which its time-out is far longer, so this
+module reports the loss first. Only public options of jax are used, except to detect the job.
 
-The network between the processes must be private, as it must be for jax itself: nothing here is
-encrypted, and whoever can reach the coordinator's port and says what a process says can take part.
+The network between the processes must be private, as jax itself requires: nothing here is
+encrypted, and anyone who can reach the coordinator's port and knows the protocol can take part.
 Other connections cost little: a port scan does not disturb a run.
 """
 
@@ -49,10 +49,10 @@ from grok1.parallel.links import (
 
 JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
-BEAT = 0.5  # between signs of life
-# A process that was started with another version is refused; to be raised when a message changes.
+BEAT = 0.5  # between heartbeats
+# A process with another protocol version is refused. Increase it when a message changes.
 PROTOCOL = 2
-MOST_PENDING = 32  # connections that have not said yet what they are
+MOST_PENDING = 32  # connections that have not identified themselves yet
 LONGEST_SENTENCE = 4000  # characters; up to 12 bytes each in JSON
 GREETING = Expected({"hello": dict, "jax": str}, limit=2**10, seconds=5)
 WELCOME = Expected({"welcome": dict, "end": str}, limit=2**16)
@@ -60,24 +60,24 @@ RELAYED = Expected({"jax": bool}, limit=2**10)
 FROM_OTHERS = Expected(
     {"alive": bool, "phase": str, "ready": bool, "done": bool, "end": str}, limit=2**16
 )
-# The prompts of a run are one message.
+# All prompts of a run are sent in one message.
 FROM_FIRST = Expected({**FROM_OTHERS.types, "begin": bool, "value": object}, limit=2**28)
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # how each of jax's connections begins (RFC 9113, 3.4)
-# jax's service must not end a process that this module has not: its limits are some factor longer.
+# This module must detect a loss before jax's service: jax's limits are longer by this factor.
 SLOWER = 10
-# Nor one that still prints when another is lost that had done its part: seconds, some months.
+# jax must not end a process that still prints after another has finished: some months, in seconds.
 UNWATCHED = 10**7
-# How long the main thread gets, after a loss, to print what is finished; then the loss itself.
+# After a loss, the seconds that the main thread has to print finished results, then the loss.
 LAST_WORDS = 2.0
-# Wakes the main thread after a loss. Not SIGINT where there is another: a shell script's background
-# processes ignore that one. Has an effect where Python raises KeyboardInterrupt for it.
+# Wakes the main thread after a loss, if Python raises KeyboardInterrupt for it. Preferably not
+# SIGINT, which the background processes of a shell script ignore.
 WAKE = getattr(signal, "SIGUSR1", signal.SIGINT)
 
 
 class Place(NamedTuple):
-    """Where a process stands.
+    """The place of a process in a run.
 
-    coordinator: HOST:PORT of process 0. processes: how many there are. process: which one this is,
+    coordinator: HOST:PORT of process 0. processes: their number. process: the index of this one,
     from 0.
     """
 
@@ -87,7 +87,7 @@ class Place(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """What a process says of itself to process 0; all versions have `protocol` and `host`."""
+    """How a process introduces itself to process 0; all versions have `protocol` and `host`."""
 
     protocol: int
     process: int
@@ -96,7 +96,7 @@ class Hello(NamedTuple):
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Self | None:
-        """Return it as it was received, None if it is none."""
+        """Return the Hello with the received fields, or None if they are invalid."""
         protocol, process, processes, host = (fields.get(name) for name in cls._fields)
         if not (is_integer(protocol) and is_integer(process) and is_integer(processes)):
             return None
@@ -106,13 +106,13 @@ class Hello(NamedTuple):
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Split HOST:PORT, or [IPV6]:PORT; ValueError if it is not that."""
+    """Split HOST:PORT, or [IPV6]:PORT. Raises ValueError for anything else."""
     host, _, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     known = re.fullmatch(r"[^][\s]+", host)
     try:
-        host.encode("idna")  # as it is when it is looked up
+        host.encode("idna")  # as in the name lookup
     except UnicodeError:
         known = None
     if not known or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
@@ -126,31 +126,31 @@ def find_place(
     process_id: int | None = None,
     timeout: float = JOIN_TIMEOUT,
 ) -> Place:
-    """Return this process's place; what is None is found as jax finds it: SLURM, GKE, MPI, TPU.
+    """Return this process's place; jax detects what is None (SLURM, GKE, MPI, TPU).
 
-    Raises ValueError if that finds nothing, or what it finds is no place.
+    Raises ValueError if nothing is detected, or it is not a valid place.
     """
     found: Any = (coordinator, num_processes, process_id)
     try:
         if None in found:
-            # Private: jax offers its detection only as a part of jax.distributed.initialize, which
-            # would start its service at the very address at which the processes are to meet here.
+            # Private API: jax's detection is public only as part of jax.distributed.initialize,
+            # which would start its service at the address that this module listens on.
             from jax._src.clusters import ClusterEnv
 
             coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
             found = ClusterEnv.auto_detect_unset_distributed_params(
                 coordinator, num_processes, process_id, None, None, int(timeout)
             )
-    except Exception as error:  # whatever a half-set environment leads to
+    except Exception as error:  # an incomplete environment can raise anything
         raise ValueError(
-            f"the job's environment does not say where this process stands ({error!r}); give "
+            f"the place of this process in its job could not be detected ({error!r}); give "
             "--coordinator HOST:PORT --num-processes N --process-id I"
         ) from error
     address, count, index = found[:3]
     if None in (address, count, index):
         raise ValueError(
-            "expected a job of SLURM, GKE or MPI, which says where this process stands, found "
-            "none; give --coordinator HOST:PORT --num-processes N --process-id I"
+            "expected a job of SLURM, GKE or MPI, found none; give "
+            "--coordinator HOST:PORT --num-processes N --process-id I"
         )
     host_and_port(address)
     if not 0 <= index < count:
@@ -159,16 +159,15 @@ def find_place(
 
 
 class Peers:
-    """All processes of a run, as one of them sees them.
+    """All processes of a run, as seen by one of them.
 
-    place: where this one stands. join_timeout: how many seconds it waits for all to come.
-    peer_timeout: after how many seconds without a sign of life a process counts as lost. say:
-    prints a line for the person, which may quote what another process sent: what is waited for, and
-    what ended this one.
+    place: of this process. join_timeout: how many seconds it waits for all to connect.
+    peer_timeout: after how many seconds without a heartbeat a process counts as lost. say: prints a
+    line for the user, which may quote another process: what this one waits for, and why it ends.
 
-    From `join` on threads watch the others. If one is lost, or ends by an error, they interrupt
-    the main thread as Ctrl-C does, so that it can print what is finished; it must then call `end`,
-    which no signal of theirs interrupts. After two seconds they end the process themselves, with
+    From `join` on, threads watch the other processes. If one is lost, or ends with an error, they
+    interrupt the main thread as Ctrl-C does, so that it can print finished results; it must then
+    call `end`, which they do not interrupt. After two seconds they end the process themselves, with
     status 1. `loss` is the sentence that names what was lost.
     """
 
@@ -185,28 +184,28 @@ class Peers:
         self.say = say
         self.loss: str | None = None
         self._changed = threading.Condition()  # guards all that follows, and `loss`
-        self._links: dict[int, Link] = {}  # on process 0 to all others, on these to process 0
-        self._pending: list[Link] = []  # the oldest first
+        self._links: dict[int, Link] = {}  # on process 0, to all others; on these, to process 0
+        self._pending: list[Link] = []  # oldest first
         self._host = socket.gethostname()
         self._name = self._name_of(place.process, self._host)
         self._phase = "the start"
         self._values: list[Any] = []
-        self._complete = False  # all have come
-        self._losing = False  # there is a loss, but perhaps not all know yet
-        self._closing = False  # this process has done its part
+        self._complete = False  # all have connected
+        self._losing = False  # there is a loss, which the others may not know yet
+        self._closing = False  # this process has finished its part
         self._ending = False
         self._jax_port = 0
-        self._token = secrets.token_hex(16)  # by which process 0 knows the others' relays
+        self._token = secrets.token_hex(16)  # identifies the others' relays to process 0
         self._leaving = threading.Lock()
-        # Open when process 0 dies: see the top of this file.
+        # Kept open when process 0 dies: see the module docstring.
         self._carried: list[socket.socket] = []
 
     # ------------------------------------------------------------------------------- for all
 
     def join(self) -> None:
-        """Meet the others and start jax.distributed; jax must not have touched a device yet.
+        """Connect to the others and start jax.distributed, before jax has used a device.
 
-        Raises ValueError that names the processes that did not come, or why this one cannot join.
+        Raises ValueError that names the processes that did not connect, or why this one cannot.
         """
         if self.place.process == 0:
             self._gather()
@@ -215,7 +214,7 @@ class Peers:
         self._start_jax()
 
     def share(self, value: Any) -> Any:
-        """Return process 0's value on every process, as it comes out of JSON; call it on all."""
+        """Return process 0's value, as decoded from JSON, on every process; call it on all."""
         if self.place.process == 0:
             data = pack(value=value)
             if len(data) > FROM_FIRST.limit:
@@ -232,13 +231,13 @@ class Peers:
         raise ValueError(self.loss)
 
     def phase(self, name: str) -> None:
-        """Say what this process does from now on; the others name it if it is lost."""
+        """Tell the others the current phase of this process, which they name if it is lost."""
         if name != self._phase:
             self._phase = name
             self._send_all(pack(phase=name))
 
     def end(self, reason: str) -> None:
-        """Tell the others why this process ends now. If they ended before, `leave` with that."""
+        """Tell the others why this process ends now; after an earlier loss, `leave` with that."""
         signal.signal(WAKE, signal.SIG_IGN)
         with self._changed:
             self._ending = True
@@ -248,11 +247,11 @@ class Peers:
         self._send_all(_farewell(f"{self._name} ended: {reason}"))
 
     def leave(self) -> NoReturn:
-        """Say what was lost and end this process, whatever its other threads do: status 1."""
+        """Print what was lost and end this process with status 1, whatever other threads do."""
         try:
-            self._leaving.acquire()  # for ever: it is said once
+            self._leaving.acquire()  # never released: the loss is printed once
             sentence = f"error: {self.loss}"
-            # In a thread: a pipe that nobody reads would keep this process.
+            # In a thread: writing to a pipe that is not read would block.
             saying = threading.Thread(target=self.say, args=(sentence,), daemon=True)
             saying.start()
             saying.join(LAST_WORDS)
@@ -260,9 +259,9 @@ class Peers:
             os._exit(1)
 
     def await_loss(self) -> None:
-        """Wait, up to the time-out, for the loss that may have caused an error in a collective.
+        """Wait, up to the time-out, for a loss that may have caused an error in a collective.
 
-        If there is one this process ends with it.
+        If there is one, end this process with it.
         """
         signal.signal(WAKE, signal.SIG_IGN)
         with self._changed:
@@ -271,7 +270,7 @@ class Peers:
                 self.leave()
 
     def meet(self) -> None:
-        """Wait until all have called it, however late they are. Raises ValueError for a loss."""
+        """Wait, without a time limit, until all have called it. Raises ValueError for a loss."""
         first = self.place.process == 0
         if not first:
             self._send_all(pack(ready=True))
@@ -281,17 +280,17 @@ class Peers:
             self._send_all(pack(ready=True))
 
     def close(self) -> None:
-        """End in good order, when all have called it."""
+        """Shut down in good order, after all have called it."""
         import jax
 
         self.phase("the end")
-        self._send_all(pack(done=True))  # what is closed from now on is no loss
+        self._send_all(pack(done=True))  # from now on, a closed connection is not a loss
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            # Not in jax's own barrier, which aborts all where one is late: it may still print.
+            # Not in jax's own barrier, which aborts all if one is late: it may still be printing.
             self._wait_for_all("done")
-        self._start(self._finish_alone)  # should jax wait for one whose connection is lost
+        self._start(self._finish_alone)  # in case jax waits for one whose connection is lost
         jax.distributed.shutdown()
         with self._changed:
             self._raise_loss()
@@ -312,10 +311,10 @@ class Peers:
             self._changed.wait_for(lambda: self.loss)
             raise ValueError(self.loss)
 
-    # ------------------------------------------------------------------------------ coming together
+    # ------------------------------------------------------------------------------ connecting
 
     def _gather(self) -> None:
-        """On process 0: wait for all others."""
+        """On process 0: wait until all others have connected."""
         host, port = host_and_port(self.place.coordinator)
         try:
             listener = listen_everywhere(port)
@@ -338,7 +337,7 @@ class Peers:
             self._complete = all_there and not self._losing
         if not all_there:
             self._lose(
-                f"{self._missing()} never came to {self.place.coordinator} within "
+                f"{self._missing()} did not connect to {self.place.coordinator} within "
                 f"{self.join_timeout:g} s; start all {self.place.processes} processes, process 0 "
                 f"on {host}, with the same --coordinator, and check that they reach it"
             )
@@ -349,7 +348,7 @@ class Peers:
         self._send_all(pack(begin=True))
 
     def _report(self) -> None:
-        """On the others: come to process 0, and wait until all are there."""
+        """On the others: connect to process 0, and wait until all have."""
         address = self.place.coordinator
         hello = Hello(PROTOCOL, self.place.process, self.place.processes, self._host)
         try:
@@ -373,12 +372,12 @@ class Peers:
         self._start(self._keep_beating, link)
         self._start(self._listen, link)
         with self._changed:
-            # Process 0 says who did not come: it is given the time for it.
+            # Long enough for process 0 to report which processes did not connect.
             limit = self.join_timeout + self.peer_timeout
             self._changed.wait_for(lambda: self._complete or self.loss, limit)
-            # A loss may be told before the beginning.
+            # A loss may be reported before the run begins.
             if self.loss or not self._complete:
-                raise ValueError(self.loss or f"{address}: process 0 began nothing in {limit:g} s")
+                raise ValueError(self.loss or f"{address}: no run began within {limit:g} s")
 
     def _missing(self) -> str:
         wanted = set(range(1, self.place.processes)) - self._links.keys()
@@ -386,7 +385,7 @@ class Peers:
         return f"process{'es' if len(wanted) > 1 else ''} {few} of {self.place.processes}"
 
     def _ask(self, question: bytes, expected: Expected, timeout: float) -> tuple[Link, str, Any]:
-        """Ask process 0, again where it is not there yet or has dropped the connection."""
+        """Ask process 0; retry if it does not listen yet or has dropped the connection."""
         address = host_and_port(self.place.coordinator)
 
         def attempt(left: float) -> tuple[Link, str, Any]:
@@ -396,7 +395,7 @@ class Peers:
         return insist(attempt, timeout)
 
     def _accept(self, listener: socket.socket) -> None:
-        """On process 0: take connections; where too many say nothing, drop the oldest of them."""
+        """On process 0: accept connections; if too many are pending, drop the oldest of them."""
         for connection in accepted(listener):
             link = Link(connection, self.peer_timeout)
             with self._changed:
@@ -407,7 +406,7 @@ class Peers:
             self._start(self._greet, link)
 
     def _greet(self, link: Link) -> None:
-        """Take what comes to the coordinator's port: a process, or the relay of one."""
+        """Handle a connection to the coordinator's port: a process, or the relay of one."""
         try:
             message = link.receive(GREETING)
         except (OSError, ValueError):
@@ -424,7 +423,7 @@ class Peers:
                 link.close()
 
     def _admit(self, link: Link, hello: Hello) -> bool:
-        """Take in a process and return True, or tell it why not."""
+        """Admit a process and return True; otherwise tell it why not and return False."""
         with self._changed:
             gathering = not self._complete
             refusal = self._refusal(hello)
@@ -433,7 +432,7 @@ class Peers:
             else:
                 answer = _farewell(refusal)
             try:
-                link.send(answer)  # before others may send: the first message is this one
+                link.send(answer)  # before other threads can: it must be the first message
             except OSError:
                 return False
             if refusal is None:
@@ -446,7 +445,7 @@ class Peers:
         return refusal is None
 
     def _refusal(self, hello: Hello) -> str | None:
-        """Return why a process cannot take part; self._changed is held."""
+        """Return why a process cannot take part, or None; self._changed is held."""
         if self._losing:
             self._changed.wait_for(lambda: self.loss)
             return self.loss
@@ -471,7 +470,7 @@ class Peers:
     # --------------------------------------------------------------------------- watching
 
     def _start(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call in a thread of its own; an exception there ends the run."""
+        """Call a function in a new thread; an exception there ends the run."""
 
         def call() -> None:
             try:
@@ -482,13 +481,13 @@ class Peers:
         threading.Thread(target=call, name=function.__name__, daemon=True).start()
 
     def _keep_beating(self, link: Link) -> None:
-        with contextlib.suppress(OSError):  # found by the thread that listens
+        with contextlib.suppress(OSError):  # handled by the thread that listens
             while True:
                 link.beat()
                 time.sleep(BEAT)
 
     def _listen(self, link: Link) -> None:
-        """Take what one process says, until it is lost or has nothing more to say."""
+        """Receive the messages of one process, until it is lost or done."""
         expected = FROM_OTHERS if self.place.process == 0 else FROM_FIRST
         try:
             while (message := link.receive(expected)) is not None:
@@ -506,7 +505,7 @@ class Peers:
         )
 
     def _finish_alone(self) -> None:
-        """End in good order when jax has not shut down in the time-out: all is done."""
+        """End with status 0 if jax has not shut down within the time-out: all work is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing)
         time.sleep(self.peer_timeout)
@@ -514,7 +513,7 @@ class Peers:
             os._exit(0)
 
     def _take(self, link: Link, kind: str, content: Any) -> None:
-        if kind == "end" and not link.done:  # what is done is no loss
+        if kind == "end" and not link.done:  # the end of a process that is done is not a loss
             self._lose(_one_line(content))
         with self._changed:
             if kind == "phase":
@@ -533,7 +532,7 @@ class Peers:
         return f"process {index} of {self.place.processes} (host {host})"
 
     def _lose(self, sentence: str) -> None:
-        """Take note of a loss, the first one only, and tell it to the others."""
+        """Record a loss, if it is the first one, and report it to the others."""
         with self._changed:
             if self._losing or self._ending:
                 return
@@ -541,22 +540,22 @@ class Peers:
         try:
             self._send_all(_farewell(sentence))
         finally:
-            # Only now may this process end: the others would name it as the one that was lost.
+            # Only now may this process end; before, the others would report it as lost.
             with self._changed:
                 self.loss = sentence
                 self._changed.notify_all()
-            if complete:  # else `join` waits, and raises it
+            if complete:  # otherwise `join` waits for it, and raises it
                 self._leave_soon()
 
     def _leave_soon(self) -> NoReturn:
-        """Wake the main thread, which has a little time to print what is finished; then leave."""
-        if callable(signal.getsignal(WAKE)):  # `default_int_handler`, or who puts it off
+        """Wake the main thread, let it print finished results for a short time, and leave."""
+        if callable(signal.getsignal(WAKE)):  # `default_int_handler`, or one that defers it
             os.kill(os.getpid(), WAKE)
             time.sleep(LAST_WORDS)
         self.leave()
 
     def _send_all(self, data: bytes) -> None:
-        # A connection that fails is found by the thread that listens to it.
+        # A connection that fails is handled by the thread that listens to it.
         for link in list(self._links.values()):
             with contextlib.suppress(OSError):
                 link.send(data)
@@ -567,10 +566,10 @@ class Peers:
         """Start jax.distributed behind the relays."""
         import jax
 
-        # gRPC would go to the loopback interface through a proxy, too, and jax warns of one.
+        # gRPC would use a proxy even for the loopback interface, and jax warns about a proxy.
         os.environ.update(no_grpc_proxy="127.0.0.1")
         jax.config.update("jax_check_proxy_envs", False)
-        # It would catch SIGTERM, and the process would live on.
+        # It would catch SIGTERM, and the process would not end.
         jax.config.update("jax_enable_preemption_service", False)
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -593,12 +592,12 @@ class Peers:
         )
 
     def _relay(self, listener: socket.socket) -> None:
-        """On the others: carry jax's connections to process 0."""
+        """On the others: forward jax's connections to process 0."""
         for near in accepted(listener):
             self._start(self._carry, near)
 
     def _carry(self, near: socket.socket) -> None:
-        """On the others: carry one of jax's connections, whose loss is that of process 0."""
+        """On the others: forward one of jax's connections; if it is lost, process 0 is lost."""
         if not begins_with(near, HTTP2, self.peer_timeout):  # another program's
             near.close()
             return
@@ -619,7 +618,7 @@ class Peers:
             copy_bytes(link.socket, near, bytes(link.unread), near)
             how = "was closed"
         with self._changed:
-            # If process 0 has ended, or says why all do, the thread that listens knows at once.
+            # If process 0 has ended, or reports a loss, the thread that listens learns it at once.
             over = self._changed.wait_for(
                 lambda: self._closing or self._losing or self._ending, self.peer_timeout
             )
@@ -628,7 +627,7 @@ class Peers:
             self._lose(f"a second connection of {self._name} to {name} {how}; start all again")
 
     def _serve_jax(self, link: Link) -> None:
-        """On process 0: carry one relay's connection to jax's service, once it is there."""
+        """On process 0: forward a relay's connection to jax's service, once that has started."""
         try:
             link.send(pack(jax=True))
             with self._changed:
@@ -645,10 +644,10 @@ class Peers:
 
 
 def _one_line(text: str) -> str:
-    """Return what another process says as it is shown."""
+    """Return another process's text on one line."""
     return " ".join(text.splitlines())
 
 
 def _farewell(sentence: str) -> bytes:
-    """Return the message by which a process says why all end."""
+    """Return the message that tells the other processes why all end."""
     return pack(end=sentence[:LONGEST_SENTENCE])

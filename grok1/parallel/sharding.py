@@ -1,12 +1,12 @@
 """Device meshes, and how parameters are split over them: a table of rules, and `constrain`.
 
 `constrain` is called at the few places where the layout is a decision; without a mesh it does
-nothing. Only what a compiler cannot split by itself (the mixture of experts, the cache and kernels)
-runs inside `shard_map`, through `on_shards`.
+nothing. Only what the compiler cannot split by itself (the mixture of experts, the cache and
+kernels) runs inside `shard_map`, through `on_shards`.
 
-The model axis can be longer than there are key/value heads. The mesh then has a third axis: model
-(one key/value head each) and replica (the devices that share it). Keys, values, their cache and
-scale groups that do not divide further are split over the first, everything else over both.
+The model axis can be larger than the number of key/value heads. The mesh then splits it in two:
+model (one key/value head each) and replica (the devices that share a head). Keys, values, their
+cache and scale groups that cannot be divided further are split over model, the rest over both.
 """
 
 import functools
@@ -27,7 +27,7 @@ DATA_AXIS = "data"
 MODEL_AXIS = "model"
 REPLICA_AXIS = "replica"
 
-# What a PartitionSpec says of one dimension: a mesh axis, several of them, or None.
+# One dimension of a PartitionSpec: a mesh axis, several of them, or None.
 Axes = str | tuple[str, ...] | None
 AnyMesh = Mesh | AbstractMesh
 Rules = Sequence[tuple[str, P]]
@@ -43,11 +43,11 @@ def make_mesh(
 
     local_mesh_config: (data, model) sizes among the devices of one host.
     between_hosts_config: (data, model) sizes among hosts; the mesh's axes are the products.
-    num_kv_heads: of the model. A model axis that is a multiple of it is split in two: model, of
-        this size, and replica. Neighbours along replica share a key/value head.
+    num_kv_heads: of the model. A model axis that is a larger multiple of it is split in two: model,
+        of this size, and replica. Devices along replica share a key/value head.
 
-    On one host a mesh smaller than the machine takes its first devices. Raises ValueError if an
-    axis is not positive, if there are too few devices, or if the hosts do not fit.
+    On one host, a mesh with fewer devices than the machine uses the first ones. Raises ValueError
+    if an axis is not positive, if there are too few devices, or if the number of hosts differs.
     """
     sizes = (*local_mesh_config, *between_hosts_config)
     if len(sizes) != 4 or any(size < 1 for size in sizes):
@@ -84,10 +84,10 @@ def split_over_hosts(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return local_mesh_config and between_hosts_config of a mesh over all hosts; see `make_mesh`.
 
-    data, model: the mesh over all hosts. hosts, per_host: how many there are, and the devices of
-    each, all of which are used. The model axis, along which every layer talks, stays within a host
-    as far as it can. One host takes any mesh, as `make_mesh` does. Raises ValueError if the mesh
-    is not as large as the hosts together, or is none.
+    data, model: the mesh over all hosts. hosts, per_host: the number of hosts, and of devices per
+    host, all of which are used. The model axis, along which every layer communicates, stays within
+    a host as far as possible. On one host any mesh is allowed, as in `make_mesh`. Raises ValueError
+    if an axis is not positive, or the mesh does not have all devices of all hosts.
     """
     if min(data, model) < 1:
         raise ValueError(f"a mesh needs at least one device along each axis, got {data},{model}")
@@ -105,33 +105,33 @@ def split_over_hosts(
 
 
 def mesh_axes(data: int, model: int, num_kv_heads: int | None = None) -> dict[str, int]:
-    """Return the names and sizes of the axes of a mesh; see make_mesh."""
+    """Return the names and sizes of the axes of a mesh; see `make_mesh`."""
     if num_kv_heads is not None and model > num_kv_heads and model % num_kv_heads == 0:
         return {DATA_AXIS: data, MODEL_AXIS: num_kv_heads, REPLICA_AXIS: model // num_kv_heads}
     return {DATA_AXIS: data, MODEL_AXIS: model}
 
 
 def abstract_mesh(data: int, model: int, num_kv_heads: int | None = None) -> AbstractMesh:
-    """Return the mesh that make_mesh would, of no devices: for shapes and places, not for data."""
+    """Return the mesh of `make_mesh` without devices: for shapes and shardings, not for data."""
     axes = mesh_axes(data, model, num_kv_heads)
     return AbstractMesh(tuple(axes.values()), tuple(axes))
 
 
 def axis_size(mesh: AnyMesh | None, axes: Axes) -> int:
-    """Return the number of devices along a mesh axis, or along several: 1 without a mesh."""
+    """Return the number of devices along one or more mesh axes; 1 without a mesh."""
     if mesh is None or axes is None:
         return 1
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def all_model_axes(mesh: AnyMesh | None, model_axis: str) -> str | tuple[str, str]:
-    """Return what splits all widths but those of keys and values: replica too, if it is there."""
+    """Return the axes that split all widths except keys and values: with replica, if present."""
     replicated = mesh is not None and REPLICA_AXIS in mesh.shape
     return (model_axis, REPLICA_AXIS) if replicated else model_axis
 
 
 def constrain(x: jax.Array, mesh: AnyMesh | None, *spec: Axes) -> jax.Array:
-    """Lay `x` out as `spec` says, a mesh axis or more a dimension; without a mesh do nothing."""
+    """Constrain the sharding of `x` to `spec`, one entry per dimension; no-op without a mesh."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
@@ -140,7 +140,7 @@ def constrain(x: jax.Array, mesh: AnyMesh | None, *spec: Axes) -> jax.Array:
 def on_shards(
     function: Callable[..., Any], mesh: AnyMesh | None, in_specs: Any, out_specs: Any
 ) -> Any:
-    """Return the function that runs on each device's own part; without a mesh, the function."""
+    """Return `function` under `shard_map`; without a mesh, `function` itself."""
     if mesh is None:
         return function
     return jax.shard_map(
@@ -149,10 +149,10 @@ def on_shards(
 
 
 def connect(mesh: Mesh) -> None:
-    """Have the devices of a mesh exchange something along all its axes, and along each of them.
+    """Run a collective over each combination of mesh axes, which connects the processes.
 
-    The processes are connected by it. With gloo they must come to that within 30 seconds of each
-    other, and later, to a step, they need not.
+    With gloo, the processes must connect within 30 seconds of each other; later, for a step, they
+    may be further apart.
     """
     names = mesh.axis_names
     for count in range(1, len(names) + 1):
@@ -167,16 +167,16 @@ def sum_over(x: jax.Array, mesh: AnyMesh | None, axes: Axes) -> jax.Array:
 
 
 def readable(tree: Any, mesh: AnyMesh | None) -> Any:
-    """Lay results out so that every process can read them: replicated, if there are several."""
+    """Replicate results if there are several processes, so that each can read them."""
     if mesh is None or not mesh.is_multi_process:
         return tree
     return jax.tree.map(lambda x: constrain(x, mesh), tree)
 
 
 def partition_rules(model_axis: str, mesh: AnyMesh | None = None) -> Rules:
-    """Return (pattern, spec) for every parameter, the first match holding, without the layer axis.
+    """Return (pattern, spec) pairs, without the layer axis; the first match applies.
 
-    mesh: the mesh they are for, if it may have a replica axis.
+    mesh: the mesh of the specs, if it may have a replica axis.
     """
     model = all_model_axes(mesh, model_axis)
     return (
@@ -196,7 +196,7 @@ def partition_rules(model_axis: str, mesh: AnyMesh | None = None) -> Rules:
 def match_rule(rules: Rules, name: str) -> P:
     """Return the spec of the first rule whose pattern is found in the parameter's name.
 
-    Raises ValueError when no rule matches: a parameter is never replicated by oversight.
+    Raises ValueError if no rule matches, so that no parameter is replicated by mistake.
     """
     for pattern, spec in rules:
         if re.search(pattern, name):
@@ -207,8 +207,8 @@ def match_rule(rules: Rules, name: str) -> P:
 def scales_spec(spec: P, shape: Sequence[int], mesh: AnyMesh | None = None) -> P:
     """Return the spec of the scales, of this shape, of a weight with `spec`.
 
-    As the weight's, but None where the scales have size 1, and over only as many of the mesh axes,
-    from the first, as divide the size.
+    It is the weight's spec, except that dimensions of size 1 get None, and others only the leading
+    mesh axes that divide the size.
     """
 
     def of(axes: Axes, size: int) -> Axes:
@@ -223,9 +223,9 @@ def scales_spec(spec: P, shape: Sequence[int], mesh: AnyMesh | None = None) -> P
 
 
 def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, Any]:
-    """Return a weight of any type, and its specs for `on_shards`, so that a shard has its scales.
+    """Return a weight of any type and its specs for `on_shards`, so that each shard has its scales.
 
-    spec: that of the matrix [..., I, O]. Scales that do not divide as their rows do are repeated.
+    spec: of the matrix [..., I, O]. Scales that cannot be split like the rows are repeated.
     """
     if mesh is None:
         return weight, None
@@ -235,8 +235,8 @@ def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, Any]:
     if not isinstance(weight, QuantizedWeight8bit):
         return weight, spec
     rows = spec[-2]
-    # As released, on eight key/value heads and several devices for each: one group for
-    # these, replicated. To repeat it in all layers would cost more memory than it takes.
+    # The released scale groups, with several devices per key/value head: these devices share one
+    # group, replicated. Repeating it in all layers would cost more memory.
     first = rows[0] if isinstance(rows, tuple) else rows
     if weight.scales.shape[-2] != axis_size(mesh, first):
         weight = split_groups(weight, axis_size(mesh, rows))
@@ -248,8 +248,8 @@ def parameter_specs(
 ) -> dict[str, Any]:
     """Return the PartitionSpec of every array of a two-level parameter tree.
 
-    The rules speak of one layer; stacked parameters get None for their leading layer axis. Scales
-    are split as `scales_spec` says; without a mesh, as if their groups could be divided like rows.
+    The rules are for one layer; stacked parameters get None for their leading layer axis. Scales
+    are split as in `scales_spec`; without a mesh, as if their groups could be split like the rows.
     """
 
     def of(name: str, leaf: Any) -> Any:
@@ -266,7 +266,7 @@ def parameter_specs(
 
 
 def named_shardings(specs: Any, mesh: AnyMesh) -> Any:
-    """Turn a tree of PartitionSpecs into the NamedShardings of a mesh."""
+    """Convert a tree of PartitionSpecs to NamedShardings of a mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
     )

@@ -1,1 +1,1 @@
-"""Requests in, tokens out: what runs between a prompt and its answer."""
+"""Serving: from requests to tokens."""

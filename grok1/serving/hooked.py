@@ -1,4 +1,4 @@
-"""Hooks in the compiled steps: what they are compiled for, and what they get."""
+"""Hooks in the compiled steps: as static arguments, and with their own arguments."""
 
 import functools
 import inspect
@@ -12,15 +12,15 @@ import numpy as np
 from grok1.inspection import Hook, Site
 
 NOT_FINITE = (
-    "expected finite logits, got NaN or infinity, so the weights are damaged; look for the file "
+    "expected finite logits, got NaN or infinity, so the weights are damaged; find the file "
     "with `python checkpoint.py verify DIRECTORY`"
 )
-MOST_KEPT = 16  # steps with hooks whose programs are kept
+MOST_KEPT = 16  # number of steps with hooks whose programs are kept
 STATIC = ("config", "execution", "top_logprobs", "capture", "capture_layers")
 
 
 class SameHook:
-    """A hook that equals none but itself: two equal bound methods may do different things."""
+    """A hook compared by identity: two equal bound methods may do different things."""
 
     def __init__(self, hook: Hook):
         self.hook = hook
@@ -41,7 +41,7 @@ def as_hooks(hooks: Mapping[Site, Hook]) -> Hooks:
 
 
 def bind(hooks: Hooks, arguments: Sequence[Any]) -> dict[Site, Hook]:
-    """Return hooks as the model takes them; each gets these arguments beside layer and array."""
+    """Return hooks for the model, called with these arguments after layer and array."""
 
     def bound(hook: Hook) -> Hook:
         return lambda layer, array: hook(layer, array, *arguments)
@@ -50,21 +50,21 @@ def bind(hooks: Hooks, arguments: Sequence[Any]) -> dict[Site, Hook]:
 
 
 def not_finite(hooks: Hooks) -> str:
-    """Return what is wrong with logits that are not finite."""
+    """Return the error message for logits that are not finite."""
     if not hooks:
         return NOT_FINITE
     return (
-        "expected finite logits, got NaN or infinity with hooks; look at what they return, and "
-        "whether the same is finite without them"
+        "expected finite logits, got NaN or infinity with hooks; check what they return, and "
+        "whether the logits are finite without them"
     )
 
 
 def with_hooks(step: Any, hooks: Hooks) -> Any:
-    """Return a step of steps.py with hooks, which get its `hook_args`."""
+    """Return a step of steps.py with hooks, which receive its `hook_args`."""
     return _with_hooks(step, hooks) if hooks else step
 
 
-@functools.lru_cache(maxsize=MOST_KEPT)  # a program would else be kept as long as its hooks
+@functools.lru_cache(maxsize=MOST_KEPT)  # an unbounded cache would keep programs as long as hooks
 def _with_hooks(step: Any, hooks: Hooks) -> Any:
     own = functools.partial(step.__wrapped__, hooks=hooks)
     names = inspect.signature(own).parameters
@@ -74,13 +74,13 @@ def _with_hooks(step: Any, hooks: Hooks) -> Any:
 
 
 def as_arguments(arguments: Sequence[Any], devices: Collection[Any]) -> tuple[Any, ...]:
-    """Return what a step on these devices can give to hooks: numbers, too, as arrays of one dtype.
+    """Return hook arguments for a step on these devices, with numbers converted to arrays.
 
-    Raises ValueError for what is no tuple or list of arrays and numbers, or does not fit the dtype.
+    Raises ValueError unless it is a tuple or list of arrays and numbers that fit their jax dtype.
     """
     if not isinstance(arguments, tuple | list):
         got = type(arguments).__name__
-        raise ValueError(f"hook_args: expected a tuple or list of arrays, got one {got}")
+        raise ValueError(f"hook_args: expected a tuple or list of arrays, got {got}")
     try:
         return jax.tree.map(functools.partial(_as_array, devices=devices), tuple(arguments))
     except TypeError as error:
@@ -88,7 +88,7 @@ def as_arguments(arguments: Sequence[Any], devices: Collection[Any]) -> tuple[An
 
 
 def _as_array(value: Any, devices: Collection[Any]) -> Any:
-    """Return an array of a dtype that jax computes with, as it makes one of float64."""
+    """Return an array in its canonical jax dtype, such as float32 for float64."""
     if isinstance(value, jax.Array) and value.sharding.device_set == devices:
         return value
     array = np.asarray(value)

@@ -1,4 +1,4 @@
-"""One prompt through the model, and what was captured inside; see grok1/inspection.py."""
+"""Run one prompt and capture its activations; see grok1/inspection.py."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from grok1.serving.memory_budget import free_memory, own_device
 from grok1.serving.scoring import check_length
 from grok1.serving.steps import LoadedModel, inspect_step
 
-NOT_BY_POSITION = "embeddings", "attention_weights"  # their second axis is another
+NOT_BY_POSITION = "embeddings", "attention_weights"  # their second axis is not the position
 
 
 class Inspection(NamedTuple):
-    """What `InferenceRunner.inspect` finds in one prompt.
+    """The result of `InferenceRunner.inspect` for one prompt.
 
     token_ids: int32 [T]. pieces: the text of each token; None without a tokenizer. logits: float32
     [T, V], after each token. captured: NumPy arrays as in `inspection.Captured`, without axis B.
@@ -48,26 +48,26 @@ def inspect(
     capture: Collection[str],
     capture_layers: Sequence[int] | None,
 ) -> Inspection:
-    """Read one prompt of these token ids -> what happens inside, `pieces` left out.
+    """Run one prompt of these token ids and return an Inspection without `pieces`.
 
-    The rest, and what is raised, as in `InferenceRunner.inspect`.
+    Arguments and errors are those of `InferenceRunner.inspect`.
     """
     config, length = model.config, len(ids)
     if not ids:
-        raise ValueError("the prompt has no tokens; there is nothing to look at")
+        raise ValueError("the prompt has no tokens; give at least one")
     check_length(config, length)
     capture, layers = check_capture(capture, config.model), None
     if capture_layers is not None:
         layers = check_layers(capture_layers, config.model.num_layers)
     if not model.hooks:
-        # One length for many prompts: each compiles. Pads at the end are seen by no token. A
-        # hook compiles anyway, and would meet them.
+        # Round the length up, since each length compiles. No token attends to the padding at the
+        # end. With hooks, every call compiles anyway, and they would see the padding.
         fine = 1 << max(4, min(7, (len(ids) - 1).bit_length()))
         length = min(-(-len(ids) // fine) * fine, config.sequence_len)
     _check_room(model, capture, layers, length)
     tokens = np.full([_rows(model), length], config.pad_token, np.int32)
     tokens[:, : len(ids)] = ids
-    with uninterrupted():  # jax and haiku bear no exception while they trace
+    with uninterrupted():  # jax and haiku cannot handle an exception while tracing
         logits, captured = with_hooks(inspect_step, model.hooks)(
             model.params, tokens, config=config, execution=model.executions.prefill,
             capture=capture, capture_layers=layers, hook_args=model.hook_args,
@@ -87,7 +87,7 @@ def patch(
     layers: Sequence[int] | None,
     positions: Sequence[int] | None,
 ) -> np.ndarray:
-    """Measure runs that take one place of a site from another; see `InferenceRunner.patch`."""
+    """Run activation patching, one layer and position at a time; see `InferenceRunner.patch`."""
     config = model.config.model
     sites = tuple(s for s in CAPTURE_SITES if s not in NOT_BY_POSITION)
     require(site in sites, "site", f"one of {sites}", site)
@@ -121,14 +121,14 @@ def _take(
 
 
 def _rows(model: LoadedModel) -> int:
-    """Return the fewest sequences that the mesh takes at once."""
+    """Return the smallest batch that the mesh can run."""
     return axis_size(model.mesh, model.config.model.data_axis)
 
 
 def _check_room(
     model: LoadedModel, capture: Collection[str], layers: Sequence[int] | None, length: int
 ) -> None:
-    """Raise ValueError if captured arrays take more than a device, or this host, has free."""
+    """Raise ValueError if captured arrays exceed the free memory of a device or of this host."""
     config, mesh = model.config, model.mesh
     device = own_device(mesh)
     free = free_memory(device)
@@ -139,21 +139,21 @@ def _check_room(
     logits = {"logits": (1, length, config.vocab_size)}
     needed = nbytes(shapes | logits) * _rows(model)
     if device.platform != "cpu":
-        # Each holds its sequence's arrays, and of what there is for each head its own heads.
+        # Each device holds the arrays of its sequence; per-head arrays are split over the heads.
         whole = {site: shape for site, shape in shapes.items() if site not in HEAD_SITES}
         heads = nbytes({site: shapes[site] for site in shapes if site in HEAD_SITES})
         needed = nbytes(whole | logits)
         needed += heads // axis_size(mesh, all_model_axes(mesh, config.model.model_axis))
     if free is not None and needed > free:
         raise ValueError(
-            f"what is to be captured of {length} positions takes {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free; name fewer sites, fewer layers with "
-            "capture_layers=, or give a shorter prompt"
+            f"capturing {length} positions takes {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free; capture fewer sites, fewer layers with "
+            "capture_layers=, or use a shorter prompt"
         )
 
 
 def _first_row(site: str, array: jax.Array | None, length: int) -> np.ndarray | None:
-    """Return what a site holds of the first sequence's first positions, without the axis B."""
+    """Return the array of a site for the first sequence, cut to `length`, without the axis B."""
     if array is None:
         return None
     if site == "embeddings":

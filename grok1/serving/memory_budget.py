@@ -1,4 +1,4 @@
-"""Whether weights, cache and captured arrays fit the memory that is free."""
+"""Check that weights, cache and captured arrays fit the free memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that a process could still take on this host (Linux), or None."""
+    """Return the bytes of memory available to a process on this host (Linux), or None."""
     try:
         with open("/proc/meminfo") as file:
             text = file.read()
@@ -24,14 +24,14 @@ def available_memory() -> int | None:
 
 
 def own_device(mesh: Mesh | None) -> jax.Device:
-    """Return a device of this process, of the mesh if there is one."""
+    """Return a device of this process, from the mesh if there is one."""
     return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Return the bytes that this process could still take of a device's memory, or None.
+    """Return the bytes of a device's memory available to this process, or None.
 
-    Virtual CPU devices share the host's.
+    Virtual CPU devices share the memory of the host.
     """
     if device.platform == "cpu":
         return available_memory()
@@ -50,7 +50,7 @@ def check_memory(
     device = own_device(mesh)
     free = free_memory(device)
     if device.platform == "cpu":
-        # Virtual devices share the host's memory, and equal weights.
+        # Virtual devices share the memory of the host, and replicated weights.
         needed, where, more = device_bytes(config, None, num_slots, stored), "here", ""
     else:
         needed, where = device_bytes(config, mesh, num_slots, stored), "on each device"
@@ -59,5 +59,5 @@ def check_memory(
         raise ValueError(
             f"weights and cache take {needed / 2**30:.1f} GiB {where}, and {free / 2**30:.1f} "
             f"GiB are free; use a mesh with a longer model axis, or a shorter context{more}: "
-            "python run.py --plan says what fits"
+            "python run.py --plan shows what fits"
         )

@@ -1,6 +1,6 @@
-"""What the fields of a Request are called elsewhere, and the nearest name to a wrong one.
+"""Alternative names of Request fields, and suggestions for misspelled names.
 
-Known without jax, which takes seconds to import.
+Does not import jax, which takes seconds.
 """
 
 import difflib
@@ -11,9 +11,9 @@ PUBLISHED = {"seed": "rng_seed", "top_p": "nucleus_p", "max_tokens": "max_len"}
 
 
 def published_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields by the names that they have in Request.
+    """Return the fields under the names that they have in Request.
 
-    Raises ValueError if one is given by both of its names.
+    Raises ValueError if one is given under both of its names.
     """
     for name, published in PUBLISHED.items():
         if name in fields and published in fields:
@@ -22,8 +22,8 @@ def published_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence, with the most similar of the known names if one is similar."""
-    bare = {other.lstrip("-"): other for other in known}  # hyphens are no likeness
+    """Return a message suffix with the most similar known name, or an empty string."""
+    bare = {other.lstrip("-"): other for other in known}  # leading hyphens do not count
     name = name.lstrip("-")
     longer = [other for other in bare if len(name) > 1 and other.startswith(name)]
     found = longer or difflib.get_close_matches(name, bare, n=1, cutoff=0.7)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def pure_function(config: LanguageModelConfig, execution: Execution) -> Callable[..., Any]:
-    """Return (params, tokens, ...) -> LanguageModelOutput, as `InferenceRunner.model` says."""
+    """Return (params, tokens, ...) -> LanguageModelOutput; see `InferenceRunner.model`."""
 
     def model(
         params: Any,

@@ -1,4 +1,4 @@
-"""What is asked of a runner, and what it answers. A wrong request is refused here, at no cost.
+"""Requests to a runner and its answers. Invalid requests are rejected here, before any work.
 
 Dimension letters: `V` vocabulary.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from model import LanguageModelConfig
 
 DEFAULT_MAX_LEN = 200
-NO_LIST = str | bytes | bytearray | memoryview  # of token ids or strings
+NO_LIST = str | bytes | bytearray | memoryview  # not a list of token ids or strings
 NO_PROMPT = NO_LIST | set | frozenset | Mapping
 INTEGERS = "rng_seed", "max_len", "min_len", "num_samples", "top_logprobs"
 NUMBERS = (
@@ -46,9 +46,9 @@ FIELD_TYPES = (
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of NumPy or jax as Python's, which has no largest one; others as they are."""
+    """Return a NumPy or jax number as an unbounded Python number; other values unchanged."""
     if not isinstance(value, str) and hasattr(value, "item") and np.ndim(value) == 0:
-        with contextlib.suppress(NotImplementedError):  # of a key of jax.random
+        with contextlib.suppress(NotImplementedError):  # for a key of jax.random
             return value.item()
     return value
 
@@ -57,7 +57,7 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def _with_other_names(kind: Kind) -> Kind:
-    """Let fields be given and read by the names that they have elsewhere, too."""
+    """Let fields also be set and read by the names that other libraries use."""
     make = vars(kind)["__init__"]
     known = {field.name for field in dataclasses.fields(kind)}
 
@@ -81,31 +81,31 @@ def _with_other_names(kind: Kind) -> Kind:
 class Request:
     """One prompt and how to continue it.
 
-    What is given as a list, an iterator or a dictionary is copied. seed, top_p and max_tokens are
-    other names of rng_seed, nucleus_p and max_len.
+    Lists, iterators and dictionaries are copied. seed, top_p and max_tokens are other names for
+    rng_seed, nucleus_p and max_len.
 
-    prompt: text, or token ids; nothing is put before it. Token 0 is padding: it takes a position,
-        but no other token sees it.
+    prompt: text, or token ids; no BOS is added. Token 0 is padding: it occupies a position, but no
+        other token attends to it.
     temperature: 0 is greedy, 1 the model's own distribution. nucleus_p: top-p, 1 keeps all. top_k:
-        0 keeps all. min_p: keeps the tokens at least so probable, beside the most probable one; 0
-        keeps all.
+        0 keeps all. min_p: keeps tokens at least min_p times as probable as the most probable
+        one; 0 keeps all.
     rng_seed: from 0 to 2**32 - 1; the same request with the same seed gives the same tokens.
-    max_len: how many tokens to generate at most; prompt and max_len must fit the context. None:
+    max_len: maximum number of tokens to generate; prompt and max_len must fit the context. None:
         200, or as many as fit.
-    min_len: no token and no stop string ends the answer before so many tokens.
+    min_len: minimum number of tokens before a token or a stop string can end the answer.
     truncate: "left" keeps only the newest tokens of a prompt that is too long.
     repetition_penalty, presence_penalty, frequency_penalty, logit_bias (by token id): as in
         SampleSettings.
-    allowed_tokens: the only ids that may be drawn.
-    stop: one text or more that end the answer, which then does not show it. stop_tokens: ids that
-        do. ignore_eos: the end-of-sequence token ends nothing.
-    top_logprobs: how many of the model's own first choices to report beside each token.
-    num_samples: how many answers, up to 1024; the prompt is read once. Answer i, from 0, is that
+    allowed_tokens: the only token ids that may be drawn.
+    stop: one or more strings that end the answer; the answer omits them. stop_tokens: token ids
+        that end the answer. ignore_eos: do not end the answer at the end-of-sequence token.
+    top_logprobs: how many of the model's most probable tokens to report with each token.
+    num_samples: number of answers, up to 1024; the prompt is read once. Answer i, from 0, is that
         of the same request with rng_seed + i, modulo 2**32.
-    prompt_logprobs: report the log-probability of each token of the prompt, and `top_logprobs` of
-        the model's own first choices beside each.
-    parse_special: take texts such as [EOS] and <|separator|> in the prompt for the pieces of that
-        name; else they are text like any other.
+    prompt_logprobs: report the log-probability of each prompt token, and with it the
+        `top_logprobs` most probable tokens.
+    parse_special: parse strings such as [EOS] and <|separator|> in the prompt as the pieces of
+        that name; otherwise they are ordinary text.
     """
 
     prompt: str | Sequence[int]
@@ -131,12 +131,12 @@ class Request:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        # Whoever made a list may change it later, and an iterator can be read only once.
+        # The caller may change a list later, and an iterator can be read only once.
         for field in ("prompt", "allowed_tokens", "stop", "stop_tokens"):
             value = getattr(self, field)
             refused = NO_PROMPT if field == "prompt" else NO_LIST
             if isinstance(value, Iterable) and not isinstance(value, refused):
-                with contextlib.suppress(TypeError):  # an array without axes, refused later
+                with contextlib.suppress(TypeError):  # a zero-dimensional array, rejected later
                     object.__setattr__(self, field, tuple(value))
         if isinstance(self.logit_bias, Mapping):
             bias = {token: _plain(value) for token, value in self.logit_bias.items()}
@@ -147,18 +147,18 @@ class Request:
 
 @dataclasses.dataclass
 class Completion:
-    """An answer, finished or in the making.
+    """An answer, finished or in progress.
 
-    prompt_ids: what the model read of the prompt. token_ids: the generated ids, that of the token
-    that ended the answer included. logprobs: the model's own log-probability of each, before
-    penalties, temperature and filters. text: what the ids add to the prompt, without the stop;
-    None without a tokenizer. finish_reason: "eos", "stop", "length" (max_len reached), "context"
-    (the context is full), "cancelled", "error", or None while it goes on. top_logprobs: for each
-    token, as many as asked for of the model's own first choices, (token id, log-probability).
-    prompt_logprobs: the log-probability of each token of the prompt, None for the first one, which
-    follows nothing; None if not asked for. prompt_top_logprobs: as top_logprobs, for each token of
-    the prompt, None for the first one; None unless both are asked for. error: of an answer that
-    ended by an error, what went wrong, in one sentence.
+    prompt_ids: the prompt tokens that the model read. token_ids: the generated ids, including the
+    token that ended the answer. logprobs: the model's own log-probability of each, before
+    penalties, temperature and filters. text: the generated text, without the stop string; None
+    without a tokenizer. finish_reason: "eos", "stop", "length" (max_len reached), "context" (the
+    context is full), "cancelled", "error", or None while in progress. top_logprobs: for each token,
+    the requested number of most probable tokens, as (token id, log-probability).
+    prompt_logprobs: the log-probability of each prompt token, None for the first, which has no
+    predecessor; None if not requested. prompt_top_logprobs: as top_logprobs, for each prompt
+    token, None for the first; None unless both are requested. error: if the answer ended with an
+    error, a one-sentence description.
     """
 
     prompt: str | None
@@ -176,11 +176,11 @@ class Completion:
 class Event(NamedTuple):
     """One new token of one request.
 
-    request: which one, its place in the list that was asked, or the number of its handle. token_id:
-    None if the answer ended by an error. text: what is new of its text and final: a character whose
-    bytes are not all there yet, or what may begin a stop string, stays out. completion: the answer
-    so far, which may be further than this token. sample: which one of the request's answers.
-    finish_reason: of its last token, why it is the last; else None.
+    request: its index in the list of requests, or the number of its handle. token_id: None if the
+    answer ended with an error. text: the new text that is final; an incomplete character, or a
+    possible beginning of a stop string, is held back. completion: the answer so far, which may be
+    ahead of this token. sample: the index of the answer within its request. finish_reason: for the
+    last token, why it is the last; otherwise None.
     """
 
     request: int
@@ -197,13 +197,13 @@ def encode(
     vocabulary: Vocabulary | None,
     parse_special: bool = False,
 ) -> list[int]:
-    """Return the token ids of a text (with no BOS), or check given ids. Raises ValueError.
+    """Return the token ids of a string (without BOS), or check given ids. Raises ValueError.
 
-    parse_special: take texts such as [EOS] and <|separator|> for the pieces of that name.
+    parse_special: parse strings such as [EOS] and <|separator|> as the pieces of that name.
     """
     if isinstance(prompt, str):
         if vocabulary is None:
-            raise ValueError("a prompt in words needs a tokenizer; give token ids instead")
+            raise ValueError("a text prompt needs a tokenizer; give token ids instead")
         return vocabulary.encode(prompt, parse_special)
     try:
         ids = tuple(map(_plain, prompt))  # an iterator can be read only once
@@ -217,19 +217,19 @@ def encode(
     return [int(token) for token in ids]
 
 
-Prompt = str | Sequence[int]  # what a Request is made of
+Prompt = str | Sequence[int]  # the prompt of a Request
 
 
 def as_list(prompts: Any) -> tuple[list[Any], bool]:
-    """Return what is asked for as a list, and whether it is one thing: a string, ids, a Request.
+    """Return prompts as a list, and whether there is a single one: a string, ids or a Request.
 
-    Raises ValueError for what is neither that nor several of them.
+    Raises ValueError if it is neither a single prompt nor several of them.
     """
     if isinstance(prompts, str | Request):
         return [prompts], True
     try:
         several = None if isinstance(prompts, NO_PROMPT) else list(prompts)
-    except TypeError:  # an array without axes, too
+    except TypeError:  # also for a zero-dimensional array
         several = None
     if several is None:
         raise ValueError(
@@ -242,10 +242,10 @@ def as_list(prompts: Any) -> tuple[list[Any], bool]:
 
 
 def as_requests(prompts: Any, settings: Mapping[str, Any]) -> tuple[list[Any], bool]:
-    """Return what is asked for as a list of Requests, and whether it is one; as `as_list`.
+    """Return prompts as a list of Requests, and whether there is a single one, as `as_list`.
 
-    settings: fields of the Requests that are made of strings and ids. Raises ValueError also if
-    there are some, and a Request, which has its own.
+    settings: fields of the Requests that are made from strings and ids. Also raises ValueError if
+    settings are given together with a Request, which has its own.
     """
     several, single = as_list(prompts)
     return [as_request(prompt, settings) for prompt in several], single
@@ -257,15 +257,15 @@ def as_request(prompt: Any, settings: Mapping[str, Any]) -> Any:
         return Request(prompt, **settings)
     if settings:
         name = next(iter(settings))
-        raise ValueError(f"{name} is given beside a Request, which has its own; put it in there")
+        raise ValueError(f"{name} is given with a Request, which has its own; set it there")
     return prompt
 
 
 class RequestError(ValueError):
-    """One of several requests is wrong. index: its place among them. reason: what is wrong."""
+    """One of several requests is invalid. index: which one, from 0. reason: the error."""
 
     def __init__(self, index: int, reason: str):
-        super().__init__(index, reason)  # with which another process makes it again
+        super().__init__(index, reason)  # for unpickling in another process
         self.index = index
         self.reason = reason
 
@@ -274,10 +274,9 @@ class RequestError(ValueError):
 
 
 class AnswerError(ValueError):
-    """An answer ended by an error.
+    """An answer ended with an error.
 
-    index: of its request. reason: what went wrong. completions: all that were asked for, this one
-    among them.
+    index: of its request. reason: the error. completions: all requested ones, including this one.
     """
 
     def __init__(self, index: int, reason: str, completions: list[Completion]):
@@ -291,10 +290,10 @@ class AnswerError(ValueError):
 
 
 class CheckedRequest:
-    """A request that can be answered: a copy of it, and what is known before its first token.
+    """A valid request: a copy of it, and what is known before its first token.
 
-    ids: the token ids that are read. limit: the most tokens that an answer may have. Raises
-    ValueError if the request is wrong, in one sentence.
+    ids: the prompt's token ids, truncated if requested. limit: the most tokens that an answer may
+    have. Raises ValueError, with a one-sentence message, if the request is invalid.
     """
 
     def __init__(
@@ -321,13 +320,13 @@ class CheckedRequest:
 
     @property
     def prompt_top_logprobs(self) -> bool:
-        """Whether the model's own first choices are reported beside the prompt's tokens."""
+        """Whether the most probable tokens are reported for each prompt token."""
         return self.request.prompt_logprobs and self.request.top_logprobs > 0
 
     def slot(self, sample: int = 0) -> Slots:
-        """Return what a slot needs for one answer, as numpy arrays without the axis of slots.
+        """Return the Slots row for one answer, as NumPy arrays without the slot axis.
 
-        Made when it is needed: for Grok-1's vocabulary it is a megabyte.
+        Created on demand, since it takes a megabyte for Grok-1's vocabulary.
         """
         request, size = self.request, self.config.vocab_size
         bias = np.zeros([size], np.float32)
@@ -356,10 +355,10 @@ class CheckedRequest:
 
 
 class Answer:
-    """One answer to a request, in the making, on the host.
+    """One answer to a request, in progress, on the host.
 
-    completion: the answer so far, which whoever asked may change. count: of its tokens. reason: why
-    it has ended, None while it goes on.
+    completion: the answer so far, which the caller may modify. count: number of tokens so far.
+    reason: why it has ended, None while in progress.
     """
 
     def __init__(self, checked: CheckedRequest, sample: int = 0):
@@ -383,13 +382,13 @@ class Answer:
 
     @property
     def ended(self) -> bool:
-        """Whether there are no more tokens."""
+        """Whether the answer is complete."""
         return self.reason is not None
 
     def take_prompt(self, logprobs: np.ndarray, *top: np.ndarray) -> None:
-        """Append to the log-probabilities of the prompt's tokens.
+        """Append log-probabilities of prompt tokens.
 
-        logprobs: [n]. top: ids and log-probabilities [n, at least as many as asked for].
+        logprobs: [n]. top: ids and log-probabilities [n, at least as many as requested].
         """
         answer = self.completion
         if answer.prompt_logprobs is not None:
@@ -398,9 +397,9 @@ class Answer:
             answer.prompt_top_logprobs += map(self._first_choices, *top)
 
     def take(self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: Any) -> str:
-        """Append a token to the answer; returns what of the text is new and final.
+        """Append a token to the answer; return the new text that is final.
 
-        top_ids, top_logprobs: [at least as many as asked for], as in SampleOutput.
+        top_ids, top_logprobs: [at least as many as requested], as in SampleOutput.
         """
         answer, request = self.completion, self.checked.request
         self.count += 1
@@ -410,14 +409,14 @@ class Answer:
             answer.top_logprobs.append(self._first_choices(top_ids, top_logprobs))
         reason = self._reason(token)
         new = self._text(token, reason)
-        # Last: whoever looks at a finished answer, from another thread too, sees all of it.
+        # Last, so that another thread never sees a finished answer that is incomplete.
         reason = "stop" if self._filter.stopped else reason
         if reason is not None:
             self.end(reason)
         return new
 
     def _first_choices(self, ids: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, float]]:
-        """Return as many as asked for of the model's own first choices."""
+        """Return the requested number of most probable tokens."""
         wanted = self.checked.request.top_logprobs
         return list(zip(ids[:wanted].tolist(), logprobs[:wanted].tolist(), strict=True))
 
@@ -428,11 +427,11 @@ class Answer:
             self.reason = reason
 
     def _text(self, token: int, reason: str | None) -> str:
-        """Append what a token adds to the text, and return it; reason: why it is the last one."""
+        """Append a token's text and return it; reason: why it is the last token, if it is."""
         answer = self.completion
         if self._words is None or answer.text is None:
             return ""
-        # The token that ends an answer is none of its text.
+        # The token that ends an answer is not part of its text.
         new = "" if reason in ("eos", "stop") else self._words.push(token)
         if reason is not None:
             new += self._words.finish()
@@ -456,7 +455,7 @@ class Answer:
 
 
 def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int]:
-    """Return the prompt that is read, and how many tokens may be generated. Raises ValueError."""
+    """Return the prompt to read, and the most tokens to generate. Raises ValueError."""
     max_len, most = request.max_len, len(ids)
     if max_len is not None and (not is_integer(max_len) or max_len < 1):
         raise ValueError(f"max_len must be an integer of at least 1, got {max_len}")
@@ -493,7 +492,7 @@ def _check_range(field: str, value: Any, allowed: range) -> None:
 
 
 def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
-    """Check the token ids of a field, which may be numpy's."""
+    """Check the token ids of a field, which may be NumPy integers."""
     try:
         if isinstance(ids, str):
             raise ValueError(f"expected a list of token ids, got {ids!r}")
@@ -510,14 +509,14 @@ def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
         raise ValueError(f"stop must be a string or a list of strings, got {stops!r}") from None
     for stop in stops:
         if not isinstance(stop, str) or not stop:
-            raise ValueError(f"stop must hold strings that are not empty, got {stop!r}")
+            raise ValueError(f"stop must contain non-empty strings, got {stop!r}")
     if stops and vocabulary is None:
-        raise ValueError("stop, a string, needs a tokenizer; give stop_tokens instead")
+        raise ValueError("stop strings need a tokenizer; give stop_tokens instead")
     return stops
 
 
 def _check_settings(checked: CheckedRequest) -> None:
-    """Raise ValueError if a request cannot be sampled as it says."""
+    """Raise ValueError if the sampling settings of a request are invalid."""
     request, config = checked.request, checked.config
     if not is_integer(request.top_logprobs):
         raise ValueError(f"top_logprobs must be an integer, got {request.top_logprobs!r}")
@@ -528,14 +527,14 @@ def _check_settings(checked: CheckedRequest) -> None:
     if request.allowed_tokens is not None:
         allowed = _ids("allowed_tokens", request.allowed_tokens, config)
         if not allowed:
-            raise ValueError("allowed_tokens must hold at least one token, got none")
+            raise ValueError("allowed_tokens must contain at least one token, got none")
     if request.min_len > 0 and not any(token not in checked.ends for token in allowed):
         raise ValueError(
             f"min_len = {request.min_len} needs a token in allowed_tokens that does not end the "
             "answer; add one"
         )
     _check_bias(request, config)
-    # Defaults are right: there may be a million requests to check.
+    # Defaults are valid and skipped: there may be a million requests to check.
     settings: dict[str, Any] = {
         name: value
         for name in (*NUMBERS, "top_logprobs")
@@ -546,7 +545,7 @@ def _check_settings(checked: CheckedRequest) -> None:
 
 
 def _marked(ids: Iterable[int], size: int) -> np.ndarray:
-    """Return a bool [V], True at the ids."""
+    """Return bool [V], True at the ids."""
     marks = np.zeros([size], bool)
     marks[list(ids)] = True
     return marks

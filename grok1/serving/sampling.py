@@ -1,16 +1,16 @@
-"""Logits to token ids: the filters, the draw, and what is reported about it. Pure functions.
+"""Logits to token ids: filters, sampling, and reported probabilities. Pure functions.
 
 Dimension letters: `B` sequences, `V` vocabulary.
 
-Every sequence has its own settings and its own key, and all of them are arrays: changing them never
-recompiles, and a sequence draws the same token in any slot and in any company. What is asked for
-applies in the order penalties and bias, mask, temperature, top-k, nucleus, min-p, each filter to
-what the one before it left, renormalised. A filter that no sequence asks for is skipped.
+Every sequence has its own settings and its own key, all of them arrays: changing them never
+recompiles, and a sequence draws the same token in any slot, whatever else is in the batch. The
+order is penalties and bias, mask, temperature, top-k, nucleus, min-p; each filter applies to the
+renormalised output of the previous one. A filter that no sequence uses is skipped.
 
 Nothing is sorted: on a CPU, sorting a row of the full vocabulary (131,072) takes ten times as long
-as the bisection in `_shortest_prefix`, which needs only sums over it, wherever its parts lie. The
-sums are in float64: a float32 one is off by some 2e-7 of the whole, which is more than most tokens
-have, and the nucleus would be off by as many.
+as the bisection in `_shortest_prefix`, which needs only sums over the row, however it is sharded.
+The sums are in float64: in float32 the relative error of about 2e-7 exceeds the probability of most
+tokens, so the nucleus could gain or lose many of them.
 """
 
 import math
@@ -24,30 +24,30 @@ from jax import lax
 
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_LOGPROBS
 
-TOP_K = 8  # how many alternatives are reported beside each token
+TOP_K = 8  # number of alternatives reported with each token
 TOP_LOGPROBS = MOST_LOGPROBS
 
 
 class SampleSettings(NamedTuple):
-    """How each sequence is sampled. A field after `active` may be None: as if nobody asked for it.
+    """How each sequence is sampled. A field after `active` may be None, if no sequence uses it.
 
-    temperature: float32 [B]; 0 takes the most probable token, of equal ones that of the lowest id.
+    temperature: float32 [B]; 0 takes the most probable token, or of several the lowest id.
     nucleus_p: float32 [B], in (0, 1]; 1 keeps every token.
     mask: bool [B, V]; True for a token that may be sampled.
-    active: bool [B]; False for an unused slot, whose other settings may hold anything.
+    active: bool [B]; False for an unused slot, whose other settings are ignored.
     top_k: int32 [B]; 0 means no limit.
-    min_p: float32 [B], in [0, 1]; keeps the tokens at least so probable, beside the most probable
-        one (Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"); 0 keeps every token.
-    repetition_penalty: float32 [B], above 0; divides the positive logits of the tokens that came
-        before, in prompt and answer, and multiplies the negative ones (Keskar et al. 2019, "CTRL",
-        section 4.1, as it is in use); 1 changes nothing.
-    presence_penalty: float32 [B]; is subtracted from the logits of the tokens in the answer.
-    frequency_penalty: float32 [B]; is subtracted as often as a token is in the answer.
-    bias: float32 [B, V]; is added to the logits.
+    min_p: float32 [B], in [0, 1]; keeps the tokens at least min_p times as probable as the most
+        probable one (Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"); 0 keeps all.
+    repetition_penalty: float32 [B], above 0; divides the positive logits of the tokens in prompt
+        and answer, and multiplies the negative ones (Keskar et al. 2019, "CTRL", section 4.1, in
+        its common form); 1 changes nothing.
+    presence_penalty: float32 [B]; subtracted from the logits of the tokens in the answer.
+    frequency_penalty: float32 [B]; subtracted once for each time a token is in the answer.
+    bias: float32 [B, V]; added to the logits.
     in_prompt: bool [B, V]; the tokens in the prompt. in_answer: int32 [B, V]; how often each token
-        is in the answer. With the penalties.
-    top_logprobs: int32 [B], up to TOP_LOGPROBS; how many of the model's own first choices are
-        reported. Of any sequence that asks for some, all TOP_LOGPROBS are.
+        is in the answer. Required with the penalties.
+    top_logprobs: int32 [B], up to TOP_LOGPROBS; how many of the model's most probable tokens to
+        report. If any sequence sets it above 0, all TOP_LOGPROBS are reported.
     """
 
     temperature: jax.Array
@@ -66,17 +66,17 @@ class SampleSettings(NamedTuple):
 
 
 class SampleOutput(NamedTuple):
-    """The tokens drawn, and how probable they were. A slot that is not active has zeros throughout.
+    """The drawn tokens and their probabilities. All values of an inactive slot are zero.
 
     token_id: int32 [B, 1].
     prob: float32 [B, 1], the probability of the token after all filters.
     top_k_token_ids: int32 [B, min(TOP_K, V)], the most probable tokens after all filters, in order;
-        where fewer than that are left, the rest have probability 0 and mean nothing.
+        if fewer are left, the rest have probability 0 and are meaningless.
     top_k_probs: float32 [B, min(TOP_K, V)], their probabilities after all filters.
     logprob: float32 [B, 1], the model's own log-probability of the token: log_softmax of the
         logits before penalties, mask, temperature and filters.
-    top_logprob_ids: int32 [B, min(TOP_LOGPROBS, V)], the model's own first choices, in order; zeros
-        if no sequence asks for them, None if `top_logprobs` is None.
+    top_logprob_ids: int32 [B, min(TOP_LOGPROBS, V)], the model's most probable tokens, in order;
+        zeros if no sequence requests them, None if `top_logprobs` is None in the settings.
     top_logprobs: float32 [B, min(TOP_LOGPROBS, V)], their log-probabilities.
     """
 
@@ -90,7 +90,7 @@ class SampleOutput(NamedTuple):
 
 
 class HasLogits(Protocol):
-    """What `sample_token` reads of the model's output."""
+    """The part of the model's output that `sample_token` reads."""
 
     @property
     def logits(self) -> jax.Array:
@@ -100,8 +100,7 @@ class HasLogits(Protocol):
 def validate_settings(settings: SampleSettings) -> None:
     """Check settings on the host: those of a batch, or of one sequence without the axis B.
 
-    Slots that are not active are not looked at. Raises ValueError that names the field, what it may
-    hold and what it holds.
+    Inactive slots are ignored. Raises ValueError with the field, its allowed values and its value.
     """
     active, mask = np.asarray(settings.active), np.asarray(settings.mask)
     if mask.dtype != bool:
@@ -161,11 +160,11 @@ def validate_settings(settings: SampleSettings) -> None:
 
 
 def top_k_filter(logits: jax.Array, top_k: jax.Array) -> jax.Array:
-    """Keep the `top_k` largest logits of each row, of equal ones those of the lower ids.
+    """Keep the `top_k` largest logits of each row; among equal logits, lower ids come first.
 
-    logits: float32 [B, V]; -inf marks a token that is already out.
+    logits: float32 [B, V]; -inf marks a token that is already excluded.
     top_k: int32 [B]; 0 keeps everything.
-    Returns float32 [B, V], -inf for the tokens that are out.
+    Returns float32 [B, V], -inf for the excluded tokens.
     """
     limit = jnp.where(top_k > 0, top_k, logits.shape[-1])
     keep = _shortest_prefix(logits, jnp.ones(logits.shape, jnp.int32), limit)
@@ -173,14 +172,14 @@ def top_k_filter(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 
 
 def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keep the nucleus of each row: the fewest tokens whose probability together reaches `top_p`.
+    """Keep the nucleus of each row: the fewest tokens whose total probability reaches `top_p`.
 
-    Of equal logits those of the lower ids come first. At least one token is kept. Nucleus sampling
-    is from Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+    Among equal logits, lower ids come first. At least one token is kept. Nucleus sampling is from
+    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
 
-    logits: float32 [B, V]; -inf marks a token that is already out.
-    top_p: float32 [B], in [0, 1]; 1 keeps everything, 0 the first token.
-    Returns float32 [B, V], -inf for the tokens that are out.
+    logits: float32 [B, V]; -inf marks a token that is already excluded.
+    top_p: float32 [B], in [0, 1]; 1 keeps everything, 0 only the most probable token.
+    Returns float32 [B, V], -inf for the excluded tokens.
     """
     return _nucleus(logits, top_p, jnp.ones_like(top_p))
 
@@ -188,10 +187,10 @@ def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 def sample_token(rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSettings) -> SampleOutput:
     """Draw the next token of each sequence.
 
-    rngs: one key a sequence, [B] typed or uint32 [B, 2] raw.
+    rngs: one key per sequence, [B] typed or uint32 [B, 2] raw.
     lm_outputs: anything with `logits` [B, 1, V]. A token at -inf is drawn only if every allowed
-        token is; NaN and +inf must not occur.
-    settings: a batch of B; `validate_settings` says what it may hold.
+        token is at -inf; NaN and +inf must not occur.
+    settings: for a batch of B, with values that `validate_settings` accepts.
     """
     logits = lm_outputs.logits
     assert logits.ndim == 3 and logits.shape[1] == 1, f"{logits.shape=}, expected [B, 1, V]"
@@ -199,20 +198,20 @@ def sample_token(rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSetting
 
 
 def sample_logits(rngs: jax.Array, logits: jax.Array, settings: SampleSettings) -> SampleOutput:
-    """`sample_token` by the logits [B, V] alone."""
+    """`sample_token` for logits [B, V]."""
     logits = logits.astype(jnp.float32)
     active = settings.active[:, None]
 
-    # Temperatures below the normal numbers, which devices may flush to 0, are 0.
+    # Subnormal temperatures, which devices may flush to 0, count as 0.
     greedy = settings.temperature < jnp.finfo(jnp.float32).tiny
     temperature = jnp.where(greedy, 1, settings.temperature)
 
     allowed = settings.mask | ~active
     filtered = jnp.where(allowed, _penalised(logits, settings), -jnp.inf)
-    # Where the model rules out all that is allowed, one allowed token is as good as another.
+    # If all allowed tokens are at -inf, make them equally probable.
     stuck = jnp.max(filtered, axis=-1, keepdims=True) == -jnp.inf
     filtered = jnp.where(stuck & allowed, 0, filtered)
-    first = jnp.argmax(filtered, axis=-1, keepdims=True)  # of equal ones the lowest id
+    first = jnp.argmax(filtered, axis=-1, keepdims=True)  # the lowest id on ties
     others = jnp.arange(logits.shape[-1]) != first
     filtered = jnp.where(greedy[:, None] & others, -jnp.inf, filtered)
     filtered = _filtered(filtered, settings, temperature, settings.active & ~greedy)
@@ -238,7 +237,7 @@ def _penalised(logits: jax.Array, settings: SampleSettings) -> jax.Array:
     if settings.repetition_penalty is not None:
         penalty = settings.repetition_penalty[:, None]
         worse = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        worse = jnp.nan_to_num(worse)  # what is too large for float32 becomes its largest
+        worse = jnp.nan_to_num(worse)  # clip overflow to the float32 range
         assert settings.in_prompt is not None and settings.in_answer is not None
         before = settings.in_prompt | (settings.in_answer > 0)
         logits = jnp.where(before & jnp.isfinite(logits), worse, logits)
@@ -267,7 +266,7 @@ def _filtered(
 
 
 def _if_any(asked: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Any:
-    """Skip a filter that leaves every row as it is unless one of them, asked bool [B], needs it."""
+    """Apply a filter if any row needs it, asked bool [B]; otherwise it would change nothing."""
     return lax.cond(jnp.any(asked), function, lambda x: x, x)
 
 
@@ -294,14 +293,14 @@ def _draw(
 ) -> tuple[jax.Array, jax.Array]:
     """Draw a token of each row of logits [B, V] by its probability at a temperature [B].
 
-    Returns int32 [B, 1], and float32 [B, 1 + n], the probabilities of that token and of `others`
-    int [B, n].
+    Returns the token, int32 [B, 1], and the probabilities of that token and of `others` int
+    [B, n], float32 [B, 1 + n].
 
-    One number a sequence is drawn, and looked up among the running sums of the weights: a number a
-    token, as the Gumbel trick takes, costs a CPU several times as much in a full vocabulary.
+    Draws one random number per sequence and inverts the cumulative sum of the weights. One number
+    per token, as in the Gumbel trick, takes a CPU several times as long for a full vocabulary.
     """
     batch, vocabulary = logits.shape
-    size = math.isqrt(vocabulary - 1) + 1  # so many blocks of so many tokens
+    size = math.isqrt(vocabulary - 1) + 1  # number of blocks, and tokens per block
     bits = jax.vmap(lambda key: jax.random.bits(key, (2,)))(rngs)  # uint32 [B, 2]
     with jax.enable_x64(True):
         weights = _weights(logits, temperature)
@@ -321,9 +320,9 @@ def _draw(
 
 
 def _locate(weights: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Find the points [B, 1] on rows of weights [B, n] laid end to end -> index, what is left.
+    """Find the weight [B, n] whose cumulative interval contains a point [B, 1] -> index, remainder.
 
-    Never one of weight zero, even where rounding puts the point beyond the end.
+    Never returns an index of weight zero, even if rounding puts the point beyond the total.
     """
     ends = jnp.cumsum(weights, axis=-1)
     last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), 0), -1, keepdims=True)
@@ -341,35 +340,35 @@ def log_probabilities(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
 
 
 def min_p_filter(logits: jax.Array, min_p: jax.Array) -> jax.Array:
-    """Keep the tokens of each row that are at least `min_p` times as probable as the first one.
+    """Keep the tokens at least `min_p` times as probable as the most probable one of their row.
 
-    logits: float32 [B, V]; -inf marks a token that is already out.
+    logits: float32 [B, V]; -inf marks a token that is already excluded.
     min_p: float32 [B], in [0, 1]; 0 keeps everything.
-    Returns float32 [B, V], -inf for the tokens that are out.
+    Returns float32 [B, V], -inf for the excluded tokens.
     """
     return _min_p(logits, min_p, jnp.ones_like(min_p))
 
 
 def _min_p(logits: jax.Array, min_p: jax.Array, temperature: jax.Array) -> jax.Array:
-    """`min_p_filter` where the probabilities are those at a temperature [B]."""
+    """`min_p_filter` for the probabilities at a temperature [B]."""
     with jax.enable_x64(True):
         keep = _weights(logits, temperature) >= min_p.astype(jnp.float64)[:, None]
     return jnp.where(keep, logits, -jnp.inf)
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array, temperature: jax.Array) -> jax.Array:
-    """`top_p_filter` where the probabilities are those at a temperature [B]."""
+    """`top_p_filter` for the probabilities at a temperature [B]."""
     with jax.enable_x64(True):
         weights = _weights(logits, temperature)
         mass = top_p * jnp.sum(weights, axis=-1)
-        # A top_p of 1 keeps even tokens of weight 0; one of 0 keeps the first token.
+        # top_p = 1 keeps even tokens of weight 0; top_p = 0 keeps only the most probable one.
         mass = jnp.where(top_p < 1, jnp.maximum(mass, jnp.finfo(jnp.float64).tiny), jnp.inf)
         keep = _shortest_prefix(logits, weights, mass)
     return jnp.where(keep, logits, -jnp.inf)
 
 
 def _shortest_prefix(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """Mark the first tokens, by falling logit and rising id, whose weights add up to the target.
+    """Mark the first tokens, by descending logit, then id, whose weights add up to the target.
 
     logits: float32 [B, V]. weights: [B, V], at least 0, equal where logits are. target: [B], of the
     weights' dtype. Returns bool [B, V]; all True in a row whose weights never reach the target.
@@ -381,19 +380,19 @@ def _shortest_prefix(logits: jax.Array, weights: jax.Array, target: jax.Array) -
         reached = jnp.sum(jnp.where(order >= trial, weights, 0), axis=-1, keepdims=True)
         return jnp.where(reached >= target[:, None], trial, last)
 
-    # The largest number such that the logits from it upwards reach the target, from its top bit
-    # downwards; 0, which stands below every logit, if they never do.
+    # Bisect, from the top bit downwards, for the largest threshold at which the weights of the
+    # logits from it upwards reach the target; 0, below every logit, if they never do.
     last = jnp.zeros_like(order[:, :1])
     last = lax.fori_loop(0, 32, lambda i, last: add_bit(31 - i, last), last)
     above, tied = order > last, order == last
-    rank = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)  # 1 for the tied token of the lowest id
+    rank = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)  # 1 for the lowest id among ties
     before = jnp.sum(jnp.where(above, weights, 0), axis=-1, keepdims=True) + (rank - 1) * weights
     return above | (tied & (before < target[:, None]))
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 numbers above 0 that compare as the float32 x do, -inf included, NaN not."""
+    """uint32 numbers above 0 in the same order as the float32 x, including -inf but not NaN."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    # The bits of negative numbers count down, so they turn; the others, with -0 among them as it is
-    # not less than 0, get the sign bit to stand above.
+    # The bits of negative numbers are in descending order, so they are inverted; the sign bit puts
+    # the others above, including -0, which is not less than 0.
     return jnp.where(x < 0, ~bits, bits | jnp.uint32(1 << 31))

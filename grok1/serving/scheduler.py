@@ -1,21 +1,21 @@
-"""Which request is in which slot, and what the next step is: continuous batching.
+"""Continuous batching: assigns requests to slots and chooses the next step.
 
-A request waits in line for a free slot and takes it while the others go on. A step of `Scheduler`
-is at most one chunk of a prompt and a token, or a few, for all that are decoding, so that no
-sequence waits longer than a chunk. What a sequence gets depends on nothing but itself: its prompt
-is cut by its own length, and the compiled steps keep the slots apart.
+A request is queued until a slot is free and joins while the other sequences continue. One step of
+`Scheduler` is at most one chunk of a prompt, and one or a few tokens for every decoding sequence,
+so no sequence waits longer than one chunk. A sequence's result does not depend on the rest of the
+batch: its prompt is chunked by its own length, and the compiled steps keep the slots independent.
 
-The answers to one request take a slot each. The first reads the prompt, and the others take over
-what it has read.
+Each answer to a request takes one slot. The first answer reads the prompt, and the others copy its
+cache and logits.
 
-The devices are a step ahead of the host: a step is dispatched before the tokens of the one before
-it are read, but for the first token where no other sequence is going on. A slot knows itself when
-it has drawn its last token; what only the host can see, a stop string, costs tokens that are thrown
-away.
+The devices run one step ahead of the host: a step is dispatched before the tokens of the previous
+one are read, except for a first token when no other sequence is decoding. The device detects the
+last token of a slot itself. Only the host can detect a stop string, so the tokens drawn after one
+are discarded.
 
 Any thread may call, at any time. A lock is held while a step is dispatched and the tokens of the
-one before are delivered, each to the queue of whoever asked for it, whichever thread does the step.
-Ctrl-C waits for the end of a step.
+previous one are delivered, each to the queue of its caller, whichever thread runs the step. Ctrl-C
+waits for the end of a step.
 """
 
 import collections
@@ -50,25 +50,25 @@ from grok1.serving.steps import (
     start,
 )
 
-# Dispatched and not known to be done, by all schedulers together. XLA's CPU client takes no more
-# than a number of its own, and devices that wait for each other in a collective then wait for ever.
+# Steps of all schedulers that are dispatched and not known to be done. XLA's CPU client has a limit
+# of its own; beyond it, devices that wait for each other in a collective deadlock.
 MOST_IN_FLIGHT = 16
 _schedulers: weakref.WeakSet[Any] = weakref.WeakSet()
-HAND_OVER = 1e-4  # seconds, in which a thread that waits for the lock gets it
+HAND_OVER = 1e-4  # seconds that let a thread waiting for the lock acquire it
 
 
 def chunk_lengths(prompt: int, sizes: Sequence[int]) -> list[int]:
-    """Return the chunks, of lengths from `sizes`, rising, in which a prompt is read.
+    """Return the lengths of the chunks in which a prompt is read, taken from ascending `sizes`.
 
-    A function of its own length only: the other prompts in the batch must not change how one is
-    cut, or its rounding would depend on them.
+    Depends only on the prompt's length: if other prompts in the batch changed the chunks, they
+    would also change the rounding.
     """
     whole, rest = divmod(prompt, sizes[-1])
     return [sizes[-1]] * whole + [size for size in sizes if size >= rest > 0][:1]
 
 
 class EventQueue:
-    """The events of some requests, until whoever asked for them takes them.
+    """The events of some requests that their caller has not taken yet.
 
     open: the requests that have not ended. read_by_step: whether `Scheduler.step` returns them.
     """
@@ -98,24 +98,24 @@ class EventQueue:
 
 
 class Handle:
-    """A request that was submitted.
+    """A submitted request.
 
-    number: how many were submitted before it. completions: its answers so far, as many as the
-    request's num_samples; the finish_reason of one that goes on is None. completion: the first.
+    number: how many were submitted before it. completions: its num_samples answers so far; the
+    finish_reason of an unfinished one is None. completion: the first answer.
     """
 
     def __init__(
         self, owner: object, number: int, name: int, checked: CheckedRequest, queue: EventQueue
     ):
         self.number = number
-        self._owner = owner  # stands for the scheduler, whose memory would stay with it
+        self._owner = owner  # identifies the scheduler without keeping its memory alive
         self._name = name  # in its events
         self._checked = checked
         self._queue = queue
-        self._answers: dict[int, Answer] = {0: Answer(checked)}  # the others when they are needed
-        self._begun = 0  # answers that have been given a slot
+        self._answers: dict[int, Answer] = {0: Answer(checked)}  # others are created on demand
+        self._begun = 0  # number of answers that have been given a slot
         self._told: set[int] = set()  # the answers whose last event has been put
-        self._ended: tuple[str, str | None] | None = None  # how all ended that had not before
+        self._ended: tuple[str, str | None] | None = None  # how the remaining answers ended
         queue.open.add(self)
 
     @property
@@ -134,7 +134,7 @@ class Handle:
         return self._ended is not None or len(self._told) == self._checked.request.num_samples
 
     def __copy__(self) -> Self:
-        return self  # it stands for what the scheduler has
+        return self  # it refers to state in the scheduler
 
     def __deepcopy__(self, _: object) -> Self:
         return self
@@ -147,16 +147,16 @@ class Handle:
         answer = self._answers.get(sample)
         if answer is None:
             answer = Answer(self._checked, sample)
-            # One list, as there was one prompt.
+            # All answers share the lists of the one prompt.
             answer.completion.prompt_logprobs = self.completion.prompt_logprobs
             answer.completion.prompt_top_logprobs = self.completion.prompt_top_logprobs
-            answer = self._answers.setdefault(sample, answer)  # another thread may make it, too
+            answer = self._answers.setdefault(sample, answer)  # another thread may also create it
         if self._ended:
             answer.end(*self._ended)
         return answer
 
     def _end(self, reason: str, error: str | None) -> list[int]:
-        """End all answers that have not ended; returns those of which nobody was told yet."""
+        """End all unfinished answers; return those whose end has not been reported yet."""
         if self.finished:
             return []
         self._ended = reason, error
@@ -166,11 +166,11 @@ class Handle:
 
 
 class _Sequence:
-    """One answer of a request: what a slot serves.
+    """One answer of a request, as served by a slot.
 
-    chunks: lengths of the parts of the prompt that it still has to read. source: the slot whose
-    prompt it answers, once that has been read. in_flight: tokens that may have been drawn for it
-    and are not read yet.
+    chunks: lengths of the prompt chunks still to be read. source: the slot that holds its prompt,
+    once that has been read. in_flight: number of tokens that may have been drawn but are not yet
+    read by the host.
     """
 
     def __init__(self, handle: Handle, answer: Answer, slot: int, chunks: Sequence[int]):
@@ -180,7 +180,7 @@ class _Sequence:
         self.chunks = collections.deque(chunks)
         self.read = 0  # prompt tokens that have been read
         self.source: int | None = None
-        self.begun = False  # its first token is on its way
+        self.begun = False  # its first token has been dispatched
         self.in_flight = 0
 
     @property
@@ -189,22 +189,22 @@ class _Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether it may need more tokens than are on their way."""
+        """Whether it may need more tokens than are in flight."""
         due = self.answer.count + self.in_flight
         return self.begun and not self.finished and due < self.answer.checked.limit
 
     def next_chunk(self) -> tuple[int, list[int], list[int]]:
-        """Return a chunk: its compiled length, its tokens, and the token after each."""
+        """Return the next chunk: its compiled length, its tokens, and the token after each."""
         size, prompt = self.chunks.popleft(), self.answer.checked.ids
         first, self.read = self.read, min(self.read + size, len(prompt))
         return size, prompt[first : self.read], prompt[first + 1 : self.read + 1]
 
 
 class _Tokens(NamedTuple):
-    """Tokens that are on their way: up to `most` for each of the sequences, by slot.
+    """Tokens in flight: up to `most` for each of the sequences, keyed by slot.
 
-    number: of the step that draws them. first: they are the first ones, for which the model need
-    not be run.
+    number: of the step that draws them. first: they are the sequences' first tokens, drawn without
+    running the model.
     """
 
     number: int
@@ -215,7 +215,7 @@ class _Tokens(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """What is reported of a prompt's tokens that is on its way: by row, whose."""
+    """Prompt scores in flight; `scored` maps a row to its request and number of tokens."""
 
     number: int
     found: PromptScores
@@ -224,11 +224,11 @@ class _Scores(NamedTuple):
 
 @dataclasses.dataclass
 class Statistics:
-    """What has been done since the count began.
+    """Counts and times since the statistics were last reset.
 
-    steps: times that the model was run to decode. tokens: those that were drawn in these. seconds:
-    that steps took, but for those that may have had to compile; waiting: of these, until the
-    devices were ready, while the host had nothing to do. The rest is the host's own work.
+    steps: number of decode steps. tokens: number of tokens drawn in them. seconds: time spent in
+    steps, except those that may have compiled. waiting: the part of `seconds` in which the host
+    waited for the devices; the rest is the host's own work.
     """
 
     steps: int = 0
@@ -238,23 +238,23 @@ class Statistics:
 
     @property
     def slots_used(self) -> float:
-        """How many slots had a token drawn in a step, in the mean."""
+        """The mean number of slots that drew a token in a decode step."""
         return self.tokens / max(1, self.steps)
 
     @property
     def host_share(self) -> float:
-        """The part of the time in which the host was at work."""
+        """The fraction of the time in which the host was working."""
         return 1 - self.waiting / self.seconds if self.seconds else 0.0
 
 
 Result = TypeVar("Result")
-Phase = Callable[[str], object]  # is called with "prefill" and "decode" as these begin
+Phase = Callable[[str], object]  # called with "prefill" or "decode" as each begins
 
 
 class Scheduler:
-    """Slots, the requests in them, and the line before them. The attribute `statistics` counts.
+    """The slots, the requests in them, the queue of waiting requests, and `statistics`.
 
-    RuntimeError in a process that was forked after the model was loaded, where jax does not work.
+    Raises RuntimeError in a process forked after the model was loaded, in which jax does not work.
     """
 
     def __init__(self, model: LoadedModel):
@@ -263,7 +263,7 @@ class Scheduler:
         self._config, self._executions = model.config, model.executions
         self._hooks, self._hook_args = model.hooks, model.hook_args
         self._num_slots = model.num_slots
-        # Of the slots, over the data axis.
+        # Parts into which the data axis divides the slots.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
         self._pad_sizes = model.pad_sizes
         self._process = os.getpid()
@@ -273,22 +273,22 @@ class Scheduler:
         self._submitted = 0
         self._line: collections.deque[Handle] = collections.deque()  # with answers without a slot
         self._slots: list[_Sequence | None] = [None] * model.num_slots
-        # Whose prompt is in the cache of a slot. While answers wait to take one over, it is there:
-        # they are first in line for every slot that becomes free.
+        # The request whose prompt is in a slot's cache. It stays while answers wait to copy it:
+        # they are the first in the queue for every free slot.
         self._prompts: dict[int, Handle] = {}
         self._dispatched: list[_Tokens | _Scores] = []
         self._given_up: collections.deque[Handle] = collections.deque()  # to be cancelled
-        self._unread: dict[EventQueue, None] = {}  # those with events that `step` returns
+        self._unread: dict[EventQueue, None] = {}  # queues with events that `step` returns
         self._state: State | None = None
-        self._torn = False  # a step is under way, or was cut and is not cleaned up after
-        self._dispatches = self._done = 0  # steps, and how many of them are known to be done
-        self._waited = 0.0  # seconds, for the devices
+        self._torn = False  # a step is running, or was interrupted and not cleaned up
+        self._dispatches = self._done = 0  # number of steps dispatched, and known to be done
+        self._waited = 0.0  # seconds spent waiting for the devices
         self._known: set[Any] = set()  # programs that have been run
         self.statistics = Statistics()
         _schedulers.add(self)
 
     def alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function while no other thread does anything here."""
+        """Call a function while holding the lock."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "this process was forked after the model was loaded, and jax does not work in it; "
@@ -298,10 +298,10 @@ class Scheduler:
             raise RuntimeError("called from inside another call of the same thread")
         thread = threading.get_ident()
         if self._inside - {thread}:
-            time.sleep(HAND_OVER)  # else this one would mostly get the lock again
+            time.sleep(HAND_OVER)  # otherwise this thread would mostly get the lock again
         try:
             self._inside.add(thread)
-            with self._lock:  # Python's own, which an interruption leaves neither held nor lost
+            with self._lock:  # Python's own lock: an interrupt leaves it neither held nor lost
                 while self._given_up:
                     self._end(self._given_up[0], "cancelled")
                     self._given_up.popleft()
@@ -311,41 +311,41 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether there are requests that have not ended, or events that `step` has to return."""
+        """Whether any request has not ended, or any event is left for `step` to return."""
         return self.alone(lambda: not self._idle() or any(self._unread))
 
     def submit(self, checked: CheckedRequest) -> Handle:
-        """Put a request in line."""
+        """Queue a request."""
         return self.alone(self._submit, checked, EventQueue(read_by_step=True))
 
     def cancel(self, handle: Handle) -> None:
-        """End a request where it is. What has ended stays as it is. Raises ValueError."""
+        """End a request now; answers that have ended stay unchanged. Raises ValueError."""
         self._check_own(handle)
         self.alone(self._end, handle, "cancelled")
 
     def step(self, tokens: int = 1) -> list[Event]:
-        """Let the devices do the next step; returns what came of the one before it.
+        """Dispatch the next step and return the events of the previous one.
 
-        tokens: how many to draw at a time for all that are decoding, where none reads its prompt.
-        The events are those of all submitted requests that are not streamed, steps that other calls
-        have done since the last time included. If the step fails, the requests in the slots end
-        with an error; those in line stay there. Raises ValueError if `tokens` is not from 1 to
-        MOST_TOKENS.
+        tokens: how many to draw per dispatch for each decoding sequence, if no prompt is being
+        read. The events are those of all submitted requests that are not streamed, including events
+        of steps run by other calls in the meantime. If the step fails, the requests in the slots
+        end with an error; waiting requests stay queued. Raises ValueError if `tokens` is not from
+        1 to MOST_TOKENS.
         """
         self.alone(self._step, tokens)
         events: list[Event] = []
         sources: list[EventQueue] = []
         try:
             self.alone(self._take_unread, events, sources)
-        except KeyboardInterrupt:  # nobody gets them
+        except KeyboardInterrupt:  # the caller does not get them
             self.alone(self._put_back, events, sources)
             raise
         return events
 
     def stream(self, handle: Handle, tokens: int = 1) -> Iterator[Event]:
-        """Return an iterator over the tokens of one request, which lets all others go on, too.
+        """Return an iterator over the tokens of one request; all other requests also advance.
 
-        Raises ValueError if the request is none of this scheduler's, or `tokens` as for `step`.
+        Raises ValueError if the request belongs to another scheduler, or as `step` for `tokens`.
         """
         self._check_own(handle)
         _check_tokens(tokens)
@@ -355,15 +355,15 @@ class Scheduler:
     def answer(
         self, requests: Iterable[CheckedRequest], tokens: int = 1, phase: Phase = lambda _: None
     ) -> Iterator[Event]:
-        """Return an iterator over the tokens of many requests, which are cancelled when it is left.
+        """Return an iterator over the tokens of many requests; closing it cancels them.
 
-        They are taken one after another, as slots become free for them: their number costs neither
-        time nor memory. In their events they are numbered from 0.
+        Requests are consumed one by one as slots become free, so many requests need no extra time
+        or memory. In their events they are numbered from 0.
         """
         queue, pending = EventQueue(), enumerate(requests)
 
         def refill() -> None:
-            # One more for each slot, all of which may become free in the next step.
+            # One more per slot, since all slots may become free in the next step.
             room = max(0, 2 * self._num_slots - len(queue.open))
             for name, checked in itertools.islice(pending, room):
                 self._submit(checked, queue, name)
@@ -371,11 +371,11 @@ class Scheduler:
         try:
             yield from self._read(queue, tokens, phase, refill)
         finally:
-            # Not at once: an iterator may be left when it is collected, in the midst of a step.
+            # Deferred: garbage collection may close an iterator in the middle of a step.
             self._given_up.extend(queue.open)
 
     def release(self) -> None:
-        """Give up the memory of the slots, if nothing uses it. To be called by `alone`."""
+        """Release the memory of the slots if it is unused. To be called through `alone`."""
         if self._idle():
             self._forget()
 
@@ -383,9 +383,9 @@ class Scheduler:
 
     def _check_own(self, handle: Handle) -> None:
         if not isinstance(handle, Handle):
-            raise ValueError(f"expected what submit returned, got {handle!r}")
+            raise ValueError(f"expected a handle from submit, got {handle!r}")
         if handle._owner is not self._identity:
-            raise ValueError(f"{handle!r} was submitted to another server; ask that one")
+            raise ValueError(f"{handle!r} was submitted to another server; use that server")
 
     def _submit(
         self, checked: CheckedRequest, queue: EventQueue, name: int | None = None
@@ -403,7 +403,7 @@ class Scheduler:
         phase: Phase = lambda _: None,
         refill: Callable[[], object] = lambda: None,
     ) -> Iterator[Event]:
-        """Return an iterator over the events of a queue, with steps until its requests have ended.
+        """Return an iterator over the events of a queue, running steps until its requests end.
 
         refill: called after each step.
         """
@@ -425,7 +425,7 @@ class Scheduler:
         self._unread.pop(queue, None)
 
     def _take_unread(self, events: list[Event], sources: list[EventQueue]) -> None:
-        """Append the events that `step` returns, and of each the queue where it was."""
+        """Append the events that `step` returns, and the queue of each."""
         with uninterrupted():
             for queue in self._unread:
                 for event in iter(queue.take, None):
@@ -447,11 +447,11 @@ class Scheduler:
         return self._line[0] if self._line else None
 
     def _idle(self) -> bool:
-        """Whether there is nothing to do: what the devices may still be at is thrown away."""
+        """Whether there is nothing to do; results still in flight are discarded."""
         return not self._first_in_line() and all(s is None or s.finished for s in self._slots)
 
     def _end(self, handle: Handle, reason: str, error: str | None = None) -> None:
-        """End all answers to a request that have not ended, and tell of it if it is an error."""
+        """End all unfinished answers to a request; if with an error, put events that say so."""
         with uninterrupted():
             for sample in handle._end(reason, error):
                 if error:
@@ -459,7 +459,7 @@ class Scheduler:
             handle._queue.open.discard(handle)
 
     def _put(self, handle: Handle, answer: Answer, token: int | None, text: str) -> None:
-        """Tell whoever asked for it of a token, or that there are no more."""
+        """Put an event for a token, or for the end of the answer, in the request's queue."""
         event = Event(handle._name, token, text, answer.completion, answer.sample, answer.reason)
         handle._queue.put(event)
         if handle._queue.read_by_step:
@@ -472,7 +472,7 @@ class Scheduler:
     # ---------------------------------------------------------------------------- scheduling
 
     def _step(self, tokens: int, phase: Phase = lambda _: None) -> None:
-        """Dispatch the next step, and deliver the tokens of the one before it."""
+        """Dispatch the next step, and deliver the tokens of the previous one."""
         _check_tokens(tokens)
         with uninterrupted():
             self._whole_step(tokens, phase)
@@ -490,13 +490,13 @@ class Scheduler:
             if others or before or not self._dispatched:
                 self._decode(tokens, phase)
             else:
-                # Nobody waits for the devices, which may have to compile: the first token at once.
+                # Nothing else is decoding: deliver the first token before decode may compile.
                 before, self._dispatched = self._dispatched, []
             for found in before:
                 self._deliver(found)
             self._torn = False
         except BaseException as error:
-            self._abandon(error)  # memory that was given to a failed step is lost
+            self._abandon(error)  # memory donated to a failed step is lost
             raise
         finally:
             if len(self._known) == known:
@@ -504,12 +504,12 @@ class Scheduler:
                 self.statistics.waiting += self._waited - waited
 
     def _fill(self) -> None:
-        """Free the slots of answers that have ended, and give them to those that wait, in order."""
+        """Free the slots of finished answers, and give them to waiting ones, in order."""
         self._slots = [s if s is not None and not s.finished else None for s in self._slots]
         for slot, taken in enumerate(self._slots):
             if taken is None and (handle := self._first_in_line()):
                 if any(s is not None and s.source == slot and not s.begun for s in self._slots):
-                    self._begin()  # before the prompt that it takes over is gone
+                    self._begin()  # before the prompt that it copies is overwritten
                 self._start(slot, handle)
         self._begin()
 
@@ -529,7 +529,7 @@ class Scheduler:
         self._state = self._run(start, self._current(), np.int32(slot), row, kept)
 
     def _find_prompt(self, handle: Handle, slot: int) -> int | None:
-        """Return a slot that holds the prompt of a request, `slot` itself if that does."""
+        """Return a slot that holds the prompt of a request, preferably `slot`, or None."""
         holding = [place for place, owner in self._prompts.items() if owner is handle]
         return slot if slot in holding else next(iter(holding), None)
 
@@ -539,15 +539,15 @@ class Scheduler:
                 config=self._config, batch=self._num_slots, execution=self._executions.decode
             )
             if self._mesh is None:
-                # Bound to the device, as what steps return is: else they are compiled again.
+                # Committed to the device, as the outputs of steps are, to avoid recompilation.
                 device = jax.tree.leaves(self._params)[0].sharding
                 self._state = jax.device_put(self._state, device)
         return self._state
 
     def _read_prompts(self, phase: Phase) -> None:
-        """Dispatch a chunk of the prompt that came first.
+        """Dispatch a chunk of the oldest prompt that is not read yet.
 
-        Each part of the data axis reads one, those of the others being as long.
+        Each part of the data axis reads one chunk; all chunks of a step have the same length.
         """
         reading = {i: s for i, s in enumerate(self._slots) if s is not None and s.chunks}
         if not reading:
@@ -556,7 +556,7 @@ class Scheduler:
         order = sorted(reading, key=lambda slot: reading[slot].handle.number)
         size, scored, top = kind = _kind(reading[order[0]])
         per_part = self._num_slots // self._parts
-        chosen: dict[int, int] = {}  # the slot by the part of the data axis
+        chosen: dict[int, int] = {}  # part of the data axis -> slot
         for slot in order:
             if _kind(reading[slot]) == kind:
                 chosen.setdefault(slot // per_part, slot)
@@ -583,7 +583,7 @@ class Scheduler:
         self._begin()
 
     def _begin(self) -> None:
-        """Dispatch the first token of all whose prompt has been read."""
+        """Dispatch the first token of all sequences whose prompt has been read."""
         beginning: dict[int, _Sequence] = {}
         source, length = np.zeros([2, self._num_slots], np.int32)
         drawing = np.zeros([self._num_slots], bool)
@@ -606,7 +606,7 @@ class Scheduler:
         self._note(found, 1, beginning, first=True)
 
     def _decode(self, tokens: int, phase: Phase) -> None:
-        """Dispatch the next tokens of all that are decoding."""
+        """Dispatch the next tokens of all decoding sequences."""
         decoding = {i: s for i, s in enumerate(self._slots) if s is not None and s.decoding}
         if not decoding:
             return
@@ -623,12 +623,12 @@ class Scheduler:
         self._note(found, count, decoding, first=False)
 
     def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None, **options: Any) -> Any:
-        """Dispatch a step; of one kind there is one program, compiled when it is first run.
+        """Dispatch a step; each kind has one program, compiled when it is first run.
 
-        kind: that of a chunk of a prompt; None for all other steps, which are run as decoding is.
+        kind: that of a prompt chunk; None for all other steps, which use the decode execution.
 
-        What the host gives are numpy arrays: legal on the mesh of many processes, which arrays on
-        the device of one are not, and sent by jax's own call in less time than by hand.
+        Inputs from the host are NumPy arrays: unlike arrays on one process's device, they are valid
+        on a mesh of several processes, and jax transfers them faster in the call than separately.
         """
         if self._dispatches - self._done >= max(1, MOST_IN_FLIGHT // len(_schedulers)):
             self._wait(self._state)
@@ -649,7 +649,7 @@ class Scheduler:
     # ---------------------------------------------------------------------------- what comes back
 
     def _deliver(self, done: _Tokens | _Scores) -> None:
-        """Give what a step has found to those that have not ended since it was dispatched."""
+        """Deliver the results of a step to the sequences that have not ended in the meantime."""
         if isinstance(done, _Scores):
             self._deliver_scores(done)
             return
@@ -690,21 +690,21 @@ class Scheduler:
         """Give a token to a sequence."""
         try:
             text = sequence.answer.take(token, logprob, *first)
-        except Exception as error:  # of the tokenizer, which ends no other sequence
-            self._fail(sequence, f"token {token} could not be turned into text ({error})")
+        except Exception as error:  # from the tokenizer: must not end other sequences
+            self._fail(sequence, f"token {token} could not be decoded ({error})")
             return
         self._put(sequence.handle, sequence.answer, token, text)
 
     def _fail(self, sequence: _Sequence, error: str) -> None:
-        """End one answer by an error."""
+        """End one answer with an error."""
         sequence.answer.end("error", error)
         self._put(sequence.handle, sequence.answer, None, "")
 
     def _fetch(self, number: int, *arrays: jax.Array) -> list[np.ndarray]:
-        """Return arrays of a step as numpy's, when the devices have them."""
+        """Wait for arrays of a step and return them as NumPy arrays."""
         self._wait(arrays)
         self._done = max(self._done, number)
-        for array in arrays:  # as jax.device_get does, in half of its time
+        for array in arrays:  # as jax.device_get does, in half the time
             array.copy_to_host_async()
         return [np.asarray(array) for array in arrays]
 
@@ -714,10 +714,10 @@ class Scheduler:
         self._waited += time.perf_counter() - began
 
     def _abandon(self, error: BaseException) -> None:
-        """End all that is in the slots."""
+        """End all requests in the slots with an error."""
         reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
-        message = f"the step that worked on it did not come to its end ({reason}); ask again"
-        # Those in line, too, whose other answers would have taken over a prompt that is lost.
+        message = f"the step that worked on it did not finish ({reason}); try again"
+        # Also queued requests whose remaining answers would have copied a prompt that is now lost.
         begun = [handle for handle in self._line if handle._begun]
         for handle in [*begun, *(sequence.handle for sequence in self._slots if sequence)]:
             self._end(handle, "error", message)
@@ -730,18 +730,18 @@ class Scheduler:
 
 
 def answer_alone(model: LoadedModel, requests: Iterable[CheckedRequest]) -> list[Event]:
-    """Answer requests with slots of their own -> the last event of each answer."""
+    """Answer requests in a separate scheduler; return the last event of each answer."""
     own = Scheduler(model)
     return [e for e in own.answer(requests, MOST_TOKENS) if e.finish_reason is not None]
 
 
 def _check_tokens(tokens: int) -> None:
-    """Raise ValueError unless so many can be drawn in a step."""
+    """Raise ValueError unless a step can draw this number of tokens."""
     if not is_integer(tokens) or tokens not in range(1, MOST_TOKENS + 1):
         raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
 
 
 def _kind(sequence: _Sequence) -> tuple[int, bool, bool]:
-    """Return the length of its next chunk, whether its tokens are scored, and with alternatives."""
+    """Return the next chunk's length, and whether its logprobs and top logprobs are needed."""
     checked = sequence.answer.checked
     return sequence.chunks[0], checked.request.prompt_logprobs, checked.prompt_top_logprobs

@@ -1,4 +1,4 @@
-"""Whole texts through the model: the logits at every position, and how probable each token is."""
+"""Logits at every position of complete texts, and the log-probability of each token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TokenScores(NamedTuple):
-    """Of each token of a text: logprobs float32 [T]; greedy bool [T], whether it is likeliest."""
+    """For each token: logprobs float32 [T]; greedy bool [T], whether it is the most probable."""
 
     logprobs: np.ndarray
     greedy: np.ndarray
@@ -33,7 +33,7 @@ def logits(model: LoadedModel, token_ids: Any) -> np.ndarray:
         tokens = np.asarray(token_ids)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
     except ValueError as error:
-        raise ValueError("expected token ids [B, T], got rows of unlike lengths") from error
+        raise ValueError("expected token ids [B, T], got rows of different lengths") from error
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"expected integer token ids [B, T], got {tokens.dtype} {list(tokens.shape)}"
@@ -50,11 +50,11 @@ def logits(model: LoadedModel, token_ids: Any) -> np.ndarray:
 
 
 def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[TokenScores]:
-    """Return the log-probability of each token of each text, the first given `bos`.
+    """Return the log-probability of each token of each text; the first token follows `bos`.
 
     texts: token ids. A text longer than the context is read in windows that overlap by half, so
-    that each token sees at least half a context of text before it. Raises ValueError if one of
-    them is NaN or infinite.
+    that each token of a later window has at least half a context before it. Raises ValueError if a
+    log-probability is NaN or infinite.
     """
     context = model.config.sequence_len
     scores, windows = [], []
@@ -68,7 +68,7 @@ def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[Toke
                 break
             end = min(start + context, len(ids))
             windows.append((index, start, inputs[start:end], np.array(ids[start:end])))
-    windows.sort(key=lambda window: -len(window[2]))  # those of like lengths together
+    windows.sort(key=lambda window: -len(window[2]))  # batch windows of similar lengths
     for first in range(0, len(windows), model.num_slots):
         batch = windows[first : first + model.num_slots]
         lengths = np.array([len(window[2]) for window in batch])
@@ -98,7 +98,7 @@ def check_length(config: LanguageModelConfig, length: int) -> None:
 def _read(model: LoadedModel, step: Any, lengths: np.ndarray, *arrays: np.ndarray) -> Iterator[Any]:
     """Run `step` over int arrays [<= B, T] in chunks of one compiled length.
 
-    lengths: int [<= B], how many of a row's T are real.
+    lengths: int [<= B], number of real tokens in each row.
     """
     rows, length = arrays[0].shape
     size = next((s for s in model.pad_sizes if s >= length), model.pad_sizes[-1])
@@ -113,7 +113,7 @@ def _read(model: LoadedModel, step: Any, lengths: np.ndarray, *arrays: np.ndarra
     for first in range(0, padded, size):
         chunk = whole[:, :, first : first + size]
         count = np.clip(real - first, 0, size)
-        with uninterrupted():  # jax and haiku bear no exception while they trace
+        with uninterrupted():  # jax and haiku cannot handle an exception while tracing
             result, memory = step(
                 model.params, memory, count, *chunk, **where, hook_args=model.hook_args
             )

@@ -1,10 +1,10 @@
-"""The compiled steps: state in, state out, and what they take, with or without any data.
+"""The compiled steps, which map a state to the next one, and their inputs, real or abstract.
 
 Functional core: pure functions, jitted at module level. A sequence's result depends on its own row
 only, so a request gives the same tokens alone and in a batch. scheduler.py, scoring.py and
 inspecting.py drive them; plan.py compiles them ahead of time.
 
-B is the number of slots: sequences that a step serves at once.
+B is the number of slots, that is, of sequences that a step serves at once.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from grok1.serving.sampling import SampleOutput, SampleSettings, first_choices, 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
 
-MOST_TOKENS = 16  # that one dispatch of `decode` can draw for each slot
+MOST_TOKENS = 16  # per slot in one dispatch of `decode`
 
 
 class LoadedModel(NamedTuple):
     """A model on its devices, and the shapes for which its steps are compiled.
 
-    params: as `stored_shapes` has them, placed on the mesh. executions: how each kind of step is
-    run, all on one mesh. num_slots: B. pad_sizes: the chunk lengths, rising, for which prefill is
-    compiled. hooks: what changes arrays inside; hook_args: what each gets beside layer and array.
+    params: shaped as by `stored_shapes`, placed on the mesh. executions: how each kind of step is
+    run, all on one mesh. num_slots: B. pad_sizes: the chunk lengths, ascending, for which prefill
+    is compiled. hooks: functions that change activations; hook_args: their additional arguments
+    after layer and array.
     """
 
     params: Any
@@ -60,11 +61,11 @@ class LoadedModel(NamedTuple):
     hook_args: Sequence[Any] = ()
 
     def hooked(self, hooks: Mapping[Site, Hook] | None, hook_args: Sequence[Any]) -> LoadedModel:
-        """Return the same model with hooks in its steps. Raises ValueError for wrong ones."""
+        """Return the same model with hooks in its steps. Raises ValueError if they are invalid."""
         devices = jax.tree.leaves(self.params)[0].sharding.device_set
         checked, arguments = check_hooks(hooks, self.config.model), as_arguments(hook_args, devices)
         needed = bool(checked) or not arguments
-        require(needed, "hook_args", "none without hooks, which get them", hook_args)
+        require(needed, "hook_args", "none without hooks", hook_args)
         return self._replace(hooks=as_hooks(checked), hook_args=arguments)
 
     @property
@@ -78,11 +79,11 @@ class LoadedModel(NamedTuple):
 class Slots(NamedTuple):
     """What each slot needs for its next token, on the device.
 
-    token: int32 [B, 1], the last token. drawn: int32 [B], how many tokens it has drawn.
-    seed: uint32 [B]. settings: SampleSettings, every field given; `active` marks the slots that are
-    in use. ends: bool [B, V], the tokens that end an answer; none of the first `min_len` int32 [B]
-    is one of these. limit: int32 [B], the most tokens it may draw. A slot that has drawn its last
-    token is no longer active.
+    token: int32 [B, 1], the last token. drawn: int32 [B], number of tokens drawn so far.
+    seed: uint32 [B]. settings: SampleSettings with every field given; `active` marks the slots in
+    use. ends: bool [B, V], the tokens that end an answer. min_len: int32 [B], number of first
+    tokens that are not drawn from `ends`. limit: int32 [B], the most tokens to draw. A slot that
+    has drawn its last token is no longer active.
     """
 
     token: jax.Array
@@ -95,10 +96,10 @@ class Slots(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the devices hold between steps, beside the parameters.
+    """What the devices hold between steps, in addition to the parameters.
 
     memory: the cache of each slot. slots: what it needs for its next token. logits: float32 [B, V],
-    those after the last token of its prompt that has been read; answers begin with them.
+    those after the last prompt token read so far, from which an answer's first token is drawn.
     """
 
     memory: Memory
@@ -109,10 +110,9 @@ class State(NamedTuple):
 class Decoded(NamedTuple):
     """The tokens of one dispatch, in the order in which they were drawn.
 
-    sample: SampleOutput, each field with an axis before its own: MOST_TOKENS in `decode`, 1 in
-    `first_token`. The `logprob` of a token that was drawn from logits that are not all finite is
-    NaN, and the token means nothing. drawn: bool [MOST_TOKENS or 1, B], for whom a token was drawn
-    each time.
+    sample: SampleOutput, each field with an additional leading axis: MOST_TOKENS in `decode`, 1 in
+    `first_token`. If the logits of a token are not all finite, its `logprob` is NaN and its id is
+    meaningless. drawn: bool [MOST_TOKENS or 1, B], True where a token was drawn.
     """
 
     sample: SampleOutput
@@ -120,11 +120,11 @@ class Decoded(NamedTuple):
 
 
 class PromptScores(NamedTuple):
-    """What is reported of one chunk of a prompt.
+    """Log-probabilities for one chunk of a prompt.
 
     logprob: float32 [R, T], the log-probability of the token after each. top_logprob_ids: int32
-    [R, T, min(TOP_LOGPROBS, V)], the model's own first choices there, in order. top_logprobs:
-    float32, their log-probabilities. The last two are None where nobody asked for them.
+    [R, T, min(TOP_LOGPROBS, V)], the most probable next tokens, in order. top_logprobs: float32,
+    their log-probabilities. The last two are None if not requested.
     """
 
     logprob: jax.Array
@@ -136,9 +136,9 @@ EMBEDDINGS = "language_model/in_out_embed", "embeddings"
 
 
 def stored_shapes(config: LanguageModelConfig, stored: Any = None) -> dict[str, dict[str, Any]]:
-    """Return the parameters as they lie on the devices, the embedding in the activation dtype.
+    """Return the abstract parameters on the devices, with the embedding in the activation dtype.
 
-    stored: their types as they are in a checkpoint; None: int8 with scales, as released.
+    stored: their types in a checkpoint; None: int8 with scales, as released.
     """
     shapes = config.param_shapes() if stored is None else jax.tree.map(lambda x: x, stored)
     module, name = EMBEDDINGS
@@ -148,7 +148,7 @@ def stored_shapes(config: LanguageModelConfig, stored: Any = None) -> dict[str, 
 
 
 def memory_specs(config: LanguageModelConfig) -> Any:
-    """Return the PartitionSpecs of a Memory: sequences over the data axis, heads over the model."""
+    """Return the PartitionSpecs of a Memory: sequences over data, heads over model."""
     data, model = config.model.data_axis, config.model.model_axis
     specs: Any = P(None, data, None, model, None), P(data), P(data, None)
     cache, step, valid = specs
@@ -173,7 +173,7 @@ def apply_model(
     output = model.apply(params, tokens, memory, length)
     if memory is None:
         return output
-    # The memory comes back as it was laid out, so that its donated buffers can be used again.
+    # The memory keeps its sharding, so that its donated buffers can be reused.
     return output._replace(model_state=_place_memory(output.model_state, config, execution.mesh))
 
 
@@ -184,11 +184,11 @@ def _place_memory(memory: Memory, config: LanguageModelConfig, mesh: AnyMesh | N
 def _sample(
     config: LanguageModelConfig, mesh: AnyMesh | None, logits: jax.Array, slots: Slots
 ) -> tuple[SampleOutput, Slots]:
-    """Draw the next token of the active slots from logits [B, V]; the others keep theirs."""
+    """Draw the next token of the active slots from logits [B, V]; other slots are unchanged."""
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
         slots.seed, slots.drawn
     )
-    # Each data shard draws for its own rows: left to the compiler, lax.top_k gathered all.
+    # Each data shard draws for its own rows: by default, XLA gathered all rows for lax.top_k.
     rows = P(config.model.data_axis)
     draw = on_shards(sample_logits, mesh, rows, rows)
     settings, active = slots.settings, slots.settings.active
@@ -212,7 +212,7 @@ def _draw(
     slots: Slots,
     drawing: jax.Array,
 ) -> tuple[Decoded, Slots]:
-    """`_sample` for the slots that are active and `drawing` bool [B]; the others stay."""
+    """`_sample` for the slots that are active and `drawing` bool [B]; others are unchanged."""
     active = slots.settings.active
     chosen = slots._replace(settings=slots.settings._replace(active=active & drawing))
     sample, slots = _sample(config, mesh, logits, chosen)
@@ -226,13 +226,13 @@ def _draw(
 def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
     """Logits [B, 1, V] -> [B, V], each row on one device.
 
-    Sampling looks at whole rows: gathering them once is cheaper than many reductions.
+    Sampling reads entire rows: gathering them once is cheaper than many reductions.
     """
     return constrain(logits[:, 0], mesh, config.model.data_axis, None)
 
 
 def _placed(state: State, config: LanguageModelConfig, mesh: AnyMesh | None) -> State:
-    """Lay the state out alike after every step: else the next one compiles anew."""
+    """Give the state the same sharding after every step, so that no step is recompiled."""
     memory = _place_memory(state.memory, config, mesh)
     rows = jax.tree.map(
         lambda x: constrain(x, mesh, config.model.data_axis), (state.slots, state.logits)
@@ -255,10 +255,10 @@ def start(
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
 ) -> State:
-    """Give the slot `index` int32 [] to a new sequence, `row` (without the axis of slots).
+    """Assign the slot `index` int32 [] to a new sequence, `row` (without the slot axis).
 
-    kept: int32 [], how many positions of its cache stay. The others become zero: a NaN there, of
-    the sequence before, would spoil the sums of the new one.
+    kept: int32 [], number of cache positions to keep. The others are set to zero, as a NaN from
+    the previous sequence would propagate into the sums of the new one.
     """
     memory, slots, logits = state
     chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
@@ -281,7 +281,7 @@ def _zero_from(
     config: LanguageModelConfig,
     mesh: AnyMesh | None,
 ) -> jax.Array:
-    """Set the positions of a slot to zero, but for the first `kept`; cache: [L, B, S, K, H]."""
+    """Zero the positions of a slot after the first `kept`; cache: [L, B, S, K, H]."""
 
     def local(cache: jax.Array, index: jax.Array, kept: jax.Array) -> jax.Array:
         place, mine = _in_part(cache, index, config, mesh)
@@ -297,9 +297,9 @@ def _zero_from(
 def _in_part(
     cache: jax.Array, slot: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return a slot's place in this part of the data axis, and whether it is there.
+    """Return a slot's local index in this data shard, and whether the slot belongs to the shard.
 
-    cache: [L, B/data, S, K/model, H], inside `on_shards`. A place that is not there is moved in.
+    cache: [L, B/data, S, K/model, H], inside `on_shards`. An index out of range is clipped.
     """
     size = cache.shape[1]
     first = 0 if mesh is None else lax.axis_index(config.model.data_axis) * size
@@ -329,13 +329,13 @@ def prefill(
     hooks: Hooks = (),
     hook_args: Sequence[Any] = (),
 ) -> tuple[PromptScores | None, State]:
-    """Read one chunk of a prompt, one for each part of the data axis.
+    """Read one chunk of a prompt for each part of the data axis.
 
     tokens: int32 [R, T], of which the first `length` [R] are real (0: nothing is read). slot:
-    int32 [R], whose prompt it is; R is the size of the data axis, and each row's slot lies in its
-    own part of that axis. following: int32 [R, T], the token after each. top_logprobs: report the
-    model's own first choices, too. hooks: given by `with_hooks`, as to `decode`.
-    Returns the scores of `following`, if given; and the state.
+    int32 [R], the slot of each row; R is the size of the data axis, and each row's slot is in its
+    own part of that axis. following: int32 [R, T], the token after each. top_logprobs: also report
+    the most probable tokens. hooks: set by `with_hooks`, as for `decode`.
+    Returns the scores of `following`, or None if it is None, and the state.
     """
     memory, slots, before = state
     output = apply_model(
@@ -358,14 +358,14 @@ def prefill(
 def _first_choices(
     logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None
 ) -> dict[str, jax.Array]:
-    """Return the last two fields of PromptScores, of logits [R, T, V]."""
+    """Return the last two fields of PromptScores for logits [R, T, V]."""
     rows = P(config.model.data_axis)
     find = on_shards(first_choices, mesh, rows, rows)
 
     def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
         return find(_whole_rows(position[:, None], config, mesh))
 
-    # One position after the other: no device holds [R, T, V].
+    # One position at a time, so that no device holds [R, T, V].
     found = lax.map(at, jnp.moveaxis(logits, 1, 0))
     ids, logprobs = (jnp.moveaxis(x, 0, 1) for x in found)
     return {"top_logprob_ids": ids, "top_logprobs": logprobs}
@@ -383,8 +383,8 @@ def first_token(
 ) -> tuple[Decoded, State]:
     """Draw the first token of the slots `drawing` bool [B], whose prompts have been read.
 
-    source: int32 [B], the slot that read the prompt, whose cache and logits each takes over: its
-    own, or one that answers, or has answered, the same prompt. length: int32 [B], the prompt's.
+    source: int32 [B], the slot whose cache and logits of the prompt are copied: the slot itself,
+    or another slot with the same prompt. length: int32 [B], the length of the prompt.
     Returns one token for each, and the state.
     """
     memory, slots, logits = state
@@ -404,7 +404,7 @@ def _take_over(
     config: LanguageModelConfig,
     mesh: AnyMesh | None,
 ) -> Memory:
-    """Give the slots `taking` bool [B] the first `length` [B] positions of the slots `source`."""
+    """Copy the first `length` [B] positions of slots `source` to the slots `taking` bool [B]."""
     layers = memory.layers
     step = jnp.where(taking, length, layers.step)
     valid = jnp.where(taking[:, None], memory.valid[source], memory.valid)
@@ -413,19 +413,19 @@ def _take_over(
     def local(
         cache: jax.Array, copying: jax.Array, source: jax.Array, length: jax.Array
     ) -> jax.Array:
-        # Local: cache [L, B/data, S, K/model, H]; the others [B] as a whole.
+        # Local: cache [L, B/data, S, K/model, H]; the others are the full [B].
         def copy(slot: jax.Array, cache: jax.Array) -> jax.Array:
             own, here = _in_part(cache, source[slot], config, mesh)
             row = lax.dynamic_slice_in_dim(cache, own, 1, axis=1)
             if mesh is not None:
-                # The bits, from the part of the data axis that has them to all others.
+                # Broadcast the bits from the data shard that has them to all others.
                 kind = jnp.dtype(f"uint{8 * row.dtype.itemsize}")
                 bits = lax.bitcast_convert_type(row, kind).astype(jnp.uint32)
                 bits = lax.psum(jnp.where(here, bits, 0), config.model.data_axis)
                 row = lax.bitcast_convert_type(bits.astype(kind), row.dtype)
             at, mine = _in_part(cache, slot, config, mesh)
             old = lax.dynamic_slice_in_dim(cache, at, 1, axis=1)
-            # What an answer to the prompt has added may be NaN.
+            # Positions after the prompt, written by an answer, may be NaN.
             row = jnp.where(mine & (_positions(cache) < length[slot]), row, old)
             return lax.dynamic_update_slice_in_dim(cache, row, at, axis=1)
 
@@ -455,9 +455,9 @@ def decode(
 ) -> tuple[Decoded, State]:
     """Draw the next tokens of the slots that are active and `running` bool [B], in one dispatch.
 
-    count: int32 [], up to MOST_TOKENS, how many for each; fewer where an answer ends.
-    until_free: bool [], end with the first token that ends an answer, as others wait for its slot.
-    Returns what was drawn, and the state.
+    count: int32 [], tokens per slot, up to MOST_TOKENS; fewer if an answer ends.
+    until_free: bool [], stop after the first token that ends an answer, as a request is waiting.
+    Returns the drawn tokens and the state.
     """
     running &= state.slots.settings.active
 
@@ -472,8 +472,8 @@ def decode(
         memory, slots, logits = state
         drawing = slots.settings.active & running
         length = drawing.astype(jnp.int32)
-        # Else what is made of a weight, such as the table in float32 for a CPU's product, would be
-        # made once before the loop, and held.
+        # Keeps XLA from hoisting conversions of weights out of the loop and storing the result,
+        # such as the float32 embedding table for a matrix product on a CPU.
         own, token = lax.optimization_barrier((params, slots.token))
         output = apply_model(
             config, execution, own, token, memory, length, hooks=bind(hooks, hook_args)
@@ -503,7 +503,7 @@ def logits_step(
     hooks: Hooks = (),
     hook_args: Sequence[Any] = (),
 ) -> tuple[jax.Array, Memory]:
-    """Read the first `length` int32 [B] of tokens [B, T] -> logits [B, T, V], and the memory."""
+    """Read the first `length` int32 [B] of tokens [B, T] -> logits [B, T, V] and the memory."""
     output = apply_model(
         config, execution, params, tokens, memory, length,
         every_position=True, hooks=bind(hooks, hook_args),
@@ -524,9 +524,10 @@ def score_step(
     hooks: Hooks = (),
     hook_args: Sequence[Any] = (),
 ) -> tuple[tuple[jax.Array, jax.Array], Memory]:
-    """As `logits_step` -> the log-probabilities [B, T] of `targets` after each, and the memory.
+    """Like `logits_step`, but score `targets` [B, T], the token after each.
 
-    And whether each target is the likeliest token there, bool [B, T].
+    Returns their log-probabilities [B, T], whether each target is the most probable token, bool
+    [B, T], and the memory.
     """
     output = apply_model(
         config, execution, params, tokens, memory, length,
@@ -549,7 +550,7 @@ def inspect_step(
     hooks: Hooks = (),
     hook_args: Sequence[Any] = (),
 ) -> tuple[jax.Array, Captured]:
-    """Read whole sequences, tokens [B, T] -> logits [B, T, V], and what is captured."""
+    """Read complete sequences, tokens [B, T] -> logits [B, T, V] and the captured arrays."""
     output = apply_model(
         config, execution, params, tokens,
         capture=capture, capture_layers=capture_layers, hooks=bind(hooks, hook_args),
@@ -558,7 +559,7 @@ def inspect_step(
 
 
 def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return float32 [B, T], the log-probabilities of `targets` [B, T] by logits [B, T, V]."""
+    """Return the log-probabilities, float32 [B, T], of `targets` [B, T] for logits [B, T, V]."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -567,7 +568,7 @@ def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def new_memory(
     *, config: LanguageModelConfig, batch: int, execution: Execution = ONE_DEVICE
 ) -> Memory:
-    """Return an empty memory for `batch` sequences of the whole context."""
+    """Return an empty memory for `batch` sequences of the full context length."""
     dtype = execution.operations.cache_dtype(config.fprop_dtype)
     memory = config.model.init_memory(batch, config.sequence_len, dtype)
     return _place_memory(memory, config, execution.mesh)
@@ -603,7 +604,7 @@ def _idle_logits(config: LanguageModelConfig, batch: int) -> jax.Array:
 def new_state(
     *, config: LanguageModelConfig, batch: int, execution: Execution = ONE_DEVICE
 ) -> State:
-    """Return the state of slots that serve nothing."""
+    """Return a state in which all slots are unused."""
     memory = new_memory(config=config, batch=batch, execution=execution)
     state = State(memory, _idle_slots(config, batch), _idle_logits(config, batch))
     return _placed(state, config, execution.mesh)
@@ -616,7 +617,7 @@ def abstract_inputs(
     chunk: int | None = None,
     stored: Any = None,
 ) -> tuple[Any, ...]:
-    """Return what `prefill` of a chunk length, or `decode`, takes, without any data.
+    """Return abstract inputs of `prefill` for a chunk length, or of `decode` if `chunk` is None.
 
     Leaves are jax.ShapeDtypeStruct with shardings, to compile a step ahead of time:
     `decode.lower(*abstract_inputs(config, how, 1), config=config, execution=how).compile()`.
@@ -651,7 +652,7 @@ def abstract_inputs(
 def device_bytes(
     config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, stored: Any = None
 ) -> int:
-    """Return the bytes that one device holds between steps: parameters, and `batch` memories.
+    """Return the bytes that one device holds between steps: parameters and `batch` memories.
 
     stored: as in `stored_shapes`.
     """

@@ -1,7 +1,7 @@
-"""Text to token ids and back: whole prompts in, and out what is final of an answer, piece by piece.
+"""Text to token ids and back: prompts are encoded completely, answers decoded incrementally.
 
-A SentencePiece vocabulary of Grok-1's kind: pieces of text in which "▁" is a space, single bytes
-for what no piece covers, control pieces that are no text, and user-defined ones such as
+The vocabulary is a SentencePiece one as of Grok-1: pieces of text in which "▁" is a space, single
+bytes for what no piece covers, control pieces that are not text, and user-defined ones such as
 <|separator|>, which SentencePiece finds in any text.
 """
 
@@ -18,14 +18,14 @@ from grok1.formats.forms import MAX_TOKENIZER_BYTES
 BOS_TOKEN = 1  # in Grok-1's tokenizer
 TOKENIZER_SOURCE = (
     "fetch the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
-    "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer"
+    "repository on GitHub) and put it next to ckpt-0, or name it with --tokenizer"
 )
 
 
 def load_tokenizer(
     path: str | os.PathLike, vocab_size: int
 ) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model; ValueError if there is none or it is not of this vocabulary."""
+    """Load a SentencePiece model; ValueError if it is missing or has another vocabulary size."""
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         with atomic.open_regular(os.fspath(path)) as file:
@@ -45,9 +45,9 @@ def load_tokenizer(
             f"{TOKENIZER_SOURCE}"
         )
     try:
-        # Not by its path, which sentencepiece takes in UTF-8 only.
+        # Not by its path, as sentencepiece only accepts paths in UTF-8.
         tokenizer.LoadFromSerializedProto(text)
-    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter from decoding its message
         raise ValueError(
             f"{path}: expected a SentencePiece model, got a file that is none; {TOKENIZER_SOURCE}"
         ) from error
@@ -67,7 +67,7 @@ def load_tokenizer(
 
 
 class Vocabulary:
-    """A tokenizer, and what has to be known of its pieces."""
+    """A tokenizer, and tables of its byte pieces and special pieces."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         self.tokenizer = tokenizer
@@ -75,23 +75,23 @@ class Vocabulary:
         pieces = [tokenizer.id_to_piece(i) for i in ids]
         self.byte_of = {i: int(pieces[i][3:-1], 16) for i in ids if tokenizer.is_byte(i)}
         control = {pieces[i]: i for i in ids if tokenizer.is_control(i) and pieces[i]}
-        # Those that SentencePiece itself finds in a text; of the rest only their form is known.
+        # Pieces of this form that SentencePiece finds in text; the others only look like it.
         found = (i for i in ids if re.fullmatch(r"<\|.+\|>", pieces[i]))
         self.markers = {pieces[i]: i for i in found if i in tokenizer.encode(pieces[i])}
         self.special = control | self.markers
-        # A piece whose text begins with no space, to stand before others.
+        # A piece that does not begin with a space, used as context before other pieces.
         self.word = next((i for i in ids if pieces[i].isalnum() and i not in self.byte_of), None)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; the space that every text begins with is left out."""
+        """Return the text of token ids, without the space that every text begins with."""
         return self.tokenizer.decode(list(ids))
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Return the token ids of a text, with no BOS.
+        """Return the token ids of a string, without BOS.
 
-        parse_special: take the text of a special piece, such as [EOS] or <|separator|>, for that
-        piece; else it is text like any other, and its pieces spell it.
-        Raises ValueError for what is not text.
+        parse_special: parse the name of a special piece, such as [EOS] or <|separator|>, as that
+        piece; otherwise it is encoded as ordinary text.
+        Raises ValueError if the string is not valid Unicode.
         """
         try:
             text.encode()
@@ -104,7 +104,7 @@ class Vocabulary:
         ids: list[int] = []
         begin, first = 0, True
         for match in re.finditer("|".join(map(re.escape, longest_first)), text):
-            # Cut after its first character, it is not found; what follows is encoded apart.
+            # Split after its first character, so that SentencePiece does not find it.
             end = match.start() if parse_special else match.start() + 1
             ids += self._encode_part(text[begin:end], first)
             if parse_special:
@@ -114,9 +114,9 @@ class Vocabulary:
         return ids + self._encode_part(text[begin:], first)
 
     def _encode_part(self, text: str, first: bool) -> list[int]:
-        """Encode a text, or, if it is not the first part of one, what does not begin with a space.
+        """Encode a part of a text, without a leading space unless it is the first part.
 
-        SentencePiece puts a space before all it encodes. After a marker there is none.
+        SentencePiece puts a space before every string that it encodes, but not after a marker.
         """
         if first or not text:
             return self.tokenizer.encode(text)
@@ -126,26 +126,25 @@ class Vocabulary:
         ids = self.tokenizer.encode(marker + text)
         if marker_id not in ids:
             raise ValueError(
-                f"expected a tokenizer that finds {marker} in any text, got one that does in some; "
+                f"expected a tokenizer that finds {marker} in any text, got one that misses some; "
                 f"{TOKENIZER_SOURCE}"
             )
         return ids[ids.index(marker_id) + 1 :]
 
 
 class Detokenizer:
-    """The text of a sequence as it grows: what is returned is final, and together all of it.
+    """Incremental decoder of a sequence, which only returns final text.
 
-    Together with what `finish` returns at the end it equals the decode of all tokens, those of the
-    prompt before them, without the prompt's.
+    The concatenation of all returned strings, including that of `finish`, is the text of prompt and
+    answer without the text of the prompt.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int] = ()):
         self._vocabulary = vocabulary
-        # What is decoded before the next tokens, as long as it matters: a text's first space is
-        # left out.
+        # Ids to decode before the next tokens as context, since a text's first space is omitted.
         self._before: list[int] = []
-        self._bytes: list[int] = []  # ids of bytes that may be the beginning of a character
-        # All before the last bytes of the prompt is decoded at once.
+        self._bytes: list[int] = []  # byte pieces of a possibly incomplete character
+        # Everything before the last bytes of the prompt is decoded at once.
         cut = len(prompt_ids)
         while cut and prompt_ids[cut - 1] in vocabulary.byte_of:
             cut -= 1
@@ -154,7 +153,7 @@ class Detokenizer:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """Take the next token; returns the text that is final with it."""
+        """Add the next token; return the text that has become final."""
         if token not in self._vocabulary.byte_of:
             ready, self._bytes = [*self._bytes, token], []
             return self._decode(ready)
@@ -166,7 +165,7 @@ class Detokenizer:
         return self._decode(found[:cut])
 
     def finish(self) -> str:
-        """Return the rest: bytes of a character that never came, each as U+FFFD."""
+        """Return the rest: each byte of an incomplete character as U+FFFD."""
         ready, self._bytes = self._bytes, []
         return self._decode(ready)
 
@@ -184,7 +183,7 @@ class Detokenizer:
 
 
 def _begins(values: bytes) -> bool:
-    """Whether these bytes are the beginning of a character, and not yet all of it."""
+    """Whether these bytes are an incomplete character."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(values) == ""
     except UnicodeDecodeError:
@@ -192,21 +191,21 @@ def _begins(values: bytes) -> bool:
 
 
 class StopFilter:
-    """Lets a growing text through up to the first stop string, of which nothing is shown.
+    """Passes a growing text up to the first stop string, which is not included.
 
-    stops: texts, none empty. The one that is complete first ends the text; of two that are so with
-    the same character, the longer one.
+    stops: non-empty strings. The first complete one ends the text; if two are completed by the same
+    character, the longer one.
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
-        self._held = ""  # what may be the beginning of a stop string
+        self._held = ""  # a possible beginning of a stop string
         self.stopped = False
 
     def push(self, text: str, early: bool = False) -> str:
-        """Take more of the text; returns what can be shown.
+        """Add more text; return the part that is safe to show.
 
-        early: a stop string may begin in it, but one that is complete in it ends nothing.
+        early: ignore stop strings that are complete in it; one may still begin in it.
         """
         if self.stopped:
             return ""
@@ -222,7 +221,7 @@ class StopFilter:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """Return what was held back, where no stop string came of it."""
+        """Return the text held back, unless a stop string has ended the text."""
         held, self._held = self._held, ""
         return "" if self.stopped else held
 

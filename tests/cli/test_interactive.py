@@ -109,7 +109,7 @@ def test_a_session_in_a_terminal(terminal: Terminal) -> None:
     assert terminal.process.wait(timeout=20) == 0
     assert terminal.process.stderr is not None
     err = terminal.process.stderr.read().decode()
-    hint = r"a prompt a line; Ctrl-C stops an answer, Ctrl-D ends, /help says more\n"
+    hint = r"one prompt per line; Ctrl-C stops an answer, Ctrl-D exits, /help shows more\n"
     mistake = r"error: the prompt has \d+ tokens, and the context of 4096 must hold [^\n]*\n"
     end = r"\(ended by max_tokens; /set max_tokens N changes it\)\n"
     assert re.fullmatch(LOADED + hint + end + mistake + end, err), err

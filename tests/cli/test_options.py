@@ -74,7 +74,7 @@ def test_suggested_options_are_there(command: Command) -> None:
 
 def test_what_waits_at_standard_input_is_not_lost_unsaid(tmp_path: pathlib.Path) -> None:
     """`echo text | python run.py` answered another prompt without a word."""
-    said = "standard input is not read; --prompts-file - takes prompts from it"
+    said = "standard input is ignored; use --prompts-file - to read prompts"
     text = tmp_path / "text"
     text.write_text("A dog\n")
     start = "import sys; from grok1.cli import parsing; parsing.parse_arguments(sys.argv[1:])"
@@ -82,7 +82,7 @@ def test_what_waits_at_standard_input_is_not_lost_unsaid(tmp_path: pathlib.Path)
     def told(*given: str, **source: Any) -> bool:
         command = [sys.executable, "-c", start, *given]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **source)
-        assert done.returncode == 0 and done.stderr in ("", f"{said}, one a line\n")
+        assert done.returncode == 0 and done.stderr in ("", f"{said}, one per line\n")
         return bool(done.stderr)
 
     with text.open() as file:
@@ -240,7 +240,7 @@ def test_ids_are_answered_in_words_if_possible(
     ("given", "said"),
     [
         ([], "interrupted"),
-        (["--output", "{}/out"], "interrupted; --resume goes on from here"),
+        (["--output", "{}/out"], "interrupted; --resume continues from here"),
         (["--output", "/dev/null"], "interrupted"),
     ],
 )

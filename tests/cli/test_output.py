@@ -119,7 +119,7 @@ def test_half_a_line_is_dropped_wherever_it_is_cut(tail: bytes, tmp_path: pathli
         ),
         (
             '{"index": 1, "sample": 0, "fingerprint": "print 2"}\n',
-            "line 1: expected an answer to prompt 2 as it is now, got one of another prompt",
+            "line 1: expected an answer to prompt 2 of this run, got one of another prompt",
         ),
         (
             '{"index": 1, "sample": 0, "fingerprint": "print 1"}\n' * 2,
@@ -195,7 +195,7 @@ def test_a_full_disk_is_one_sentence_and_what_it_holds_can_be_resumed(
         with pytest.raises(ValueError) as error:
             file.show(event(1, "eos"))
     assert str(error.value) == (
-        f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); mend "
+        f"{path}: 1 of 3 answers are written, and no more can be (No space left on device); fix "
         "that, and start again, with --resume if it is a file"
     )
     assert file.done == {(0, 0)} and len(path.read_bytes()) == len(whole) + room
@@ -447,7 +447,7 @@ def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
     content = path.read_bytes()
     assert_one_sentence(
         command(*arguments), 1, f"{path}: expected no such file, or an empty one, got one of "
-        f"{len(content)} bytes; add --resume to go on with it, or name another file",
+        f"{len(content)} bytes; add --resume to continue it, or name another file",
     )  # fmt: skip
     for other in (("--seed", 7), ("--dtype", "bfloat16"), ("--context", 60)):
         other_settings = command(*arguments, "--resume", *other)
@@ -463,7 +463,7 @@ def test_it_is_told_how_many_answers_are_there(
     monkeypatch.setattr(run, "Progress", functools.partial(run.Progress, seconds=0))
     arguments = ["--checkpoint", tiny, "--prompt", "A", "--prompt", "B", *SETTINGS]
     result = command(*arguments, "--max-len", 2, "--output", tmp_path / "out")
-    told = re.findall(r"answering: (\d) of 2 answers, [\d.]+ a second", result.err)
+    told = re.findall(r"answering: (\d) of 2 answers, [\d.]+ per second", result.err)
     assert told == ["0", "1", "2"]
 
 
@@ -506,7 +506,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
 
 
 def test_resuming_needs_a_file(command: Command) -> None:
-    assert_one_sentence(command("--resume"), 2, "--resume needs --output, the file to go on with")
+    assert_one_sentence(command("--resume"), 2, "--resume needs --output, the file to continue")
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ SETTING_CASES: dict[str, tuple[str, str]] = {
     "cold": ('"temperature": -1', "temperature must be a finite number of at least 0, got -1"),
     "nan": ('"temperature": NaN', "(NaN is no JSON number)"),
     "bias-twice": ('"logit_bias": {"5": 1, "05": 1}',
-                   'logit_bias: expected each number once, got {"5": 1, "05": 1}'),
-    "bias-repeated": ('"logit_bias": {"5": 1, "5": 1}', "the key '5' comes twice in an object"),
+                   'logit_bias: expected each token id once, got {"5": 1, "05": 1}'),
+    "bias-repeated": ('"logit_bias": {"5": 1, "5": 1}', "the key '5' is repeated in an object"),
     "long": ('"max_len": 64', "max_len = 64 leaves no room for a prompt in the context of 64"),
 }
 # fmt: on
@@ -169,7 +169,7 @@ def test_a_file_without_prompts_is_refused(
     file = tmp_path / "prompts.txt"
     if content is None:
         result = command("--prompts-file", file)
-        assert_one_sentence(result, 1, f"{file}: expected a file of prompts, which cannot be read")
+        assert_one_sentence(result, 1, f"{file}: cannot read the prompts")
         assert_one_sentence(command("--prompts-file", tmp_path), 1, "(Is a directory); name anoth")
     else:
         file.write_text(content)

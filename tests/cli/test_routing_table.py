@@ -117,7 +117,7 @@ def test_a_table_goes_with_nothing_that_is_for_programs(other, capsys):
     with pytest.raises(SystemExit) as error:
         parsing.parse_arguments(["--show-routing", *other])
     assert error.value.code == 2
-    sentence = f"--show-routing and {other[0]} do not go together: it prints a table for people"
+    sentence = f"--show-routing and {other[0]} do not go together: it prints a text table"
     assert sentence in capsys.readouterr().err
 
 

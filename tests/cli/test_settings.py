@@ -72,12 +72,12 @@ def test_each_answer_has_a_new_seed() -> None:
     [
         ("/temperature 1", "/temperature: expected one of /help, /set, /seed, /exit"),
         ("/halp", "/halp: expected one of /help, /set, /seed, /exit; the nearest is /help"),
-        ("/set temperature", "/set: expected as /help shows it, got '/set temperature'"),
+        ("/set temperature", "/set: expected the form shown by /help, got '/set temperature'"),
         ("/set temprature 1", "there is no setting 'temprature'; the nearest is temperature"),
         ("/set temperature 3", "temperature must be from 0 to 2"),
-        ("/set prompt x", "prompt: expected a setting that a session has"),
-        ("/set num-samples 3", "num-samples: expected a setting that a session has"),
-        ("/set top_logprobs 3", "top_logprobs: expected a setting that a session has"),
+        ("/set prompt x", "prompt: expected a setting of a session"),
+        ("/set num-samples 3", "num-samples: expected a setting of a session"),
+        ("/set top_logprobs 3", "top_logprobs: expected a setting of a session"),
         ("/set temprature none", "there is no setting 'temprature'"),
     ],
 )

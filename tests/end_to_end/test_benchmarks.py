@@ -243,10 +243,10 @@ def test_a_start_is_measured_with_and_without_the_cache() -> None:
 def test_limits_that_do_not_hold_are_named() -> None:
     figures = {"decode 1: plain / baseline": 5.0, "decode 16: kernels / floor": 0.61}
     failure, *others = speed.check({"figures": figures})
-    assert failure == "decode 1: plain / baseline is 5.00, at least 6 is asked"
+    assert failure == "decode 1: plain / baseline is 5.00, at least 6 is required"
     missing = [name for name in speed.LIMITS if name not in figures]
     assert others == [
-        f"{name} was not measured, at least {speed.LIMITS[name]:g} is asked" for name in missing
+        f"{name} was not measured, at least {speed.LIMITS[name]:g} is required" for name in missing
     ]
 
 

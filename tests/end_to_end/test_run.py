@@ -135,7 +135,7 @@ def test_logits_that_are_not_finite_are_an_error(
     assert result.status == 1
     *_, last = result.err.splitlines()
     assert last.startswith("error: request 1: expected finite logits, got NaN or infinity")
-    assert last.endswith(" (2 answers ended by an error)") == ("--num-samples" in options)
+    assert last.endswith(" (2 answers ended with an error)") == ("--num-samples" in options)
     if out is None:
         (answer,) = result.answers
         assert answer["finish_reason"] == "error" and answer["error"] in last
@@ -171,7 +171,7 @@ def test_several_answers_to_a_prompt_are_told_apart(tiny: pathlib.Path, command:
     ]
     (second,) = command(*arguments[:-2], "--seed", 43, "--json", "--batch", 3).answers
     assert answers[1] == second | {"sample": 1}
-    assert re.search(r"\nslots used +3.0 of 3, in the mean\n", result.err), result.err
+    assert re.search(r"\nslots used +3.0 of 3 on average\n", result.err), result.err
     assert re.search(r"\nhost's work +[\d.]+ ms a token, \d+% of the time\n", result.err)
     # One token is drawn with the prompt: there is no step whose work could be divided by tokens.
     assert "host's work" not in command(*arguments, "--max-len", 1, "--stats").err
@@ -319,7 +319,7 @@ def test_help_names_every_option(command: Command) -> None:
 # id -> (arguments, exit status, what the sentence must say)
 ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "mesh-of-one": (("--mesh", "8"), 2,
-                    "--mesh: expected two numbers from 1 to 2147483647, DATA,MODEL such as 1,8, "
+                    "--mesh: expected two integers from 1 to 2147483647, DATA,MODEL such as 1,8, "
                     "got '8'"),
     "mesh-beyond-numbers": (("--mesh", f"1,{2**31}"), 2, "such as 1,8, got '1,2147483648'"),
     "mesh-of-three": (("--mesh", "1,2,4"), 2, "such as 1,8, got '1,2,4'"),
@@ -330,7 +330,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
                                "[1, 2, 4, 8]"),
     "mesh-too-large": (("--mesh", "4,8"), 1,
                        "a mesh of 4,8 needs 32 devices, but this machine has 16, for which the "
-                       "model can take the meshes 16,1 8,2 4,4 2,8;"),
+                       "model can use the meshes 16,1 8,2 4,4 2,8;"),
     "batch": (("--batch", "0"), 2, "--batch: expected an integer from 1 to 2147483647, got '0'"),
     "large-batch": (("--batch", "99999999999"), 2, "from 1 to 2147483647, got '99999999999'"),
     "context": (("--context", "65"), 1, "context: expected 1 to 64 tokens, which the model has"),
@@ -343,7 +343,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "plan-together": (("--plan", "--distributed"), 2, "--plan and --distributed do not go"),
     "plan-prompt": (("--plan", "--prompt", "Hi"), 2, "--plan and --prompt do not go together: a"),
     "plan-ids": (("--plan", "--prompt-ids", "5"), 2, "--plan and --prompt do not go together"),
-    "a-dash": (("-",), 2, "prompts on standard input are read with --prompts-file -"),
+    "a-dash": (("-",), 2, "to read prompts from standard input, use --prompts-file -"),
     "no-prompts-file": (("--prompts-file", ""), 2, "--prompts-file: expected a path, got an empty"),
     "plan-prompts": (("--plan", "--prompts-file", "-"), 2, "--plan and --prompts-file do not go"),
     "plan-output": (("--plan", "--output", "out"), 2, "--plan and --output do not go together"),
@@ -357,7 +357,7 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
     "min-p": (("--min-p", "2"), 2, "--min-p: expected a number from 0 to 1, got '2'"),
     "repetition-penalty": (("--repetition-penalty", "0"), 2, "from 1e-06 to 1000000, got '0'"),
     "presence-penalty": (("--presence-penalty", "nan"), 2, "to 1000000000, got 'nan'"),
-    "stop": (("--stop", ""), 1, "request 1: stop must hold strings that are not empty, got ''"),
+    "stop": (("--stop", ""), 1, "request 1: stop must contain non-empty strings, got ''"),
     "truncate": (("--truncate", "right"), 2, "--truncate: invalid choice: 'right'"),
     "long-answer": (("--prompt-ids", "5 6", "--max-len", "63"), 1,
                     "request 1: the prompt has 2 tokens, and the context of 64 must hold "
@@ -462,7 +462,7 @@ def test_a_tokenizer_of_another_model_is_refused_and_the_right_one_named(command
         1,
         "tokenizer.model: expected the 512 pieces of the checkpoint's vocabulary, got 4096; fetch "
         "the tokenizer.model that belongs to the checkpoint (Grok-1's is in the xai-org/grok-1 "
-        "repository on GitHub) and put it beside ckpt-0, or name it with --tokenizer",
+        "repository on GitHub) and put it next to ckpt-0, or name it with --tokenizer",
     )
 
 
@@ -490,7 +490,7 @@ def test_too_little_memory_is_answered_with_one_sentence(
     """Before anything is loaded where it is known how much there is, else when it runs out."""
     directory = changed(tiny, tmp_path / "endless", sequence_len=1 << 24)
     asked = "--checkpoint", directory, "--prompt-ids", "5", "--json", "--batch", 20_000
-    sentence = "weights and cache take 320", " GiB here, and ", "run.py --plan says what fits"
+    sentence = "weights and cache take 320", " GiB here, and ", "run.py --plan shows what fits"
     assert_one_sentence(command(*asked), 1, *sentence)
     monkeypatch.setattr("grok1.serving.memory_budget.available_memory", lambda: None)
     result = command(*asked)
@@ -502,7 +502,7 @@ def test_a_platform_that_is_not_here_is_one_sentence(platforms: str, tiny: pathl
     if platforms == "cuda" and pathlib.Path("/dev/nvidia0").exists():
         platforms = "rocm"
     result = finish(start("--checkpoint", tiny, "--prompt-ids", 5, JAX_PLATFORMS=platforms))
-    sentence = f"JAX_PLATFORMS={platforms}: expected platforms of which devices are here, got none"
+    sentence = f"JAX_PLATFORMS={platforms}: expected platforms with available devices, got none"
     assert_one_sentence(result, 1, sentence, "correct it or leave it unset")
 
 
@@ -532,7 +532,7 @@ def test_no_machine_is_asked_for_a_million_devices(tiny: pathlib.Path) -> None:
 @pytest.mark.parametrize("script", ["run.py", "checkpoint.py"])
 def test_python_without_assertions_is_refused(flag: str, script: str) -> None:
     done = subprocess.run([sys.executable, flag, ROOT / script], capture_output=True, text=True)
-    assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), 1, "python -O takes out")
+    assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), 1, "python -O removes")
 
 
 @pytest.mark.parametrize("script", ["run.py", "checkpoint.py"])

@@ -74,7 +74,7 @@ def test_a_damaged_state_is_one_sentence(how, tmp_path):
         middle = len(data) // 4
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         path.write_bytes({"empty": b"", "cut": data[:-9], "flipped": flipped, "text": b"x"}[how])
-    with pytest.raises(ValueError, match="state.npz: expected a state of training, got .*--state"):
+    with pytest.raises(ValueError, match="state.npz: expected a training state, got .*--state"):
         train_demo.load_state(path, state, "recipe")
 
 

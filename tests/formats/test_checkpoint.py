@@ -260,7 +260,7 @@ def test_two_saves_to_one_place_do_not_mix(
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "write", meanwhile)
         checkpoint.write(tmp_path, first)
-    sentence = "expected one save or conversion at a time, got another one at work; wait until"
+    sentence = "expected one save or conversion at a time, got another in progress; wait until"
     assert len(refused) > 7 and all(sentence in error for error in refused)
     assert_same(checkpoint.load(tmp_path, tiny_shapes()), first)
 
@@ -345,7 +345,7 @@ def test_saving_writes_into_no_file_of_others(name: str, tmp_path: pathlib.Path)
         ),
         (
             {LAYER + "a": {"p": stacked(2, 4)}, LAYER + "b": {"p": stacked(3, 4)}},
-            r"expected one number of layers, got \[2, 3\]",
+            r"expected the same number of layers in each, got \[2, 3\]",
         ),
     ],
     ids=["complex", "too-long", "empty", "scales-of-int8", "layers-differ"],

@@ -291,7 +291,7 @@ def test_finished_files_are_not_written_again(
     assert 1 < len(finished) < len(contents(expected)) - 3
     assert os.listdir(tmp_path / WORK) == ["state.json"]
     for read in (verify, lambda directory: checkpoint.check_files(directory, {})):
-        with pytest.raises(CheckpointError, match="got a conversion's unfinished one"):
+        with pytest.raises(CheckpointError, match="got an unfinished conversion"):
             read(tmp_path)
     convert(source, tmp_path, form)
     assert contents(tmp_path) == contents(expected)
@@ -331,7 +331,7 @@ def test_another_source_starts_anew(
             for file, time_ns in times.items():
                 os.utime(file, ns=(time_ns, time_ns))
     convert(source, target, "safetensors")
-    assert f"{source} is not what {target} was begun with: starting anew" in caplog.messages
+    assert f"{source} is not the source of {target}: starting over" in caplog.messages
     assert (target / safetensors.OUTER).stat().st_ino != old
     convert(source, tmp_path / "fresh", "safetensors")
     assert contents(target) == contents(tmp_path / "fresh")
@@ -412,7 +412,7 @@ def test_a_source_in_the_work_directory_is_refused(
     ("name", "part"),
     [
         ("ckpt-0/tensor00000_000", "expected the file that was checked"),
-        ("config.json", "files that stay as they are"),
+        ("config.json", "files that do not change"),
     ],
 )
 def test_a_source_that_changes_meanwhile_is_an_error(
@@ -888,7 +888,7 @@ def test_a_write_that_fails_is_one_sentence_and_can_go_on(
     )
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "File too large" in process.stderr
-    assert "start the same command again: it goes on from there" in process.stderr
+    assert "start the same command again: it continues from there" in process.stderr
     convert(source, tmp_path, form)
     assert contents(tmp_path) == contents(expected)
 
@@ -917,7 +917,7 @@ def test_ctrl_c_ends_it_at_once_and_the_same_command_goes_on(tmp_path: pathlib.P
     out, err = process.communicate(timeout=10)
     assert time.perf_counter() - began < 2
     assert (process.returncode, out) == (130, "")
-    assert err == "interrupted; the same command goes on from here\n"
+    assert err == "interrupted; run the same command to resume\n"
     assert (target / WORK).exists() and not (target / INDEX).exists()
     assert command("convert", source, target, "--to", "safetensors").status == 0
     convert(source, tmp_path / "whole", "safetensors")
@@ -931,7 +931,7 @@ def test_ctrl_c_while_jax_is_imported_shows_no_traceback(safe: pathlib.Path) -> 
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
         assert process.returncode == 130
-        assert err in ("", "interrupted; the same command goes on from here\n")
+        assert err in ("", "interrupted; run the same command to resume\n")
 
 
 @pytest.mark.slow

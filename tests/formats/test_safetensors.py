@@ -128,7 +128,7 @@ def test_of_both_forms_the_released_one_is_loaded(copy: pathlib.Path) -> None:
 
 def test_a_conversion_that_is_under_way_is_not_loaded(copy: pathlib.Path) -> None:
     (copy / forms.WORK).mkdir()
-    assert "got a conversion's unfinished one; start the same" in refusal(copy)
+    assert "got an unfinished conversion; start the same" in refusal(copy)
 
 
 def test_the_checksum_is_that_of_the_values(tiny: pathlib.Path) -> None:
@@ -214,7 +214,7 @@ def twice(good: bytes) -> bytes:
 
 HASH = "sha256:" + "0" * 64
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-WHOLE = "expected a whole safetensors file, got a damaged one ("
+WHOLE = "expected a complete safetensors file, got a damaged one ("
 # fmt: off
 INDEX_CASES: dict[str, tuple[Damage, str]] = {
     "empty": (edited(lambda _: b""), "expected valid JSON"),
@@ -227,7 +227,7 @@ INDEX_CASES: dict[str, tuple[Damage, str]] = {
     "endless": (lambda path: os.truncate(path, 1 << 40), "expected at most 4194304 bytes of JSON"),
     "list": (edited(lambda _: b"[]"), "expected a JSON object, got a list"),
     "name-twice": (edited(lambda good: good.replace(b"{", b'{"metadata": 1,', 1)), "comes twice"),
-    "by-others": (index(lambda f: f.pop("checksums")), "an index by another program does not do"),
+    "by-others": (index(lambda f: f.pop("checksums")), "by another program is not accepted"),
     "list-of-files": (index(lambda f: f.update(weight_map=[])), "expected metadata"),
     "no-size": (index(lambda f: f["metadata"].pop("total_size")), "expected metadata"),
     "other-format": (index(lambda f: f["metadata"].update(format="pt")),

@@ -130,7 +130,10 @@ def test_processes_with_other_numbers_of_devices_are_refused(start: Start, addre
     ]
     for result in map(finish, pair):
         assert result.status == 1
-        sentence = "expected as many devices in each process, got 1 in process 0, 2 in process 1; "
+        sentence = (
+            "expected the same number of devices in each process, got 1 in process 0, "
+            "2 in process 1; "
+        )
         assert sentence in result.err, result.err
 
 
@@ -328,7 +331,7 @@ def test_a_process_of_another_program_is_refused(
         file.write("# changed\n")
     first = start(run.__file__, *place(address, 0), *ASK)
     second = finish(start(tmp_path / "run.py", *place(address, 1)))
-    told = f"{tmp_path}: expected this program as on process 0, got another version of it"
+    told = f"{tmp_path}: expected the same program as on process 0, got another version"
     assert second.status == 1 and second.err.startswith(f"error: {told}; install the same")
     assert told in finish(first).err
 
@@ -341,7 +344,7 @@ def test_a_process_that_never_comes_is_named(start: Start, address: str) -> None
         result = finish(process, 5 + 2 + SLACK)
         assert (result.status, result.out) == (1, "")
         assert re.fullmatch(
-            rf"error: process 2 of 3 never came to {address} within 5 s; start all 3 [^\n]*\n",
+            rf"error: process 2 of 3 did not connect to {address} within 5 s; start all 3 [^\n]*\n",
             result.err,
         ), result.err
 
@@ -837,8 +840,8 @@ def test_a_failed_collective_is_one_sentence(
     with pytest.raises(SystemExit):
         run.fail(error, alone, sys.stderr)
     assert re.fullmatch(
-        r"error: the connection of the devices of all processes failed \(RuntimeError: Gloo "
-        r"context failed: DEADLINE_EXCEEDED\); look at the network [^\n]*\n",
+        r"error: the connection between the devices failed \(RuntimeError: Gloo "
+        r"context failed: DEADLINE_EXCEEDED\); check the network [^\n]*\n",
         capsys.readouterr().err,
     )
     alone.loss = "process 1 was lost"  # the cause, which is said in its place
@@ -1027,7 +1030,7 @@ def test_when_the_reader_of_the_answers_goes_all_end(start: Start, address: str)
     assert first.wait(60) == 141
     result = finish(second, SLACK)
     assert result.status == 1
-    assert "process 0 of 2" in result.err and "the reader of its answers has gone" in result.err
+    assert "process 0 of 2" in result.err and "its answers closed the pipe" in result.err
 
 
 # Standard output, which gloo prints to from C++.
@@ -1061,12 +1064,12 @@ def test_a_closed_output_is_told_before_loading(start: Start, address: str) -> N
         (["--process-id", 0], "--process-id needs --distributed"),
         (
             ["--distributed", "--coordinator", "a:1"],
-            "--coordinator needs --num-processes and --process-id, or none of them to be given",
+            "--coordinator needs --num-processes and --process-id; give all of them or none",
         ),
         (["--distributed", "--process-id", 0], "--process-id needs --coordinator and"),
         (
             ["--distributed", *("--coordinator", "a:1", "--num-processes", 2, "--process-id", 2)],
-            "argument --process-id: expected one from 0 to 1, as there are 2 processes, got 2",
+            "--process-id: expected an integer from 0 to 1, as there are 2 processes, got 2",
         ),
         (["--distributed", "--coordinator", "here"], "expected HOST:PORT such as 10.0.0.1:1234"),
         (["--distributed", "--coordinator", "here:70000"], "expected HOST:PORT"),
@@ -1094,8 +1097,8 @@ def test_without_a_place_or_a_job_the_run_ends(start: Start) -> None:
     result = finish(start(run.__file__, "--distributed", *ASK))
     assert result.status == 1
     assert result.err == (
-        "error: expected a job of SLURM, GKE or MPI, which says where this process stands, found "
-        "none; give --coordinator HOST:PORT --num-processes N --process-id I\n"
+        "error: expected a job of SLURM, GKE or MPI, found none; give "
+        "--coordinator HOST:PORT --num-processes N --process-id I\n"
     )
 
 

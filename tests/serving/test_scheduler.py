@@ -344,7 +344,7 @@ def test_a_stream_has_all_that_comes_after_the_call():
     stream = server().stream(handle)
     assert not [event for _ in range(4) for event in server().step()]
     assert [event.token_id for event in stream] == handle.completion.token_ids
-    with pytest.raises(ValueError, match="expected what submit returned, got 5"):
+    with pytest.raises(ValueError, match="expected a handle from submit, got 5"):
         server().stream(5)
     with pytest.raises(ValueError, match="tokens must be an integer from 1 to 16, got 0"):
         server().stream(handle, 0)
@@ -387,7 +387,7 @@ def test_a_step_that_fails_ends_what_was_running_and_the_next_request_is_served(
         with pytest.raises(RuntimeError, match="out of memory"):
             list(server().stream(handle))
     assert handle.completion.finish_reason == "error"
-    expected_error = "the step that worked on it .* [(]RuntimeError: out of memory[)]; ask again"
+    expected_error = "the step that worked on it .* [(]RuntimeError: out of memory[)]; try again"
     assert re.fullmatch(expected_error, handle.completion.error)
     assert server().generate([request]) == expected
 
@@ -727,7 +727,7 @@ def test_a_step_whose_cleaning_up_is_cut_too_is_cleaned_up_after(monkeypatch, na
     for found, answer in zip(ended, expected, strict=True):
         assert found.token_ids == answer.token_ids[: len(found.token_ids)]
     for found in ended[1:]:
-        assert found.finish_reason == "error" and found.error.endswith("; ask again")
+        assert found.finish_reason == "error" and found.error.endswith("; try again")
     assert later.completion == expected[0] and server().generate(requests) == expected
     np.testing.assert_array_equal(scores, server().score([[5, 6, 7]])[0])
 

@@ -157,7 +157,7 @@ def test_a_request_of_another_server_is_refused():
 def test_cancelling_what_is_not_ours_is_refused():
     other = make(slots=1)
     handle = other.submit(LONG[0])
-    for wrong, message in ((handle, "to another server"), (3, "expected what submit returned")):
+    for wrong, message in ((handle, "to another server"), (3, "expected a handle from submit")):
         with pytest.raises(ValueError, match=message):
             server().cancel(wrong)
     with pytest.raises(ValueError, match="to another server"):
