@@ -5,7 +5,6 @@ Dimension letters as in model.py.
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import haiku as hk
@@ -36,7 +35,6 @@ from model import (
     rotate_half,
     write_rows,
 )
-from paths import ROOT
 from small import normal
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -654,16 +652,3 @@ def test_gradient_descent_learns_to_count():
         params = jax.tree.map(lambda p, g: p - np.float32(0.5) * g, params, slopes)
         losses.append(float(loss))
     assert losses[-1] < 0.25 * losses[0]  # measured: from 4.3 to 0.4
-
-
-# ----------------------------------------------------------------------------------- as documented
-
-
-def test_the_snippet_in_the_readme_runs():
-    readme = (ROOT / "README.md").read_text()
-    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if "hk.transf" in s)
-    names: dict = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    assert names["logits"].shape == (1, 3, 256)
-    assert names["logits"].dtype == jnp.float32
-    assert np.all(np.isfinite(names["logits"]))
