@@ -389,7 +389,7 @@ def given(array):
         ({"hooks": {"embeddings": lambda x: x}}, r"'embeddings' failed \(.*positional arg.*pure"),
         (
             {"hooks": {"hidden_states": lambda layer, x: 2 * x if layer == 1 else x}},
-            r"'hidden_states' failed \(Attempted boolean conversion.*jnp.where\(layer ==.* of if",
+            r"'hidden_states' failed \(\w+: Attempted boolean .*jnp.where\(layer ==.* of if",
         ),
         ({"hooks": {"embeddings": lambda _, x: np.sin(x)}}, "'embeddings' failed.*jax.numpy"),
         ({"hooks": {"embeddings": lambda _, x: x[x > 0]}}, "'embeddings' failed.*jnp.where"),
