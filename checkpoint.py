@@ -1,6 +1,6 @@
 """Load, save and check a checkpoint; its files are read shard by shard.
 
-The parameters are `{module: {param: leaf}}`, every leaf of a module under
+The parameters are `{module: {param: leaf}}`; every leaf of a module under
 `transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. grok1/formats/layout.py
 defines the files and their order; this module reads and writes the arrays in them. A checkpoint is
 in the released form or in safetensors files; both are loaded the same way.
@@ -261,7 +261,7 @@ def _shapes_of(params: Params) -> dict[str, list[int]]:
 
 
 def write(directory: Directory, params: Params, config: Mapping[str, Any] | None = None) -> None:
-    """Write any parameter tree in the released layout, and `config` as DIR/config.json.
+    """Write a parameter tree in the released layout, and `config` as DIR/config.json.
 
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
         layer at a time. Float parameters keep their dtype.

@@ -88,12 +88,14 @@ def test_an_unknown_argument_gets_the_nearest_name(tiny: pathlib.Path) -> None:
 def test_a_loaded_model_is_not_changed(loaded: runner.InferenceRunner, name: str) -> None:
     """A change of `config` reached `inspect` and not `generate`, without a word."""
     before = getattr(loaded, name)
-    with pytest.raises(AttributeError, match=f"{name}: .* load another one, by load_model with"):
+    with pytest.raises(AttributeError, match=f"{name}: .* call load_model with other arguments"):
         setattr(loaded, name, None)
     with pytest.raises(AttributeError, match=f"{name}: expected no change to a loaded model"):
         delattr(loaded, name)
     assert getattr(loaded, name) is before
     loaded.statistics = runner.Statistics()  # takes effect
-    with pytest.raises(ValueError, match=r"statistics: expected a Statistics\(\), with which the"):
+    with pytest.raises(
+        ValueError, match=r"statistics: expected a Statistics\(\), which restarts the"
+    ):
         loaded.statistics = 5  # type: ignore[assignment]
     loaded.note = "mine"  # type: ignore[attr-defined]

@@ -432,7 +432,7 @@ def test_a_loop_of_unknown_length_names_what_has_a_gradient() -> None:
         how = Execution()
         return apply_model(server.config, how, server.params, tokens, hooks=hooks).logits.sum()
 
-    with pytest.raises(ValueError, match=f"loops of a length .* have no gradient; {INSTEAD}"):
+    with pytest.raises(ValueError, match=f"loops of unknown length have no gradient; {INSTEAD}"):
         jax.grad(number)(1.0)
     _, slope = jax.jvp(number, (1.0,), (1.0,))
     mapped = jax.vmap(lambda size: jax.jvp(number, (size,), (1.0,))[1])(jnp.ones(2))

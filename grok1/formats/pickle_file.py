@@ -388,7 +388,7 @@ class _Reader:
 
 
 class _Writer:
-    """A pickler of descriptions, like Python's in protocol 4, that leaves out the arrays' bytes."""
+    """Writes a pickle of protocol 4, as Python does, without the bytes of arrays."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes | None] = [_PROTOCOL_4]

@@ -125,7 +125,7 @@ def axis_size(mesh: AnyMesh | None, axes: Axes) -> int:
 
 
 def all_model_axes(mesh: AnyMesh | None, model_axis: str) -> str | tuple[str, str]:
-    """Return the axes that split all widths except keys and values: with replica, if present."""
+    """Return the axes that split all widths except keys and values, with replica if present."""
     replicated = mesh is not None and REPLICA_AXIS in mesh.shape
     return (model_axis, REPLICA_AXIS) if replicated else model_axis
 

@@ -67,7 +67,7 @@ LINE_CASES: dict[str, tuple[str, str]] = {
     "prompt": ('{"prompt": 5}', "line 2: prompt: expected a string or a list of token ids, got 5"),
     "prompt-ids": ('{"prompt": [5, true]}', "a list of token ids, got [5, true]"),
     "id": ('{"prompt": "A", "id": [1]}', "line 2: id: expected a string or an integer, got [1]"),
-    "repeated-key": ('{"prompt": "A", "prompt": "B"}', "the key 'prompt' comes twice in an obj"),
+    "repeated-key": ('{"prompt": "A", "prompt": "B"}', "the key 'prompt' is repeated in an obj"),
     "nan": ('{"prompt": "A", "temperature": NaN}', "(NaN is no JSON number)"),
     "infinite": ('{"prompt": "A", "temperature": -1e999}', "-1e999 is too large for a float)"),
     "utf-8": ("caf\udce9", "line 2: expected text in UTF-8, got the byte 0xe9; convert the file"),

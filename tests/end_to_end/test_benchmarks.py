@@ -191,7 +191,7 @@ def test_what_cannot_be_measured_is_one_sentence(
 def test_without_a_compiler_there_are_no_kernels_to_measure() -> None:
     options = "--config", "demo", "--no-starts", "--forms", "kernels"
     status, err = run_speed(*options, CXX="/bin/false")
-    assert status == 2 and err.splitlines()[-1].startswith("error: --forms: there are no kernels")
+    assert status == 2 and err.splitlines()[-1].startswith("error: --forms: the kernels are not")
 
 
 def test_options_that_do_not_fit_together_are_refused(

@@ -329,11 +329,11 @@ ARGUMENT_CASES: dict[str, tuple[Sequence[object], int, str]] = {
                                "a model axis of 3 does not divide num_kv_heads = 8; use one of "
                                "[1, 2, 4, 8]"),
     "mesh-too-large": (("--mesh", "4,8"), 1,
-                       "a mesh of 4,8 needs 32 devices, but this machine has 16, for which the "
+                       "a mesh of 4,8 needs 32 devices, but this machine has 16, on which the "
                        "model can use the meshes 16,1 8,2 4,4 2,8;"),
     "batch": (("--batch", "0"), 2, "--batch: expected an integer from 1 to 2147483647, got '0'"),
     "large-batch": (("--batch", "99999999999"), 2, "from 1 to 2147483647, got '99999999999'"),
-    "context": (("--context", "65"), 1, "context: expected 1 to 64 tokens, which the model has"),
+    "context": (("--context", "65"), 1, "context: expected 1 to 64 tokens, the model's own"),
     "short-context": (("--context", "3", "--prompt-ids", "5 6 7"), 1,
                       "request 1: the prompt has 3 tokens, and the context of 3 must hold"),
     "memory": (("--device-memory", "80"), 2, "--device-memory: expected a number and a unit such "

@@ -215,7 +215,9 @@ def test_weights_go_with_the_configuration_that_was_read(tmp_path: pathlib.Path)
     def save(*_: int) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(CheckpointError, match="config.json: expected the configuration of before"):
+    with pytest.raises(
+        CheckpointError, match="config.json: expected the configuration from before"
+    ):
         load_server(tmp_path, kernels=False, progress=save)
     load_server(tmp_path, kernels=False)
 
@@ -618,7 +620,7 @@ def test_config_is_a_dict_or_none(tmp_path: pathlib.Path) -> None:
         (b'{"a": 1', "expected valid JSON"),
         (b'{"a": "\xff"}', "expected valid JSON"),
         (b"[" * 200_000, "expected valid JSON"),
-        (b'{"model": {"emb_size": 8, "emb_size": 9}}', "the key 'emb_size' comes twice in an obj"),
+        (b'{"model": {"emb_size": 8, "emb_size": 9}}', "the key 'emb_size' is repeated in an obj"),
         (b'{"output_multiplier_scale": NaN}', "got an error (NaN is no JSON number)"),
         (b'{"vocab_size": 1' + b"0" * 400 + b"}", "000... is too large for a float)"),
         (b"[1, 2]", "expected a JSON object, got a list"),
