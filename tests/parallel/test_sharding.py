@@ -319,7 +319,7 @@ def test_an_axis_longer_than_the_key_value_heads_must_be_split():
         TINY.check_mesh(make_mesh((1, 16)))
     for sizes in ((1, 4, 2), (1, 2, 8)):
         devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
-        with pytest.raises(ValueError, match="as make_mesh"):
+        with pytest.raises(ValueError, match="as from make_mesh"):
             TINY.check_mesh(Mesh(devices, ("data", "model", "replica")))
 
 
