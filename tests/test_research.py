@@ -170,9 +170,10 @@ def test_positions_have_the_axes_of_each_site() -> None:
         np.testing.assert_allclose(own, other, atol=1e-4)
 
 
-def test_pads_in_a_chunk_change_no_token() -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_pads_in_a_chunk_change_no_token(kernel: bool) -> None:
     """NaN of a hook at pads was multiplied by weights of zero."""
-    server = golden.runner("three-layers")
+    server = golden.runner("three-layers", kernel=kernel)
     hooks = {"embeddings": lambda _, x: jnp.where(positions() < 0, jnp.nan, x)}
     np.testing.assert_allclose(
         server.logits([PROMPT, OTHER], hooks=hooks), server.logits([PROMPT, OTHER]), atol=1e-5
@@ -217,7 +218,7 @@ def test_numbers_that_no_dtype_holds_are_refused(value: float) -> None:
         server.logits(PROMPT, hooks={"hidden_states": add}, hook_args=(value,))
 
 
-def test_scores_with_hooks_are_those_of_a_changed_model() -> None:
+def test_scores_with_hooks_are_of_a_changed_model() -> None:
     server = golden.runner("three-layers")
     hooked: Any = {"hooks": {("hidden_states", 1): add}, "hook_args": (300 * direction(server),)}
     changed = server.score([PROMPT, OTHER[:3]], **hooked)

@@ -72,7 +72,7 @@ def test_suggested_options_are_there(command: Command) -> None:
     assert set(ELSEWHERE.values()) <= set(re.findall("--[a-z-]+", command("--help").out))
 
 
-def test_what_waits_at_standard_input_is_not_lost_unsaid(tmp_path: pathlib.Path) -> None:
+def test_input_that_is_not_read_is_told(tmp_path: pathlib.Path) -> None:
     """`echo text | python run.py` answered another prompt without a word."""
     said = "standard input is ignored; use --prompts-file - to read prompts"
     text = tmp_path / "text"
