@@ -492,7 +492,7 @@ class Peers:
         try:
             while (message := link.receive(expected)) is not None:
                 self._take(link, *message)
-            how = link.failure or "its connection was closed"
+            how = "its connection was closed"
         except TimeoutError:
             how = f"no sign of life for {self.peer_timeout:g} s"
         except (OSError, ValueError) as error:
@@ -501,7 +501,8 @@ class Peers:
             self._finish_alone()
             return
         self._lose(
-            f"{link.name} was lost during {link.phase}: {how}; all processes end, start them again"
+            f"{link.name} was lost during {link.phase}: {link.failure or how}; all processes end, "
+            "start them again"
         )
 
     def _finish_alone(self) -> None:

@@ -117,7 +117,7 @@ def test_progress_of_answers_leaves_out_of_its_rate_what_was_there_before(
         progress(62, 100)
     words = capsys.readouterr().err.split()
     assert words[:5] == ["answering:", "62", "of", "100", "answers,"]
-    assert words[6:8] == ["a", "second,"] and words[9:] == ["s", "left"]
+    assert words[6:8] == ["per", "second,"] and words[9:] == ["s", "left"]
     rate, left = float(words[5]), float(words[8])
     assert 1 < rate < 20.1 and left == pytest.approx(38 / rate, rel=0.1, abs=1)
 
