@@ -86,7 +86,7 @@ class TransformerConfig:
 
     def __new__(cls, *_: Any, **fields: Any):
         """Reject fields that belong to Execution."""
-        config_checks.refuse_moved(fields)
+        config_checks.reject_moved_field(fields)
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -761,7 +761,7 @@ class LanguageModel(hk.Module):
         valid = (tokens > config.pad_token) & (index < count[:, None])  # [B, T]
         context = prepare(memory, valid, count, sequence)
         position = context.start[:, None] + index  # [B, T]
-        probe.place = position, valid
+        probe.positions = position, valid
         # A query sees the valid keys up to its own position, including those in the memory.
         causal = jnp.arange(context.valid.shape[1]) <= position[..., None]  # [B, T, S]
         mask = causal & context.valid[:, None]

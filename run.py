@@ -34,10 +34,10 @@ from grok1.cli.console import (
     Worker,
     end_at_next_interrupt,
     limit_reached,
+    notice_if_slow,
     open_standard_streams,
     run_command,
     say,
-    telling,
     write_out,
 )
 from grok1.cli.job import Job, agree, prepare
@@ -57,11 +57,11 @@ MOST_DEVICES = 128  # virtual ones: more exhaust the threads and memory of a mac
 
 def find_peers(options: Options, errors: TextIO) -> multihost.Peers:
     """Find this process's id and number among the processes of the run."""
-    place = multihost.find_place(
+    process = multihost.find_process(
         options.coordinator, options.num_processes, options.process_id, options.join_timeout
     )
     tell = functools.partial(say, file=errors)
-    return multihost.Peers(place, options.join_timeout, options.peer_timeout, tell)
+    return multihost.Peers(process, options.join_timeout, options.peer_timeout, tell)
 
 
 def keep_output(first: bool) -> None:
@@ -86,7 +86,7 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
     flags = os.environ.get("XLA_FLAGS", "")
     if devices > 1 and "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-    with telling("starting JAX"):
+    with notice_if_slow("starting JAX"):
         import jax  # Takes seconds, so after all checks that do not need it.
 
         from grok1 import backend, compile_cache
@@ -101,7 +101,7 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
         say(reason)
     began = time.perf_counter()
     if options.kernels and backend.on_cpu():
-        with telling("compiling the CPU kernels, once"):
+        with notice_if_slow("compiling the CPU kernels, once"):
             kernels.available()
     progress.start()
     try:
@@ -110,7 +110,7 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
             job.tokenizer,
             mesh=mesh,
             # The same as before an interruption, since rounding depends on it.
-            slots=options.batch or slots_for(len(prompts.places_of_answers(options))),
+            slots=options.batch or slots_for(len(prompts.answer_keys(options))),
             dtype=options.dtype,
             context=options.context,
             requests=prompts.make_requests(options, job.left),
@@ -163,25 +163,25 @@ def generate(
     with Progress("answering", already=len(answers.done) if answers else 0) as progress:
         if answers:
             answers.progress = progress
-            progress(len(answers.done), len(answers.places))
+            progress(len(answers.done), len(answers.keys))
         printer = answers or make_printer(options)
         timing = Timing(tokens)
         ended = {}  # answers whose routing is to be shown
         failed = {}
         try:
             # If answers go to a file, a progress bar is shown instead.
-            said = contextlib.nullcontext() if answers else telling(READING)
+            said = contextlib.nullcontext() if answers else notice_if_slow(READING)
             for event, now in arrivals(lambda: worker.call(next, events, None), said):
                 if not timing.tokens:
                     progress.start()  # leave compilation out of the estimate
-                place = event.request, event.sample
+                key = event.request, event.sample
                 if event.finish_reason == "error":
-                    failed[place] = event.completion.error
+                    failed[key] = event.completion.error
                 else:
                     prompt = 0 if event.sample else len(event.completion.prompt_ids)
-                    timing.take(place, event.finish_reason is not None, prompt, now)
+                    timing.take(key, event.finish_reason is not None, prompt, now)
                     if options.show_routing and event.finish_reason is not None:
-                        ended[place] = event.completion
+                        ended[key] = event.completion
                 with uninterrupted(signal.SIGINT, multihost.WAKE):
                     printer.show(event._replace(request=job.left[event.request]))
         finally:
@@ -194,7 +194,7 @@ def generate(
         write_out(f"\nexperts of [{index + 1}{several}], best first")
         show_routing(worker, server, ended[index, sample])
     if options.stats:
-        say(timing.block(work_of(server)))
+        say(timing.block(statistics_of(server)))
     if not failed:
         return None
     (index, _), error = min(failed.items())
@@ -212,7 +212,7 @@ def show_routing(worker: Worker, server: Any, answer: Any) -> None:
     print_routing(pieces, found.captured.expert_index, server.config.model.num_experts)
 
 
-def work_of(server: Any) -> list[tuple[str, str]]:
+def statistics_of(server: Any) -> list[tuple[str, str]]:
     """Return the server's statistics as pairs of name and value."""
     done = server.statistics
     if not done.tokens:
@@ -226,23 +226,23 @@ def work_of(server: Any) -> list[tuple[str, str]]:
 
 def make_printer(options: Options) -> Any:
     """Return the printer of the answers to standard output."""
-    places = prompts.places_of_answers(options)
+    keys = prompts.answer_keys(options)
     if options.json:
-        return JsonPrinter(places, [line.id for line in options.lines])
-    return TextPrinter([line.prompt for line in options.lines], places)
+        return JsonPrinter(keys, [line.id for line in options.lines])
+    return TextPrinter([line.prompt for line in options.lines], keys)
 
 
 def serve(worker: Worker, options: Options) -> None:
     """Load the model and answer, in one process."""
     job = prepare(options)
-    if nothing_left(job):
+    if all_answered(job):
         return
     with ByteProgress("loading") as progress:
         server = worker.call(make_server, job, progress)
     if options.interactive:
         make = functools.partial(prompts.request_for, options)
         settings = interactive.Settings(make, server.check, options.seed)
-        interactive.converse(worker, server, settings, options.stats)
+        interactive.run_session(worker, server, settings, options.stats)
     elif failure := generate(worker, server, job):
         raise ValueError(failure)
 
@@ -251,22 +251,22 @@ def connect_processes(server: Any, peers: multihost.Peers) -> None:
     """Wait until all processes have loaded the model, and connect their devices."""
     from grok1.parallel.sharding import connect
 
-    peers.meet()
+    peers.wait_for_all()
     if server.mesh is not None:
         connect(server.mesh)
 
 
-def serve_together(worker: Worker, options: Options, peers: multihost.Peers) -> None:
+def serve_distributed(worker: Worker, options: Options, peers: multihost.Peers) -> None:
     """Load the model and answer, as one of several processes."""
-    first = peers.place.process == 0
+    first = peers.process.process_id == 0
     if not first:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # they only report what ended them
     worker.call(peers.join)
     peers.phase("load")
     job = worker.call(agree, peers, options)
     keep_output(first)  # after opening --output, which may be /dev/stdout
-    count = peers.place.processes
-    if not nothing_left(job):
+    count = peers.process.num_processes
+    if not all_answered(job):
         with ByteProgress("loading") as progress:
             server = worker.call(make_server, job, progress, count)
         worker.call(connect_processes, server, peers)
@@ -276,10 +276,10 @@ def serve_together(worker: Worker, options: Options, peers: multihost.Peers) -> 
     worker.call(peers.close)
 
 
-def nothing_left(job: Job) -> bool:
+def all_answered(job: Job) -> bool:
     """Report and return whether all prompts have been answered already."""
     if not job.left:
-        count = len(prompts.places_of_answers(job.options))
+        count = len(prompts.answer_keys(job.options))
         say(f"{job.options.output} holds all {count} answers already")
     return not job.left
 
@@ -290,7 +290,7 @@ def show_plan(options: Options) -> None:
     # Replaced by jax_num_cpu_devices below, once the size of the mesh is known.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = re.sub(r"\S*xla_force_host_platform_device_count\S*", "", flags)
-    with telling("starting JAX"):
+    with notice_if_slow("starting JAX"):
         import jax
 
         from checkpoint import config_in
@@ -304,7 +304,7 @@ def show_plan(options: Options) -> None:
     config = grok_1() if directory is None else config_in(directory)
     config = with_settings(config, options.dtype or "bfloat16", options.context)
     jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))
-    with telling("compiling the model for its mesh, without weights"):
+    with notice_if_slow("compiling the model for its mesh, without weights"):
         found = plan.make_plan(
             config,
             options.mesh,
@@ -313,7 +313,7 @@ def show_plan(options: Options) -> None:
             bandwidth=options.bandwidth,
             directory=directory,
         )
-    write_out(as_json(dataclasses.asdict(found)) if options.json else plan.in_words(found))
+    write_out(as_json(dataclasses.asdict(found)) if options.json else plan.format_plan(found))
 
 
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:
@@ -365,7 +365,7 @@ def main() -> int:
             if options.distributed:
                 signal.signal(multihost.WAKE, signal.default_int_handler)
                 peers = worker.call(find_peers, options, errors)
-                serve_together(worker, options, peers)
+                serve_distributed(worker, options, peers)
             elif options.plan:
                 worker.call(show_plan, options)
             else:

@@ -58,7 +58,7 @@ from grok1.serving.request import (
 )
 from grok1.serving.request_limits import CHUNKS
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
-from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics, answer_alone
+from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics, generate_alone
 from grok1.serving.scoring import TokenScores
 from grok1.serving.steps import EMBEDDINGS, MOST_TOKENS, LoadedModel
 from grok1.serving.text import BOS_TOKEN, Vocabulary, load_tokenizer
@@ -409,7 +409,7 @@ class InferenceRunner:
         if self._get_loaded()[0].hooked(hooks, hook_args).hooks:
             self._check_all(requests)
             checked = map(self._check, requests)
-            events = self._with_model(answer_alone, checked, hooks=hooks, hook_args=hook_args)
+            events = self._with_model(generate_alone, checked, hooks=hooks, hook_args=hook_args)
         else:
             events = self.generate_events(requests, tokens=MOST_TOKENS)
         found: dict[tuple[int, int], Completion] = {}

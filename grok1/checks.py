@@ -21,7 +21,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 def require(condition: bool, field: str, expected: str, got: Any) -> None:
     """Raise ValueError, `field: expected ..., got ...`, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{field}: expected {expected}, got {_shown(got)}")
+        raise ValueError(f"{field}: expected {expected}, got {_shorten(got)}")
 
 
 def require_integers(config: Any, least: int, *fields: str, most: float = math.inf) -> None:
@@ -41,7 +41,7 @@ def require_positive(config: Any, least: float, most: float, *fields: str) -> No
         require(within, field, f"a number from {least:g} to {most:g}", value)
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     """Return the text of a value for an error message, shortened if it is very long."""
     if is_integer(value) and abs(value) >= _LONG:
         return "an integer of more than 40 digits"  # Python refuses to print very long ones

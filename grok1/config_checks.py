@@ -34,7 +34,7 @@ FACTORS = 1e-6, 1e6
 MOVED = "expert_dispatch", "scan_unroll", "kernels", "router"
 
 
-def refuse_moved(fields: Iterable[str]) -> None:
+def reject_moved_field(fields: Iterable[str]) -> None:
     """Raise ValueError for a field that has moved from the configuration to Execution."""
     for name in fields:
         if name in MOVED:
@@ -115,7 +115,7 @@ def check_router(config: TransformerConfig, router: Callable[[int], Any] | None)
 def from_fields(cls: type, fields: Any) -> Any:
     """Build a configuration from a mapping of plain fields."""
     require(isinstance(fields, Mapping), "model", "an object of the transformer's fields", fields)
-    refuse_moved(fields)
+    reject_moved_field(fields)
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in fields:
         field = name if str(name).isidentifier() and len(name) <= 60 else "a field"

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from grok1.checks import require, require_integers
 from grok1.kernels import dispatch
 from grok1.ops import mixture
-from grok1.ops.cache import KVMemory, Place, caches, place_of, read_rows, with_caches
+from grok1.ops.cache import CacheIndex, KVMemory, cache_index, caches, read_rows, with_caches
 from grok1.ops.derivatives import no_reverse
 from grok1.ops.layers import Layer, scan_layers
 from grok1.ops.mixture import Params
@@ -179,13 +179,13 @@ class Execution:
                 "prefill in smaller chunks"
             )
 
-        def local(cache: jax.Array, new: jax.Array, place: Place) -> jax.Array:
-            return self.operations.write_rows(cache, new, *self._local(place, cache))
+        def local(cache: jax.Array, new: jax.Array, index: CacheIndex) -> jax.Array:
+            return self.operations.write_rows(cache, new, *self._local(index, cache))
 
         cache, rows = self._cache_specs
-        write = on_shards(local, self.mesh, (cache, rows, self._place_specs), cache)
-        place, (keys, values) = place_of(memory, k.shape[1]), caches(memory)
-        return with_caches(memory, write(keys, k, place), write(values, v, place))
+        write = on_shards(local, self.mesh, (cache, rows, self._index_specs), cache)
+        index, (keys, values) = cache_index(memory, k.shape[1]), caches(memory)
+        return with_caches(memory, write(keys, k, index), write(values, v, index))
 
     def attend_cached(
         self, query: jax.Array, memory: KVMemory, mask: jax.Array, multiplier: float
@@ -196,8 +196,10 @@ class Execution:
         reads only filled positions.
         """
 
-        def local(query: jax.Array, k: Any, v: Any, mask: jax.Array, place: Place) -> jax.Array:
-            layer, start, length, sequence = self._local(place, k)
+        def local(
+            query: jax.Array, k: Any, v: Any, mask: jax.Array, index: CacheIndex
+        ) -> jax.Array:
+            layer, start, length, sequence = self._local(index, k)
             where = layer, start + length, sequence
             return self.operations.attend_cached(query, k, v, mask, multiplier, *where)
 
@@ -205,26 +207,26 @@ class Execution:
         mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
         cache, _ = self._cache_specs
         queries = P(self.data_axis, None, self.model_axis, self._shared_axis, None)
-        in_specs = queries, cache, cache, P(self.data_axis), self._place_specs
+        in_specs = queries, cache, cache, P(self.data_axis), self._index_specs
         attend = on_shards(local, self.mesh, in_specs, queries)
-        return no_reverse(attend(query, *caches(memory), mask, place_of(memory, rows)))
+        return no_reverse(attend(query, *caches(memory), mask, cache_index(memory, rows)))
 
     def read(self, memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the results of `cache.read_rows`, in the activation dtype."""
         k, v, filled = read_rows(memory, rows)
         return self.operations.view(k), self.operations.view(v), filled
 
-    def _local(self, place: Place, cache: jax.Array) -> Place:
+    def _local(self, index: CacheIndex, cache: jax.Array) -> CacheIndex:
         """Make sequence indices relative to a device's own, within `on_shards`."""
-        if self.mesh is None or place.sequence is None:
-            return place
+        if self.mesh is None or index.sequence is None:
+            return index
         first = lax.axis_index(self.data_axis) * cache.shape[1]
-        return place._replace(sequence=place.sequence - first)
+        return index._replace(sequence=index.sequence - first)
 
     @property
-    def _place_specs(self) -> Any:
+    def _index_specs(self) -> Any:
         rows: Any = P(self.data_axis)
-        return Place(P(), rows, rows, rows)  # type: ignore[arg-type]
+        return CacheIndex(P(), rows, rows, rows)  # type: ignore[arg-type]
 
     @property
     def _cache_specs(self) -> tuple[P, P]:

@@ -42,7 +42,7 @@ _QUICK: dict[str, str | bool] = {
 }
 
 
-def compile_to_look_at(lowered: jax.stages.Lowered) -> Any:
+def compile_for_inspection(lowered: jax.stages.Lowered) -> Any:
     """Compile a program that will not run, in about half the time -> jax.stages.Compiled.
 
     Temporaries (except some hundred bytes) and exchanges are those of the usual program; the code

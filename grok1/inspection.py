@@ -79,9 +79,9 @@ class Probe:
 
     capture: the sites to capture. layers: the layers to capture, as indices from 0; None: all.
     hooks: functions (layer, array) -> array by site, or by site and layer from 0. layer: int32 [],
-    passed to hooks; -1 outside the layers. place: the positions of the call's tokens, int32 [B, T],
+    passed to hooks; -1 outside the layers. positions: those of the call's tokens, int32 [B, T],
     and which are not pads, bool [B, T]. changing: site and number of axes of the array that a hook
-    is processing. `positions` reads both.
+    is processing. The function `positions` reads both.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class Probe:
         self.layers = layers
         self.hooks = hooks or {}
         self.layer = layer
-        self.place: tuple[jax.Array, jax.Array] | None = None
+        self.positions: tuple[jax.Array, jax.Array] | None = None
         self.changing: tuple[str, int] | None = None
         self.found: dict[str, jax.Array] = {}
 
     def within(self, layer: jax.Array) -> "Probe":
         """Return a probe for the same sites and hooks in one layer, with nothing found yet."""
         probe = Probe(self.capture, self.layers, self.hooks, layer)
-        probe.place = self.place
+        probe.positions = self.positions
         return probe
 
     def __call__(self, site: str, array: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ class Probe:
             self.found[site] = array
         return array
 
-    def asks_for(self, site: str) -> bool:
+    def uses(self, site: str) -> bool:
         """Whether a site is captured or changed."""
         return site in self.capture or any(_parts(key)[0] == site for key in self.hooks)
 
@@ -165,7 +165,7 @@ def tap(site: str, array: jax.Array) -> jax.Array:
 def tapped(site: str) -> bool:
     """Return whether the call being traced asks for a site."""
     probe = _asked.get()
-    return probe is not None and probe.asks_for(site)
+    return probe is not None and probe.uses(site)
 
 
 def positions() -> jax.Array:
@@ -177,9 +177,9 @@ def positions() -> jax.Array:
     outside a hook.
     """
     probe = _asked.get()
-    if probe is None or probe.place is None or probe.changing is None:
+    if probe is None or probe.positions is None or probe.changing is None:
         raise RuntimeError("positions: expected to be called by a hook, got a call outside one")
-    position, valid = probe.place
+    position, valid = probe.positions
     found, (site, axes) = jnp.where(valid, position, -1), probe.changing
     if site == "attention_weights":
         return found[:, None, :, None]

@@ -146,7 +146,7 @@ def make_plan(
     held = sum(weights.values())
     most = max(step.temporaries for step in steps.values())
     peak = held + cache + most
-    files = None if directory is None else look_for_files(config, directory, stored)
+    files = None if directory is None else find_files(config, directory, stored)
     found = Plan(
         parameters=parameter_count(config),
         mesh=sizes,
@@ -373,7 +373,9 @@ def compile_steps(
         execution = executions.decode if chunk is None else executions.prefill
         inputs = abstract_inputs(config, execution, rows, chunk, stored)
         step = decode if chunk is None else prefill
-        program = hlo.compile_to_look_at(step.lower(*inputs, config=config, execution=execution))
+        program = hlo.compile_for_inspection(
+            step.lower(*inputs, config=config, execution=execution)
+        )
         return _read_step(program, fixed_bytes(config, sizes, rows, stored))
 
     batches = sorted({sizes[0], batch, MANY * batch})
@@ -405,9 +407,7 @@ def _read_step(program: Any, held: int) -> Step:
 # ------------------------------------------------------------------------------------ this machine
 
 
-def look_for_files(
-    config: LanguageModelConfig, directory: Path, stored: Any = None
-) -> dict[str, Any]:
+def find_files(config: LanguageModelConfig, directory: Path, stored: Any = None) -> dict[str, Any]:
     """Return which files of a checkpoint are in DIR, and which are missing or invalid.
 
     form: "released" or "safetensors"; without a checkpoint, "released" with all files missing.
@@ -533,12 +533,12 @@ def gigabytes(size: float) -> str:
     return f"{size / unit:.3g} {name}"
 
 
-def devices_in_words(count: int) -> str:
+def format_devices(count: int) -> str:
     """Return "1 device" or "8 devices"."""
     return f"{count} device{'s' if count > 1 else ''}"
 
 
-def in_words(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """Return the plan as a page of text."""
     data, model = plan.mesh
     total = sum(plan.weights.values())
@@ -548,7 +548,7 @@ def in_words(plan: Plan) -> str:
     chunks = f"prompts in chunks of {plan.prefill_chunk}"
     lines = [
         f"model     {plan.parameters:,} parameters, {plan.dtype} activations",
-        f"mesh      data {data} x model {model} = {devices_in_words(plan.devices)}{copies}",
+        f"mesh      data {data} x model {model} = {format_devices(plan.devices)}{copies}",
         f"load      {plan.batch} x {plan.context} tokens, {chunks}",
         "",
         "memory of each device",

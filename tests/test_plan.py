@@ -152,7 +152,7 @@ def test_exchanges_are_counted_for_each_layer(small):
 def test_one_device_exchanges_nothing():
     found = plan.make_plan(TINY, (1, 1))
     assert found.steps["prefill"].exchanged == found.steps["decode"].exchanged == {}
-    assert "  nothing" in plan.in_words(found)
+    assert "  nothing" in plan.format_plan(found)
 
 
 @pytest.mark.exhaustive
@@ -265,7 +265,7 @@ def test_the_smallest_mesh_that_fits_is_chosen(memory, expected):
 
 def test_a_checkpoint_is_looked_for(tmp_path):
     source = golden.DIRECTORY / "three-layers"
-    found = plan.look_for_files(TINY, source)
+    found = plan.find_files(TINY, source)
     assert found["found"] == found["expected"] == 38
     assert found["found_bytes"] == found["expected_bytes"] > 0
     assert not found["missing"] and not found["wrong_size"]
@@ -281,7 +281,7 @@ def test_a_checkpoint_is_looked_for(tmp_path):
         "copy should hold 38 files, and there are 1 missing and 1 of the wrong size, "
         "tensor00007_000 first."
     )
-    assert "37 of 38 in " in plan.in_words(found)
+    assert "37 of 38 in " in plan.format_plan(found)
     shutil.copytree(source, tmp_path / "other")
     path = tmp_path / "other" / "ckpt-0" / "tensor00003_000"
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -314,7 +314,7 @@ def test_safetensors_count_as_files(tmp_path):
     checkpoint.convert(golden.DIRECTORY / "three-layers", tmp_path, forms.SAFETENSORS)
     found = plan.make_plan(TINY, (1, 1), directory=tmp_path)
     assert found.files["problem"] is None and ";" not in found.verdict
-    assert "files     safetensors in " in plan.in_words(found)
+    assert "files     safetensors in " in plan.format_plan(found)
     (tmp_path / "outer.safetensors").unlink()
     assert "outer.safetensors" in plan.make_plan(TINY, (1, 1), directory=tmp_path).verdict
 

@@ -25,7 +25,7 @@ from grok1.serving.names import nearest_name
 MOST_BYTES = 1e18  # of a device, or per second
 PATIENCE = 1.0  # seconds to wait until a full non-blocking pipe takes a message
 READING = "reading the prompt; the first time, the model is compiled"
-SILENCE = 0.7  # seconds before `telling` prints to a terminal
+SILENCE = 0.7  # seconds before `notice_if_slow` prints to a terminal
 
 
 def open_standard_streams() -> None:
@@ -94,7 +94,7 @@ def input_waits() -> bool:
 
 
 @contextlib.contextmanager
-def telling(what: str) -> Iterator[None]:
+def notice_if_slow(what: str) -> Iterator[None]:
     """Print `what` to a terminal if the block takes long."""
     timer = threading.Timer(SILENCE, say, [what])
     timer.daemon = True

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from grok1.cli.console import READING, Worker, say, standard_input, telling, write_out
+from grok1.cli.console import READING, Worker, notice_if_slow, say, standard_input, write_out
 from grok1.cli.prompts import with_options
 from grok1.cli.timing import Timing, arrivals
 from grok1.serving.names import nearest_name, published_names
@@ -124,7 +124,7 @@ class Settings:
         self._last = secrets.randbelow(2**32) if self._seed is None else self._seed
         return self._make(prompt, self._changes | {"rng_seed": self._last})
 
-    def obey(self, line: str) -> None:
+    def run_command(self, line: str) -> None:
         """Run a command line that begins with a slash. Raises ValueError."""
         match line.split():
             case ["/help"]:
@@ -173,7 +173,7 @@ class Settings:
             self._changes[name] = value
 
 
-def converse(worker: Worker, server: Any, settings: Settings, stats: bool = False) -> None:
+def run_session(worker: Worker, server: Any, settings: Settings, stats: bool = False) -> None:
     """Answer each line of the input until it ends.
 
     worker: the thread that runs jax. stats: print latencies after each answer.
@@ -190,7 +190,7 @@ def converse(worker: Worker, server: Any, settings: Settings, stats: bool = Fals
                 if command.startswith("//"):
                     line = command[1:]
                 elif command.startswith("/"):
-                    settings.obey(command)
+                    settings.run_command(command)
                     continue
                 request = settings.request(line)
                 _answer(worker, server, request, keyboard, timing)
@@ -210,7 +210,7 @@ def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timin
     def ask() -> Any:
         return None if keyboard.pressed else worker.call(next, events, None)
 
-    for event, now in arrivals(ask, telling(READING)):
+    for event, now in arrivals(ask, notice_if_slow(READING)):
         if event.token_id is not None:
             timing.take(event.request, prompt=len(event.completion.prompt_ids), at=now)
         write_out(event.text, end="")

@@ -49,8 +49,8 @@ def prepare(options: Options) -> Job:
     directory, tokenizer = choose_files(options)
     answers = open_answers(options, directory, tokenizer)
     done = answers.done if answers else set()
-    places = prompts.places_of_answers(options)
-    left = sorted({index for index, sample in places if (index, sample) not in done})
+    keys = prompts.answer_keys(options)
+    left = sorted({index for index, sample in keys if (index, sample) not in done})
     return Job(options, directory, tokenizer, answers, left)
 
 
@@ -58,8 +58,8 @@ def agree(peers: Peers, options: Options) -> Job:
     """Return the job of process 0 with this process's files, which must have equal contents."""
     from grok1 import backend  # Takes seconds.
 
-    job = prepare(options) if peers.place.process == 0 else None
-    shared = peers.share(_told(job) if job else None)
+    job = prepare(options) if peers.process.process_id == 0 else None
+    shared = peers.share(_to_json(job) if job else None)
     if job:
         return job
     if _program() != shared["program"]:
@@ -80,7 +80,7 @@ def agree(peers: Peers, options: Options) -> Job:
     return Job(own, directory, tokenizer, None, shared["left"])
 
 
-def _told(job: Job) -> dict[str, Any]:
+def _to_json(job: Job) -> dict[str, Any]:
     """Return the data that process 0 sends to the others, as JSON."""
     from grok1 import backend
 
@@ -153,8 +153,8 @@ def open_answers(options: Options, directory: Path, tokenizer: Path | None) -> A
         fingerprint(request=prompts.fields_of(options, index), id=name, model=model)
         for index, name in enumerate(ids)
     ]
-    places = prompts.places_of_answers(options)
-    return AnswerFile(options.output, places, fingerprints, ids, options.resume)
+    keys = prompts.answer_keys(options)
+    return AnswerFile(options.output, keys, fingerprints, ids, options.resume)
 
 
 def _contents(directory: Path, tokenizer: Path | None) -> dict[str, str]:

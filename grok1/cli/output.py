@@ -16,7 +16,7 @@ from grok1.checks import is_integer
 from grok1.cli.console import write_out
 from grok1.formats import atomic
 
-Place = tuple[int, int]  # of an answer: index of its prompt, and of the answer within it
+AnswerKey = tuple[int, int]  # of an answer: index of its prompt, and of the answer within it
 BEGINNING = b'{"index": %d, "sample": %d, '  # the beginning of a line of an output file
 MOST_BYTES = 2**30  # in such a line; an incomplete one may be as large as the disk
 
@@ -76,12 +76,12 @@ class Lines:
 class TextPrinter:
     """Streams a single answer; prints several with their prompts, each when it is finished."""
 
-    def __init__(self, prompts: Sequence[Any], places: Sequence[Place]):
-        self.alone = len(places) == 1
+    def __init__(self, prompts: Sequence[Any], keys: Sequence[AnswerKey]):
+        self.alone = len(keys) == 1
         self.prompt = prompts[0] if self.alone and isinstance(prompts[0], str) else ""
         self.begun = False
-        self.several = {index for index, sample in places if sample}
-        self.open: dict[Place, Any] = {}
+        self.several = {index for index, sample in keys if sample}
+        self.open: dict[AnswerKey, Any] = {}
         self.lines = Lines()
 
     def _begin(self) -> None:
@@ -98,10 +98,10 @@ class TextPrinter:
             write_out(f"{event.token_id} " if ids else event.text, end="")
             self.begun = True
             return
-        place = event.request, event.sample
-        self.open[place] = event.completion
+        key = event.request, event.sample
+        self.open[key] = event.completion
         if event.finish_reason is not None:
-            self._whole(place)
+            self._whole(key)
 
     def close(self) -> None:
         """End the line, and print the incomplete answers of an interrupted batch."""
@@ -109,12 +109,12 @@ class TextPrinter:
         if self.begun:
             write_out("")
         self.lines.print_again()
-        for place in sorted(self.open):
-            self._whole(place)
+        for key in sorted(self.open):
+            self._whole(key)
 
-    def _whole(self, place: Place) -> None:
-        index, sample = place
-        answer = self.open.pop(place)
+    def _whole(self, key: AnswerKey) -> None:
+        index, sample = key
+        answer = self.open.pop(key)
         prompt = " ".join(map(str, answer.prompt_ids)) if answer.prompt is None else answer.prompt
         text = " ".join(map(str, answer.token_ids)) if answer.text is None else answer.text
         # Unlike text, ids need a separator before the answer.
@@ -126,13 +126,13 @@ class TextPrinter:
 class JsonPrinter:
     """Prints finished answers as JSON lines, in the order of the prompts.
 
-    places: of all answers. ids: the user's name for each prompt, or None.
+    keys: of all answers. ids: the user's name for each prompt, or None.
     """
 
-    def __init__(self, places: Sequence[Place], ids: Sequence[str | int | None]) -> None:
+    def __init__(self, keys: Sequence[AnswerKey], ids: Sequence[str | int | None]) -> None:
         self.ids = ids
-        self.waiting = collections.deque(places)
-        self.finished: dict[Place, Any] = {}
+        self.waiting = collections.deque(keys)
+        self.finished: dict[AnswerKey, Any] = {}
         self.lines = Lines()
 
     def show(self, event: Any) -> None:
@@ -145,16 +145,16 @@ class JsonPrinter:
     def close(self) -> None:
         """Print the other finished answers of an interrupted batch."""
         self.lines.print_again()
-        for place in sorted(self.finished):
-            self._print(place)
+        for key in sorted(self.finished):
+            self._print(key)
 
-    def _print(self, place: Place) -> None:
-        self.lines.print(as_json(fields_of_line(place, self.ids, self.finished.pop(place))))
+    def _print(self, key: AnswerKey) -> None:
+        self.lines.print(as_json(fields_of_line(key, self.ids, self.finished.pop(key))))
 
 
-def fields_of_line(place: Place, ids: Sequence[str | int | None], answer: Any) -> dict[str, Any]:
-    """Return the JSON fields of an answer: its place, the id of its prompt, and the answer."""
-    index, sample = place
+def fields_of_line(key: AnswerKey, ids: Sequence[str | int | None], answer: Any) -> dict[str, Any]:
+    """Return the JSON fields of an answer: its key, the id of its prompt, and the answer."""
+    index, sample = key
     own = {} if ids[index] is None else {"id": ids[index]}
     return {"index": index, "sample": sample} | own | answer_fields(answer)
 
@@ -170,9 +170,9 @@ def fingerprint(**values: Any) -> str:
 class AnswerFile:
     """Writes each answer to a file as a JSON line when it is finished.
 
-    places: of all answers. fingerprints: of each request, written to the lines to detect whether
+    keys: of all answers. fingerprints: of each request, written to the lines to detect whether
     existing answers belong to this run. ids: the user's name for each prompt, or None. resume: keep
-    the existing answers, whose places are in `done`. progress: called with the number of answers
+    the existing answers, whose keys are in `done`. progress: called with the number of answers
     written and in total.
 
     Raises ValueError, with an error message, if the file is not writable or has other contents.
@@ -181,17 +181,17 @@ class AnswerFile:
     def __init__(
         self,
         path: Path,
-        places: Sequence[Place],
+        keys: Sequence[AnswerKey],
         fingerprints: Sequence[str],
         ids: Sequence[str | int | None],
         resume: bool = False,
     ):
         self.path = path
-        self.places = frozenset(places)
+        self.keys = frozenset(keys)
         self.fingerprints = fingerprints
         self.ids = ids
         self.progress: Callable[[int, int], object] = lambda _, __: None
-        self.done: set[Place] = set()
+        self.done: set[AnswerKey] = set()
         try:
             # Opened only once, so that the file checked and locked is the file written.
             how = os.O_RDWR if resume else os.O_WRONLY
@@ -200,7 +200,7 @@ class AnswerFile:
             self._regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
             self._size = 0  # least size of the file, as standard error may also go there
             if self._regular:  # a device or a pipe is shared
-                self._take_up(resume)
+                self._read_existing(resume)
             elif resume:
                 raise ValueError(
                     f"{path}: expected a file to resume, got a pipe or a device, which does not "
@@ -214,21 +214,21 @@ class AnswerFile:
 
     def show(self, event: Any) -> None:
         """Write a finished answer; one that ended with an error is left to another run."""
-        place = event.request, event.sample
+        key = event.request, event.sample
         # Some of several answers to a prompt may have been there before.
-        if event.finish_reason not in (None, "error") and place not in self.done:
-            self._write(place, event.completion)
-            self.done.add(place)
-            self.progress(len(self.done), len(self.places))
+        if event.finish_reason not in (None, "error") and key not in self.done:
+            self._write(key, event.completion)
+            self.done.add(key)
+            self.progress(len(self.done), len(self.keys))
 
-    def _write(self, place: Place, answer: Any) -> None:
-        fields = fields_of_line(place, self.ids, answer)
-        fields["fingerprint"] = self.fingerprints[place[0]]
+    def _write(self, key: AnswerKey, answer: Any) -> None:
+        fields = fields_of_line(key, self.ids, answer)
+        fields["fingerprint"] = self.fingerprints[key[0]]
         try:
             self._append(as_json(fields).encode() + b"\n")
         except OSError as error:
             raise ValueError(
-                f"{self.path}: {len(self.done)} of {len(self.places)} answers are written, "
+                f"{self.path}: {len(self.done)} of {len(self.keys)} answers are written, "
                 f"and no more can be ({error.strerror}); fix that, and start again, with --resume "
                 "if it is a file"
             ) from error
@@ -256,7 +256,7 @@ class AnswerFile:
             "removed, replaced or truncated; start again, with --resume if the file is there"
         )
 
-    def _take_up(self, resume: bool) -> None:
+    def _read_existing(self, resume: bool) -> None:
         """Lock the file and read its answers; remove an incomplete last line."""
         if not atomic.lock(self._descriptor):
             raise ValueError(
@@ -277,7 +277,7 @@ class AnswerFile:
             for number, line in enumerate(lines, 1):
                 place = f"{self.path}, line {number}"
                 if line.endswith(b"\n"):
-                    self.done.add(self._place(line, place))
+                    self.done.add(self._key(line, place))
                     whole += len(line)
                 elif len(line) > MOST_BYTES or not self._may_begin(line):
                     self._refuse(line, place)
@@ -290,11 +290,11 @@ class AnswerFile:
         # Without a complete line before it, it must be long enough to identify it.
         return any(
             half.startswith(beginning) or (self.done and beginning.startswith(half))
-            for beginning in (BEGINNING % place for place in self.places)
+            for beginning in (BEGINNING % key for key in self.keys)
         )
 
-    def _place(self, line: bytes, place: str) -> Place:
-        """Return the place of the answer in a line. Raises ValueError if it is not of this run."""
+    def _key(self, line: bytes, place: str) -> AnswerKey:
+        """Return the key of the answer in a line. Raises ValueError if it is not of this run."""
         try:
             fields = json.loads(line)
             index, sample, found = fields["index"], fields["sample"], fields["fingerprint"]
@@ -311,7 +311,7 @@ class AnswerFile:
                 "another prompt, other settings or another model; give those that the file was "
                 "started with, or name another file"
             )
-        known = is_integer(sample) and (index, sample) in self.places
+        known = is_integer(sample) and (index, sample) in self.keys
         if not known or (index, sample) in self.done:
             raise ValueError(
                 f"{place}: expected each answer once, got number {sample!r} of prompt {index + 1} "

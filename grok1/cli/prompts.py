@@ -126,17 +126,17 @@ def _parse(text: str, place: str) -> Line:
     ids = isinstance(prompt, list) and all(map(is_integer, prompt))
     if not isinstance(prompt, str) and not ids:
         raise ValueError(
-            f"{place}: prompt: expected a string or a list of token ids, got {_shown(prompt)}"
+            f"{place}: prompt: expected a string or a list of token ids, got {_shorten(prompt)}"
         )
     if name is not None and type(name) not in (str, int):
-        raise ValueError(f"{place}: id: expected a string or an integer, got {_shown(name)}")
+        raise ValueError(f"{place}: id: expected a string or an integer, got {_shorten(name)}")
     try:
         return Line(prompt, name, published_names(fields), place)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return _short(json.dumps(value))
 
 
@@ -191,7 +191,7 @@ def fields_of(options: Options, index: int) -> dict[str, Any]:
     return {"prompt": line.prompt} | command_settings(options) | line.settings
 
 
-def places_of_answers(options: Options) -> list[tuple[int, int]]:
+def answer_keys(options: Options) -> list[tuple[int, int]]:
     """Return the place of each answer: index of its prompt, and of the answer within it."""
     found = []
     for index in range(len(options.lines)):
@@ -242,11 +242,13 @@ def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
         known = ", ".join(both.get(field, field) for field in hints if field != "prompt")
         raise ValueError(
             f'{place}: expected the keys "prompt", "id" and settings of a request ({known}), got '
-            f"{_shown(name)}{nearest_name(name, [*hints, *PUBLISHED])}"
+            f"{_shorten(name)}{nearest_name(name, [*hints, *PUBLISHED])}"
         )
     if not _fits(value, hints[name]):
-        wanted = _words(hints[name])
-        raise ValueError(f"{place}: {both.get(name, name)}: expected {wanted}, got {_shown(value)}")
+        wanted = _json_type(hints[name])
+        raise ValueError(
+            f"{place}: {both.get(name, name)}: expected {wanted}, got {_shorten(value)}"
+        )
 
 
 _NAMES = {
@@ -258,17 +260,18 @@ _NAMES = {
 }
 
 
-def _words(hint: Any) -> str:
+def _json_type(hint: Any) -> str:
     """Return the name of a type in JSON, for error messages."""
     parts = typing.get_args(hint)
     if _is_union(hint):
-        return " or ".join(_words(part) for part in parts)
+        return " or ".join(_json_type(part) for part in parts)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(json.dumps(part) for part in parts)
     if typing.get_origin(hint) is collections.abc.Sequence:
-        return f"a list (each {_words(parts[0])})"
+        return f"a list (each {_json_type(parts[0])})"
     if typing.get_origin(hint) is collections.abc.Mapping:
-        return f"an object (each key {_words(parts[0])} in quotes, each value {_words(parts[1])})"
+        key, value = map(_json_type, parts)
+        return f"an object (each key {key} in quotes, each value {value})"
     return _NAMES.get(hint, str(hint))
 
 
@@ -306,5 +309,5 @@ def _keyed(value: dict[str, Any], place: str) -> dict[Any, Any]:
     except ValueError:
         return value  # rejected when the request is checked
     if len(keyed) < len(value):
-        raise ValueError(f"{place}: expected each token id once, got {_shown(value)}")
+        raise ValueError(f"{place}: expected each token id once, got {_shorten(value)}")
     return keyed

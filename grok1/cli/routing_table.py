@@ -31,7 +31,7 @@ def print_routing(
     cell = max(chosen * digits + (chosen - 1) * len(between), len(str(layers - 1)))
     console.width = max(console.width, TOKEN_WIDTH + cell + 1)  # avoids empty lines by rich
     fitting = max(1, (console.width - TOKEN_WIDTH) // (cell + 1))
-    names = [_legible(piece) for piece in pieces]
+    names = [_printable(piece) for piece in pieces]
     # Captured, as rich would exit the process if a pipe has no reader.
     with console.capture() as shown:
         for first in range(0, layers, fitting):
@@ -63,7 +63,7 @@ def _style(expert: int, rank: int) -> str:
     return ("bold " if rank == 0 else "") + STYLES[expert % len(STYLES)]
 
 
-def _legible(piece: str) -> str:
+def _printable(piece: str) -> str:
     """Return a token's text in the width of its column, with invisible characters escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
     if cell_len(shown) >= TOKEN_WIDTH:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO, NamedTuple
 
 
-class Stamp(NamedTuple):
+class FileVersion(NamedTuple):
     """What identifies a file and its contents: if it is equal, the file is unchanged.
 
     changed: the time of the last modification in ns.
@@ -24,10 +24,10 @@ class Stamp(NamedTuple):
     changed: int
 
 
-def stamp(file: str | int) -> Stamp:
+def stamp(file: str | int) -> FileVersion:
     """Return the stamp of a file, given its path or descriptor. Raises OSError."""
     status = os.stat(file)
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return FileVersion(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def open_regular(path: str) -> BinaryIO:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from grok1.formats.atomic import Stamp
+from grok1.formats.atomic import FileVersion
 from grok1.ops.quantization import QuantizedWeight8bit
 
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
@@ -57,7 +57,7 @@ class Located:
     dtype: str
     offset: int
     path: str = ""
-    stamp: Stamp | None = None
+    stamp: FileVersion | None = None
 
 
 def read_header(file: BinaryIO, size: int) -> Any:

@@ -290,7 +290,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
     }
 
 
-def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.Stamp]:
+def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.FileVersion]:
     """Return the tensors' entries in a file's header, the offset of the values, and its stamp."""
     try:
         with atomic.open_regular(path) as file:

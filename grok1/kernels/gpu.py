@@ -505,7 +505,7 @@ def attend_cached(
         interpret=interpret,
         name="attend_cached",
     )
-    reach = _reach(launch, mask, jnp.minimum(filled, size))
+    reach = _visible_lengths(launch, mask, jnp.minimum(filled, size))
     parts = forward_only(call)(layer, sequence, reach, rows, keys, values, mask)
     out, total = (functools.reduce(operator.add, each) for each in parts)
     total = total[..., None]  # [B, K, T * G, 1]
@@ -526,7 +526,7 @@ def _check_attention(query: jax.Array, keys: jax.Array, values: jax.Array) -> No
         raise ValueError(f"queries and cache must be all bfloat16 or all float32, got {dtypes}")
 
 
-def _reach(launch: AttentionLaunch, mask: jax.Array, filled: jax.Array) -> jax.Array:
+def _visible_lengths(launch: AttentionLaunch, mask: jax.Array, filled: jax.Array) -> jax.Array:
     """Return how many positions each tile of rows has to read, int32 [B, tiles]."""
     if launch.queries == 1 or launch.mask_queries == 1:
         return jnp.broadcast_to(filled[:, None], (launch.batch, launch.tiles))

@@ -27,7 +27,9 @@ def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Ar
     return order, starts
 
 
-def unsorted(out: jax.Array, order: jax.Array, starts: jax.Array, gates: jax.Array) -> jax.Array:
+def combine_sorted(
+    out: jax.Array, order: jax.Array, starts: jax.Array, gates: jax.Array
+) -> jax.Array:
     """Sum the experts' outputs for `sorted_copies`, by gates [B, T, A]: [M * A, D] -> [B, T, D].
 
     The outputs of masked copies count as zero.
@@ -59,7 +61,7 @@ def grouped_experts(
     (gate, value, out), layer = [w.stack for w in weights], weights[0].layer
     hidden = gated_product(rows, gate, value, starts, layer)
     y = grouped_product(hidden.astype(x.dtype), out, starts, layer)
-    return unsorted(y, order, starts, gates)
+    return combine_sorted(y, order, starts, gates)
 
 
 def is_int8(params: Params) -> bool:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.kernels.sorted_experts import sorted_copies, unsorted
+from grok1.kernels.sorted_experts import combine_sorted, sorted_copies
 from grok1.ops import cache, mixture
 from grok1.ops.mixture import Params, expert, expert_count, flat
 from grok1.ops.operations import Operations
@@ -192,7 +192,7 @@ def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) ->
 
     state = jnp.int32(0), jnp.int32(0), jnp.zeros(rows.shape, jnp.float32)
     _, _, out = lax.while_loop(lambda state: state[0] < experts, body, state)
-    return unsorted(out[: tokens * chosen], order, starts, gates)
+    return combine_sorted(out[: tokens * chosen], order, starts, gates)
 
 
 # --------------------------------------------------------------------------------------- the cache

@@ -46,7 +46,7 @@ class Memory(NamedTuple):
     valid: jax.Array
 
 
-class Place(NamedTuple):
+class CacheIndex(NamedTuple):
     """Where one layer's call writes and reads in a stack of caches [L, C, S, K, H]; see KVMemory.
 
     start: int32 [B], the position of each sequence's first new row. Only `sequence` may
@@ -59,13 +59,13 @@ class Place(NamedTuple):
     sequence: jax.Array | None
 
 
-def place_of(memory: KVMemory, rows: int) -> Place:
-    """Return the place of `rows` new positions."""
+def cache_index(memory: KVMemory, rows: int) -> CacheIndex:
+    """Return the index of `rows` new positions."""
     layer = jnp.int32(0) if memory.layer is None else memory.layer
     length = memory.length
     if length is None:
         length = jnp.full(memory.step.shape, rows, jnp.int32)
-    return Place(layer, memory.step, length, memory.sequence)
+    return CacheIndex(layer, memory.step, length, memory.sequence)
 
 
 def caches(memory: KVMemory) -> tuple[jax.Array, jax.Array]:
@@ -81,8 +81,8 @@ def with_caches(memory: KVMemory, k: jax.Array, v: jax.Array) -> KVMemory:
 
 def step_on(memory: KVMemory, rows: int) -> KVMemory:
     """Return the memory after `rows` new positions: `step` grows by the number written."""
-    place = place_of(memory, rows)
-    return memory._replace(step=place.start + place.length)
+    index = cache_index(memory, rows)
+    return memory._replace(step=index.start + index.length)
 
 
 # ------------------------------------------------------------------------- around a call of a model
@@ -173,11 +173,11 @@ def read_rows(memory: KVMemory, rows: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
     rows: T of the call, whose new positions have been written.
     """
-    place = place_of(memory, rows)
-    k, v = (lax.dynamic_index_in_dim(c, place.layer, 0, False) for c in caches(memory))
-    if place.sequence is not None:
-        k, v = k[place.sequence], v[place.sequence]
-    filled = place.start + place.length
+    index = cache_index(memory, rows)
+    k, v = (lax.dynamic_index_in_dim(c, index.layer, 0, False) for c in caches(memory))
+    if index.sequence is not None:
+        k, v = k[index.sequence], v[index.sequence]
+    filled = index.start + index.length
     return k, v, jnp.arange(k.shape[1]) < filled[:, None]
 
 

@@ -77,7 +77,7 @@ class Link:
         with self._sending:
             self._write(data)
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Send a heartbeat, unless a message is being sent, which serves as one. Raises OSError."""
         if self._sending.acquire(blocking=False):
             try:
@@ -147,7 +147,7 @@ class Link:
 Result = TypeVar("Result")
 
 
-def insist(attempt: Callable[[float], Result], timeout: float) -> Result:
+def retry(attempt: Callable[[float], Result], timeout: float) -> Result:
     """Call `attempt` with the remaining seconds until it succeeds. Raises its last OSError."""
     deadline = time.monotonic() + timeout
     while True:

@@ -42,9 +42,9 @@ from grok1.parallel.links import (
     accepted,
     begins_with,
     copy_bytes,
-    insist,
     listen_everywhere,
     pack,
+    retry,
 )
 
 JOIN_TIMEOUT = 120.0  # seconds
@@ -74,16 +74,15 @@ LAST_WORDS = 2.0
 WAKE = getattr(signal, "SIGUSR1", signal.SIGINT)
 
 
-class Place(NamedTuple):
-    """The place of a process in a run.
+class Process(NamedTuple):
+    """A process of a run, as in `jax.distributed.initialize`.
 
-    coordinator: HOST:PORT of process 0. processes: their number. process: the index of this one,
-    from 0.
+    coordinator: HOST:PORT of process 0. process_id: from 0.
     """
 
     coordinator: str
-    processes: int
-    process: int
+    num_processes: int
+    process_id: int
 
 
 class Hello(NamedTuple):
@@ -120,15 +119,15 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def find_place(
+def find_process(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: float = JOIN_TIMEOUT,
-) -> Place:
-    """Return this process's place; jax detects what is None (SLURM, GKE, MPI, TPU).
+) -> Process:
+    """Return this process; jax detects what is None (SLURM, GKE, MPI, TPU).
 
-    Raises ValueError if nothing is detected, or it is not a valid place.
+    Raises ValueError if nothing is detected, or it is not valid.
     """
     found: Any = (coordinator, num_processes, process_id)
     try:
@@ -143,7 +142,7 @@ def find_place(
             )
     except Exception as error:  # an incomplete environment can raise anything
         raise ValueError(
-            f"the place of this process in its job could not be detected ({error!r}); give "
+            f"the id of this process in its job could not be detected ({error!r}); give "
             "--coordinator HOST:PORT --num-processes N --process-id I"
         ) from error
     address, count, index = found[:3]
@@ -155,13 +154,13 @@ def find_place(
     host_and_port(address)
     if not 0 <= index < count:
         raise ValueError(f"expected a process id from 0 to {count - 1}, got {index}")
-    return Place(address, count, index)
+    return Process(address, count, index)
 
 
 class Peers:
     """All processes of a run, as seen by one of them.
 
-    place: of this process. join_timeout: how many seconds it waits for all to connect.
+    process: this one. join_timeout: how many seconds it waits for all to connect.
     peer_timeout: after how many seconds without a heartbeat a process counts as lost. say: prints a
     line for the user, which may quote another process: what this one waits for, and why it ends.
 
@@ -173,12 +172,12 @@ class Peers:
 
     def __init__(
         self,
-        place: Place,
+        process: Process,
         join_timeout: float,
         peer_timeout: float,
         say: Callable[[str], object],
     ):
-        self.place = place
+        self.process = process
         self.join_timeout = join_timeout
         self.peer_timeout = peer_timeout
         self.say = say
@@ -187,7 +186,7 @@ class Peers:
         self._links: dict[int, Link] = {}  # on process 0, to all others; on these, to process 0
         self._pending: list[Link] = []  # oldest first
         self._host = socket.gethostname()
-        self._name = self._name_of(place.process, self._host)
+        self._name = self._name_of(process.process_id, self._host)
         self._phase = "the start"
         self._values: list[Any] = []
         self._complete = False  # all have connected
@@ -207,15 +206,15 @@ class Peers:
 
         Raises ValueError that names the processes that did not connect, or why this one cannot.
         """
-        if self.place.process == 0:
-            self._gather()
+        if self.process.process_id == 0:
+            self._wait_for_others()
         else:
-            self._report()
+            self._connect()
         self._start_jax()
 
     def share(self, value: Any) -> Any:
         """Return process 0's value, as decoded from JSON, on every process; call it on all."""
-        if self.place.process == 0:
+        if self.process.process_id == 0:
             data = pack(value=value)
             if len(data) > FROM_FIRST.limit:
                 raise ValueError(
@@ -244,7 +243,7 @@ class Peers:
             if self._losing:
                 self._changed.wait_for(lambda: self.loss)
                 self.leave()
-        self._send_all(_farewell(f"{self._name} ended: {reason}"))
+        self._send_all(_end_message(f"{self._name} ended: {reason}"))
 
     def leave(self) -> NoReturn:
         """Print what was lost and end this process with status 1, whatever other threads do."""
@@ -269,9 +268,9 @@ class Peers:
             if self.loss is not None:
                 self.leave()
 
-    def meet(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait, without a time limit, until all have called it. Raises ValueError for a loss."""
-        first = self.place.process == 0
+        first = self.process.process_id == 0
         if not first:
             self._send_all(pack(ready=True))
         with self._changed:
@@ -313,33 +312,33 @@ class Peers:
 
     # ------------------------------------------------------------------------------ connecting
 
-    def _gather(self) -> None:
+    def _wait_for_others(self) -> None:
         """On process 0: wait until all others have connected."""
-        host, port = host_and_port(self.place.coordinator)
+        host, port = host_and_port(self.process.coordinator)
         try:
             listener = listen_everywhere(port)
         except OSError as error:
             raise ValueError(
-                f"{self.place.coordinator}: process 0 cannot listen at port {port} "
+                f"{self.process.coordinator}: process 0 cannot listen at port {port} "
                 f"({os.strerror(error.errno or 0)}); end what uses it, or give all processes "
                 "another --coordinator"
             ) from error
         self._start(self._accept, listener)
         deadline = time.monotonic() + self.join_timeout
         with self._changed:
-            while len(self._links) < self.place.processes - 1 and self.loss is None:
+            while len(self._links) < self.process.num_processes - 1 and self.loss is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
                 if not self._changed.wait(min(left, 10)) and left > 10:
-                    self.say(f"waiting for {self._missing()} at {self.place.coordinator}")
-            all_there = len(self._links) == self.place.processes - 1
+                    self.say(f"waiting for {self._missing()} at {self.process.coordinator}")
+            all_there = len(self._links) == self.process.num_processes - 1
             self._complete = all_there and not self._losing
         if not all_there:
-            self._lose(
-                f"{self._missing()} did not connect to {self.place.coordinator} within "
-                f"{self.join_timeout:g} s; start all {self.place.processes} processes, process 0 "
-                f"on {host}, with the same --coordinator, and check that they reach it"
+            self._record_loss(
+                f"{self._missing()} did not connect to {self.process.coordinator} within "
+                f"{self.join_timeout:g} s; start all {self.process.num_processes} processes, "
+                f"process 0 on {host}, with the same --coordinator, and check that they reach it"
             )
         if not self._complete:
             with self._changed:
@@ -347,10 +346,10 @@ class Peers:
             raise ValueError(self.loss)
         self._send_all(pack(begin=True))
 
-    def _report(self) -> None:
+    def _connect(self) -> None:
         """On the others: connect to process 0, and wait until all have."""
-        address = self.place.coordinator
-        hello = Hello(PROTOCOL, self.place.process, self.place.processes, self._host)
+        address = self.process.coordinator
+        hello = Hello(PROTOCOL, self.process.process_id, self.process.num_processes, self._host)
         try:
             question = pack(hello=hello._asdict())
             link, kind, content = self._ask(question, WELCOME, self.join_timeout)
@@ -369,7 +368,7 @@ class Peers:
         self._token = content.get("token")
         with self._changed:
             self._links[0] = link
-        self._start(self._keep_beating, link)
+        self._start(self._send_heartbeats, link)
         self._start(self._listen, link)
         with self._changed:
             # Long enough for process 0 to report which processes did not connect.
@@ -380,19 +379,19 @@ class Peers:
                 raise ValueError(self.loss or f"{address}: no run began within {limit:g} s")
 
     def _missing(self) -> str:
-        wanted = set(range(1, self.place.processes)) - self._links.keys()
+        wanted = set(range(1, self.process.num_processes)) - self._links.keys()
         few = ", ".join(map(str, sorted(wanted)[:8])) + (", ..." if len(wanted) > 8 else "")
-        return f"process{'es' if len(wanted) > 1 else ''} {few} of {self.place.processes}"
+        return f"process{'es' if len(wanted) > 1 else ''} {few} of {self.process.num_processes}"
 
     def _ask(self, question: bytes, expected: Expected, timeout: float) -> tuple[Link, str, Any]:
         """Ask process 0; retry if it does not listen yet or has dropped the connection."""
-        address = host_and_port(self.place.coordinator)
+        address = host_and_port(self.process.coordinator)
 
         def attempt(left: float) -> tuple[Link, str, Any]:
             link = Link(socket.create_connection(address, left), self.peer_timeout)
             return link, *link.ask(question, expected)
 
-        return insist(attempt, timeout)
+        return retry(attempt, timeout)
 
     def _accept(self, listener: socket.socket) -> None:
         """On process 0: accept connections; if too many are pending, drop the oldest of them."""
@@ -403,9 +402,9 @@ class Peers:
                     self._pending[0].shut()
                     self._changed.wait_for(lambda: len(self._pending) < MOST_PENDING)
                 self._pending.append(link)
-            self._start(self._greet, link)
+            self._start(self._handle_connection, link)
 
-    def _greet(self, link: Link) -> None:
+    def _handle_connection(self, link: Link) -> None:
         """Handle a connection to the coordinator's port: a process, or the relay of one."""
         try:
             message = link.receive(GREETING)
@@ -430,7 +429,7 @@ class Peers:
             if refusal is None:
                 answer = pack(welcome={"host": self._host, "token": self._token})
             else:
-                answer = _farewell(refusal)
+                answer = _end_message(refusal)
             try:
                 link.send(answer)  # before other threads can: it must be the first message
             except OSError:
@@ -438,10 +437,10 @@ class Peers:
             if refusal is None:
                 link.name = self._name_of(hello.process, hello.host)
                 self._links[hello.process] = link
-                self._start(self._keep_beating, link)
+                self._start(self._send_heartbeats, link)
                 self._changed.notify_all()
         if refusal is not None and gathering:
-            self._lose(refusal)
+            self._record_loss(refusal)
         return refusal is None
 
     def _refusal(self, hello: Hello) -> str | None:
@@ -455,10 +454,10 @@ class Peers:
                 f"a process on host {host} was started with another version of this program "
                 f"(protocol {protocol}, process 0 has {PROTOCOL}); install the same on all hosts"
             )
-        if count != self.place.processes:
+        if count != self.process.num_processes:
             return (
                 f"process {index} was started with --num-processes {count}, process 0 with "
-                f"{self.place.processes}; start all with the same number"
+                f"{self.process.num_processes}; start all with the same number"
             )
         if not 0 < index < count or index in self._links:
             return (
@@ -476,19 +475,21 @@ class Peers:
             try:
                 function(*arguments)
             except BaseException as error:
-                self._lose(f"{self._name} ended: {error!r} in its thread {function.__name__}")
+                self._record_loss(
+                    f"{self._name} ended: {error!r} in its thread {function.__name__}"
+                )
 
         threading.Thread(target=call, name=function.__name__, daemon=True).start()
 
-    def _keep_beating(self, link: Link) -> None:
+    def _send_heartbeats(self, link: Link) -> None:
         with contextlib.suppress(OSError):  # handled by the thread that listens
             while True:
-                link.beat()
+                link.send_heartbeat()
                 time.sleep(BEAT)
 
     def _listen(self, link: Link) -> None:
         """Receive the messages of one process, until it is lost or done."""
-        expected = FROM_OTHERS if self.place.process == 0 else FROM_FIRST
+        expected = FROM_OTHERS if self.process.process_id == 0 else FROM_FIRST
         try:
             while (message := link.receive(expected)) is not None:
                 self._take(link, *message)
@@ -500,7 +501,7 @@ class Peers:
         if link.done:
             self._finish_alone()
             return
-        self._lose(
+        self._record_loss(
             f"{link.name} was lost during {link.phase}: {link.failure or how}; all processes end, "
             "start them again"
         )
@@ -515,7 +516,7 @@ class Peers:
 
     def _take(self, link: Link, kind: str, content: Any) -> None:
         if kind == "end" and not link.done:  # the end of a process that is done is not a loss
-            self._lose(_one_line(content))
+            self._record_loss(_one_line(content))
         with self._changed:
             if kind == "phase":
                 link.phase = _one_line(content)
@@ -530,16 +531,16 @@ class Peers:
             self._changed.notify_all()
 
     def _name_of(self, index: int, host: str) -> str:
-        return f"process {index} of {self.place.processes} (host {host})"
+        return f"process {index} of {self.process.num_processes} (host {host})"
 
-    def _lose(self, sentence: str) -> None:
+    def _record_loss(self, sentence: str) -> None:
         """Record a loss, if it is the first one, and report it to the others."""
         with self._changed:
             if self._losing or self._ending:
                 return
             self._losing, complete = True, self._complete
         try:
-            self._send_all(_farewell(sentence))
+            self._send_all(_end_message(sentence))
         finally:
             # Only now may this process end; before, the others would report it as lost.
             with self._changed:
@@ -574,7 +575,7 @@ class Peers:
         jax.config.update("jax_enable_preemption_service", False)
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        if self.place.process == 0:
+        if self.process.process_id == 0:
             listener.close()  # it was only to find a free port
             with self._changed:
                 self._jax_port = port
@@ -584,8 +585,8 @@ class Peers:
         slow = SLOWER * int(max(self.peer_timeout, 10))
         jax.distributed.initialize(
             f"127.0.0.1:{port}",
-            self.place.processes,
-            self.place.process,
+            self.process.num_processes,
+            self.process.process_id,
             initialization_timeout=int(self.join_timeout) + slow,
             heartbeat_timeout_seconds=UNWATCHED,
             shutdown_timeout_seconds=slow,
@@ -595,9 +596,9 @@ class Peers:
     def _relay(self, listener: socket.socket) -> None:
         """On the others: forward jax's connections to process 0."""
         for near in accepted(listener):
-            self._start(self._carry, near)
+            self._start(self._forward, near)
 
-    def _carry(self, near: socket.socket) -> None:
+    def _forward(self, near: socket.socket) -> None:
         """On the others: forward one of jax's connections; if it is lost, process 0 is lost."""
         if not begins_with(near, HTTP2, self.peer_timeout):  # another program's
             near.close()
@@ -625,7 +626,9 @@ class Peers:
             )
         if not over and not given_up.is_set():
             name = self._links[0].name
-            self._lose(f"a second connection of {self._name} to {name} {how}; start all again")
+            self._record_loss(
+                f"a second connection of {self._name} to {name} {how}; start all again"
+            )
 
     def _serve_jax(self, link: Link) -> None:
         """On process 0: forward a relay's connection to jax's service, once that has started."""
@@ -634,7 +637,7 @@ class Peers:
             with self._changed:
                 self._changed.wait_for(lambda: self._jax_port, self.join_timeout)
             address = "127.0.0.1", self._jax_port
-            near = insist(lambda left: socket.create_connection(address, left), self.join_timeout)
+            near = retry(lambda left: socket.create_connection(address, left), self.join_timeout)
         except OSError:
             link.close()
             return
@@ -649,6 +652,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
-def _farewell(sentence: str) -> bytes:
+def _end_message(sentence: str) -> bytes:
     """Return the message that tells the other processes why all end."""
     return pack(end=sentence[:LONGEST_SENTENCE])

@@ -22,7 +22,7 @@ from grok1.inspection import (
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import all_model_axes, axis_size
 from grok1.serving.hooked import with_hooks
-from grok1.serving.memory_budget import free_memory, own_device
+from grok1.serving.memory_budget import free_memory, local_device
 from grok1.serving.scoring import check_length
 from grok1.serving.steps import LoadedModel, inspect_step
 
@@ -130,7 +130,7 @@ def _check_room(
 ) -> None:
     """Raise ValueError if captured arrays exceed the free memory of a device or of this host."""
     config, mesh = model.config, model.mesh
-    device = own_device(mesh)
+    device = local_device(mesh)
     free = free_memory(device)
     shapes = captured_shapes(
         config.model, capture, batch=1, steps=length, positions=length,

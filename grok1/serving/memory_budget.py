@@ -23,7 +23,7 @@ def available_memory() -> int | None:
     return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
-def own_device(mesh: Mesh | None) -> jax.Device:
+def local_device(mesh: Mesh | None) -> jax.Device:
     """Return a device of this process, from the mesh if there is one."""
     return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
 
@@ -47,7 +47,7 @@ def check_memory(
 
     stored: the types of the weights, as in `steps.stored_shapes`.
     """
-    device = own_device(mesh)
+    device = local_device(mesh)
     free = free_memory(device)
     if device.platform == "cpu":
         # Virtual devices share the memory of the host, and replicated weights.

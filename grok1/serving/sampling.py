@@ -256,16 +256,18 @@ def _filtered(
     """Apply top-k, nucleus and min-p to logits [B, V] for the sequences `drawing` bool [B]."""
     if settings.top_k is not None:  # before the temperature, which does not change the order
         top_k = jnp.where(drawing, settings.top_k, 0)
-        logits = _if_any(top_k > 0, lambda x: top_k_filter(x, top_k), logits)
+        logits = _apply_if_any(top_k > 0, lambda x: top_k_filter(x, top_k), logits)
     nucleus_p = jnp.where(drawing, settings.nucleus_p, 1)
-    logits = _if_any(nucleus_p < 1, lambda x: _nucleus(x, nucleus_p, temperature), logits)
+    logits = _apply_if_any(nucleus_p < 1, lambda x: _nucleus(x, nucleus_p, temperature), logits)
     if settings.min_p is not None:
         min_p = jnp.where(drawing, settings.min_p, 0)
-        logits = _if_any(min_p > 0, lambda x: _min_p(x, min_p, temperature), logits)
+        logits = _apply_if_any(min_p > 0, lambda x: _min_p(x, min_p, temperature), logits)
     return logits
 
 
-def _if_any(asked: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Any:
+def _apply_if_any(
+    asked: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> Any:
     """Apply a filter if any row needs it, asked bool [B]; otherwise it would change nothing."""
     return lax.cond(jnp.any(asked), function, lambda x: x, x)
 

@@ -729,7 +729,7 @@ class Scheduler:
         self._torn = False
 
 
-def answer_alone(model: LoadedModel, requests: Iterable[CheckedRequest]) -> list[Event]:
+def generate_alone(model: LoadedModel, requests: Iterable[CheckedRequest]) -> list[Event]:
     """Answer requests in a separate scheduler; return the last event of each answer."""
     own = Scheduler(model)
     return [e for e in own.answer(requests, MOST_TOKENS) if e.finish_reason is not None]

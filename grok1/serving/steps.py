@@ -223,7 +223,7 @@ def _draw(
     return Decoded(sample, drawing), slots._replace(settings=settings._replace(active=still))
 
 
-def _whole_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
+def _gather_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
     """Logits [B, 1, V] -> [B, V], each row on one device.
 
     Sampling reads entire rows: gathering them once is cheaper than many reductions.
@@ -350,7 +350,7 @@ def prefill(
         scores = readable(scores, execution.mesh)
         last = jnp.maximum(length - 1, 0)[:, None, None]
         logits = jnp.take_along_axis(logits, last, axis=1)
-    rows = _whole_rows(logits, config, execution.mesh)
+    rows = _gather_rows(logits, config, execution.mesh)
     rows = before.at[slot].set(jnp.where(length[:, None] > 0, rows, before[slot]))
     return scores, _placed(State(output.model_state, slots, rows), config, execution.mesh)
 
@@ -363,7 +363,7 @@ def _first_choices(
     find = on_shards(first_choices, mesh, rows, rows)
 
     def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return find(_whole_rows(position[:, None], config, mesh))
+        return find(_gather_rows(position[:, None], config, mesh))
 
     # One position at a time, so that no device holds [R, T, V].
     found = lax.map(at, jnp.moveaxis(logits, 1, 0))
@@ -389,14 +389,14 @@ def first_token(
     """
     memory, slots, logits = state
     logits = jnp.where(drawing[:, None], logits[source], logits)
-    memory = _take_over(memory, drawing, source, length, config, execution.mesh)
+    memory = _copy_cache(memory, drawing, source, length, config, execution.mesh)
     decoded, slots = _draw(config, execution.mesh, logits, slots, drawing)
     state = _placed(State(memory, slots, logits), config, execution.mesh)
     decoded = jax.tree.map(lambda x: x[None], decoded)
     return readable(decoded, execution.mesh), state
 
 
-def _take_over(
+def _copy_cache(
     memory: Memory,
     taking: jax.Array,
     source: jax.Array,
@@ -478,7 +478,7 @@ def decode(
         output = apply_model(
             config, execution, own, token, memory, length, hooks=bind(hooks, hook_args)
         )
-        rows = _whole_rows(output.logits, config, execution.mesh)
+        rows = _gather_rows(output.logits, config, execution.mesh)
         new, slots = _draw(config, execution.mesh, rows, slots, drawing)
         state = _placed(State(output.model_state, slots, logits), config, execution.mesh)
         return i + 1, jax.tree.map(lambda all, x: all.at[i].set(x), decoded, new), state

@@ -159,7 +159,7 @@ class Detokenizer:
             return self._decode(ready)
         found = [*self._bytes, token]
         values = bytes(self._vocabulary.byte_of[i] for i in found)
-        kept = next((n for n in (3, 2, 1) if n <= len(found) and _begins(values[-n:])), 0)
+        kept = next((n for n in (3, 2, 1) if n <= len(found) and _is_incomplete(values[-n:])), 0)
         cut = len(found) - kept
         self._bytes = found[cut:]
         return self._decode(found[:cut])
@@ -182,7 +182,7 @@ class Detokenizer:
         return text
 
 
-def _begins(values: bytes) -> bool:
+def _is_incomplete(values: bytes) -> bool:
     """Whether these bytes are an incomplete character."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(values) == ""

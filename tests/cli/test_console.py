@@ -375,7 +375,7 @@ def test_only_long_work_is_told_and_only_to_a_terminal(
 ) -> None:
     monkeypatch.setattr(console, "SILENCE", 0.1)
     monkeypatch.setattr(sys, "stderr", stream())
-    with console.telling("cooking"):
+    with console.notice_if_slow("cooking"):
         time.sleep(seconds)
     time.sleep(0.15)
     assert sys.stderr.getvalue() == said  # type: ignore[attr-defined]

@@ -217,8 +217,8 @@ def test_settings_of_a_line_keep_their_names(
 def test_lines_of_json_say_which_answer_they_are(tiny: pathlib.Path, command: Command) -> None:
     asked = ["--checkpoint", tiny, "--prompt-ids", "5 6", "--prompt-ids", "7", "-n", 2, "--json"]
     answers = command(*asked, "--num-samples", 2).answers
-    places = [(answer["index"], answer["sample"]) for answer in answers]
-    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    keys = [(answer["index"], answer["sample"]) for answer in answers]
+    assert keys == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_ids_are_answered_in_words_if_possible(

@@ -43,8 +43,8 @@ def event(index: int, reason: str | None) -> Event:
 
 def opened(path: pathlib.Path, count: int = 3, resume: bool = False) -> AnswerFile:
     """An output file for so many requests."""
-    places = [(i, 0) for i in range(count)]
-    return AnswerFile(path, places, [f"print {i}" for i in range(count)], [None] * count, resume)
+    keys = [(i, 0) for i in range(count)]
+    return AnswerFile(path, keys, [f"print {i}" for i in range(count)], [None] * count, resume)
 
 
 def indices(path: pathlib.Path) -> list[int]:
@@ -344,8 +344,8 @@ def test_a_line_that_is_cut_is_printed_again(
         write(line)
 
     monkeypatch.setattr(output, "write_out", cut)
-    places = [(i, 0) for i in range(3)]
-    whole = {"{": output.JsonPrinter(places, [1, 2, 3]), "[": output.TextPrinter("ABC", places)}
+    keys = [(i, 0) for i in range(3)]
+    whole = {"{": output.JsonPrinter(keys, [1, 2, 3]), "[": output.TextPrinter("ABC", keys)}
     for first, printer in whole.items():
         printed.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -430,8 +430,8 @@ def test_answers_go_to_the_file_and_a_resumed_run_adds_what_is_missing(
     assert list(answers[0])[:3] == ["index", "sample", "prompt"]
     assert list(answers[1])[:3] == ["index", "sample", "id"]
     assert len({answer.pop("fingerprint") for answer in answers}) == 7
-    places = [(answer["index"], answer["sample"]) for answer in answers]
-    assert places == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (4, 0), (5, 0), (6, 0)]
+    keys = [(answer["index"], answer["sample"]) for answer in answers]
+    assert keys == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (4, 0), (5, 0), (6, 0)]
     assert answers == printed and answers[3]["token_ids"] != answers[4]["token_ids"]
 
     both = [i for i, line in enumerate(lines) if json.loads(line)["index"] == 3]

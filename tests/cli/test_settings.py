@@ -29,7 +29,7 @@ def test_set_changes_the_answers_that_follow() -> None:
         "/set top_p 0.5",
         "/set stop=The end",
     ):
-        own.obey(line)
+        own.run_command(line)
     request = own.request("A")
     assert (request.temperature, request.max_len, request.nucleus_p) == (0.9, 7, 0.5)
     assert request.stop == "The end"
@@ -38,31 +38,31 @@ def test_set_changes_the_answers_that_follow() -> None:
 def test_what_is_no_json_is_a_string() -> None:
     own = settings()
     for text in ("[" * 9999, "NaN", "a b", "1" * 9999):
-        own.obey(f"/set stop {text}")
+        own.run_command(f"/set stop {text}")
         assert own.request("A").stop == text
 
 
 def test_none_sets_back_what_was_set(capsys: pytest.CaptureFixture[str]) -> None:
     own = settings(seed=3)
     for line in ("/set stop The end", "/set ignore_eos True", "/set seed 4"):
-        own.obey(line)
+        own.run_command(line)
     assert own.request("A").ignore_eos is True
     capsys.readouterr()
-    own.obey("/set")
+    own.run_command("/set")
     assert json.loads(capsys.readouterr().err) == {"stop": "The end", "ignore_eos": True, "seed": 4}
     for line in ("/set stop none", "/set ignore_eos null", "/set seed None", "/set top_k none"):
-        own.obey(line)
+        own.run_command(line)
     assert own.request("A") == settings(seed=3).request("A")
 
 
 def test_each_answer_has_a_new_seed() -> None:
     own = settings()
     assert len({own.request("A").rng_seed for _ in range(9)}) == 9
-    own.obey("/seed 7")
+    own.run_command("/seed 7")
     assert [own.request("A").rng_seed for _ in range(2)] == [7, 7]
-    own.obey("/seed new")
+    own.run_command("/seed new")
     assert own.request("A").rng_seed != own.request("A").rng_seed
-    own.obey("/set seed 8")
+    own.run_command("/set seed 8")
     assert own.request("A").rng_seed == 8
     assert settings(seed=3).request("A").rng_seed == 3
 
@@ -83,9 +83,9 @@ def test_each_answer_has_a_new_seed() -> None:
 )
 def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
     own = settings()
-    own.obey("/set temperature 0.5")
+    own.run_command("/set temperature 0.5")
     with pytest.raises(ValueError, match=said):
-        own.obey(line)
+        own.run_command(line)
     assert own.request("A").temperature == 0.5
 
 

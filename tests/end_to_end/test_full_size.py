@@ -30,7 +30,7 @@ def step(name: str, sizes: tuple[int, int], sharded: bool = True):
     arguments = abstract_inputs(config, execution, batch=sizes[0], chunk=chunk)
     jitted = prefill if chunk else decode
     lowered = jitted.lower(*arguments, config=config, execution=execution)
-    return hlo.compile_to_look_at(lowered), arguments
+    return hlo.compile_for_inspection(lowered), arguments
 
 
 @pytest.mark.slow

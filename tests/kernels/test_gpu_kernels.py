@@ -364,7 +364,7 @@ def test_attention_moves_what_its_launch_says(name, moved):
     arrays = query, keys, values, mask, _, filled, _ = ATTENTIONS[name].arrays(jnp.bfloat16)
     mask = np.broadcast_to(mask, (*mask.shape[:-1], keys.shape[2]))
     launch = gpu.plan_attention(query, keys, values, mask)
-    reach = np.asarray(gpu._reach(launch, jnp.asarray(mask), jnp.asarray(filled)))
+    reach = np.asarray(gpu._visible_lengths(launch, jnp.asarray(mask), jnp.asarray(filled)))
     jax.block_until_ready(attend(*arrays))
     jax.effects_barrier()
     said = launch.bytes_moved(reach.tolist())
@@ -384,7 +384,7 @@ def test_queries_go_no_further_than_one_of_their_tile_sees():
         jnp.bfloat16
     )
     launch = gpu.plan_attention(query, keys, values, mask)
-    reach = gpu._reach(launch, jnp.asarray(mask), jnp.array([150, 60]))
+    reach = gpu._visible_lengths(launch, jnp.asarray(mask), jnp.array([150, 60]))
     # 90 rows, three a query, in tiles of 64: queries 0 to 21, and 21 to 29.
     assert reach.tolist() == [[142, 150], [52, 60]]
 

@@ -76,7 +76,7 @@ def main_run(directory: pathlib.Path, where: str, arguments: list[str]) -> None:
         time.sleep(2 if place == "late" else 0)
         lost(self, sentence)
 
-    lost, multihost.Peers._lose = multihost.Peers._lose, lose
+    lost, multihost.Peers._record_loss = multihost.Peers._record_loss, lose
     take, multihost.Peers._take = multihost.Peers._take, hear
     console.ByteProgress.__call__ = progress
     multihost.Peers.phase = change
@@ -92,7 +92,7 @@ def main_meet(
     from grok1.cli.console import say
     from grok1.parallel import multihost
 
-    place = multihost.Place(coordinator, int(processes), int(process))
+    place = multihost.Process(coordinator, int(processes), int(process))
     peers = multihost.Peers(place, 30, float(timeout), say)
 
     def hear(*message: Any) -> None:
@@ -154,7 +154,7 @@ def main_read(
     """Read a golden model on each mesh; process 0 writes down what comes out."""
     from grok1.parallel import multihost
 
-    place = multihost.Place(coordinator, int(processes), int(process))
+    place = multihost.Process(coordinator, int(processes), int(process))
     peers = multihost.Peers(place, 60, 60, print)
     peers.join()
     import jax

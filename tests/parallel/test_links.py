@@ -144,8 +144,8 @@ def test_a_long_message_takes_the_time_it_needs(pair: Pair) -> None:
 def test_a_beat_does_not_wait_for_a_message_under_way(pair: Pair) -> None:
     link, far = pair
     with link._sending:
-        link.beat()
-    link.beat()
+        link.send_heartbeat()
+    link.send_heartbeat()
     assert far.recv(100) == pack(alive=True)
 
 

@@ -456,7 +456,7 @@ def meet(
 def connect(address: str) -> socket.socket:
     """Connect to process 0 as soon as it listens."""
     host, port = address.split(":")
-    return links.insist(lambda left: socket.create_connection((host, int(port)), left), 20)
+    return links.retry(lambda left: socket.create_connection((host, int(port)), left), 20)
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -684,7 +684,7 @@ def alone(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[multihos
 
     monkeypatch.setattr(os, "_exit", leave)
     before = signal.signal(multihost.WAKE, signal.default_int_handler)
-    yield multihost.Peers(multihost.Place("127.0.0.1:1", 2, 0), 1, 1, said.append)
+    yield multihost.Peers(multihost.Process("127.0.0.1:1", 2, 0), 1, 1, said.append)
     signal.signal(multihost.WAKE, before)
 
 
@@ -723,7 +723,7 @@ def test_a_loss_leaves_time_for_what_is_being_printed(
     vars(alone).update(_complete=True)
     with pytest.raises(KeyboardInterrupt), uninterrupted(multihost.WAKE):
         with pytest.raises(SystemExit):
-            alone._lose("process 1 was lost")
+            alone._record_loss("process 1 was lost")
         assert waited == [multihost.LAST_WORDS] and said == ["error: process 1 was lost"]
 
 
@@ -744,7 +744,7 @@ def test_process_0_alone_ends_by_a_failed_answer(
         monkeypatch.setattr(run, name, function)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     peers: Any = types.SimpleNamespace(
-        place=multihost.Place("127.0.0.1:1", 2, process),
+        process=multihost.Process("127.0.0.1:1", 2, process),
         join=lambda: None,
         phase=lambda _: None,
         close=lambda: done.append("closed"),
@@ -752,7 +752,7 @@ def test_process_0_alone_ends_by_a_failed_answer(
     options = run.parse_arguments(["--prompt", "Hi"])
     failure = pytest.raises(ValueError, match="request 1: expected finite logits")
     with failure if process == 0 else contextlib.nullcontext():
-        run.serve_together(run.Worker(), options, peers)
+        run.serve_distributed(run.Worker(), options, peers)
     sys.stderr.close()
     assert done == ["closed"] * process
 
@@ -766,7 +766,7 @@ def test_a_loss_just_after_an_interrupt_silences_nothing(
     told: list[str] = []
     monkeypatch.setattr(alone, "end", told.append)
     monkeypatch.setattr(run, "find_peers", lambda *_: alone)
-    monkeypatch.setattr(run, "serve_together", interrupted)
+    monkeypatch.setattr(run, "serve_distributed", interrupted)
     monkeypatch.setattr(run, "end_at_next_interrupt", lambda: signal.raise_signal(multihost.WAKE))
     monkeypatch.setattr(sys, "argv", ["run.py", "--distributed"])
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
@@ -807,7 +807,7 @@ def test_a_lost_connection_of_jax_is_a_loss(
     monkeypatch.setattr(alone, "_ask", ask)
     alone._links[0] = types.SimpleNamespace(name="process 0", send=lambda _: None)  # type: ignore
     alone._closing = ended == "far, at the end"
-    carrying = threading.Thread(target=alone._carry, args=(near,), daemon=True)
+    carrying = threading.Thread(target=alone._forward, args=(near,), daemon=True)
     with jax, near, far, first:
         carrying.start()
         jax.sendall(multihost.HTTP2 + b"question")
@@ -829,7 +829,7 @@ def test_a_stranger_at_a_relay_is_dropped(sent: bytes, alone: multihost.Peers) -
     other, near = socket.socketpair()
     with other, near:
         other.sendall(sent)
-        alone._carry(near)  # after the time-out
+        alone._forward(near)  # after the time-out
         assert other.recv(1) == b"" and alone.loss is None and not alone._carried
 
 
@@ -868,7 +868,7 @@ def test_processes_connect_when_all_have_loaded(
     """gloo takes 30 seconds and no more from the first to the last."""
     sent: list[bytes] = []
     link: Any = types.SimpleNamespace(ready=False, send=sent.append)
-    alone.place, alone._links[1 - process] = alone.place._replace(process=process), link
+    alone.process, alone._links[1 - process] = alone.process._replace(process_id=process), link
     over = threading.Event()
     monkeypatch.setattr(sharding, "connect", lambda mesh: mesh.set())
     server = types.SimpleNamespace(mesh=over)
@@ -936,7 +936,7 @@ def test_a_loss_that_cannot_be_told_ends_the_process(
     signal.signal(multihost.WAKE, signal.SIG_IGN)
     vars(alone).update(_send_all=fail, _complete=True)
     with pytest.raises(SystemExit):
-        alone._lose("process 1 was lost")
+        alone._record_loss("process 1 was lost")
     assert said == ["error: process 1 was lost"]
 
 
