@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 if __name__ == "__main__":
     from grok1.cli.startup import check_surroundings
@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from grok1.checks import require
 from grok1.cli.console import (
@@ -49,11 +50,15 @@ from grok1.cli.console import (
 )
 from grok1.formats import atomic, conversion, forms, layout, loading, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
-from grok1.formats.layout import STACKED, Params, files, read_config
+from grok1.formats.layout import STACKED, LeafTree, files, read_config
 from grok1.formats.loading import Progress
-from grok1.ops.quantization import QuantizedWeight8bit
-from grok1.strict_json import read_json
+from grok1.formats.pickle_file import Array, Leaf, StoredLeaf
+from grok1.ops.quantization import Params, QuantizedWeight8bit, Shapes
+from grok1.parallel.sharding import Shardings
+from grok1.strict_json import Json, read_json
 from model import LanguageModelConfig, grok_1
+
+Item = TypeVar("Item")
 
 __all__ = [
     "CheckpointError",
@@ -100,7 +105,7 @@ def check_config(directory: Directory, config: LanguageModelConfig) -> None:
         raise forms.error(where, "the configuration from before the weights were read", got, remedy)
 
 
-def shapes_in(directory: Directory, config: LanguageModelConfig) -> Params:
+def shapes_in(directory: Directory, config: LanguageModelConfig) -> Shapes:
     """Return the parameter shapes of a model, with the dtypes that are stored in DIR.
 
     The weights are int8 with scales, as released, or floats; embedding, norms and router are
@@ -109,7 +114,7 @@ def shapes_in(directory: Directory, config: LanguageModelConfig) -> Params:
     return layout.shapes_in(directory, config.param_shapes())
 
 
-def check_files(directory: Directory, shapes: Params) -> list[Any]:
+def check_files(directory: Directory, shapes: Shapes) -> list[StoredLeaf]:
     """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
 
     shapes: what the files must hold, as in `files`. If DIR has both forms, DIR/ckpt-0 is used.
@@ -122,11 +127,11 @@ def check_files(directory: Directory, shapes: Params) -> list[Any]:
 
 def load(
     directory: Directory,
-    shapes: Params,
-    shardings: Params | None = None,
-    dtypes: Mapping[str, Any] | None = None,
+    shapes: Shapes,
+    shardings: Shardings | None = None,
+    dtypes: Mapping[str, DTypeLike] | None = None,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> Params:
     """Load the checkpoint in DIR onto devices, each of which gets only its own slices.
 
     All names, sizes and headers are checked before anything is put on a device. Stacked parameters
@@ -170,7 +175,9 @@ def load(
     }
 
 
-def _by_key(tree: Params) -> dict[tuple[str, str, int], Any]:
+def _by_key(
+    tree: Mapping[str, Mapping[str, Item | QuantizedWeight8bit]],
+) -> dict[loading.Key, Item]:
     """Return the arrays of a parameter tree by module, parameter, and index in the leaf."""
     return {
         (module, param, i): array
@@ -180,7 +187,7 @@ def _by_key(tree: Params) -> dict[tuple[str, str, int], Any]:
     }
 
 
-def _cast(shapes: Params, dtypes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _cast(shapes: Shapes, dtypes: Mapping[str, DTypeLike]) -> Shapes:
     """Return `shapes` with the dtypes of the loaded parameters."""
     wanted = {module: dict(leaves) for module, leaves in shapes.items()}
     for name, dtype in dtypes.items():
@@ -192,7 +199,11 @@ def _cast(shapes: Params, dtypes: Mapping[str, Any]) -> dict[str, dict[str, Any]
     return wanted
 
 
-def _check_sharding(path: Any, array: Any, sharding: jax.sharding.Sharding) -> None:
+def _check_sharding(
+    path: tuple[jax.tree_util.DictKey, ...],
+    array: jax.ShapeDtypeStruct,
+    sharding: jax.sharding.Sharding,
+) -> None:
     """Raise ValueError if a sharding does not fit an array, or splits the layer axis."""
     shard = sharding.shard_shape(array.shape)
     if path[0].key.startswith(STACKED) and shard[0] != array.shape[0]:
@@ -210,8 +221,8 @@ def _get_layer(stack: jax.Array, index: jax.Array) -> jax.Array:
 
 def save(
     directory: Directory,
-    params: Params,
-    config: LanguageModelConfig | Mapping[str, Any] | None = None,
+    params: LeafTree,
+    config: LanguageModelConfig | Mapping[str, Json] | None = None,
 ) -> None:
     """Write the parameters of a model as DIR/ckpt-0, and its configuration as DIR/config.json.
 
@@ -239,7 +250,7 @@ def save(
     write(directory, params, config)
 
 
-def _check_types(params: Params) -> None:
+def _check_types(params: LeafTree) -> None:
     """Raise ValueError unless `load` can read the leaves of a parameter tree."""
     tree = "a dict {module: {param: array}}"
     require(isinstance(params, Mapping), "params", tree, params)
@@ -252,7 +263,7 @@ def _check_types(params: Params) -> None:
             require(right, f"{module}/{name}", what, type(leaf) if dtype == "None" else dtype)
 
 
-def _shapes_of(params: Params) -> dict[str, list[int]]:
+def _shapes_of(params: LeafTree) -> dict[str, list[int]]:
     return {
         f"{module}/{name}": list(leaf.shape)
         for module, leaves in params.items()
@@ -260,7 +271,7 @@ def _shapes_of(params: Params) -> dict[str, list[int]]:
     }
 
 
-def write(directory: Directory, params: Params, config: Mapping[str, Any] | None = None) -> None:
+def write(directory: Directory, params: LeafTree, config: Mapping[str, Json] | None = None) -> None:
     """Write a parameter tree in the released layout, and `config` as DIR/config.json.
 
     params: {module: {param: leaf}} of jax or numpy arrays, structured as in `files`; fetched one
@@ -314,7 +325,7 @@ def _check_place(directory: Directory, records: Sequence[TensorFile]) -> None:
         )
 
 
-def _check_config_file(directory: Directory, config: Mapping[str, Any]) -> None:
+def _check_config_file(directory: Directory, config: Mapping[str, Json]) -> None:
     """Raise CheckpointError if another program's config.json would be replaced."""
     path = os.path.join(directory, "config.json")
     atomic.require_plain(path)
@@ -349,11 +360,11 @@ def _marked(directory: Directory, first: str) -> Iterator[None]:
     atomic.remove(marker)
 
 
-def _native(array: Any) -> jax.ShapeDtypeStruct:
+def _native(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, np.dtype(array.dtype).newbyteorder("="))
 
 
-def _fetch(record: TensorFile, leaf: Any) -> Iterator[Any]:
+def _fetch(record: TensorFile, leaf: Leaf) -> Iterator[jax.Array | np.ndarray]:
     """Yield the arrays of one file, each fetched on demand."""
     for array in jax.tree.leaves(leaf):
         if record.layer is not None:

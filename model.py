@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from grok1 import config_checks, parameters
 from grok1.checks import require
@@ -43,9 +44,10 @@ from grok1.inspection import CAPTURE_SITES, Captured, Hook, Site, asking, make_p
 from grok1.ops.cache import KVMemory, Memory, advance, prepare, step_on, write_rows
 from grok1.ops.layers import transform_stacked
 from grok1.ops.mixture import gated_sum, top_k
-from grok1.ops.quantization import QuantizedWeight8bit, matmul, product, sliced
+from grok1.ops.quantization import Params, QuantizedWeight8bit, Shapes, matmul, product, sliced
 from grok1.parallel import mesh_checks
 from grok1.parallel.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, Rules, partition_rules
+from grok1.strict_json import Json
 
 __all__ = [
     "CAPTURE_SITES", "Captured", "DecoderLayer", "DenseBlock", "Execution", "InOutEmbed",
@@ -84,7 +86,7 @@ class TransformerConfig:
     data_axis: str = DATA_AXIS
     model_axis: str = MODEL_AXIS
 
-    def __new__(cls, *_: Any, **fields: Any):
+    def __new__(cls, *_: object, **fields: object):
         """Reject fields that belong to Execution."""
         config_checks.reject_moved_field(fields)
         return super().__new__(cls)
@@ -112,7 +114,7 @@ class TransformerConfig:
         """Return the sizes of a model axis (model times replica) that `check_mesh` accepts."""
         return mesh_checks.model_axis_sizes(self, **others)
 
-    def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> Memory:
+    def init_memory(self, batch_size: int, seq_len: int, dtype: DTypeLike = jnp.bfloat16) -> Memory:
         """Return an empty memory for `batch_size` sequences of up to `seq_len` positions.
 
         k, v: `dtype` [L, B, S, K, H], zero. step: int32 [B]. valid: bool [B, S].
@@ -129,7 +131,7 @@ class TransformerConfig:
     def make(
         self,
         mesh: Mesh | None = None,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         execution: Execution | None = None,
     ) -> "Transformer":
         """Return the module; call this inside `hk.transform`."""
@@ -153,13 +155,13 @@ class LanguageModelConfig:
     embedding_init_scale: float = 1.0
     output_multiplier_scale: float = 1.0
     embedding_multiplier_scale: float = 1.0
-    fprop_dtype: Any = jnp.bfloat16
+    fprop_dtype: DTypeLike = jnp.bfloat16
 
     def __post_init__(self):
         config_checks.check_language_model(self, TransformerConfig)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LanguageModelConfig":
+    def from_dict(cls, fields: Mapping[str, Json]) -> "LanguageModelConfig":
         """Build a configuration from nested plain fields, as in a checkpoint's config.json.
 
         Raises ValueError that names a missing, unknown or invalid field.
@@ -168,7 +170,7 @@ class LanguageModelConfig:
         model = config_checks.from_fields(TransformerConfig, inner)
         return config_checks.from_fields(cls, {**fields, "model": model})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Return the nested plain fields for config.json: all except `fprop_dtype`."""
         fields = dataclasses.asdict(self)
         del fields["fprop_dtype"]
@@ -202,24 +204,22 @@ class LanguageModelConfig:
         model = self.model.make(dtype=self.fprop_dtype, execution=execution)
         return LanguageModel(model, self, execution=execution)
 
-    def init_params(self, seed: int = 0, *, quantized: bool = False) -> dict[str, dict[str, Any]]:
+    def init_params(self, seed: int = 0, *, quantized: bool = False) -> Params:
         """Return random parameters: float32, or int8 with the released scale groups.
 
         Matrices are normal with deviation 1 / sqrt(fan-in), truncated at two deviations; norms one.
         """
         return parameters.random_params(jax.random.key(seed), config=self, quantized=quantized)
 
-    def param_shapes(self, *, quantized: bool = True) -> dict[str, dict[str, Any]]:
+    def param_shapes(self, *, quantized: bool = True) -> Shapes:
         """Return the parameter tree with jax.ShapeDtypeStruct leaves; computes nothing."""
         return jax.eval_shape(lambda: self.init_params(quantized=quantized))
 
-    def quantize_params(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def quantize_params(self, params: Params) -> Params:
         """Round the matrices of a float parameter tree to int8, with the released scale groups."""
         return parameters.quantize_params(self, params)
 
-    def dequantize_params(
-        self, params: Mapping[str, Any], dtype: Any = jnp.float32
-    ) -> dict[str, dict[str, Any]]:
+    def dequantize_params(self, params: Params, dtype: DTypeLike = jnp.float32) -> Params:
         """Return a parameter tree with float matrices in place of the int8 ones."""
         return parameters.dequantize_params(params, dtype)
 
@@ -350,7 +350,7 @@ class InOutEmbed(hk.Module):
         shape = [self.vocab_size, self.embed_dim]
         return hk.get_parameter("embeddings", shape, jnp.float32, init=init)
 
-    def __call__(self, tokens: Array, dtype: Any = jnp.float32) -> Array:
+    def __call__(self, tokens: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """Tokens int [...] -> float32 [..., D], the table rounded to `dtype`."""
         return self.embeddings[tokens].astype(dtype).astype(jnp.float32)
 
@@ -452,7 +452,13 @@ class MultiHeadAttention(hk.Module):
         return MHAOutput(linear(model_size, split="inputs", name="linear")(out), kv_memory)
 
     def _attend(
-        self, execution: Execution, q: Array, k: Array, v: Array, mask: Array, memory: Any
+        self,
+        execution: Execution,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array,
+        memory: KVMemory | None,
     ) -> tuple[Array, KVMemory | None]:
         """Attend from q to the new k, v [B, T', K, H] and, with a memory, to earlier ones."""
         multiplier = self.attn_output_multiplier
@@ -517,7 +523,7 @@ class DenseBlock:
     """
 
     widening_factor: float
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     execution: Execution = ONE_DEVICE
 
     def __call__(self, x: Array) -> Array:
@@ -622,7 +628,7 @@ class DecoderLayer(hk.Module):
 
     config: TransformerConfig
     mesh: Mesh | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     name: str = "decoder_layer"
     _: dataclasses.KW_ONLY
     execution: Execution | None = None
@@ -660,7 +666,7 @@ class Transformer(hk.Module):
 
     config: TransformerConfig
     mesh: Mesh | None = None
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     name: str = "transformer"
     _: dataclasses.KW_ONLY
     execution: Execution | None = None
@@ -706,7 +712,7 @@ class LanguageModel(hk.Module):
     _: dataclasses.KW_ONLY
     execution: Execution | None = None
 
-    def init_memory(self, batch_size: int, seq_len: int, dtype: Any = jnp.bfloat16) -> Memory:
+    def init_memory(self, batch_size: int, seq_len: int, dtype: DTypeLike = jnp.bfloat16) -> Memory:
         """Return an empty memory; see TransformerConfig.init_memory."""
         return self.config.model.init_memory(batch_size, seq_len, dtype)
 

@@ -6,6 +6,8 @@ With --distributed, several processes, on one or more hosts, form one run: they 
 options of process 0, which alone prints. If a process is lost, all others end and report which.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -18,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 # In the background of a shell script, Ctrl-C is ignored, and stays ignored.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -50,6 +52,10 @@ from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
 from grok1.serving.request_limits import CHUNKS
 
+if TYPE_CHECKING:
+    from grok1.serving.request import Completion
+    from runner import InferenceRunner
+
 ROOT = Path(__file__).resolve().parent
 MOST_SLOTS = 8
 MOST_DEVICES = 128  # virtual ones: more exhaust the threads and memory of a machine
@@ -77,7 +83,7 @@ def keep_output(first: bool) -> None:
     os.close(nothing)
 
 
-def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Any:
+def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> InferenceRunner:
     """Load the model according to the options, after checking the remaining prompts."""
     options = job.options
     mesh = options.mesh or (1, 1)
@@ -146,7 +152,10 @@ def chunks(longest: int | None) -> list[int]:
 
 
 def generate(
-    worker: Worker, server: Any, job: Job, phase: Callable[[str], object] = lambda _: None
+    worker: Worker,
+    server: InferenceRunner,
+    job: Job,
+    phase: Callable[[str], object] = lambda _: None,
 ) -> str | None:
     """Print the remaining answers, or write them to a file; then print a line of statistics.
 
@@ -202,7 +211,7 @@ def generate(
     return f"{options.lines[job.left[index]].place}: {error}{others}"
 
 
-def show_routing(worker: Worker, server: Any, answer: Any) -> None:
+def show_routing(worker: Worker, server: InferenceRunner, answer: Completion) -> None:
     """Print the experts to which the tokens of a prompt and its answer were routed."""
     from grok1.cli.routing_table import print_routing
 
@@ -212,7 +221,7 @@ def show_routing(worker: Worker, server: Any, answer: Any) -> None:
     print_routing(pieces, found.captured.expert_index, server.config.model.num_experts)
 
 
-def statistics_of(server: Any) -> list[tuple[str, str]]:
+def statistics_of(server: InferenceRunner) -> list[tuple[str, str]]:
     """Return the server's statistics as pairs of name and value."""
     done = server.statistics
     if not done.tokens:
@@ -224,7 +233,7 @@ def statistics_of(server: Any) -> list[tuple[str, str]]:
     ]
 
 
-def make_printer(options: Options) -> Any:
+def make_printer(options: Options) -> JsonPrinter | TextPrinter:
     """Return the printer of the answers to standard output."""
     keys = prompts.answer_keys(options)
     if options.json:
@@ -247,7 +256,7 @@ def serve(worker: Worker, options: Options) -> None:
         raise ValueError(failure)
 
 
-def connect_processes(server: Any, peers: multihost.Peers) -> None:
+def connect_processes(server: InferenceRunner, peers: multihost.Peers) -> None:
     """Wait until all processes have loaded the model, and connect their devices."""
     from grok1.parallel.sharding import connect
 

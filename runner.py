@@ -12,13 +12,14 @@ import logging
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, TypeVarTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 import checkpoint
 from checkpoint import read_model_config
@@ -28,8 +29,9 @@ from grok1.compile_cache import enable as enable_compile_cache
 from grok1.config_checks import check_router
 from grok1.default_files import default_checkpoint, default_tokenizer
 from grok1.execution import Execution, Executions, fastest
-from grok1.inspection import Hook, Site
+from grok1.inspection import HookArgs, SiteHooks
 from grok1.kernels import dispatch
+from grok1.ops.quantization import Params
 from grok1.parallel.mesh_checks import check_devices, check_execution
 from grok1.parallel.sharding import (
     axis_size,
@@ -93,6 +95,9 @@ __all__ = [
 # Fields of an Execution that are set from the mesh and the platform.
 RUNNERS_OWN = {"mesh", "data_axis", "model_axis", "kernels"}
 _log = logging.getLogger(__name__)
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 class ModelRunner:
@@ -167,7 +172,7 @@ class ModelRunner:
 
     def load_or_init(
         self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
-    ) -> Any:
+    ) -> Params:
         """Return the parameters, placed on the mesh or on the default device.
 
         progress: called as progress(bytes_done, bytes_total) while loading. Raises
@@ -180,7 +185,7 @@ class ModelRunner:
             specs = parameter_specs(shapes, config.partition_rules(mesh), mesh)
             shardings = named_shardings(specs, mesh)
         if path is None:
-            params = config.init_params(self.rng_seed, quantized=True)
+            params: Any = config.init_params(self.rng_seed, quantized=True)
             module, name = EMBEDDINGS
             params[module][name] = params[module][name].astype(config.fprop_dtype)
             return params if shardings is None else jax.device_put(params, shardings)
@@ -234,7 +239,7 @@ class InferenceRunner:
         self.vocabulary: Vocabulary | None = None
         self.mesh: Mesh | None = None
         self.executions: Executions | None = None
-        self.params: Any = None
+        self.params: Any = None  # Params, once they are loaded
         self.num_slots = 0
         self._loaded: tuple[LoadedModel, Scheduler] | None = None
 
@@ -269,7 +274,7 @@ class InferenceRunner:
         self._loaded = model, Scheduler(model)
         self._fixed = frozenset(vars(self))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         self._check_change(name)
         super().__setattr__(name, value)
 
@@ -295,16 +300,16 @@ class InferenceRunner:
 
     def _with_model(
         self,
-        work: Callable[..., Any],
-        *arguments: Any,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
-    ) -> Any:
+        work: Callable[[LoadedModel, *Arguments], Result],
+        *arguments: *Arguments,
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
+    ) -> Result:
         """Call `work` with the model while no slot uses it, after releasing idle slots' memory."""
         model, scheduler = self._get_loaded()
         model = model.hooked(hooks, hook_args)
 
-        def call() -> Any:
+        def call() -> Result:
             scheduler.release()
             return work(model, *arguments)
 
@@ -384,12 +389,12 @@ class InferenceRunner:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Request | Prompt | Iterable[Request | Prompt],
         *,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
         **settings: Any,
-    ) -> Any:
+    ) -> Completion | list[Completion]:
         """Answer one prompt -> its Completion, or several -> a list of Completions in that order.
 
         prompts: a string, token ids or a Request, or a list of these. settings: fields of Request,
@@ -448,7 +453,13 @@ class InferenceRunner:
         """
         return encode(prompt, self.config, self.vocabulary, parse_special)
 
-    def decode(self, token_ids: Any) -> Any:
+    @overload
+    def decode(self, token_ids: Iterable[int]) -> str: ...
+
+    @overload
+    def decode(self, token_ids: Iterable[Iterable[int]]) -> list[str]: ...
+
+    def decode(self, token_ids: Any) -> str | list[str]:
         """Return the text of token ids, or a list of texts for a list of token id sequences.
 
         The space with which every text begins is removed. Raises ValueError without a tokenizer,
@@ -483,10 +494,10 @@ class InferenceRunner:
 
     def logits(
         self,
-        token_ids: Any,
+        token_ids: str | Sequence[str] | ArrayLike,
         *,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
     ) -> np.ndarray:
         """Return the float32 logits [B, T, V] of int token ids [B, T].
 
@@ -504,33 +515,33 @@ class InferenceRunner:
     def inspect(  # type: ignore[overload-overlap]
         self,
         prompts: Prompt,
-        capture: Any = ...,
+        capture: Collection[str] = ...,
         *,
-        capture_layers: Any = ...,
-        hooks: Any = ...,
-        hook_args: Any = ...,
+        capture_layers: Sequence[int] | None = ...,
+        hooks: SiteHooks | None = ...,
+        hook_args: HookArgs = ...,
     ) -> Inspection: ...
 
     @overload
     def inspect(
         self,
         prompts: Iterable[Prompt],
-        capture: Any = ...,
+        capture: Collection[str] = ...,
         *,
-        capture_layers: Any = ...,
-        hooks: Any = ...,
-        hook_args: Any = ...,
+        capture_layers: Sequence[int] | None = ...,
+        hooks: SiteHooks | None = ...,
+        hook_args: HookArgs = ...,
     ) -> list[Inspection]: ...
 
     def inspect(
         self,
-        prompts: Any,
+        prompts: Prompt | Iterable[Prompt],
         capture: Collection[str] = ("router_probs", "expert_index"),
         *,
         capture_layers: Sequence[int] | None = None,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
-    ) -> Any:
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
+    ) -> Inspection | list[Inspection]:
         """Run the model on one or several prompts, and return activations by position.
 
         prompts: a string or token ids -> an Inspection, or a list of these -> a list. capture:
@@ -600,21 +611,21 @@ class InferenceRunner:
 
     @overload
     def score(  # type: ignore[overload-overlap]
-        self, texts: Prompt, *, hooks: Any = ..., hook_args: Any = ...
+        self, texts: Prompt, *, hooks: SiteHooks | None = ..., hook_args: HookArgs = ...
     ) -> np.ndarray: ...
 
     @overload
     def score(
-        self, texts: Iterable[Prompt], *, hooks: Any = ..., hook_args: Any = ...
+        self, texts: Iterable[Prompt], *, hooks: SiteHooks | None = ..., hook_args: HookArgs = ...
     ) -> list[np.ndarray]: ...
 
     def score(
         self,
-        texts: Any,
+        texts: Prompt | Iterable[Prompt],
         *,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
-    ) -> Any:
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
+    ) -> np.ndarray | list[np.ndarray]:
         """Return the log-probability of each token of a text, or for each of several texts.
 
         texts: a string or token ids -> an array, or a list of these -> a list. Each array is
@@ -645,21 +656,21 @@ class InferenceRunner:
 
     @overload
     def score_tokens(  # type: ignore[overload-overlap]
-        self, texts: Prompt, *, hooks: Any = ..., hook_args: Any = ...
+        self, texts: Prompt, *, hooks: SiteHooks | None = ..., hook_args: HookArgs = ...
     ) -> TokenScores: ...
 
     @overload
     def score_tokens(
-        self, texts: Iterable[Prompt], *, hooks: Any = ..., hook_args: Any = ...
+        self, texts: Iterable[Prompt], *, hooks: SiteHooks | None = ..., hook_args: HookArgs = ...
     ) -> list[TokenScores]: ...
 
     def score_tokens(
         self,
-        texts: Any,
+        texts: Prompt | Iterable[Prompt],
         *,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
-    ) -> Any:
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
+    ) -> TokenScores | list[TokenScores]:
         """Return the results of `score`, and whether each token is the most likely one."""
         several, single = as_list(texts)
         ids = [self.encode(text) for text in several]
@@ -757,7 +768,9 @@ def load_model(
     return server
 
 
-def _check_arguments(mesh: Any, slots: Any, dtype: Any, settings: Mapping[str, Any]) -> None:
+def _check_arguments(
+    mesh: object, slots: object, dtype: object, settings: Mapping[str, object]
+) -> None:
     """Raise ValueError, or TypeError for an unknown name, if `load_model` does not accept these."""
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")

@@ -2,13 +2,14 @@
 
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grok1 import reference
+from grok1.ops.quantization import Params
 from model import LanguageModelConfig
 
 TEMPERATURE = 0.7
@@ -23,7 +24,7 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def step(params: Any, state: State, tokens: jax.Array, *, config: LanguageModelConfig) -> State:
+def step(params: Params, state: State, tokens: jax.Array, *, config: LanguageModelConfig) -> State:
     """Read tokens [B, T], and draw the next token of each sequence."""
     weights = reference.weights_of(params)
     h, cache = reference.hidden_states(weights, config, tokens, state.cache)
@@ -39,12 +40,12 @@ class Baseline:
     name = "baseline"
     most_tokens = 1
 
-    def __init__(self, config: LanguageModelConfig, params: Any):
+    def __init__(self, config: LanguageModelConfig, params: Params):
         self.config, self.params = config, params
         self.compile_s: dict[str, float] = {}
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
 
-    def compiled(self, batch: int, length: int) -> Any:
+    def compiled(self, batch: int, length: int) -> jax.stages.Compiled:
         """Return the program that reads `length` tokens of each of `batch` sequences."""
         if (batch, length) not in self._compiled:
             tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)

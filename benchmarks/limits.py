@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grok1 import backend
+from grok1.ops.quantization import Params
 from model import LanguageModelConfig
 from random_models import RANKS, as_loaded
 
@@ -78,7 +79,7 @@ class Machine:
             worker.join()
 
 
-def _times(function: Callable[[], Any], tries: int = 5) -> list[float]:
+def _times(function: Callable[[], object], tries: int = 5) -> list[float]:
     seconds = []
     for _ in range(tries):
         began = time.perf_counter()
@@ -100,7 +101,7 @@ class Work:
 
 
 def decode_work(
-    config: LanguageModelConfig, params: Any, batch: int, filled: float, experts: float
+    config: LanguageModelConfig, params: Params, batch: int, filled: float, experts: float
 ) -> Work:
     """Return the work of a decode step; experts: how many the batch selects, over all layers."""
     model = config.model
@@ -130,7 +131,7 @@ def _matrices(config: LanguageModelConfig) -> float:
     return model.num_layers * model.emb_size * (heads * model.key_size + chosen)
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: object) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -8,6 +8,8 @@ its files into new memory with `np.fromfile` and loads it, with a warm page cach
 memory, without the parameters, exceeded 4 times a device's largest share of a file plus 256 MiB.
 """
 
+from __future__ import annotations
+
 import argparse
 import gc
 import json
@@ -19,17 +21,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grok1.cli.console import Parser, number, say  # noqa: E402  (found by the line above)
 
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from model import LanguageModelConfig
+
+Result = TypeVar("Result")
+
 MOST_TIMES = 2.0
 MIB = 1 << 20
 
 
-def write_checkpoint(directory: Path, config: Any) -> None:
+def write_checkpoint(directory: Path, config: LanguageModelConfig) -> None:
     """Save random parameters."""
     import jax
     import numpy as np
@@ -38,7 +49,7 @@ def write_checkpoint(directory: Path, config: Any) -> None:
 
     rng = np.random.default_rng(0)
 
-    def draw(shape: Any) -> Any:
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
         if shape.dtype == np.int8:
             return rng.integers(-127, 128, shape.shape, np.int8)
         return rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
@@ -52,7 +63,7 @@ def anonymous_bytes() -> int:
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
-def peak_of(work: Callable[[], Any]) -> tuple[Any, float, int]:
+def peak_of(work: Callable[[], Result]) -> tuple[Result, float, int]:
     """Return the result of `work`, its seconds, and the peak growth of anonymous memory."""
     before, peak, over = anonymous_bytes(), 0, threading.Event()
 
@@ -71,7 +82,7 @@ def peak_of(work: Callable[[], Any]) -> tuple[Any, float, int]:
     return result, seconds, max(peak, anonymous_bytes()) - before
 
 
-def measure(directory: Path, config: Any, turns: int, mesh: Any) -> dict[str, Any]:
+def measure(directory: Path, config: LanguageModelConfig, turns: int, mesh: Mesh) -> dict[str, Any]:
     """Read the files and load them, in turns; return the figures."""
     import jax
     import numpy as np

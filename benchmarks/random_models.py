@@ -1,7 +1,6 @@
 """The models that are measured without a checkpoint, and random parameters for them."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 
 from grok1 import backend
 from grok1.formats.loading import aligned_empty
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import Parameter, ParameterShape, Params, QuantizedWeight8bit
 from grok1.serving.steps import stored_shapes
 from model import LanguageModelConfig, TransformerConfig
 
@@ -58,7 +57,7 @@ def grok_1_rank(layers: int) -> LanguageModelConfig:
     )
 
 
-def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any:
+def random_params(config: LanguageModelConfig, groups: int | None = None) -> Params:
     """Return random int8 parameters, generated on the device in their final layout.
 
     groups: scale groups of each matrix, if not as released: a rank of eight has one.
@@ -66,7 +65,7 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any
     on_cpu = backend.on_cpu()
     draw = _draw_on_host if on_cpu else _draw_on_device
 
-    def leaf(path: Any, shape: Any) -> Any:
+    def leaf(path: object, shape: ParameterShape) -> Parameter:
         if isinstance(shape, QuantizedWeight8bit):
             # The standard deviation of uniform int8 values is 74.
             scale = 1 / (74 * math.sqrt(shape.shape[-2]))
@@ -89,14 +88,14 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Any
     )
 
 
-def as_loaded(array: Any) -> jax.Array:
+def as_loaded(array: jax.Array | np.ndarray) -> jax.Array:
     """Copy an array to memory that is allocated as for a loaded checkpoint."""
     memory = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
     memory[...] = array
     return jax.device_put(memory)
 
 
-def _draw_on_host(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
+def _draw_on_host(shape: tuple[int, ...], dtype: np.dtype, path: object) -> jax.Array:
     rng = np.random.default_rng(sum(str(path).encode()))
     memory = aligned_empty(math.prod(shape) * dtype.itemsize)
     piece = 1 << 24
@@ -106,7 +105,7 @@ def _draw_on_host(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
     return jax.device_put(memory.view(dtype).reshape(shape))
 
 
-def _draw_on_device(shape: tuple[int, ...], dtype: Any, path: Any) -> jax.Array:
+def _draw_on_device(shape: tuple[int, ...], dtype: np.dtype, path: object) -> jax.Array:
     """Draw int8 on the device, a part of the first axis at a time: in place, without a copy."""
 
     def fill(i: jax.Array, array: jax.Array) -> jax.Array:

@@ -58,6 +58,7 @@ from grok1 import backend, compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.execution import fastest  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402
+from grok1.ops.quantization import Params  # noqa: E402
 from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import CheckedRequest, Request  # noqa: E402
 from grok1.serving.scheduler import Scheduler  # noqa: E402
@@ -115,7 +116,7 @@ def make_config(options: argparse.Namespace) -> LanguageModelConfig:
     return with_settings(config, "float32" if on_cpu else "bfloat16", None)
 
 
-def make_params(options: argparse.Namespace, config: LanguageModelConfig) -> Any:
+def make_params(options: argparse.Namespace, config: LanguageModelConfig) -> Params:
     """Return the demo's parameters, or random ones."""
     if options.config == "demo":
         dtype = jnp.dtype(config.fprop_dtype).name
@@ -131,13 +132,13 @@ class Form:
 
     most_tokens = MOST_TOKENS
 
-    def __init__(self, name: str, config: LanguageModelConfig, params: Any):
+    def __init__(self, name: str, config: LanguageModelConfig, params: Params):
         self.name, self.params, self.config = name, params, config
         self.executions = fastest(config, None, compiled=name == "kernels")
         self.compile_s: dict[str, float] = {}
-        self._compiled: dict[tuple[int, int | None], Any] = {}
+        self._compiled: dict[tuple[int, int | None], jax.stages.Compiled] = {}
 
-    def compiled(self, batch: int, chunk: int | None = None) -> Any:
+    def compiled(self, batch: int, chunk: int | None = None) -> jax.stages.Compiled:
         """Return the program for prefill of a chunk, or for decoding, with `batch` slots."""
         key = batch, chunk
         if key not in self._compiled:
@@ -201,7 +202,7 @@ class Form:
 AnyForm = Form | Baseline
 
 
-def _shape(array: Any) -> Any:
+def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
@@ -225,7 +226,7 @@ def chosen_experts(form: Form, state: State) -> int:
 
 
 def in_turns(
-    calls: dict[str, Callable[[], Any]], turns: int, machine: Machine
+    calls: dict[str, Callable[[], object]], turns: int, machine: Machine
 ) -> tuple[dict[str, list[float]], list[Limits]]:
     """Return the seconds of each call, and the machine's limits, for each turn.
 
@@ -255,7 +256,7 @@ def measure_prefill(
         state = form.read(form.rewound(states[form.name]), prompt)
         states[form.name] = jax.block_until_ready(state)
 
-    calls: dict[str, Callable[[], Any]] = {f.name: functools.partial(read, f) for f in forms}
+    calls: dict[str, Callable[[], object]] = {f.name: functools.partial(read, f) for f in forms}
     seconds, limits = in_turns(calls, turns, machine)
     work = Work(0, prefill_operations(forms[0].config, tokens))
     return _row(seconds, limits, work)
@@ -276,7 +277,7 @@ def measure_decode(
     def draw(form: Any) -> None:
         states[form.name] = jax.block_until_ready(form.draw(states[form.name]))
 
-    calls: dict[str, Callable[[], Any]] = {f.name: functools.partial(draw, f) for f in forms}
+    calls: dict[str, Callable[[], object]] = {f.name: functools.partial(draw, f) for f in forms}
     whole, limits = in_turns(calls, turns, machine)
     seconds = {form.name: [s / form.most_tokens for s in whole[form.name]] for form in forms}
     end = fastest.filled(states[fastest.name])

@@ -1,9 +1,11 @@
 """The platform that jax runs on, and its settings."""
 
 import collections
-from typing import Any
+from collections.abc import Mapping
 
 import jax
+
+from grok1.strict_json import Json
 
 # Settings of jax, and the values that the model's programs require.
 SETTINGS = dict.fromkeys(
@@ -41,12 +43,12 @@ def require_devices() -> None:
         raise ValueError(f"jax found no devices ({why})") from error
 
 
-def numerics() -> dict[str, Any]:
+def numerics() -> dict[str, Json]:
     """Return jax's version and the settings that affect numbers, as JSON values."""
     return {"version": jax.__version__} | {name: jax.config.values[name] for name in NUMERIC}
 
 
-def use_numerics(wanted: dict[str, Any]) -> None:
+def use_numerics(wanted: Mapping[str, Json]) -> None:
     """Apply the `numerics` of another process. Raises ValueError if jax's version differs."""
     if wanted["version"] != jax.__version__:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import haiku as hk
 import jax
@@ -18,7 +18,9 @@ from grok1.checks import require, require_integers, require_positive
 from grok1.parallel.sharding import REPLICA_AXIS
 
 if TYPE_CHECKING:
-    from model import LanguageModelConfig, TransformerConfig
+    from model import LanguageModelConfig, Router, RouterOutput, TransformerConfig
+
+Config = TypeVar("Config", "LanguageModelConfig", "TransformerConfig")
 
 # Limits far above any known model. They bound the time and memory that an untrusted configuration
 # can take, and keep whatever is computed from several fields below 2**63.
@@ -95,13 +97,13 @@ def check_language_model(config: LanguageModelConfig, transformer: type) -> None
     require(any(d == given for d in dtypes), "fprop_dtype", "bfloat16 or float32", given)
 
 
-def check_router(config: TransformerConfig, router: Callable[[int], Any] | None) -> None:
+def check_router(config: TransformerConfig, router: Callable[[int], Router] | None) -> None:
     """Check that a router has the parameters that a checkpoint holds: those of `model.Router`."""
     if router is None or config.num_experts < 2:
         return
     experts = config.num_experts
 
-    def route(x: jax.Array) -> Any:
+    def route(x: jax.Array) -> RouterOutput:
         return router(config.num_selected_experts)(x, None, experts)
 
     x = jax.ShapeDtypeStruct((1, 1, config.emb_size), jnp.float32)
@@ -112,7 +114,7 @@ def check_router(config: TransformerConfig, router: Callable[[int], Any] | None)
     require(got == held, "router", expected, got)
 
 
-def from_fields(cls: type, fields: Any) -> Any:
+def from_fields(cls: type[Config], fields: Any) -> Config:
     """Build a configuration from a mapping of plain fields."""
     require(isinstance(fields, Mapping), "model", "an object of the transformer's fields", fields)
     reject_moved_field(fields)

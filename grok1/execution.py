@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from grok1.checks import require, require_integers
 from grok1.kernels import dispatch
@@ -25,9 +26,16 @@ from grok1.ops import mixture
 from grok1.ops.cache import CacheIndex, KVMemory, cache_index, caches, read_rows, with_caches
 from grok1.ops.derivatives import no_reverse
 from grok1.ops.layers import Layer, scan_layers
-from grok1.ops.mixture import Params
 from grok1.ops.operations import Operations
-from grok1.ops.quantization import QuantizedWeight8bit, Weight, matmul, sliced, split_groups
+from grok1.ops.quantization import (
+    Parameter,
+    QuantizedWeight8bit,
+    Weight,
+    Weights,
+    matmul,
+    sliced,
+    split_groups,
+)
 from grok1.parallel.sharding import (
     DATA_AXIS,
     MODEL_AXIS,
@@ -43,7 +51,7 @@ from grok1.parallel.sharding import (
 )
 
 if TYPE_CHECKING:
-    from model import LanguageModelConfig
+    from model import LanguageModelConfig, Router
 
 Split = Literal["inputs", "outputs", "kv_outputs"]
 DISPATCH = "dynamic", "static", "all"
@@ -74,7 +82,7 @@ class Execution:
     kernels: str = "plain"
     expert_dispatch: str = "dynamic"
     scan_unroll: int = 1
-    router: Callable[[int], Any] | None = None
+    router: Callable[[int], Router] | None = None
 
     def __post_init__(self):
         mesh, names, how = self.mesh, dispatch.NAMES, self.expert_dispatch
@@ -197,7 +205,7 @@ class Execution:
         """
 
         def local(
-            query: jax.Array, k: Any, v: Any, mask: jax.Array, index: CacheIndex
+            query: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, index: CacheIndex
         ) -> jax.Array:
             layer, start, length, sequence = self._local(index, k)
             where = layer, start + length, sequence
@@ -224,9 +232,10 @@ class Execution:
         return index._replace(sequence=index.sequence - first)
 
     @property
-    def _index_specs(self) -> Any:
+    def _index_specs(self) -> CacheIndex:
+        one: Any = P()  # in place of an array, as in every tree of specs
         rows: Any = P(self.data_axis)
-        return CacheIndex(P(), rows, rows, rows)  # type: ignore[arg-type]
+        return CacheIndex(one, rows, rows, rows)
 
     @property
     def _cache_specs(self) -> tuple[P, P]:
@@ -237,7 +246,7 @@ class Execution:
     # ------------------------------------------------------------------------------- the mixture
 
     def mixture(
-        self, params: Params, x: jax.Array, gates: jax.Array, index: jax.Array
+        self, params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array
     ) -> jax.Array:
         """Return `sum_a gates[a] * expert_{index[a]}(x)` for each token, float32 [B, T, D].
 
@@ -252,7 +261,7 @@ class Execution:
         }
         every, scatter = self._all_model_axes, self.shard_activations and self.mesh is not None
 
-        def local(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+        def local(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
             out = forms[self.expert_dispatch](params, x, gates, index)
             if scatter:
                 return lax.psum_scatter(out, every, scatter_dimension=2, tiled=True)
@@ -280,8 +289,8 @@ class Execution:
             h, memory = layer_fn(h, memory)
             return self.residual(h), memory
 
-        stored = None if memory is None else memory.k.dtype
         if memory is not None:
+            stored = memory.k.dtype
             memory = _recast(memory, self.operations.cache_dtype(stored))
         h, memory = scan_layers(
             layer, num_layers, self.block_input(h), memory,
@@ -289,7 +298,7 @@ class Execution:
         )  # fmt: skip
         return h, None if memory is None else _recast(memory, stored)
 
-    def _keeps_stacked(self, module: str, weight: Any) -> bool:
+    def _keeps_stacked(self, module: str, weight: Parameter) -> bool:
         """Whether a layer reads a weight in its stack: slicing would copy eight experts to use two.
 
         Training uses slices, since its gradients are taken with respect to them.
@@ -303,7 +312,7 @@ class Execution:
 ONE_DEVICE = Execution()
 
 
-def _recast(memory: KVMemory, dtype: Any) -> KVMemory:
+def _recast(memory: KVMemory, dtype: DTypeLike) -> KVMemory:
     """Return the memory with its caches reinterpreted as another dtype of the same size."""
     if memory.k.dtype == dtype:
         return memory

@@ -9,7 +9,6 @@ counts 64 times.
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +41,8 @@ _QUICK: dict[str, str | bool] = {
 }
 
 
-def compile_for_inspection(lowered: jax.stages.Lowered) -> Any:
-    """Compile a program that will not run, in about half the time -> jax.stages.Compiled.
+def compile_for_inspection(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program that will not run, in about half the time.
 
     Temporaries (except some hundred bytes) and exchanges are those of the usual program; the code
     is slow.

@@ -6,6 +6,8 @@ they are computed, and `hooks={(site, layer): function}` those of one layer. Sit
 not name add nothing to the compiled program.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections.abc import (
@@ -18,15 +20,22 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from grok1.checks import is_integer
 
-Hook = Callable[..., jax.Array]  # (layer, array) -> array
+if TYPE_CHECKING:
+    from model import TransformerConfig
+
+Hook = Callable[..., jax.Array]  # (layer, array, *hook_args) -> array
+HookArgs = Sequence[ArrayLike]
 Site = str | tuple[str, int]  # in all layers, or in one of them
+SiteHooks = Mapping[Site, Hook]
+Found = Any  # an array of jax or NumPy, or None: who has captured it need not test for None
 
 
 class Captured(NamedTuple):
@@ -53,19 +62,19 @@ class Captured(NamedTuple):
     hidden_states: [L, B, T, D], the residual stream after the layer.
     """
 
-    embeddings: Any = None
-    queries: Any = None
-    keys: Any = None
-    values: Any = None
-    attention_weights: Any = None
-    head_outputs: Any = None
-    attention_output: Any = None
-    router_logits: Any = None
-    router_probs: Any = None
-    expert_index: Any = None
-    expert_gates: Any = None
-    feed_forward_output: Any = None
-    hidden_states: Any = None
+    embeddings: Found = None
+    queries: Found = None
+    keys: Found = None
+    values: Found = None
+    attention_weights: Found = None
+    head_outputs: Found = None
+    attention_output: Found = None
+    router_logits: Found = None
+    router_probs: Found = None
+    expert_index: Found = None
+    expert_gates: Found = None
+    feed_forward_output: Found = None
+    hidden_states: Found = None
 
 
 CAPTURE_SITES = Captured._fields
@@ -88,8 +97,8 @@ class Probe:
         self,
         capture: Collection[str] = (),
         layers: Sequence[int] | None = None,
-        hooks: Mapping[Site, Hook] | None = None,
-        layer: Any = -1,
+        hooks: SiteHooks | None = None,
+        layer: jax.Array | int = -1,
     ):
         self.capture = capture
         self.layers = layers
@@ -99,7 +108,7 @@ class Probe:
         self.changing: tuple[str, int] | None = None
         self.found: dict[str, jax.Array] = {}
 
-    def within(self, layer: jax.Array) -> "Probe":
+    def within(self, layer: jax.Array) -> Probe:
         """Return a probe for the same sites and hooks in one layer, with nothing found yet."""
         probe = Probe(self.capture, self.layers, self.hooks, layer)
         probe.positions = self.positions
@@ -201,8 +210,8 @@ def asking(probe: Probe | None) -> Iterator[None]:
         _asked.reset(token)
 
 
-def check_capture(capture: Collection[str], config: Any) -> tuple[str, ...]:
-    """Return the sites to capture; config is a TransformerConfig.
+def check_capture(capture: Collection[str], config: TransformerConfig) -> tuple[str, ...]:
+    """Return the sites to capture.
 
     Raises ValueError for an unknown site, or if `capture` is not a collection.
     """
@@ -216,8 +225,8 @@ def check_capture(capture: Collection[str], config: Any) -> tuple[str, ...]:
     return capture
 
 
-def check_hooks(hooks: Mapping[Site, Hook] | None, config: Any) -> dict[Site, Hook]:
-    """Return hooks, with layers counted from 0; config is a TransformerConfig.
+def check_hooks(hooks: SiteHooks | None, config: TransformerConfig) -> dict[Site, Hook]:
+    """Return hooks, with layers counted from 0.
 
     Raises ValueError for an unknown site or layer, or if `hooks` is not a dict of functions.
     """
@@ -246,7 +255,7 @@ def check_hooks(hooks: Mapping[Site, Hook] | None, config: Any) -> dict[Site, Ho
     return found
 
 
-def _check_site(field: str, name: Any, config: Any) -> None:
+def _check_site(field: str, name: object, config: TransformerConfig) -> None:
     sites = tuple(s for s in CAPTURE_SITES if config.num_experts > 1 or s not in ROUTER_SITES)
     if name not in sites:
         raise ValueError(f"{field}: expected names from {sites}, got {name!r}")
@@ -274,12 +283,12 @@ def check_layers(
 
 
 def make_probe(
-    config: Any,
+    config: TransformerConfig,
     capture: Collection[str],
     layers: Sequence[int] | None,
-    hooks: Mapping[Site, Hook] | None,
+    hooks: SiteHooks | None,
 ) -> Probe:
-    """Return the probe for these arguments; config is a TransformerConfig. Raises ValueError."""
+    """Return the probe for these arguments. Raises ValueError."""
     capture = check_capture(capture, config)
     if layers is not None:
         layers = check_layers(layers, config.num_layers)
@@ -287,7 +296,7 @@ def make_probe(
 
 
 def captured_shapes(
-    config: Any,
+    config: TransformerConfig,
     capture: Collection[str],
     *,
     batch: int,
@@ -297,7 +306,7 @@ def captured_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of captured arrays, with four bytes per element, by site.
 
-    config: a TransformerConfig. steps: T. positions: S. layers: how many; None: all.
+    steps: T. positions: S. layers: how many; None: all.
     """
     each = (config.num_layers if layers is None else layers, batch)
     width, heads = config.emb_size, config.num_q_heads

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def uninterrupted(*signals: int) -> Iterator[None]:
     caught = [s for s in signals or (signal.SIGINT,) if in_main and signal.getsignal(s) is handler]
     seen: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         if number in seen:
             restore()
             handler(number, frame)

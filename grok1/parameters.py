@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from grok1.checks import require
-from grok1.ops.quantization import QuantizedWeight8bit, dequantize, quantize
+from grok1.ops.quantization import Parameter, Params, QuantizedWeight8bit, dequantize, quantize
 from grok1.parallel.sharding import match_rule
 
 if TYPE_CHECKING:
@@ -18,18 +19,16 @@ if TYPE_CHECKING:
 
 RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
 
-ParamTree = dict[str, dict[str, Any]]
-
 
 @functools.partial(jax.jit, static_argnames=("config", "quantized"))
-def random_params(key: jax.Array, *, config: LanguageModelConfig, quantized: bool) -> ParamTree:
+def random_params(key: jax.Array, *, config: LanguageModelConfig, quantized: bool) -> Params:
     """Return random parameters: float32, or int8 with the released scale groups."""
     tokens = jnp.zeros([1, 1], jnp.int32)
-    params: Any = hk.transform(lambda: config.make()(tokens)).init(key)
+    params: Params = hk.transform(lambda: config.make()(tokens)).init(key)
     return quantize_params(config, params) if quantized else params
 
 
-def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
+def quantize_params(config: LanguageModelConfig, params: Params) -> Params:
     """Round the weight matrices of a float parameter tree to int8.
 
     The embedding, norms and router stay float32, as released; matrices that are split along their
@@ -38,11 +37,12 @@ def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
     """
     rules, model = config.partition_rules(), config.model.model_axis
 
-    def convert(name: str, leaf: jax.Array) -> Any:
+    def convert(name: str, leaf: Parameter) -> Parameter:
         spec = match_rule(rules, name)
         if model not in spec or name.endswith("embeddings"):
             return leaf
-        require(not isinstance(leaf, QuantizedWeight8bit), name, "floats", "int8 already")
+        if isinstance(leaf, QuantizedWeight8bit):
+            raise ValueError(f"{name}: expected floats, got 'int8 already'")
         groups, rows = RELEASED_SCALE_GROUPS if spec[-2] == model else 1, leaf.shape[-2]
         require(rows % groups == 0, "num_q_heads * key_size", f"a multiple of {groups}", rows)
         return quantize(leaf, groups)
@@ -53,10 +53,10 @@ def quantize_params(config: LanguageModelConfig, params: Any) -> ParamTree:
     }
 
 
-def dequantize_params(params: Any, dtype: Any = jnp.float32) -> ParamTree:
+def dequantize_params(params: Params, dtype: DTypeLike = jnp.float32) -> Params:
     """Return a parameter tree with float matrices in place of the int8 ones."""
 
-    def is_quantized(leaf: Any) -> bool:
+    def is_quantized(leaf: object) -> bool:
         return isinstance(leaf, QuantizedWeight8bit)
 
     return jax.tree.map(

@@ -17,9 +17,10 @@ import math
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,9 +29,10 @@ from grok1 import hlo
 from grok1.execution import fastest
 from grok1.formats import forms, layout
 from grok1.formats.pickle_file import nbytes
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight8bit, Shapes
 from grok1.parallel.sharding import (
     AnyMesh,
+    SpecTree,
     abstract_mesh,
     make_mesh,
     named_shardings,
@@ -49,6 +51,8 @@ from grok1.serving.steps import (
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
+
+Tree = TypeVar("Tree")
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
@@ -205,7 +209,7 @@ def devices_for(config: LanguageModelConfig, sizes: Sizes | None) -> int:
 
 
 def smallest_mesh(
-    config: LanguageModelConfig, batch: int, device_memory: int, stored: Any = None
+    config: LanguageModelConfig, batch: int, device_memory: int, stored: Shapes | None = None
 ) -> Sizes:
     """Return the smallest mesh on which weights and cache fit, or else the largest mesh."""
     options = _options(config)
@@ -228,7 +232,7 @@ def kind_of(module: str) -> str:
     return "embedding" if "embed" in module else "experts"
 
 
-def by_kind(tree: Any, size: Any) -> dict[str, Any]:
+def by_kind(tree: Shapes, size: Callable[[jax.ShapeDtypeStruct], int]) -> dict[str, int]:
     """Add up `size(array)` over a parameter tree, by kind."""
     sizes = dict.fromkeys(KINDS, 0)
     for module, leaves in tree.items():
@@ -246,7 +250,7 @@ def parameter_count(config: LanguageModelConfig) -> int:
     return sum(count.values()) - count["scales"]
 
 
-def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
+def on_device(tree: Tree, specs: SpecTree, mesh: AnyMesh) -> Tree:
     """Return the shape of each array's shard on one device."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype),
@@ -255,12 +259,14 @@ def on_device(tree: Any, specs: Any, mesh: AnyMesh) -> Any:
     )
 
 
-def weight_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None) -> dict[str, int]:
+def weight_bytes(
+    config: LanguageModelConfig, sizes: Sizes, stored: Shapes | None = None
+) -> dict[str, int]:
     """Return the bytes of the parameters on one device, by kind."""
     return by_kind(_own_weights(config, sizes, stored), nbytes)
 
 
-def _own_weights(config: LanguageModelConfig, sizes: Sizes, stored: Any) -> Any:
+def _own_weights(config: LanguageModelConfig, sizes: Sizes, stored: Shapes | None) -> Shapes:
     mesh, shapes = mesh_of(config, sizes), stored_shapes(config, stored)
     return on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
 
@@ -272,12 +278,14 @@ def cache_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
     return sum(map(nbytes, jax.tree.leaves(own)))
 
 
-def fixed_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Any = None) -> int:
+def fixed_bytes(
+    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Shapes | None = None
+) -> int:
     """Return the bytes of parameters and cache on one device."""
     return device_bytes(config, mesh_of(config, sizes), batch, stored)
 
 
-def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None) -> int:
+def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Shapes | None = None) -> int:
     """Return a bound on the host memory of loading, in addition to the parameters on devices.
 
     Four times the largest part of a file that a device holds, plus 256 MiB; see loading.py.
@@ -293,7 +301,11 @@ def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Any = None)
 
 
 def token_cost(
-    config: LanguageModelConfig, sizes: Sizes, batch: int, bandwidth: float, stored: Any = None
+    config: LanguageModelConfig,
+    sizes: Sizes,
+    batch: int,
+    bandwidth: float,
+    stored: Shapes | None = None,
 ) -> dict[str, float]:
     """Return the cost of a decode step when the context is full.
 
@@ -362,7 +374,7 @@ def largest_batches(
 
 
 def compile_steps(
-    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Any = None
+    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Shapes | None = None
 ) -> tuple[dict[str, Step], dict[int, int]]:
     """Compile prefill and decode -> their Steps, and the temporaries of decode by batch."""
     mesh = make_mesh(sizes, num_kv_heads=config.model.num_kv_heads)
@@ -407,7 +419,9 @@ def _read_step(program: Any, held: int) -> Step:
 # ------------------------------------------------------------------------------------ this machine
 
 
-def find_files(config: LanguageModelConfig, directory: Path, stored: Any = None) -> dict[str, Any]:
+def find_files(
+    config: LanguageModelConfig, directory: Path, stored: Shapes | None = None
+) -> dict[str, Any]:
     """Return which files of a checkpoint are in DIR, and which are missing or invalid.
 
     form: "released" or "safetensors"; without a checkpoint, "released" with all files missing.
@@ -456,7 +470,7 @@ def host_resources(directory: Path | None) -> dict[str, int | None]:
 # ----------------------------------------------------------------------------------------- in words
 
 
-def verdict(config: LanguageModelConfig, plan: Plan, stored: Any = None) -> str:
+def verdict(config: LanguageModelConfig, plan: Plan, stored: Shapes | None = None) -> str:
     """Return one sentence: whether the plan fits, and if not, what would."""
     where = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
     load = f"{plan.batch} x {plan.context} tokens"
@@ -479,7 +493,7 @@ def verdict(config: LanguageModelConfig, plan: Plan, stored: Any = None) -> str:
     return f"{text}{_files_problem(plan)}."
 
 
-def _larger_meshes(config: LanguageModelConfig, plan: Plan, stored: Any) -> list[str]:
+def _larger_meshes(config: LanguageModelConfig, plan: Plan, stored: Shapes | None) -> list[str]:
     """Return advice to use the next larger model axis on which the plan should fit."""
     temporaries = plan.peak - plan.cache - sum(plan.weights.values())
     data, model = plan.mesh

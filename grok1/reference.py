@@ -24,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import Parameter, Params, QuantizedWeight8bit
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig, TransformerConfig
 
-Weights = Mapping[str, Any]
+Weights = Mapping[str, Any]  # by name; under "layers" those of the layers
 LAYER = "transformer/decoder_layer/"
 
 
@@ -46,7 +47,7 @@ class Cache(NamedTuple):
     filled: jax.Array
 
 
-def weights_of(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def weights_of(params: Params) -> Weights:
     """Return the model's parameters under the names that the functions here take."""
     layers = {
         module.removeprefix(LAYER): next(iter(leaves.values()))
@@ -61,7 +62,7 @@ def weights_of(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def empty_cache(
-    config: LanguageModelConfig, batch: int, size: int, dtype: Any = jnp.float32
+    config: LanguageModelConfig, batch: int, size: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
     """Return a cache for `batch` sequences of up to `size` positions."""
     model = config.model
@@ -78,7 +79,7 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def dense(x: jax.Array, weight: Any, dtype: Any) -> jax.Array:
+def dense(x: jax.Array, weight: Parameter, dtype: DTypeLike) -> jax.Array:
     """`x [..., I] @ weight [I, O]`, x rounded to `dtype`, the weight float or int8."""
     x = x.astype(dtype)
     if not isinstance(weight, QuantizedWeight8bit):
@@ -105,7 +106,9 @@ def rotate(x: jax.Array, position: jax.Array) -> jax.Array:
     return x * jnp.cos(phase) + jnp.concatenate([-b, a], axis=-1) * jnp.sin(phase)
 
 
-def expert(x: jax.Array, matrices: tuple[Any, Any, Any], dtype: Any) -> jax.Array:
+def expert(
+    x: jax.Array, matrices: tuple[Parameter, Parameter, Parameter], dtype: DTypeLike
+) -> jax.Array:
     """`linear_1(gelu(linear(x)) * linear_v(x))`, x [..., D], gelu in its tanh approximation."""
     linear, linear_v, linear_1 = matrices
     gate = jax.nn.gelu(dense(x, linear, dtype), approximate=True)
@@ -129,7 +132,7 @@ class Call(NamedTuple):
     position: jax.Array
     mask: jax.Array
     real: jax.Array
-    dtype: Any
+    dtype: DTypeLike
     at: Callable[[str, jax.Array], jax.Array]
 
 
@@ -232,7 +235,9 @@ def hidden_states(
     return h, Cache(keys, values, valid, cache.filled + length)
 
 
-def logits(weights: Weights, config: LanguageModelConfig, h: jax.Array, dtype: Any) -> jax.Array:
+def logits(
+    weights: Weights, config: LanguageModelConfig, h: jax.Array, dtype: DTypeLike
+) -> jax.Array:
     """h [B, T, D] after the last layer -> logits [B, T, V], with the same embedding table."""
     h = rms_norm(h, weights["rms_norm"]).astype(dtype)
     table = weights["embeddings"].astype(dtype)

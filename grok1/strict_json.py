@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
+
+# The value of a JSON text.
+Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 
 _MOST_DIGITS = 309  # of an integer that a float can hold
 _MOST_NESTED = 64  # arrays and objects, one inside the other
 _TOO_DEEP = f"it is nested more than {_MOST_NESTED} levels deep"
 
 
-def read_json(text: str | bytes) -> Any:
+def read_json(text: str | bytes) -> Json:
     """Return the value of a JSON text; bytes are UTF-8, perhaps with a byte order mark.
 
     Raises ValueError with a short reason, also for a repeated key in an object, for NaN and
@@ -40,12 +43,12 @@ def read_json(text: str | bytes) -> Any:
     return value
 
 
-def _containers(values: Iterable[Any]) -> list[Any]:
+def _containers(values: Iterable[Json]) -> list[dict[str, Json] | list[Json]]:
     return [value for value in values if isinstance(value, (dict, list))]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    fields: dict[str, Json] = {}
     for key, value in pairs:
         if key in fields:
             raise ValueError(f"the key {_short(ascii(key))} is repeated in an object")

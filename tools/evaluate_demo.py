@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from demo_corpus import encode_documents, read_documents  # noqa: E402  (after the path)
+from grok1.ops.quantization import Params  # noqa: E402
 from runner import InferenceRunner, load_server  # noqa: E402
 
 SLOTS = 4
@@ -42,7 +43,7 @@ def expert_load(server: InferenceRunner, documents: list[str]) -> np.ndarray:
     )
 
     @jax.jit
-    def count(params: Any, tokens: jax.Array) -> jax.Array:
+    def count(params: Params, tokens: jax.Array) -> jax.Array:
         probs = model.apply(params, tokens).captured.router_probs  # [L, B, T, E]
         chosen = jax.lax.top_k(probs, config.model.num_selected_experts)[1]
         return jnp.sum(jax.nn.one_hot(chosen, config.model.num_experts), axis=(1, 2, 3))

@@ -33,6 +33,7 @@ import checkpoint  # noqa: E402  (after the path)
 from demo_corpus import encode_documents, read_documents, train_tokenizer  # noqa: E402
 from grok1.execution import Execution  # noqa: E402
 from grok1.formats import forms  # noqa: E402
+from grok1.ops.quantization import Params  # noqa: E402
 from grok1.serving.text import load_tokenizer  # noqa: E402
 from model import LanguageModelConfig, TransformerConfig  # noqa: E402
 
@@ -68,8 +69,8 @@ BALANCE_WEIGHT = 0.01
 class State(NamedTuple):
     """The training state, which is carried from step to step and saved."""
 
-    params: Any
-    optimizer: Any
+    params: Params
+    optimizer: optax.OptState
     step: np.ndarray
 
 
@@ -99,7 +100,7 @@ def _ends(parts: Sequence[float], steps: int) -> np.ndarray:
     return np.concatenate([[0], np.round(np.cumsum(parts) * steps).astype(int)])
 
 
-def loss_fn(params: Any, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def loss_fn(params: Params, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Rows int32 [B, T + 1] -> the training loss, and (nats per token, expert load [L, E])."""
     execution = Execution(expert_dispatch="static")  # differentiable
     model: Any = hk.without_apply_rng(
@@ -128,7 +129,7 @@ def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
         [100],
     )
 
-    def decayed(params: Any) -> Any:
+    def decayed(params: Params) -> dict[str, dict[str, bool]]:
         return {
             module: {name: name != "scale" for name in leaves} for module, leaves in params.items()
         }
@@ -166,7 +167,7 @@ def load_state(path: Path, like: State, recipe: str) -> State:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
+def train(tokens: np.ndarray, options: argparse.Namespace) -> Params:
     """Train, or continue training, and return the float32 parameters."""
     optimizer = make_optimizer(options.steps, options.learning_rate)
 
@@ -210,7 +211,7 @@ def train(tokens: np.ndarray, options: argparse.Namespace) -> Any:
 
 
 def held_out(
-    params: Any, tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[str]
+    params: Params, tokenizer: sentencepiece.SentencePieceProcessor, documents: Sequence[str]
 ) -> float:
     """Return nats per byte over rows of the full context length: a quick check after training.
 

@@ -1,5 +1,7 @@
 """Code shared by the commands: standard streams, Ctrl-C, argument parsers, progress."""
 
+from __future__ import annotations
+
 import argparse
 import array
 import contextlib
@@ -18,9 +20,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, NoReturn, Self, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, TextIO, TypeVar, TypeVarTuple
 
 from grok1.serving.names import nearest_name
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 MOST_BYTES = 1e18  # of a device, or per second
 PATIENCE = 1.0  # seconds to wait until a full non-blocking pipe takes a message
@@ -51,7 +59,7 @@ def open_standard_streams() -> None:
 class _Waiting(io.RawIOBase):
     """A reader of a non-blocking file that waits for data, instead of reporting end of file."""
 
-    def __init__(self, raw: Any):
+    def __init__(self, raw: io.RawIOBase):
         self._raw = raw
 
     def readable(self) -> bool:
@@ -65,7 +73,7 @@ class _Waiting(io.RawIOBase):
 
 def standard_input() -> BinaryIO:
     """Return standard input as bytes; it may have been set to non-blocking."""
-    buffer: Any = sys.stdin.buffer
+    buffer = sys.stdin.buffer
     raw = getattr(buffer, "raw", None)
     return buffer if raw is None else io.BufferedReader(_Waiting(raw))
 
@@ -174,10 +182,10 @@ class Worker:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call a function in the thread and return its result; may raise KeyboardInterrupt."""
         future = self._thread.submit(function, *arguments)
-        over: SimpleQueue[Future[Any]] = SimpleQueue()
+        over: SimpleQueue[Future[Result]] = SimpleQueue()
         future.add_done_callback(over.put)
         # Not future.result(): a signal that arrives just before it waits would be handled too late,
         # and one inside the locks of threading.py becomes a RuntimeError.
@@ -238,15 +246,17 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
-def number(kind: type, low: float, high: float, note: str = "") -> Any:
+def number(
+    kind: type[int] | type[float], low: float, high: float, note: str = ""
+) -> Callable[[str], float]:
     """Return a parser of an int or float in [low, high]; `note` is appended to the message."""
     name = "an integer" if kind is int else "a number"
     least = "above 0, up to" if low == sys.float_info.min else f"from {low:.10g} to"
     wanted = f"{name} {least} {high:.10g}{note}"
 
-    def parse(text: str) -> Any:
+    def parse(text: str) -> float:
         try:
-            value = kind(text)
+            value: float = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
@@ -256,7 +266,7 @@ def number(kind: type, low: float, high: float, note: str = "") -> Any:
     return parse
 
 
-def quantity(units: dict[str, float], example: str) -> Any:
+def quantity(units: dict[str, float], example: str) -> Callable[[str], float]:
     """Return a parser of a positive number with one of these units, such as 80GiB."""
 
     def parse(text: str) -> float:
@@ -344,7 +354,7 @@ class Progress:
         self.what = what
         self.seconds = seconds
         self.already = already
-        self.bar: Any = None
+        self.bar: tqdm | None = None
         self.start()
 
     def start(self) -> None:

@@ -1,5 +1,7 @@
 """Interactive sessions: each prompt is answered independently, as it is typed."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -7,13 +9,18 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grok1.cli.console import READING, Worker, notice_if_slow, say, standard_input, write_out
+from grok1.cli.options import Fields
 from grok1.cli.prompts import with_options
 from grok1.cli.timing import Timing, arrivals
 from grok1.serving.names import nearest_name, published_names
 from grok1.strict_json import read_json
+
+if TYPE_CHECKING:
+    from grok1.serving.request import Event, Request
+    from runner import InferenceRunner
 
 SIGN = "> "
 HELP = """\
@@ -110,16 +117,16 @@ class Settings:
 
     def __init__(
         self,
-        make: Callable[[str, dict[str, Any]], Any],
-        check: Callable[[Any], object],
+        make: Callable[[str, Fields], Request],
+        check: Callable[[Request], object],
         seed: int | None = None,
     ):
         self._make = make
         self._check = check
-        self._changes: dict[str, Any] = {}
+        self._changes: Fields = {}
         self._first = self._seed = self._last = seed
 
-    def request(self, prompt: str) -> Any:
+    def request(self, prompt: str) -> Request:
         """Return the Request for a prompt."""
         self._last = secrets.randbelow(2**32) if self._seed is None else self._seed
         return self._make(prompt, self._changes | {"rng_seed": self._last})
@@ -151,7 +158,7 @@ class Settings:
 
     def _set(self, name: str, text: str) -> None:
         try:
-            value = WORDS[text.lower()] if text.lower() in WORDS else read_json(text)
+            value: Any = WORDS[text.lower()] if text.lower() in WORDS else read_json(text)
         except ValueError:
             value = text  # a string needs no quotes
         field = published_names({name.removeprefix("--").replace("-", "_"): value})
@@ -173,7 +180,9 @@ class Settings:
             self._changes[name] = value
 
 
-def run_session(worker: Worker, server: Any, settings: Settings, stats: bool = False) -> None:
+def run_session(
+    worker: Worker, server: InferenceRunner, settings: Settings, stats: bool = False
+) -> None:
     """Answer each line of the input until it ends.
 
     worker: the thread that runs jax. stats: print latencies after each answer.
@@ -201,13 +210,15 @@ def run_session(worker: Worker, server: Any, settings: Settings, stats: bool = F
                 say(timing.block())
 
 
-def _answer(worker: Worker, server: Any, request: Any, keyboard: Keyboard, timing: Timing) -> None:
+def _answer(
+    worker: Worker, server: InferenceRunner, request: Request, keyboard: Keyboard, timing: Timing
+) -> None:
     """Stream an answer until it ends or Ctrl-C is pressed. Raises ValueError."""
     handle = worker.call(server.submit, request)
     events = server.stream(handle)
 
     # Ctrl-C is checked between steps, so that no step is running when the request is cancelled.
-    def ask() -> Any:
+    def ask() -> Event | None:
         return None if keyboard.pressed else worker.call(next, events, None)
 
     for event, now in arrivals(ask, notice_if_slow(READING)):

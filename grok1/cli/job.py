@@ -80,7 +80,7 @@ def agree(peers: Peers, options: Options) -> Job:
     return Job(own, directory, tokenizer, None, shared["left"])
 
 
-def _to_json(job: Job) -> dict[str, Any]:
+def _to_json(job: Job) -> dict[str, object]:
     """Return the data that process 0 sends to the others, as JSON."""
     from grok1 import backend
 

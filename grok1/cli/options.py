@@ -1,9 +1,11 @@
 """The options of the command line."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+Fields = dict[str, Any]  # of a Request: JSON values
 
 
 class Line(NamedTuple):
@@ -13,9 +15,9 @@ class Line(NamedTuple):
     set for this prompt only. place: file and line, or its number on the command line.
     """
 
-    prompt: Any
+    prompt: str | Sequence[int]
     id: str | int | None
-    settings: dict[str, Any]
+    settings: Fields
     place: str
 
 

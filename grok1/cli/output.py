@@ -1,5 +1,7 @@
 """Output of answers: to standard output as text or JSON lines, or to a resumable file."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import functools
@@ -10,20 +12,23 @@ import stat
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from grok1.checks import is_integer
 from grok1.cli.console import write_out
 from grok1.formats import atomic
+
+if TYPE_CHECKING:
+    from grok1.serving.request import Completion, Event, Prompt
 
 AnswerKey = tuple[int, int]  # of an answer: index of its prompt, and of the answer within it
 BEGINNING = b'{"index": %d, "sample": %d, '  # the beginning of a line of an output file
 MOST_BYTES = 2**30  # in such a line; an incomplete one may be as large as the disk
 
 
-def answer_fields(answer: Any) -> dict[str, Any]:
+def answer_fields(answer: Completion) -> dict[str, object]:
     """Return the JSON fields of an answer; optional ones if they were requested."""
-    fields = {
+    fields: dict[str, object] = {
         "prompt": answer.prompt,
         "prompt_ids": answer.prompt_ids,
         "token_ids": answer.token_ids,
@@ -42,7 +47,7 @@ def answer_fields(answer: Any) -> dict[str, Any]:
     return fields
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """Return a value as JSON. Raises ValueError for NaN and Infinity, which JSON lacks."""
     try:
         return json.dumps(value, allow_nan=False)
@@ -76,12 +81,12 @@ class Lines:
 class TextPrinter:
     """Streams a single answer; prints several with their prompts, each when it is finished."""
 
-    def __init__(self, prompts: Sequence[Any], keys: Sequence[AnswerKey]):
+    def __init__(self, prompts: Sequence[Prompt], keys: Sequence[AnswerKey]):
         self.alone = len(keys) == 1
         self.prompt = prompts[0] if self.alone and isinstance(prompts[0], str) else ""
         self.begun = False
         self.several = {index for index, sample in keys if sample}
-        self.open: dict[AnswerKey, Any] = {}
+        self.open: dict[AnswerKey, Completion] = {}
         self.lines = Lines()
 
     def _begin(self) -> None:
@@ -90,7 +95,7 @@ class TextPrinter:
             write_out(self.prompt, end="")
             self.prompt, self.begun = "", True
 
-    def show(self, event: Any) -> None:
+    def show(self, event: Event) -> None:
         """Print the new text of an event, or the finished answer."""
         if self.alone:
             self._begin()
@@ -132,10 +137,10 @@ class JsonPrinter:
     def __init__(self, keys: Sequence[AnswerKey], ids: Sequence[str | int | None]) -> None:
         self.ids = ids
         self.waiting = collections.deque(keys)
-        self.finished: dict[AnswerKey, Any] = {}
+        self.finished: dict[AnswerKey, Completion] = {}
         self.lines = Lines()
 
-    def show(self, event: Any) -> None:
+    def show(self, event: Event) -> None:
         """Print the finished answers whose turn it is."""
         if event.finish_reason is not None:
             self.finished[event.request, event.sample] = event.completion
@@ -152,7 +157,9 @@ class JsonPrinter:
         self.lines.print(as_json(fields_of_line(key, self.ids, self.finished.pop(key))))
 
 
-def fields_of_line(key: AnswerKey, ids: Sequence[str | int | None], answer: Any) -> dict[str, Any]:
+def fields_of_line(
+    key: AnswerKey, ids: Sequence[str | int | None], answer: Completion
+) -> dict[str, object]:
     """Return the JSON fields of an answer: its key, the id of its prompt, and the answer."""
     index, sample = key
     own = {} if ids[index] is None else {"id": ids[index]}
@@ -162,7 +169,7 @@ def fields_of_line(key: AnswerKey, ids: Sequence[str | int | None], answer: Any)
 # ------------------------------------------------------------------------------- the output file
 
 
-def fingerprint(**values: Any) -> str:
+def fingerprint(**values: object) -> str:
     """Return a fingerprint of JSON values, such as all that an answer depends on."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -212,7 +219,7 @@ class AnswerFile:
                 "file with --output"
             ) from error
 
-    def show(self, event: Any) -> None:
+    def show(self, event: Event) -> None:
         """Write a finished answer; one that ended with an error is left to another run."""
         key = event.request, event.sample
         # Some of several answers to a prompt may have been there before.
@@ -221,7 +228,7 @@ class AnswerFile:
             self.done.add(key)
             self.progress(len(self.done), len(self.keys))
 
-    def _write(self, key: AnswerKey, answer: Any) -> None:
+    def _write(self, key: AnswerKey, answer: Completion) -> None:
         fields = fields_of_line(key, self.ids, answer)
         fields["fingerprint"] = self.fingerprints[key[0]]
         try:

@@ -6,8 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import grok1
 from grok1.cli.console import (
@@ -110,7 +109,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
     return as_options(given, prompts)
 
 
-def as_options(given: argparse.Namespace, prompts: Sequence[Any]) -> Options:
+def as_options(given: argparse.Namespace, prompts: Sequence[str | list[int]]) -> Options:
     """Return the parsed arguments as Options."""
     if given.interactive:
         # Stands for the prompts to come, so that settings are checked before loading weights.
@@ -171,7 +170,7 @@ def add_sampling(parser: Parser) -> None:
     add_penalties(add)
 
 
-def add_length(add: Callable[..., Any]) -> None:
+def add_length(add: Callable[..., argparse.Action]) -> None:
     """Add the options of the number and length of answers."""
     add(
         "-n",
@@ -212,7 +211,7 @@ def add_length(add: Callable[..., Any]) -> None:
     )
 
 
-def add_filters(add: Callable[..., Any]) -> None:
+def add_filters(add: Callable[..., argparse.Action]) -> None:
     """Add the options of the sampling filters."""
     add(
         "--temperature",
@@ -247,7 +246,7 @@ def add_filters(add: Callable[..., Any]) -> None:
     )
 
 
-def add_penalties(add: Callable[..., Any]) -> None:
+def add_penalties(add: Callable[..., argparse.Action]) -> None:
     """Add the options that change logits."""
     add(
         "--repetition-penalty",
@@ -408,7 +407,7 @@ def add_prompts(parser: Parser) -> None:
     )
 
 
-def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence[Any]) -> None:
+def check_prompts(parser: Parser, options: argparse.Namespace, prompts: Sequence[object]) -> None:
     """Exit with status 2 if options of prompts and answers are incompatible."""
     if options.prompts_format and options.prompts_file is None:
         parser.error("--prompts-format needs --prompts-file")
@@ -444,7 +443,7 @@ def check_routing(parser: Parser, options: argparse.Namespace) -> None:
         refuse(parser, "--show-routing", others, "it prints a text table")
 
 
-def refuse(parser: Parser, name: str, others: dict[str, Any], reason: str) -> None:
+def refuse(parser: Parser, name: str, others: Mapping[str, object], reason: str) -> None:
     """Exit with status 2 if one of `others` was given together with the option `name`."""
     given = [other for other, value in others.items() if value]
     if given:
@@ -478,7 +477,7 @@ def add_plan(parser: Parser) -> None:
     )
 
 
-def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[Any]) -> None:
+def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[object]) -> None:
     """Exit with status 2 if --plan is given with an incompatible option."""
     others = {
         "--prompt": prompts,

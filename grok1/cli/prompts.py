@@ -3,6 +3,8 @@
 They are stored as JSON values until requests are made, so that process 0 can share them.
 """
 
+from __future__ import annotations
+
 import collections.abc
 import contextlib
 import dataclasses
@@ -12,15 +14,18 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from grok1.checks import is_integer
 from grok1.cli.console import standard_input
-from grok1.cli.options import Line, Options
+from grok1.cli.options import Fields, Line, Options
 from grok1.serving.names import PUBLISHED, nearest_name, published_names
 from grok1.serving.request_limits import DEFAULT_SEED, MOST_SAMPLES
-from grok1.strict_json import read_json
+from grok1.strict_json import Json, read_json
+
+if TYPE_CHECKING:
+    from grok1.serving.request import Request
 
 # The options that set fields of a Request, for error messages.
 OPTIONS = {
@@ -123,12 +128,11 @@ def _parse(text: str, place: str) -> Line:
     if "prompt" not in fields:
         raise ValueError(f'{place}: expected the key "prompt", got {_short(text)}')
     prompt, name = fields.pop("prompt"), fields.pop("id", None)
-    ids = isinstance(prompt, list) and all(map(is_integer, prompt))
-    if not isinstance(prompt, str) and not ids:
+    if not _is_prompt(prompt):
         raise ValueError(
             f"{place}: prompt: expected a string or a list of token ids, got {_shorten(prompt)}"
         )
-    if name is not None and type(name) not in (str, int):
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise ValueError(f"{place}: id: expected a string or an integer, got {_shorten(name)}")
     try:
         return Line(prompt, name, published_names(fields), place)
@@ -136,7 +140,12 @@ def _parse(text: str, place: str) -> Line:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _shorten(value: Any) -> str:
+def _is_prompt(value: Json) -> TypeGuard[str | list[int]]:
+    ids = isinstance(value, list) and all(map(is_integer, value))
+    return isinstance(value, str) or ids
+
+
+def _shorten(value: object) -> str:
     return _short(json.dumps(value))
 
 
@@ -147,7 +156,7 @@ def _short(text: str) -> str:
 # --------------------------------------------------------------------------------------- requests
 
 
-def command_settings(options: Options) -> dict[str, Any]:
+def command_settings(options: Options) -> Fields:
     """Return the fields of a Request that the command line sets."""
     return {
         "temperature": options.temperature,
@@ -168,7 +177,7 @@ def command_settings(options: Options) -> dict[str, Any]:
     }
 
 
-def with_options(reason: str, own: dict[str, Any]) -> str:
+def with_options(reason: str, own: Container[str]) -> str:
     """Return an error message about a request, with field names replaced by option names.
 
     own: the fields set by a line of a file, which keep their names.
@@ -185,7 +194,7 @@ def _option(found: re.Match[str], names: dict[str, str]) -> str:
     return f"{names[field]}{' ' if equals else ''}" if field in names else found[0]
 
 
-def fields_of(options: Options, index: int) -> dict[str, Any]:
+def fields_of(options: Options, index: int) -> Fields:
     """Return the fields of one request, as JSON; its own settings override the command line."""
     line = options.lines[index]
     return {"prompt": line.prompt} | command_settings(options) | line.settings
@@ -202,7 +211,7 @@ def answer_keys(options: Options) -> list[tuple[int, int]]:
     return found
 
 
-def _with_numbers(fields: dict[str, Any], place: str) -> dict[str, Any]:
+def _with_numbers(fields: Fields, place: str) -> Fields:
     """Return fields of a Request from JSON, with the keys of mappings as integers."""
     return {
         name: _keyed(value, f"{place}: {name}") if isinstance(value, dict) else value
@@ -210,7 +219,7 @@ def _with_numbers(fields: dict[str, Any], place: str) -> dict[str, Any]:
     }
 
 
-def request_for(options: Options, prompt: str, changes: dict[str, Any]) -> Any:
+def request_for(options: Options, prompt: str, changes: Fields) -> Request:
     """Return a request for a prompt with the settings of the command line, updated by `changes`."""
     from grok1.serving.request import Request  # Takes seconds.
 
@@ -218,7 +227,7 @@ def request_for(options: Options, prompt: str, changes: dict[str, Any]) -> Any:
     return Request(prompt=prompt, **fields)
 
 
-def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
+def make_requests(options: Options, indices: Sequence[int]) -> list[Request]:
     """Return a request for each of these prompts.
 
     Raises ValueError, with the place, for a setting of unknown name or wrong type.
@@ -235,7 +244,7 @@ def make_requests(options: Options, indices: Sequence[int]) -> list[Any]:
     return requests
 
 
-def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
+def _check(name: str, value: object, hints: Mapping[str, object], place: str) -> None:
     """Raise ValueError if a setting is not a field of Request or has the wrong type."""
     both = {field: f"{field} or {word}" for word, field in PUBLISHED.items()}
     if name not in hints:
@@ -251,7 +260,7 @@ def _check(name: str, value: Any, hints: dict[str, Any], place: str) -> None:
         )
 
 
-_NAMES = {
+_NAMES: dict[object, str] = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
@@ -260,7 +269,7 @@ _NAMES = {
 }
 
 
-def _json_type(hint: Any) -> str:
+def _json_type(hint: object) -> str:
     """Return the name of a type in JSON, for error messages."""
     parts = typing.get_args(hint)
     if _is_union(hint):
@@ -275,7 +284,7 @@ def _json_type(hint: Any) -> str:
     return _NAMES.get(hint, str(hint))
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: Any, hint: object) -> bool:
     """Whether a JSON value is of a type; the runner checks its range."""
     parts = typing.get_args(hint)
     if _is_union(hint):
@@ -294,15 +303,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint if hint in _NAMES else True
 
 
-def _is_union(hint: Any) -> bool:
+def _is_union(hint: object) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _is_key(key: str, hint: Any) -> bool:
+def _is_key(key: str, hint: object) -> bool:
     return hint is not int or re.fullmatch(r"-?[0-9]{1,18}", key) is not None
 
 
-def _keyed(value: dict[str, Any], place: str) -> dict[Any, Any]:
+def _keyed(value: dict[str, object], place: str) -> dict[str, object] | dict[int, object]:
     """Return a mapping with its keys, strings in JSON, as integers."""
     try:
         keyed = {int(key): item for key, item in value.items()}

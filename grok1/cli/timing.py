@@ -7,21 +7,25 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 MOST_INTERVALS = 2**20  # kept; beyond it only every second, fourth, ... one is
 
 
 def arrivals(
-    ask: Callable[[], Any], waiting: contextlib.AbstractContextManager[Any], together: int = 2
-) -> Iterator[tuple[Any, float]]:
+    ask: Callable[[], Result | None],
+    waiting: contextlib.AbstractContextManager[object],
+    together: int = 2,
+) -> Iterator[tuple[Result, float]]:
     """Return an iterator over the results of `ask()` until None, with their arrival times.
 
     The first `together` ones are collected inside the context `waiting` and yielded together: at a
     first start, compiling the step for second tokens would delay the second event by seconds.
     """
-    first: collections.deque[tuple[Any, float]] = collections.deque()
-    event: Any = None
+    first: collections.deque[tuple[Result, float]] = collections.deque()
+    event: Result | None = None
     try:
         with waiting:
             while len(first) < together and (event := ask()):

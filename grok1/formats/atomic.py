@@ -11,6 +11,10 @@ import stat
 from collections.abc import Iterable
 from typing import Any, BinaryIO, NamedTuple
 
+# Of a file's contents: bytes, or an array. The types of Python 3.11 do not know that an array is a
+# buffer.
+Piece = Any
+
 
 class FileVersion(NamedTuple):
     """What identifies a file and its contents: if it is equal, the file is unchanged.
@@ -69,7 +73,7 @@ def partial(path: str) -> str:
     return os.path.join(folder, f".{name}.partial")
 
 
-def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> None:
+def write(path: str, contents: Iterable[Piece], temporary: str | None = None) -> None:
     """Write a file atomically.
 
     temporary: the name until it is complete, on the same disk; by default in the same directory.
@@ -86,7 +90,7 @@ def write(path: str, contents: Iterable[Any], temporary: str | None = None) -> N
         raise
 
 
-def fill(path: str, contents: Iterable[Any]) -> None:
+def fill(path: str, contents: Iterable[Piece]) -> None:
     """Write a new file, to be finished with `place`; an older one at `path` is removed."""
     require_plain(path)
     with contextlib.suppress(FileNotFoundError):

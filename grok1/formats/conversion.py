@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -93,7 +93,7 @@ def convert(
     source: Directory,
     target: Directory,
     form: str,
-    shapes: layout.Params,
+    shapes: layout.LeafTree,
     progress: Progress | None = None,
     *,
     overwrite: bool = False,
@@ -135,7 +135,7 @@ def _require_unchanged(job: Job) -> None:
         raise error(job.source, "files that do not change", got, remedy)
 
 
-def _plan(source: str, target: str, form: str, shapes: layout.Params, overwrite: bool) -> Job:
+def _plan(source: str, target: str, form: str, shapes: layout.LeafTree, overwrite: bool) -> Job:
     """Check everything that can be checked before the first byte is written."""
     if forms.form(source) == form:
         remedy = f"name another form than {form} with --to"
@@ -183,7 +183,7 @@ def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]
     """
     stamps = {array.path: array.stamp for array in located.values()}
     paths = stamps.keys() | {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
-    seen: list[Any] = [form, layout.read_config(source), forms.samples(source)]
+    seen: list[object] = [form, layout.read_config(source), forms.samples(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
             # Without the device number, which may differ after a reboot.
@@ -192,7 +192,7 @@ def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]
     return _digest(seen)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -389,7 +389,8 @@ def _load_state(job: Job) -> State:
 def _fields_of_state(job: Job) -> dict[str, Any]:
     with atomic.open_regular(os.path.join(job.target, forms.WORK, _STATE)) as file:
         # A longer file is cut here, and is then not valid JSON.
-        return dict(read_json(file.read(_MAX_STATE_BYTES)))
+        fields: Any = read_json(file.read(_MAX_STATE_BYTES))
+    return dict(fields)
 
 
 def _begin(job: Job, work: str) -> State:
@@ -406,7 +407,7 @@ def _write_state(work: str, state: State) -> None:
     atomic.write(os.path.join(work, _STATE), [text.encode()])
 
 
-def _put(job: Job, work: str, name: str, contents: Any) -> None:
+def _put(job: Job, work: str, name: str, contents: Iterable[bytes]) -> None:
     """Write a small file of DST."""
     temporary = os.path.join(work, name)
     atomic.write(os.path.join(job.target, name), contents, temporary)
@@ -488,7 +489,7 @@ def _mismatch(
 
 
 def verify(
-    directory: Directory, shapes: layout.Params, progress: Progress | None = None
+    directory: Directory, shapes: layout.LeafTree, progress: Progress | None = None
 ) -> tuple[str, list[str]]:
     """Check a checkpoint's headers, that its floats are finite, and its checksums if any.
 

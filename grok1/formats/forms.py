@@ -13,9 +13,12 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 from grok1.formats import atomic
+
+if TYPE_CHECKING:
+    from grok1.formats.pickle_file import Leaf
 
 RELEASED, SAFETENSORS = "released", "safetensors"
 FOLDER = "ckpt-0"
@@ -49,7 +52,7 @@ class TensorFile:
     module: str
     param: str
     layer: int | None
-    leaf: Any
+    leaf: "Leaf"
     size: int
 
 

@@ -14,25 +14,26 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from grok1.formats import atomic, forms, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
-from grok1.ops.quantization import QuantizedWeight8bit
-from grok1.strict_json import read_json
+from grok1.formats.pickle_file import Leaf, StoredLeaf
+from grok1.ops.quantization import ParameterShape, QuantizedWeight8bit, Shapes
+from grok1.strict_json import Json, read_json
 
 STACKED = "transformer/decoder_layer/"
 FLOATS = "float32", "bfloat16", "float16"  # the stored dtypes of parameters that are not int8
 
 _MAX_CONFIG_BYTES = 1 << 20
 
-Params = Mapping[str, Mapping[str, Any]]  # {module: {param: leaf}}
+Place = tuple[str, str]  # module and parameter
+LeafTree = Mapping[str, Mapping[str, Leaf]]  # {module: {param: leaf}}
 
 
-def read_config(directory: Directory) -> dict[str, Any] | None:
+def read_config(directory: Directory) -> dict[str, Json] | None:
     """Return DIR/config.json as a dict, or None if there is no such file.
 
     Raises CheckpointError if it cannot be read or is not a JSON object.
@@ -59,7 +60,7 @@ def read_config(directory: Directory) -> dict[str, Any] | None:
     return config
 
 
-def files(shapes: Params) -> list[TensorFile]:
+def files(shapes: LeafTree) -> list[TensorFile]:
     """List the files of a checkpoint in the order of their numbers.
 
     shapes: {module: {param: leaf}}, a leaf being a jax.ShapeDtypeStruct or a QuantizedWeight8bit
@@ -67,7 +68,7 @@ def files(shapes: Params) -> list[TensorFile]:
 
     Raises ValueError if the stacked leaves differ in L, or the layout does not support a leaf.
     """
-    entries: list[tuple[str, str, str, int | None, Any, int]] = []
+    entries: list[tuple[str, str, str, int | None, Leaf, int]] = []
     depths = set()
     for module, params in shapes.items():
         for param, leaf in params.items():
@@ -102,7 +103,7 @@ def files(shapes: Params) -> list[TensorFile]:
     ]
 
 
-def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
+def check_files(directory: Directory, records: list[TensorFile]) -> list[StoredLeaf]:
     """Check the names, sizes and headers of all files of DIR; puts nothing on a device.
 
     If DIR holds both forms, DIR/ckpt-0 is checked and the safetensors files are ignored.
@@ -121,12 +122,12 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
     return found
 
 
-def shapes_in(directory: Directory, shapes: Params) -> dict[str, dict[str, Any]]:
+def shapes_in(directory: Directory, shapes: Shapes) -> Shapes:
     """Return `shapes` with the types that parameters have in DIR: int8 with scales, or floats.
 
     Reads one file of each parameter. An invalid file is ignored here; `check_files` reports it.
     """
-    first: dict[tuple[str, str], TensorFile] = {}
+    first: dict[Place, TensorFile] = {}
     for record in files(shapes):
         first.setdefault((record.module, record.param), record)
     find = _find_safetensors if forms.form(directory) == forms.SAFETENSORS else _find_released
@@ -139,9 +140,9 @@ def shapes_in(directory: Directory, shapes: Params) -> dict[str, dict[str, Any]]
     }
 
 
-def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Any, Any]:
+def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Place, StoredLeaf]:
     """Return {(module, param): leaf} of what the files of these records hold."""
-    found: dict[Any, Any] = {}
+    found: dict[Place, StoredLeaf] = {}
     for record in records:
         path = os.path.join(directory, forms.FOLDER, record.file)
         with (
@@ -153,9 +154,9 @@ def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Any,
     return found
 
 
-def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[Any, Any]:
+def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[Place, StoredLeaf]:
     """Return {(module, param): array} of the records that are stored as one array, of floats."""
-    found: dict[Any, Any] = {}
+    found: dict[Place, StoredLeaf] = {}
     for file, members in safetensors.layout(records).items():
         with contextlib.suppress(CheckpointError):
             arrays = safetensors.arrays_in(os.path.join(directory, file))
@@ -163,7 +164,7 @@ def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[A
     return found
 
 
-def _retyped(leaf: Any, stored: Any) -> Any:
+def _retyped(leaf: ParameterShape, stored: StoredLeaf | None) -> ParameterShape:
     """Return a leaf [L, ...] or [...] with the dtype of a stored one, if that is a float array."""
     if not isinstance(stored, pickle_file.Located) or stored.dtype not in FLOATS:
         return leaf
@@ -210,7 +211,7 @@ def _check_names(folder: str, records: list[TensorFile]) -> None:
     raise forms.error(where, *counts, "remove it, or correct the configuration")
 
 
-def _read_header(folder: str, record: TensorFile) -> Any:
+def _read_header(folder: str, record: TensorFile) -> StoredLeaf:
     """Return the locations of a file's arrays, as `pickle_file.read_header` does.
 
     Raises CheckpointError unless the file holds what `record` says. Its length is then right, too:
@@ -236,10 +237,10 @@ def _read_header(folder: str, record: TensorFile) -> Any:
     if got == expected:
         place = functools.partial(dataclasses.replace, path=path, stamp=stamp)
         return jax.tree.map(place, leaf)
-    kinds = (isinstance(record.leaf, QuantizedWeight8bit), isinstance(leaf, QuantizedWeight8bit))
-    if kinds == (True, False) and "float" in leaf.dtype:
+    int8 = isinstance(record.leaf, QuantizedWeight8bit)
+    if int8 and not isinstance(leaf, QuantizedWeight8bit) and "float" in leaf.dtype:
         remedy = "it is not quantized: save all files in one type, or load what shapes_in finds"
-    elif kinds == (False, True):
+    elif isinstance(leaf, QuantizedWeight8bit) and not int8:
         remedy = "it is quantized: save all files in one type, or load what shapes_in finds"
     elif "-" in got:
         remedy = "save it again, little-endian and in C order"

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ PIECE_BYTES = 16 << 20
 SMALL_BYTES = 16 << 20
 
 Progress = Callable[[int, int], object]
+Key = tuple[str, str, int]  # of an array: module, parameter, and place in the leaf
 
 
 class Source(NamedTuple):
@@ -42,7 +43,7 @@ class Source(NamedTuple):
     located: its file, offset, shape and dtype. name: its name in error messages.
     """
 
-    array: Any
+    array: Key
     layer: int | None
     located: Located
     name: str
@@ -50,10 +51,10 @@ class Source(NamedTuple):
 
 def fill_arrays(
     sources: Sequence[Source],
-    wanted: Mapping[Any, jax.ShapeDtypeStruct],
-    shardings: Mapping[Any, jax.sharding.Sharding],
+    wanted: Mapping[Key, jax.ShapeDtypeStruct],
+    shardings: Mapping[Key, jax.sharding.Sharding],
     progress: Progress | None = None,
-) -> dict[Any, jax.Array]:
+) -> dict[Key, jax.Array]:
     """Read arrays onto devices; each process reads the rows of which its own devices hold a part.
 
     sources: all layers of all arrays. wanted: the shape [L, ...] or [...] and dtype of each array;
@@ -96,7 +97,10 @@ class _Stopped(Exception):
     """Another thread has failed, or the caller was interrupted."""
 
 
-def _run(work: Callable[..., None], jobs: Iterable[tuple[Any, ...]]) -> None:
+def _run(
+    work: Callable[[threading.Event, Source, Sequence["_Part"]], None],
+    jobs: Iterable[tuple[Source, Sequence["_Part"]]],
+) -> None:
     """Call `work(stop, *job)` for all jobs in a few threads; the first failure ends them all."""
     stop = threading.Event()
     executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="loading")
@@ -120,7 +124,7 @@ class _Part:
     index: the slice; it includes all of a layer axis.
     """
 
-    def __init__(self, index: Index, devices: Sequence[jax.Device], dtype: Any):
+    def __init__(self, index: Index, devices: Sequence[jax.Device], dtype: np.dtype):
         self.index = index
         self.devices = devices
         self.dtype = dtype
@@ -130,20 +134,30 @@ class _Part:
         del box, dtype
         return None
 
+    def write(self, piece: np.ndarray, box: Index) -> None:
+        """Write values to a box of the slice."""
+        raise NotImplementedError
+
+    def finish(self) -> list[jax.Array]:
+        """Return the slice, on each of the devices."""
+        raise NotImplementedError
+
 
 class _HostPart(_Part):
     """A part that is filled on the host, and then transferred to its devices at once."""
 
-    def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
+    def __init__(
+        self, index: Index, devices: Sequence[jax.Device], shape: tuple[int, ...], dtype: np.dtype
+    ):
         super().__init__(index, devices, dtype)
         self.values = aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def room(self, box: Index, dtype: np.dtype) -> np.ndarray | None:
-        found = self.values[(*box, ...)]
+        found = self.values[box + (...,)]
         return found if found.flags.c_contiguous and found.dtype == dtype else None
 
     def write(self, piece: np.ndarray, box: Index) -> None:
-        self.values[(*box, ...)] = piece
+        self.values[box + (...,)] = piece
 
     def finish(self) -> list[jax.Array]:
         # A CPU device uses aligned memory without a copy.
@@ -153,7 +167,9 @@ class _HostPart(_Part):
 class _DevicePart(_Part):
     """A part that is allocated on its devices, and filled there."""
 
-    def __init__(self, index: Index, devices: Sequence[jax.Device], shape: Any, dtype: Any):
+    def __init__(
+        self, index: Index, devices: Sequence[jax.Device], shape: tuple[int, ...], dtype: np.dtype
+    ):
         super().__init__(index, devices, dtype)
         self.lock = threading.Lock()
         self.values = [jnp.zeros(shape, dtype, device=device) for device in devices]
@@ -196,7 +212,7 @@ def aligned_empty(nbytes: int) -> np.ndarray:
     return memory[start : start + nbytes]
 
 
-def _make_parts(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> list[Any]:
+def _make_parts(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> list[_Part]:
     """Return the parts of an array that this process's devices hold."""
     groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
@@ -220,15 +236,15 @@ def _on_host(devices: Sequence[jax.Device]) -> bool:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def _groups(parts: Sequence[Any]) -> list[list[Any]]:
+def _groups(parts: Sequence[_Part]) -> list[list[_Part]]:
     """Group parts that differ only in the last axis of their slice."""
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[_Part]] = {}
     for part in parts:
         groups.setdefault(str(part.index[:-1]), []).append(part)
     return list(groups.values())
 
 
-def _read(count: Counter, stop: threading.Event, source: Source, group: Sequence[Any]) -> None:
+def _read(count: Counter, stop: threading.Event, source: Source, group: Sequence[_Part]) -> None:
     """Read one source's share of a group of parts, piece by piece.
 
     Raises forms.CheckpointError if the file has changed since its header was read, or holds values
@@ -253,7 +269,7 @@ def _unchanged(source: Source) -> Iterator[None]:
 
 
 def _read_piece(
-    file: BinaryIO, source: Source, group: Sequence[Any], box: Index, count: Counter
+    file: BinaryIO, source: Source, group: Sequence[_Part], box: Index, count: Counter
 ) -> None:
     """Read a box of a stored array, and write its share to each part of a group."""
     layer = () if source.layer is None else (slice(source.layer, source.layer + 1),)
@@ -283,7 +299,7 @@ def _read_piece(
         count.add(piece.nbytes)
 
 
-def _cast(piece: np.ndarray, dtype: Any, source: Source) -> np.ndarray:
+def _cast(piece: np.ndarray, dtype: np.dtype, source: Source) -> np.ndarray:
     """Cast values to the wanted dtype, in which they must be finite, too."""
     if piece.dtype == dtype:
         return piece
@@ -293,7 +309,7 @@ def _cast(piece: np.ndarray, dtype: Any, source: Source) -> np.ndarray:
     return cast
 
 
-def _boxes(source: Source, group: Sequence[Any]) -> Iterator[Index]:
+def _boxes(source: Source, group: Sequence[_Part]) -> Iterator[Index]:
     """Yield the complete rows of a stored array that a group's parts share, in pieces."""
     shape, index = source.located.shape, _own(source, group[0])
     rows = (*index[:-1], slice(0, shape[-1])) if shape else ()
@@ -304,7 +320,7 @@ def _boxes(source: Source, group: Sequence[Any]) -> Iterator[Index]:
         )
 
 
-def _own(source: Source, part: Any) -> Index:
+def _own(source: Source, part: _Part) -> Index:
     """Return the box of a stored array that a part holds: its slice without the layer axis."""
     return part.index[len(part.index) - len(source.located.shape) :]
 
@@ -323,7 +339,7 @@ def _within(box: Index, outer: Index) -> Index:
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
 
 
-def _stored_bytes(source: Source, group: Sequence[Any]) -> int:
+def _stored_bytes(source: Source, group: Sequence[_Part]) -> int:
     """Return how many bytes of a group of parts come from this source."""
     itemsize = jnp.dtype(source.located.dtype).itemsize
     return sum(math.prod(_sizes(_own(source, part))) * itemsize for part in group)

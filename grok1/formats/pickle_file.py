@@ -16,10 +16,12 @@ import pickletools
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
+import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import ArrayLike
 
-from grok1.formats.atomic import FileVersion
+from grok1.formats.atomic import FileVersion, Piece
 from grok1.ops.quantization import QuantizedWeight8bit
 
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
@@ -60,7 +62,13 @@ class Located:
     stamp: FileVersion | None = None
 
 
-def read_header(file: BinaryIO, size: int) -> Any:
+# What has a shape and a dtype; what a file holds, and where it holds it.
+Array = Located | jax.ShapeDtypeStruct | jax.Array | np.ndarray
+Leaf = Array | QuantizedWeight8bit
+StoredLeaf = Located | QuantizedWeight8bit
+
+
+def read_header(file: BinaryIO, size: int) -> StoredLeaf:
     """Return the Located, or QuantizedWeight8bit of two, that an open file of `size` bytes holds.
 
     Raises LayoutError if their bytes are incomplete, something follows them, or the file is not of
@@ -69,13 +77,13 @@ def read_header(file: BinaryIO, size: int) -> Any:
     return _parse(_Reader(file, size).read())
 
 
-def contents(leaf: Any, arrays: Iterable[Any]) -> Iterator[Any]:
+def contents(leaf: Leaf, arrays: Iterable[ArrayLike]) -> Iterator[Piece]:
     """Yield the file of a leaf in pieces of bytes; `arrays` are its arrays' values."""
     pairs = zip(_arrays(leaf), arrays, strict=True)
     return join(leaf, ([np.asarray(v, dtype=array.dtype, order="C")] for array, v in pairs))
 
 
-def join(leaf: Any, arrays: Iterable[Iterable[np.ndarray]]) -> Iterator[Any]:
+def join(leaf: Leaf, arrays: Iterable[Iterable[np.ndarray]]) -> Iterator[Piece]:
     """Yield the file of a leaf in pieces of bytes; `arrays` are its arrays, in pieces, in C order.
 
     A piece is requested only when the previous one is no longer needed.
@@ -89,25 +97,25 @@ def join(leaf: Any, arrays: Iterable[Iterable[np.ndarray]]) -> Iterator[Any]:
             yield values.reshape(-1).view(np.uint8)  # The buffer protocol does not know bfloat16.
 
 
-def file_size(leaf: Any) -> int:
+def file_size(leaf: Leaf) -> int:
     """Return the exact length in bytes of the file of a leaf, as `contents` writes it."""
     header = sum(len(piece) for piece in _header(leaf) if piece is not None)
     return header + sum(map(nbytes, _arrays(leaf)))
 
 
-def describe(leaf: Any) -> str:
+def describe(leaf: Leaf) -> str:
     """Describe a leaf for errors, "float32 [6144, 8]"; equal leaves have equal descriptions."""
     if isinstance(leaf, QuantizedWeight8bit):
         return f"quantised {describe(leaf.weight)} with scales {describe(leaf.scales)}"
     return f"{leaf.dtype} {list(leaf.shape)}"
 
 
-def nbytes(array: Any) -> int:
+def nbytes(array: Array) -> int:
     """Return how many bytes an array's values take."""
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
-def check(name: str, leaf: Any) -> None:
+def check(name: str, leaf: Leaf) -> None:
     """Raise ValueError, with the name, if the layout does not support a leaf."""
     arrays = _arrays(leaf)
     dtypes = [np.dtype(array.dtype) for array in arrays]
@@ -122,11 +130,11 @@ def check(name: str, leaf: Any) -> None:
         )
 
 
-def _arrays(leaf: Any) -> list[Any]:
+def _arrays(leaf: Leaf) -> list[Array]:
     return [leaf.weight, leaf.scales] if isinstance(leaf, QuantizedWeight8bit) else [leaf]
 
 
-def _header(leaf: Any) -> list[bytes | None]:
+def _header(leaf: Leaf) -> list[bytes | None]:
     """Return the bytes of the file of a leaf, with None in place of those of each array."""
     return _Writer().write(_unparse(leaf))
 
@@ -151,8 +159,8 @@ class _Object:
     The state of a dict is a tuple, (key, value, key, value, ...).
     """
 
-    function: Any = None
-    arguments: Any = None
+    function: object = None
+    arguments: object = None
     state: Any = None
 
 
@@ -168,11 +176,11 @@ class _Bytes:
 _KIND = _Bytes(0, 1, b"b")  # An argument of every `_reconstruct`.
 
 # The type code in a pickled dtype: "f4" for float32, but a global for bfloat16.
-_DTYPES: dict[Any, np.dtype] = {np.dtype(t).str[1:]: np.dtype(t) for t in "?bhiqBHIQefd"}
+_DTYPES: dict[str | _Global, np.dtype] = {np.dtype(t).str[1:]: np.dtype(t) for t in "?bhiqBHIQefd"}
 _DTYPES[_Global.BFLOAT16] = np.dtype(ml_dtypes.bfloat16)
 
 
-def _parse(value: Any) -> Any:
+def _parse(value: object) -> StoredLeaf:
     """Return the Located, or QuantizedWeight8bit of two, that a description stands for.
 
     A hostile description can be deep or cyclic, or small but endless to print. So it is inspected
@@ -191,7 +199,7 @@ def _parse(value: Any) -> Any:
     return _parse_array(value)
 
 
-def _parse_array(value: Any) -> Located:
+def _parse_array(value: object) -> Located:
     match value:
         # The size, alignment and flags of a dtype follow from its name.
         case _Object(
@@ -225,7 +233,7 @@ def _parse_array(value: Any) -> Located:
     return Located(shape, f"{prefix}{dtype}", data.offset)
 
 
-def _unparse(leaf: Any) -> _Object:
+def _unparse(leaf: Leaf) -> _Object:
     """Return the description of the pickle of a leaf: the inverse of `_parse`."""
     if isinstance(leaf, QuantizedWeight8bit):
         items = ("weight", _unparse(leaf.weight), "scales", _unparse(leaf.scales))
@@ -252,10 +260,10 @@ class _Reader:
         self.size = size
         self.position = 0
         self.frame_end = 0
-        self.stack: list[Any] = []
-        self.memo: list[Any] = []
+        self.stack: list[object] = []
+        self.memo: list[object] = []
 
-    def read(self) -> Any:
+    def read(self) -> object:
         """Return the description of the one value in the file."""
         start = self.take(2)
         if start != _PROTOCOL_4:
@@ -320,7 +328,7 @@ class _Reader:
                 raise LayoutError("only the pickle opcodes of an array", got)
         self.stack.append(value)
 
-    def stop(self) -> Any:
+    def stop(self) -> object:
         """Return the only value on the stack. Raises LayoutError unless the file ends here."""
         value = self.pop()
         if self.stack:
@@ -361,12 +369,12 @@ class _Reader:
             f"{opcode} as an array needs it", f"another use before byte {self.position}"
         )
 
-    def pop(self) -> Any:
+    def pop(self) -> object:
         if not self.stack or self.stack[-1] is _MARK:
             raise LayoutError("a value", f"none before byte {self.position}")
         return self.stack.pop()
 
-    def pop_to_mark(self) -> tuple[Any, ...]:
+    def pop_to_mark(self) -> tuple[object, ...]:
         if _MARK not in self.stack:
             raise self.misused("MARK")
         start = len(self.stack) - 1 - self.stack[::-1].index(_MARK)
@@ -394,7 +402,7 @@ class _Writer:
         self.pieces: list[bytes | None] = [_PROTOCOL_4]
         self.frame: list[bytes | None] = []
         self.frame_size = 0
-        self.memo: dict[Any, int] = {}
+        self.memo: dict[object, int] = {}
 
     def write(self, value: _Object) -> list[bytes | None]:
         """Return the bytes of the file that holds the value, with None for those of each array."""
@@ -473,7 +481,7 @@ class _Writer:
         self.frame.append(_CODES[opcode] + argument)
         self.frame_size += 1 + len(argument)
 
-    def memoize(self, key: Any) -> None:
+    def memoize(self, key: object) -> None:
         self.memo[key] = len(self.memo)
         self.emit("MEMOIZE")
 

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import overload
 
 import jax
 import ml_dtypes  # numpy learns the name "bfloat16"
@@ -28,9 +28,10 @@ import numpy as np
 
 from grok1.formats import atomic, forms, pickle_file
 from grok1.formats.forms import Directory, TensorFile, error
+from grok1.formats.pickle_file import Array, Leaf, Located, StoredLeaf
 from grok1.formats.values import read_pieces
 from grok1.ops.quantization import QuantizedWeight8bit
-from grok1.strict_json import read_json
+from grok1.strict_json import Json, read_json
 
 OUTER = "outer.safetensors"
 _FORMAT = "grok-1-jax/1"
@@ -71,7 +72,15 @@ class Index:
 # Names.
 
 
-def tensors(record: TensorFile, leaf: Any = None) -> dict[str, Any]:
+@overload
+def tensors(record: TensorFile) -> dict[str, Array]: ...
+
+
+@overload
+def tensors(record: TensorFile, leaf: StoredLeaf) -> dict[str, Located]: ...
+
+
+def tensors(record: TensorFile, leaf: Leaf | None = None) -> Mapping[str, Array]:
     """Return {name: array} for a parameter's leaf; by default `record.leaf`."""
     leaf = record.leaf if leaf is None else leaf
     if isinstance(leaf, QuantizedWeight8bit):
@@ -111,8 +120,8 @@ def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> 
 
 
 def contents(
-    arrays: Mapping[str, Any], values: Mapping[str, Iterable[np.ndarray]]
-) -> Iterator[Any]:
+    arrays: Mapping[str, Array], values: Mapping[str, Iterable[np.ndarray]]
+) -> Iterator[atomic.Piece]:
     """Yield the bytes of a safetensors file, as the library writes it.
 
     arrays: the shape and dtype of each tensor. values: the values of each, in pieces, in C order. A
@@ -120,7 +129,7 @@ def contents(
     """
     codes = {name: _CODES[np.dtype(array.dtype).name] for name, array in arrays.items()}
     names = sorted(arrays, key=lambda name: ([*_DTYPES].index(codes[name]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+    header: dict[str, Json] = {"__metadata__": {"format": "np"}}
     begin = 0
     for name in names:
         end = begin + pickle_file.nbytes(arrays[name])
@@ -138,9 +147,7 @@ def contents(
 # Checksums.
 
 
-def checksum(
-    array: pickle_file.Located, name: str, count: Callable[[int], object] | None = None
-) -> str:
+def checksum(array: Located, name: str, count: Callable[[int], object] | None = None) -> str:
     """Return the checksum of an array's bytes, in the format of the index.
 
     count: called with the number of bytes of each piece. Raises the errors of `values.read_pieces`.
@@ -156,21 +163,21 @@ def checksum(
 # Reading and checking.
 
 
-def check_files(directory: Directory, records: list[TensorFile]) -> list[Any]:
+def check_files(directory: Directory, records: list[TensorFile]) -> list[StoredLeaf]:
     """Check the index, and the sizes and headers of all files of DIR.
 
     Returns the location of each parameter's arrays, in the order of `records`: a
-    pickle_file.Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
+    Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
     """
     files = layout(records)
     _check_index(os.path.join(directory, forms.INDEX), read_index(directory), files)
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, StoredLeaf] = {}
     for file, members in files.items():
         leaves |= _check_file(os.path.join(directory, file), members)
     return [leaves[record.name] for record in records]
 
 
-def arrays_in(path: str) -> dict[str, pickle_file.Located]:
+def arrays_in(path: str) -> dict[str, Located]:
     """Return the dtypes and shapes of a file's tensors by name, from its header, unchecked.
 
     Raises CheckpointError if it has no header.
@@ -179,7 +186,7 @@ def arrays_in(path: str) -> dict[str, pickle_file.Located]:
     for name, entry in _read_header(path)[0].items():
         match entry:
             case {"dtype": str(code), "shape": list(shape)} if code in _DTYPES:
-                found[name] = pickle_file.Located(tuple(shape), _DTYPES[code], 0, path)
+                found[name] = Located(tuple(shape), _DTYPES[code], 0, path)
     return found
 
 
@@ -258,7 +265,7 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
         raise error(path, f"a total_size of {size}", _short(index.total_size), _DAMAGED)
 
 
-def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
+def _check_file(path: str, members: list[TensorFile]) -> dict[str, StoredLeaf]:
     """Return {parameter: leaf with the locations of its arrays} of one file."""
     entries, begin, stamp = _read_header(path)
     expected = {name: array for record in members for name, array in tensors(record).items()}
@@ -266,7 +273,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
         got = f"none of the name {name}" if name in expected else f"one more, {_short(name)}"
         raise error(path, f"{len(expected)} tensors", got, _DAMAGED)
     found = {
-        name: pickle_file.Located(
+        name: Located(
             array.shape,
             str(array.dtype),
             begin + _place(path, name, array, entries[name]),
@@ -290,7 +297,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, Any]:
     }
 
 
-def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.FileVersion]:
+def _read_header(path: str) -> tuple[dict[str, object], int, atomic.FileVersion]:
     """Return the tensors' entries in a file's header, the offset of the values, and its stamp."""
     try:
         with atomic.open_regular(path) as file:
@@ -313,7 +320,7 @@ def _read_header(path: str) -> tuple[dict[str, Any], int, atomic.FileVersion]:
     raise _damaged(path, "its metadata are not strings")
 
 
-def _place(path: str, name: str, array: Any, entry: Any) -> int:
+def _place(path: str, name: str, array: Array, entry: object) -> int:
     """Return the offset of a tensor's values from the end of the header.
 
     Raises CheckpointError unless its entry in the header has the dtype and shape of `array`, and
@@ -340,9 +347,9 @@ def _damaged(where: str, how: str) -> forms.CheckpointError:
     return error(where, "a complete safetensors file", f"a damaged one ({how})", _DAMAGED)
 
 
-def _parse(path: str, text: bytes) -> dict[str, Any]:
+def _parse(path: str, text: bytes) -> dict[str, object]:
     try:
-        fields = read_json(text)
+        fields: object = read_json(text)
     except ValueError as problem:
         raise error(path, "valid JSON", f"an error ({problem})", _DAMAGED) from problem
     if not isinstance(fields, dict):
@@ -350,7 +357,7 @@ def _parse(path: str, text: bytes) -> dict[str, Any]:
     return fields
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """Return a value of a file for an error message: on one line, and shortened."""
     return ascii(value if not isinstance(value, (dict, list)) else type(value).__name__)[
         :_MOST_SHOWN

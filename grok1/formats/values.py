@@ -10,13 +10,13 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from grok1.formats import atomic, forms
-from grok1.formats.pickle_file import Located, nbytes
+from grok1.formats.pickle_file import Array, Located, nbytes
 
 Index = tuple[slice, ...]
 
@@ -103,7 +103,7 @@ def require_finite(values: np.ndarray, array: Located, name: str) -> None:
         raise forms.error(f"{array.path} ({name})", expected, str(bad), remedy)
 
 
-def is_float(array: Any) -> bool:
+def is_float(array: Array) -> bool:
     """Return whether an array's dtype can hold values that are not finite."""
     dtype = np.dtype(array.dtype)
     return dtype == ml_dtypes.bfloat16 or dtype.kind == "f"

@@ -10,9 +10,8 @@ import numpy as np
 from grok1.kernels import shared_library, xla_cpu
 from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
 from grok1.ops.derivatives import forward_only
-from grok1.ops.mixture import Params
 from grok1.ops.operations import table_product as plain_table_product
-from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight, Weights
 
 PRODUCT = "grok_1_grouped_product"
 GATED_PRODUCT = "grok_1_gated_product"
@@ -107,7 +106,9 @@ def attend_one(
     return _call(ATTEND, shape, *arrays, multiplier=np.float32(multiplier))[:, None]
 
 
-def _call(name: str, shape: Any, *arrays: jax.Array, **numbers: Any) -> jax.Array:
+def _call(
+    name: str, shape: jax.ShapeDtypeStruct, *arrays: jax.Array, **numbers: np.generic
+) -> jax.Array:
     """Call a function of cpu.cc."""
     return forward_only(functools.partial(jax.ffi.ffi_call(name, shape), **numbers))(*arrays)
 
@@ -138,7 +139,7 @@ def _table_product(x: jax.Array, table: jax.Array) -> jax.Array:
     return table_product(x, table) if few else plain_table_product(x, table)
 
 
-def _mixture(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     if not is_int8(params):
         return xla_cpu.chosen_experts(params, x, gates, index)
     return grouped_experts(gated_product, grouped_product, params, x, gates, index)

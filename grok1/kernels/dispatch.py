@@ -6,7 +6,7 @@ CPU. `cpu`: compiled from C++. `gpu`: Pallas. Each is tested against the plain f
 
 import functools
 import logging
-from typing import Any
+from types import ModuleType
 
 from grok1 import backend
 from grok1.kernels.error import KernelError
@@ -55,7 +55,7 @@ def check(name: str) -> None:
         ) from error
 
 
-def _compiled(name: str) -> Any:
+def _compiled(name: str) -> ModuleType:
     """Return the module of compiled kernels."""
     if name == "cpu":
         from grok1.kernels import cpu

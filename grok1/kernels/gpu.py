@@ -31,12 +31,13 @@ from grok1.kernels.error import KernelError
 from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
 from grok1.ops.cache import SOFT_CAP
 from grok1.ops.derivatives import forward_only
-from grok1.ops.mixture import Params, chosen_experts
+from grok1.ops.mixture import chosen_experts
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
     QuantizedWeight8bit,
     StackedWeight,
     Weight,
+    Weights,
     matmul,
     product,
 )
@@ -627,7 +628,7 @@ def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return matmul(x, weight)
 
 
-def _mixture(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     if not is_int8(params):
         return chosen_experts(params, x, gates, index)
     return grouped_experts(gated_product, grouped_product, params, x, gates, index)

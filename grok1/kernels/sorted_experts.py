@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grok1.ops.mixture import Params, expert_count, flat
-from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, stacked
+from grok1.ops.mixture import expert_count, flat
+from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weights, stacked
 
 Product = Callable[..., jax.Array]
 
@@ -46,7 +46,7 @@ def combine_sorted(
 def grouped_experts(
     gated_product: Product,
     grouped_product: Product,
-    params: Params,
+    params: Weights,
     x: jax.Array,
     gates: jax.Array,
     index: jax.Array,
@@ -64,7 +64,7 @@ def grouped_experts(
     return combine_sorted(y, order, starts, gates)
 
 
-def is_int8(params: Params) -> bool:
+def is_int8(params: Weights) -> bool:
     """Return whether all weights of a mixture are int8."""
     return all(
         isinstance(stacked(leaves["w"]).stack, QuantizedWeight8bit) for leaves in params.values()

@@ -8,20 +8,21 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from grok1.kernels.sorted_experts import combine_sorted, sorted_copies
 from grok1.ops import cache, mixture
-from grok1.ops.mixture import Params, expert, expert_count, flat
+from grok1.ops.mixture import expert, expert_count, flat
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
     QuantizedWeight8bit,
     StackedWeight,
     Weight,
+    Weights,
     matrix,
     product,
     stacked,
@@ -75,7 +76,9 @@ def _large_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
 
 
 @_large_matmul.defjvp
-def _large_matmul_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _large_matmul_jvp(
+    primals: tuple[jax.Array, StackedWeight], tangents: tuple[jax.Array, StackedWeight]
+) -> tuple[jax.Array, jax.Array]:
     """Differentiate the exact product with respect to x: rounding has a zero derivative."""
     x, weight = primals
     return _large_matmul(x, weight), plain_matmul(tangents[0], weight.sliced())
@@ -146,7 +149,7 @@ def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.A
 # ----------------------------------------------------------------------------- mixture of experts
 
 
-def chosen_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+def chosen_experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     """`mixture.chosen_experts`: two blocks at a time, or `by_size` for large experts in one prompt.
 
     Two blocks of small experts keep two cores busy; one matrix would not.
@@ -159,7 +162,10 @@ def chosen_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Ar
     return mixture.chosen_experts(params, x, gates, index, multiply=matmul, together=together)
 
 
-def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+State = tuple[jax.Array, jax.Array, jax.Array]  # of a loop: expert, first row, output
+
+
+def by_size(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     """`chosen_experts`, with each expert's rows padded to the next compiled size.
 
     So each expert's matrices are read and converted once, with little padding. Rounding may depend
@@ -183,7 +189,7 @@ def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) ->
 
     branches = [multiply(size) for size in sizes]
 
-    def body(state: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+    def body(state: State) -> State:
         e, row, out = state
         which = jnp.searchsorted(jnp.array(sizes[:-1]), starts[e + 1] - row)
         out = lax.switch(which, branches, e, row, out)
@@ -198,7 +204,7 @@ def by_size(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) ->
 # --------------------------------------------------------------------------------------- the cache
 
 
-def cache_dtype(dtype: Any) -> Any:
+def cache_dtype(dtype: DTypeLike) -> DTypeLike:
     """Return the best dtype to store a cache of `dtype` in: for bfloat16, its bits as uint16.
 
     XLA's CPU backend supports bfloat16 only in products: to write a row of a bfloat16 cache it

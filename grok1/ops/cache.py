@@ -5,7 +5,7 @@ cache, `T` new positions, `S` positions of a cache, `K` key/value heads, `H` hea
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +239,7 @@ def _read_block(
 ) -> jax.Array:
     """Return positions start ... start + block of a cache [L, C, S, K, H] -> [B, block, K, H]."""
 
-    def read(first: Any, count: int) -> jax.Array:
+    def read(first: jax.Array | int, count: int) -> jax.Array:
         shape = (1, count, block, *cache.shape[3:])
         return lax.dynamic_slice(cache, (layer, first, start, 0, 0), shape)[0]
 

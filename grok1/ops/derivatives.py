@@ -1,12 +1,14 @@
 """Errors for operations without derivatives, which name the differentiable ones."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+Result = TypeVar("Result")
 
 INSTEAD = (
     "use server.model(differentiable=True), or a model made with "
@@ -14,27 +16,27 @@ INSTEAD = (
 )
 
 
-def forward_only(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def forward_only(kernel: Callable[..., Result]) -> Callable[..., Result]:
     """Return a kernel of arrays that raises ValueError under jax.grad, jax.jvp or jax.vmap."""
 
     @jax.custom_jvp
-    def call(*arrays: jax.Array) -> Any:
+    def call(*arrays: jax.Array) -> Result:
         return kernel(*arrays)
 
     @call.defjvp
-    def _(*_: Any) -> NoReturn:
+    def _(*_: object) -> NoReturn:
         raise ValueError(f"compiled kernels have no derivatives; {INSTEAD}")
 
     batched = custom_vmap(call)
 
     @batched.def_vmap
-    def _(*_: Any) -> NoReturn:
+    def _(*_: object) -> NoReturn:
         raise ValueError(f"compiled kernels cannot be mapped by jax.vmap; {INSTEAD}")
 
     return batched
 
 
-def _refuse(*_: Any) -> NoReturn:
+def _refuse(*_: object) -> NoReturn:
     raise ValueError(f"loops of unknown length have no gradient; {INSTEAD}")
 
 

@@ -1,7 +1,7 @@
 """The loop over layers: one function, scanned over parameters that have a leading layer axis."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import haiku as hk
 import jax
@@ -10,14 +10,17 @@ from jax import lax
 
 from grok1.inspection import Probe, asked, asking
 from grok1.ops.cache import KVMemory
-from grok1.ops.quantization import StackedWeight
+from grok1.ops.quantization import Parameter, Params, StackedWeight, Weights
 
+Result = TypeVar("Result")
+Arrays = dict[str, jax.Array]
+Carry = tuple[jax.Array, Arrays, Arrays]  # h, the caches, and what is captured
 Layer = Callable[[jax.Array, KVMemory | None], tuple[jax.Array, KVMemory | None]]
 
 
 def transform_stacked(
-    function: Callable[..., Any], count: int, *example: Any
-) -> tuple[dict[str, dict[str, Any]], Callable[..., Any]]:
+    function: Callable[..., Result], count: int, *example: jax.Array | None
+) -> tuple[Params, Callable[..., Result]]:
     """Transform a function of Haiku modules to a pure one, with `count` sets of parameters.
 
     example: arguments of the function, for initialization.
@@ -29,7 +32,7 @@ def transform_stacked(
     keys = jax.random.split(hk.next_rng_key(), count) if hk.running_init() else None
     axes = (0, *(None for _ in example))
     with asking(None):
-        params: Any = hk.transparent_lift(jax.vmap(init, in_axes=axes))(keys, *example)
+        params: Params = hk.transparent_lift(jax.vmap(init, in_axes=axes))(keys, *example)
     return params, apply
 
 
@@ -39,7 +42,7 @@ def scan_layers(
     h: jax.Array,
     memory: KVMemory | None,
     *,
-    keep_stacked: Callable[[str, Any], bool],
+    keep_stacked: Callable[[str, Parameter], bool],
     unroll: int = 1,
 ) -> tuple[jax.Array, KVMemory | None]:
     """Apply `layer_fn`, a function of Haiku modules, `num_layers` times to h and the memory.
@@ -57,7 +60,7 @@ def scan_layers(
     kept, own = _split(params, keep_stacked)
     probe = asked() or Probe()
 
-    def one_layer(index: jax.Array, own: Any, h: jax.Array, caches: Any) -> Any:
+    def one_layer(index: jax.Array, own: Params, h: jax.Array, caches: Arrays) -> Carry:
         within = probe.within(index)
         given = None if memory is None else memory._replace(**caches, layer=index)
         with asking(within):
@@ -67,7 +70,7 @@ def scan_layers(
 
     selected = probe.layers if probe.capture else None
 
-    def body(carry: tuple[Any, ...], xs: tuple[jax.Array, Any]) -> Any:
+    def body(carry: Carry, xs: tuple[jax.Array, Params]) -> tuple[Carry, Arrays]:
         h, caches, chosen = carry
         index, own = xs
         h, caches, found = one_layer(index, own, h, caches)
@@ -88,10 +91,10 @@ def scan_layers(
     return h, None if memory is None else memory._replace(**caches)
 
 
-def _split(params: Any, keep_stacked: Callable[[str, Any], bool]) -> tuple[Any, Any]:
+def _split(params: Params, keep_stacked: Callable[[str, Parameter], bool]) -> tuple[Params, Params]:
     """Split a parameter tree into the weights kept stacked and those sliced per layer."""
-    kept: dict[str, dict[str, Any]] = {}
-    own: dict[str, dict[str, Any]] = {}
+    kept: dict[str, dict[str, Parameter]] = {}
+    own: dict[str, dict[str, Parameter]] = {}
     for module, leaves in params.items():
         for name, leaf in leaves.items():
             part = kept if keep_stacked(module, leaf) else own
@@ -99,7 +102,7 @@ def _split(params: Any, keep_stacked: Callable[[str, Any], bool]) -> tuple[Any, 
     return kept, own
 
 
-def _join(own: Any, kept: Any, layer: jax.Array) -> dict[str, dict[str, Any]]:
+def _join(own: Params, kept: Params, layer: jax.Array) -> Weights:
     """Undo `_split` for one layer."""
     return {
         module: {

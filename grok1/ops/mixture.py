@@ -8,16 +8,14 @@ A mixture's parameters are `{"linear": {"w": [E, D, F]}, "linear_v": {"w": [E, D
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops.quantization import Weight, matmul, matrix, sliced
-
-Params = Mapping[str, Mapping[str, Any]]
+from grok1.ops.quantization import Weight, Weights, matmul, matrix, sliced
 
 
 def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -36,7 +34,7 @@ def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def expert(
-    params: Params, x: jax.Array, multiply: Callable[[jax.Array, Weight], jax.Array] = matmul
+    params: Weights, x: jax.Array, multiply: Callable[[jax.Array, Weight], jax.Array] = matmul
 ) -> jax.Array:
     """One expert: `linear_1(gelu(linear(x)) * linear_v(x))`, gelu in its tanh approximation.
 
@@ -49,7 +47,7 @@ def expert(
     return multiply(hidden.astype(x.dtype), params["linear_1"]["w"])
 
 
-def all_experts(params: Params, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+def all_experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     """Compute every expert for every token, mostly with a gate of zero: the definition.
 
     x [B, T, D] in the activation dtype, gates float32 [B, T, A], index int32 [B, T, A] (E for a
@@ -121,7 +119,7 @@ def sort_by_expert(index: jax.Array, num_experts: int, multiple: int = 1) -> Blo
 
 
 def chosen_experts(
-    params: Params,
+    params: Weights,
     x: jax.Array,
     gates: jax.Array,
     index: jax.Array,
@@ -153,7 +151,7 @@ def chosen_experts(
 
 
 def differentiable_experts(
-    params: Params, x: jax.Array, gates: jax.Array, index: jax.Array
+    params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array
 ) -> jax.Array:
     """`chosen_experts` for training: a loop with a dynamic bound has no reverse-mode gradient.
 
@@ -165,7 +163,9 @@ def differentiable_experts(
     x_blocks = gather_rows(x, blocks)
     own = jax.vmap(lambda e: jax.tree.map(lambda w: w[e], params))(blocks.block_expert)
 
-    def block(used: jax.Array, inputs: tuple[jax.Array, jax.Array, Params]) -> Any:
+    def block(
+        used: jax.Array, inputs: tuple[jax.Array, jax.Array, Weights]
+    ) -> tuple[jax.Array, jax.Array]:
         b, x_block, own = inputs
         zeros = jnp.zeros(x_block.shape, jnp.float32)
         return used, lax.cond(b < used, expert, lambda *_: zeros, own, x_block)
@@ -176,7 +176,7 @@ def differentiable_experts(
     return scatter_rows(out, blocks, gates)
 
 
-def expert_count(params: Params) -> int:
+def expert_count(params: Weights) -> int:
     """Return E."""
     return params["linear"]["w"].shape[0]
 

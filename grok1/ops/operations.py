@@ -1,9 +1,10 @@
 """The operations that can have processor-specific implementations."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jax.typing import DTypeLike
 
 from grok1.ops import cache, mixture, quantization
 
@@ -27,6 +28,6 @@ class Operations(NamedTuple):
     mixture: Callable[..., jax.Array] = mixture.chosen_experts
     write_rows: Callable[..., jax.Array] = cache.write_rows
     attend_cached: Callable[..., jax.Array] = cache.attend_cached
-    cache_dtype: Callable[[Any], Any] = lambda dtype: dtype
+    cache_dtype: Callable[[DTypeLike], DTypeLike] = lambda dtype: dtype
     view: Callable[[jax.Array], jax.Array] = lambda cache: cache
     takes_stacked: bool = False

@@ -11,11 +11,13 @@ projection and the experts' `linear_1`). The number of groups does not depend on
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +29,7 @@ class QuantizedWeight8bit:
     scales: bfloat16 [..., J, O]; J divides I.
     """
 
-    weight: Any
+    weight: Any  # arrays; or, in a tree of the same structure, their shapes, specs or places
     scales: Any
 
     @property
@@ -46,7 +48,7 @@ class StackedWeight:
     stack: [L, ...], float or QuantizedWeight8bit. layer: int32 [], its index.
     """
 
-    stack: Any
+    stack: Any  # or a spec, as in a QuantizedWeight8bit
     layer: Any
 
     @property
@@ -60,7 +62,14 @@ class StackedWeight:
         return jax.tree.map(take, self.stack)
 
 
-Weight = jax.Array | QuantizedWeight8bit | StackedWeight
+Parameter = jax.Array | QuantizedWeight8bit
+ParameterShape = jax.ShapeDtypeStruct | QuantizedWeight8bit
+Weight = Parameter | StackedWeight  # as a layer uses it
+
+# Trees {module: {name: leaf}}.
+Params = Mapping[str, Mapping[str, Parameter]]
+Weights = Mapping[str, Mapping[str, Weight]]
+Shapes = Mapping[str, Mapping[str, ParameterShape]]
 
 
 def stacked(weight: Weight) -> StackedWeight:
@@ -73,7 +82,7 @@ def stacked(weight: Weight) -> StackedWeight:
 def sliced(tree: Any) -> Any:
     """Return a tree of weights with every StackedWeight sliced out."""
 
-    def is_stacked(weight: Any) -> bool:
+    def is_stacked(weight: object) -> bool:
         return isinstance(weight, StackedWeight)
 
     return jax.tree.map(lambda w: w.sliced() if is_stacked(w) else w, tree, is_leaf=is_stacked)
@@ -109,7 +118,7 @@ def quantize(weight: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
     )
 
 
-def dequantize(weight: jax.Array | QuantizedWeight8bit, dtype: Any = jnp.float32) -> jax.Array:
+def dequantize(weight: Parameter, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Return the matrix [..., I, O] that a float or int8 weight stands for, in `dtype`."""
     if not isinstance(weight, QuantizedWeight8bit):
         return weight.astype(dtype)
@@ -156,9 +165,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return jnp.sum(partial * scales, axis=0)
 
 
-def split_groups(
-    weight: jax.Array | QuantizedWeight8bit, parts: int
-) -> jax.Array | QuantizedWeight8bit:
+def split_groups(weight: Parameter, parts: int) -> Parameter:
     """Repeat scales until their groups divide evenly into `parts` slices along the rows.
 
     The values of the matrix are unchanged. A slice along I then holds complete groups, so that each

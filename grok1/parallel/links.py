@@ -31,12 +31,15 @@ class Expected(NamedTuple):
     seconds: float | None = None
 
 
-def pack(**message: Any) -> bytes:
+Message = tuple[str, Any]  # kind and content, whose type `Expected` states
+
+
+def pack(**message: object) -> bytes:
     """Return the bytes of a message."""
     return json.dumps(message).encode() + b"\n"
 
 
-def _unpack(line: bytes | bytearray, types: Mapping[str, type]) -> tuple[str, Any]:
+def _unpack(line: bytes | bytearray, types: Mapping[str, type]) -> Message:
     try:
         ((kind, content),) = json.loads(line.decode()).items()
         if isinstance(content, types[kind]):
@@ -96,7 +99,7 @@ class Link:
             self.shut()
             raise
 
-    def receive(self, expected: Expected) -> tuple[str, Any] | None:
+    def receive(self, expected: Expected) -> Message | None:
         """Return kind and content of the next message; None if the connection was closed.
 
         Raises OSError, and ValueError for an unexpected message.
@@ -115,7 +118,7 @@ class Link:
         line, _, self.unread = self.unread.partition(b"\n")
         return _unpack(line, expected.types)
 
-    def ask(self, question: bytes, expected: Expected) -> tuple[str, Any]:
+    def ask(self, question: bytes, expected: Expected) -> Message:
         """Send a message and return the answer, which must be complete within the time-out.
 
         If it fails, the link is closed. Raises OSError if the connection ends, ValueError for an

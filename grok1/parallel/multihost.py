@@ -33,12 +33,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self, TypeVarTuple
 
 from grok1.checks import is_integer
 from grok1.parallel.links import (
     Expected,
     Link,
+    Message,
     accepted,
     begins_with,
     copy_bytes,
@@ -46,6 +47,8 @@ from grok1.parallel.links import (
     pack,
     retry,
 )
+
+Arguments = TypeVarTuple("Arguments")
 
 JOIN_TIMEOUT = 120.0  # seconds
 PEER_TIMEOUT = 20.0
@@ -94,7 +97,7 @@ class Hello(NamedTuple):
     host: str
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> Self | None:
+    def of(cls, fields: dict[str, object]) -> Self | None:
         """Return the Hello with the received fields, or None if they are invalid."""
         protocol, process, processes, host = (fields.get(name) for name in cls._fields)
         if not (is_integer(protocol) and is_integer(process) and is_integer(processes)):
@@ -212,7 +215,7 @@ class Peers:
             self._connect()
         self._start_jax()
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: object) -> Any:
         """Return process 0's value, as decoded from JSON, on every process; call it on all."""
         if self.process.process_id == 0:
             data = pack(value=value)
@@ -383,11 +386,11 @@ class Peers:
         few = ", ".join(map(str, sorted(wanted)[:8])) + (", ..." if len(wanted) > 8 else "")
         return f"process{'es' if len(wanted) > 1 else ''} {few} of {self.process.num_processes}"
 
-    def _ask(self, question: bytes, expected: Expected, timeout: float) -> tuple[Link, str, Any]:
+    def _ask(self, question: bytes, expected: Expected, timeout: float) -> tuple[Link, *Message]:
         """Ask process 0; retry if it does not listen yet or has dropped the connection."""
         address = host_and_port(self.process.coordinator)
 
-        def attempt(left: float) -> tuple[Link, str, Any]:
+        def attempt(left: float) -> tuple[Link, *Message]:
             link = Link(socket.create_connection(address, left), self.peer_timeout)
             return link, *link.ask(question, expected)
 
@@ -468,7 +471,7 @@ class Peers:
 
     # --------------------------------------------------------------------------- watching
 
-    def _start(self, function: Callable[..., object], *arguments: Any) -> None:
+    def _start(self, function: Callable[[*Arguments], object], *arguments: *Arguments) -> None:
         """Call a function in a new thread; an exception there ends the run."""
 
         def call() -> None:

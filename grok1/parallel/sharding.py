@@ -14,14 +14,23 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, split_groups
+from grok1.ops.quantization import (
+    ParameterShape,
+    QuantizedWeight8bit,
+    Shapes,
+    StackedWeight,
+    split_groups,
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Tree = TypeVar("Tree")
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
@@ -31,6 +40,10 @@ REPLICA_AXIS = "replica"
 Axes = str | tuple[str, ...] | None
 AnyMesh = Mesh | AbstractMesh
 Rules = Sequence[tuple[str, P]]
+SpecTree = Any  # PartitionSpecs in the structure of what they are for
+# Of a parameter tree; for a quantized weight, those of its two arrays.
+Specs = Mapping[str, Mapping[str, P | QuantizedWeight8bit]]
+Shardings = Mapping[str, Mapping[str, jax.sharding.Sharding | QuantizedWeight8bit]]
 
 
 def make_mesh(
@@ -138,8 +151,8 @@ def constrain(x: jax.Array, mesh: AnyMesh | None, *spec: Axes) -> jax.Array:
 
 
 def on_shards(
-    function: Callable[..., Any], mesh: AnyMesh | None, in_specs: Any, out_specs: Any
-) -> Any:
+    function: Function, mesh: AnyMesh | None, in_specs: SpecTree, out_specs: SpecTree
+) -> Function:
     """Return `function` under `shard_map`; without a mesh, `function` itself."""
     if mesh is None:
         return function
@@ -166,7 +179,7 @@ def sum_over(x: jax.Array, mesh: AnyMesh | None, axes: Axes) -> jax.Array:
     return x if mesh is None or axes is None else jax.lax.psum(x, axes)
 
 
-def readable(tree: Any, mesh: AnyMesh | None) -> Any:
+def readable(tree: Tree, mesh: AnyMesh | None) -> Tree:
     """Replicate results if there are several processes, so that each can read them."""
     if mesh is None or not mesh.is_multi_process:
         return tree
@@ -222,7 +235,7 @@ def scales_spec(spec: P, shape: Sequence[int], mesh: AnyMesh | None = None) -> P
     return P(*(of(axes, size) for axes, size in zip(spec, shape, strict=True)))
 
 
-def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, Any]:
+def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, SpecTree]:
     """Return a weight of any type and its specs for `on_shards`, so that each shard has its scales.
 
     spec: of the matrix [..., I, O]. Scales that cannot be split like the rows are repeated.
@@ -243,16 +256,14 @@ def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, Any]:
     return weight, QuantizedWeight8bit(spec, scales_spec(spec, weight.scales.shape, mesh))
 
 
-def parameter_specs(
-    shapes: Mapping[str, Mapping[str, Any]], rules: Rules, mesh: AnyMesh | None = None
-) -> dict[str, Any]:
+def parameter_specs(shapes: Shapes, rules: Rules, mesh: AnyMesh | None = None) -> Specs:
     """Return the PartitionSpec of every array of a two-level parameter tree.
 
     The rules are for one layer; stacked parameters get None for their leading layer axis. Scales
     are split as in `scales_spec`; without a mesh, as if their groups could be split like the rows.
     """
 
-    def of(name: str, leaf: Any) -> Any:
+    def of(name: str, leaf: ParameterShape) -> P | QuantizedWeight8bit:
         rule = match_rule(rules, name)
         spec = P(*(None,) * (len(leaf.shape) - len(rule)), *rule)
         if not isinstance(leaf, QuantizedWeight8bit):
@@ -265,7 +276,7 @@ def parameter_specs(
     }
 
 
-def named_shardings(specs: Any, mesh: AnyMesh) -> Any:
+def named_shardings(specs: SpecTree, mesh: AnyMesh) -> Any:
     """Convert a tree of PartitionSpecs to NamedShardings of a mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)

@@ -2,14 +2,17 @@
 
 import functools
 import inspect
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from grok1.inspection import Hook, Site
+from grok1.inspection import Hook, HookArgs, Site, SiteHooks
+
+Step = TypeVar("Step")  # a compiled function of steps.py
 
 NOT_FINITE = (
     "expected finite logits, got NaN or infinity, so the weights are damaged; find the file "
@@ -35,12 +38,12 @@ class SameHook:
 Hooks = tuple[tuple[Site, SameHook], ...]
 
 
-def as_hooks(hooks: Mapping[Site, Hook]) -> Hooks:
+def as_hooks(hooks: SiteHooks) -> Hooks:
     """Return hooks as a static argument of a step."""
     return tuple((site, SameHook(hook)) for site, hook in hooks.items())
 
 
-def bind(hooks: Hooks, arguments: Sequence[Any]) -> dict[Site, Hook]:
+def bind(hooks: Hooks, arguments: HookArgs) -> dict[Site, Hook]:
     """Return hooks for the model, called with these arguments after layer and array."""
 
     def bound(hook: Hook) -> Hook:
@@ -59,7 +62,7 @@ def not_finite(hooks: Hooks) -> str:
     )
 
 
-def with_hooks(step: Any, hooks: Hooks) -> Any:
+def with_hooks(step: Step, hooks: Hooks) -> Step:
     """Return a step of steps.py with hooks, which receive its `hook_args`."""
     return _with_hooks(step, hooks) if hooks else step
 
@@ -73,7 +76,7 @@ def _with_hooks(step: Any, hooks: Hooks) -> Any:
     return jax.jit(own, static_argnames=static, donate_argnames=donated)
 
 
-def as_arguments(arguments: Sequence[Any], devices: Collection[Any]) -> tuple[Any, ...]:
+def as_arguments(arguments: HookArgs, devices: Collection[jax.Device]) -> tuple[ArrayLike, ...]:
     """Return hook arguments for a step on these devices, with numbers converted to arrays.
 
     Raises ValueError unless it is a tuple or list of arrays and numbers that fit their jax dtype.
@@ -87,7 +90,7 @@ def as_arguments(arguments: Sequence[Any], devices: Collection[Any]) -> tuple[An
         raise ValueError(f"hook_args: expected arrays and numbers, {error}") from error
 
 
-def _as_array(value: Any, devices: Collection[Any]) -> Any:
+def _as_array(value: ArrayLike, devices: Collection[jax.Device]) -> ArrayLike:
     """Return an array in its canonical jax dtype, such as float32 for float64."""
     if isinstance(value, jax.Array) and value.sharding.device_set == devices:
         return value

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
+from grok1.ops.quantization import Shapes
 from grok1.serving.steps import device_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def check_memory(
-    config: LanguageModelConfig, mesh: Mesh | None, num_slots: int, stored: Any = None
+    config: LanguageModelConfig, mesh: Mesh | None, num_slots: int, stored: Shapes | None = None
 ) -> None:
     """Raise ValueError if a device has less memory than weights and cache take.
 

@@ -5,12 +5,14 @@ Does not import jax, which takes seconds.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 PUBLISHED = {"seed": "rng_seed", "top_p": "nucleus_p", "max_tokens": "max_len"}
 
 
-def published_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+def published_names(fields: Mapping[str, Value]) -> dict[str, Value]:
     """Return the fields under the names that they have in Request.
 
     Raises ValueError if one is given under both of its names.

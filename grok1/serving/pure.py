@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,26 +10,29 @@ import jax.numpy as jnp
 
 from grok1.checks import require
 from grok1.execution import Execution
-from grok1.inspection import Hook, Site, check_hooks
+from grok1.inspection import HookArgs, SiteHooks, check_hooks
+from grok1.ops.quantization import Params
 from grok1.serving.hooked import as_hooks, bind
 from grok1.serving.steps import apply_model
 
 if TYPE_CHECKING:
-    from model import LanguageModelConfig
+    from model import LanguageModelConfig, LanguageModelOutput
 
 
-def pure_function(config: LanguageModelConfig, execution: Execution) -> Callable[..., Any]:
+def pure_function(
+    config: LanguageModelConfig, execution: Execution
+) -> Callable[..., LanguageModelOutput]:
     """Return (params, tokens, ...) -> LanguageModelOutput; see `InferenceRunner.model`."""
 
     def model(
-        params: Any,
+        params: Params,
         tokens: jax.Array,
         *,
         embeddings: jax.Array | None = None,
-        hooks: Mapping[Site, Hook] | None = None,
-        hook_args: Sequence[Any] = (),
+        hooks: SiteHooks | None = None,
+        hook_args: HookArgs = (),
         **options: Any,
-    ) -> Any:
+    ) -> LanguageModelOutput:
         shape = tuple(getattr(tokens, "shape", ()))
         require(len(shape) == 2, "tokens", "an int32 array [B, T]", shape or type(tokens))
         hooks = bind(as_hooks(check_hooks(hooks, config.model)), hook_args)

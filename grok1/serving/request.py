@@ -62,7 +62,7 @@ def _with_other_names(kind: Kind) -> Kind:
     known = {field.name for field in dataclasses.fields(kind)}
 
     @functools.wraps(make)
-    def init(self: Any, *values: Any, **fields: Any) -> None:
+    def init(self: object, *values: object, **fields: object) -> None:
         if not fields.keys() <= known:
             fields = published_names(fields)
             if wrong := next((name for name in fields if name not in known), None):
@@ -241,7 +241,9 @@ def as_list(prompts: Any) -> tuple[list[Any], bool]:
     return several, False
 
 
-def as_requests(prompts: Any, settings: Mapping[str, Any]) -> tuple[list[Any], bool]:
+def as_requests(
+    prompts: Request | Prompt | Iterable[Request | Prompt], settings: Mapping[str, Any]
+) -> tuple[list[Request], bool]:
     """Return prompts as a list of Requests, and whether there is a single one, as `as_list`.
 
     settings: fields of the Requests that are made from strings and ids. Also raises ValueError if
@@ -251,7 +253,7 @@ def as_requests(prompts: Any, settings: Mapping[str, Any]) -> tuple[list[Any], b
     return [as_request(prompt, settings) for prompt in several], single
 
 
-def as_request(prompt: Any, settings: Mapping[str, Any]) -> Any:
+def as_request(prompt: Request | Prompt, settings: Mapping[str, Any]) -> Request:
     """Return one prompt as a Request; as `as_requests`."""
     if not isinstance(prompt, Request):
         return Request(prompt, **settings)
@@ -396,7 +398,9 @@ class Answer:
         if answer.prompt_top_logprobs is not None:
             answer.prompt_top_logprobs += map(self._first_choices, *top)
 
-    def take(self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: Any) -> str:
+    def take(
+        self, token: int, logprob: float, top_ids: np.ndarray, top_logprobs: np.ndarray
+    ) -> str:
         """Append a token to the answer; return the new text that is final.
 
         top_ids, top_logprobs: [at least as many as requested], as in SampleOutput.
@@ -484,14 +488,14 @@ def _fit(request: Request, ids: list[int], context: int) -> tuple[list[int], int
     return ids, limit
 
 
-def _check_range(field: str, value: Any, allowed: range) -> None:
+def _check_range(field: str, value: object, allowed: range) -> None:
     if not is_integer(value) or int(value) not in allowed:
         raise ValueError(
             f"{field} must be an integer from {allowed[0]} to {allowed[-1]}, got {value!r}"
         )
 
 
-def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
+def _ids(field: str, ids: Sequence[int], config: LanguageModelConfig) -> list[int]:
     """Check the token ids of a field, which may be NumPy integers."""
     try:
         if isinstance(ids, str):
@@ -502,7 +506,7 @@ def _ids(field: str, ids: Any, config: LanguageModelConfig) -> list[int]:
 
 
 def _stops(request: Request, vocabulary: Vocabulary | None) -> tuple[str, ...]:
-    stops: Any = (request.stop,) if isinstance(request.stop, str) else request.stop
+    stops: Iterable[str] = (request.stop,) if isinstance(request.stop, str) else request.stop
     try:
         stops = tuple(stops)
     except TypeError:
@@ -523,7 +527,7 @@ def _check_settings(checked: CheckedRequest) -> None:
     for field in NUMBERS:
         if not is_number(getattr(request, field)):
             raise ValueError(f"{field} must be one number, got {getattr(request, field)!r}")
-    allowed: Any = range(config.vocab_size)
+    allowed: Sequence[int] = range(config.vocab_size)
     if request.allowed_tokens is not None:
         allowed = _ids("allowed_tokens", request.allowed_tokens, config)
         if not allowed:

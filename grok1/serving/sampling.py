@@ -15,7 +15,7 @@ tokens, so the nucleus could gain or lose many of them.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,9 @@ def validate_settings(settings: SampleSettings) -> None:
     float_max, int_max = np.finfo(np.float32).max, np.iinfo(np.int32).max
     top_k = 0 if settings.top_k is None else settings.top_k
 
-    def check(field: str, value: Any, allowed: str, holds: Callable[[Any], Any]) -> None:
+    def check(
+        field: str, value: object, allowed: str, holds: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
         try:
             with np.errstate(all="ignore"):
                 numbers = np.asarray(value, np.float64)
@@ -121,7 +123,7 @@ def validate_settings(settings: SampleSettings) -> None:
             place = f" in sequence {index[0]}" if len(index) else ""
             raise ValueError(f"{field} must be {allowed}, got {got:g}{place}")
 
-    def in_range(value: Any) -> Any:
+    def in_range(value: np.ndarray) -> np.ndarray:
         return (value >= 0) & (value <= 1)
 
     finite = "a finite number of at least 0"
@@ -267,7 +269,7 @@ def _filtered(
 
 def _apply_if_any(
     asked: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax.Array
-) -> Any:
+) -> jax.Array:
     """Apply a filter if any row needs it, asked bool [B]; otherwise it would change nothing."""
     return lax.cond(jnp.any(asked), function, lambda x: x, x)
 

@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ from grok1.serving.steps import (
 # Steps of all schedulers that are dispatched and not known to be done. XLA's CPU client has a limit
 # of its own; beyond it, devices that wait for each other in a collective deadlock.
 MOST_IN_FLIGHT = 16
-_schedulers: weakref.WeakSet[Any] = weakref.WeakSet()
+_schedulers: weakref.WeakSet["Scheduler"] = weakref.WeakSet()
 HAND_OVER = 1e-4  # seconds that let a thread waiting for the lock acquire it
 
 
@@ -247,7 +247,9 @@ class Statistics:
         return 1 - self.waiting / self.seconds if self.seconds else 0.0
 
 
+Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
+Kind = tuple[int, bool, bool]  # of a prompt's chunk; see `_kind`
 Phase = Callable[[str], object]  # called with "prefill" or "decode" as each begins
 
 
@@ -283,11 +285,11 @@ class Scheduler:
         self._torn = False  # a step is running, or was interrupted and not cleaned up
         self._dispatches = self._done = 0  # number of steps dispatched, and known to be done
         self._waited = 0.0  # seconds spent waiting for the devices
-        self._known: set[Any] = set()  # programs that have been run
+        self._known: set[tuple[object, Kind | None]] = set()  # programs that have been run
         self.statistics = Statistics()
         _schedulers.add(self)
 
-    def alone(self, work: Callable[..., Result], *arguments: Any) -> Result:
+    def alone(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Call a function while holding the lock."""
         if os.getpid() != self._process:
             raise RuntimeError(
@@ -622,7 +624,13 @@ class Scheduler:
         )
         self._note(found, count, decoding, first=False)
 
-    def _run(self, step: Callable[..., Any], *inputs: Any, kind: Any = None, **options: Any) -> Any:
+    def _run(
+        self,
+        step: Callable[..., Result],
+        *inputs: object,
+        kind: Kind | None = None,
+        **options: object,
+    ) -> Result:
         """Dispatch a step; each kind has one program, compiled when it is first run.
 
         kind: that of a prompt chunk; None for all other steps, which use the decode execution.
@@ -708,7 +716,7 @@ class Scheduler:
             array.copy_to_host_async()
         return [np.asarray(array) for array in arrays]
 
-    def _wait(self, arrays: Any) -> None:
+    def _wait(self, arrays: object) -> None:
         began = time.perf_counter()
         jax.block_until_ready(arrays)
         self._waited += time.perf_counter() - began
@@ -741,7 +749,7 @@ def _check_tokens(tokens: int) -> None:
         raise ValueError(f"tokens must be an integer from 1 to {MOST_TOKENS}, got {tokens!r}")
 
 
-def _kind(sequence: _Sequence) -> tuple[int, bool, bool]:
+def _kind(sequence: _Sequence) -> Kind:
     """Return the next chunk's length, and whether its logprobs and top logprobs are needed."""
     checked = sequence.answer.checked
     return sequence.chunks[0], checked.request.prompt_logprobs, checked.prompt_top_logprobs

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from grok1.interrupts import uninterrupted
+from grok1.ops.cache import Memory
 from grok1.serving.hooked import not_finite, with_hooks
 from grok1.serving.request import encode
 from grok1.serving.steps import LoadedModel, logits_step, new_memory, score_step
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
+
+
+Result = TypeVar("Result")
 
 
 class TokenScores(NamedTuple):
@@ -24,7 +29,7 @@ class TokenScores(NamedTuple):
     greedy: np.ndarray
 
 
-def logits(model: LoadedModel, token_ids: Any) -> np.ndarray:
+def logits(model: LoadedModel, token_ids: ArrayLike) -> np.ndarray:
     """Return the float32 logits [B, T, V] of int token ids [B, T] (or [T], as one row).
 
     Raises ValueError if T exceeds the context or an id is out of range.
@@ -95,7 +100,12 @@ def check_length(config: LanguageModelConfig, length: int) -> None:
         )
 
 
-def _read(model: LoadedModel, step: Any, lengths: np.ndarray, *arrays: np.ndarray) -> Iterator[Any]:
+def _read(
+    model: LoadedModel,
+    step: Callable[..., tuple[Result, Memory]],
+    lengths: np.ndarray,
+    *arrays: np.ndarray,
+) -> Iterator[Result]:
     """Run `step` over int arrays [<= B, T] in chunks of one compiled length.
 
     lengths: int [<= B], number of real tokens in each row.

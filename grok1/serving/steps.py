@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import haiku as hk
 import jax
@@ -20,13 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from grok1.checks import require
 from grok1.execution import ONE_DEVICE, Execution, Executions
-from grok1.inspection import Captured, Hook, Site, check_hooks
+from grok1.inspection import Captured, HookArgs, SiteHooks, check_hooks
 from grok1.ops.cache import KVMemory, Memory
+from grok1.ops.quantization import Params, Shapes
 from grok1.parallel.sharding import (
     AnyMesh,
+    SpecTree,
     axis_size,
     constrain,
     named_shardings,
@@ -38,7 +41,9 @@ from grok1.serving.hooked import Hooks, as_arguments, as_hooks, bind
 from grok1.serving.sampling import SampleOutput, SampleSettings, first_choices, sample_logits
 
 if TYPE_CHECKING:
-    from model import LanguageModelConfig
+    from model import LanguageModelConfig, LanguageModelOutput
+
+Tree = TypeVar("Tree")
 
 MOST_TOKENS = 16  # per slot in one dispatch of `decode`
 
@@ -52,15 +57,15 @@ class LoadedModel(NamedTuple):
     after layer and array.
     """
 
-    params: Any
+    params: Params
     config: LanguageModelConfig
     executions: Executions
     num_slots: int
     pad_sizes: Sequence[int]
     hooks: Hooks = ()
-    hook_args: Sequence[Any] = ()
+    hook_args: HookArgs = ()
 
-    def hooked(self, hooks: Mapping[Site, Hook] | None, hook_args: Sequence[Any]) -> LoadedModel:
+    def hooked(self, hooks: SiteHooks | None, hook_args: HookArgs) -> LoadedModel:
         """Return the same model with hooks in its steps. Raises ValueError if they are invalid."""
         devices = jax.tree.leaves(self.params)[0].sharding.device_set
         checked, arguments = check_hooks(hooks, self.config.model), as_arguments(hook_args, devices)
@@ -135,19 +140,20 @@ class PromptScores(NamedTuple):
 EMBEDDINGS = "language_model/in_out_embed", "embeddings"
 
 
-def stored_shapes(config: LanguageModelConfig, stored: Any = None) -> dict[str, dict[str, Any]]:
+def stored_shapes(config: LanguageModelConfig, stored: Shapes | None = None) -> Shapes:
     """Return the abstract parameters on the devices, with the embedding in the activation dtype.
 
     stored: their types in a checkpoint; None: int8 with scales, as released.
     """
-    shapes = config.param_shapes() if stored is None else jax.tree.map(lambda x: x, stored)
+    own = config.param_shapes() if stored is None else stored
+    shapes = {module: {**leaves} for module, leaves in own.items()}
     module, name = EMBEDDINGS
     table = shapes[module][name]
     shapes[module][name] = jax.ShapeDtypeStruct(table.shape, config.fprop_dtype)
     return shapes
 
 
-def memory_specs(config: LanguageModelConfig) -> Any:
+def memory_specs(config: LanguageModelConfig) -> Memory:
     """Return the PartitionSpecs of a Memory: sequences over data, heads over model."""
     data, model = config.model.data_axis, config.model.model_axis
     specs: Any = P(None, data, None, model, None), P(data), P(data, None)
@@ -158,7 +164,7 @@ def memory_specs(config: LanguageModelConfig) -> Any:
 def apply_model(
     config: LanguageModelConfig,
     execution: Execution,
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     memory: Memory | None = None,
     length: jax.Array | None = None,
@@ -166,7 +172,9 @@ def apply_model(
 ) -> Any:
     """Run the model on tokens [B, T], outside `hk.transform` -> LanguageModelOutput."""
 
-    def run(tokens: jax.Array, memory: Memory | None, length: jax.Array | None) -> Any:
+    def run(
+        tokens: jax.Array, memory: Memory | None, length: jax.Array | None
+    ) -> LanguageModelOutput | jax.Array:
         return config.make(execution=execution)(tokens, memory, length=length, **options)
 
     model: Any = hk.without_apply_rng(hk.transform(run))
@@ -316,7 +324,7 @@ def _positions(cache: jax.Array) -> jax.Array:
     jax.jit, static_argnames=("config", "execution", "top_logprobs"), donate_argnames=("state",)
 )
 def prefill(
-    params: Any,
+    params: Params,
     state: State,
     tokens: jax.Array,
     length: jax.Array,
@@ -327,7 +335,7 @@ def prefill(
     execution: Execution = ONE_DEVICE,
     top_logprobs: bool = False,
     hooks: Hooks = (),
-    hook_args: Sequence[Any] = (),
+    hook_args: HookArgs = (),
 ) -> tuple[PromptScores | None, State]:
     """Read one chunk of a prompt for each part of the data axis.
 
@@ -442,7 +450,7 @@ def _copy_cache(
 
 @_step
 def decode(
-    params: Any,
+    params: Params,
     state: State,
     running: jax.Array,
     count: jax.Array,
@@ -451,7 +459,7 @@ def decode(
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
     hooks: Hooks = (),
-    hook_args: Sequence[Any] = (),
+    hook_args: HookArgs = (),
 ) -> tuple[Decoded, State]:
     """Draw the next tokens of the slots that are active and `running` bool [B], in one dispatch.
 
@@ -493,7 +501,7 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames=("memory",))
 def logits_step(
-    params: Any,
+    params: Params,
     memory: Memory,
     length: jax.Array,
     tokens: jax.Array,
@@ -501,7 +509,7 @@ def logits_step(
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
     hooks: Hooks = (),
-    hook_args: Sequence[Any] = (),
+    hook_args: HookArgs = (),
 ) -> tuple[jax.Array, Memory]:
     """Read the first `length` int32 [B] of tokens [B, T] -> logits [B, T, V] and the memory."""
     output = apply_model(
@@ -513,7 +521,7 @@ def logits_step(
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames=("memory",))
 def score_step(
-    params: Any,
+    params: Params,
     memory: Memory,
     length: jax.Array,
     tokens: jax.Array,
@@ -522,7 +530,7 @@ def score_step(
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
     hooks: Hooks = (),
-    hook_args: Sequence[Any] = (),
+    hook_args: HookArgs = (),
 ) -> tuple[tuple[jax.Array, jax.Array], Memory]:
     """Like `logits_step`, but score `targets` [B, T], the token after each.
 
@@ -540,7 +548,7 @@ def score_step(
 
 @functools.partial(jax.jit, static_argnames=("config", "execution", "capture", "capture_layers"))
 def inspect_step(
-    params: Any,
+    params: Params,
     tokens: jax.Array,
     *,
     config: LanguageModelConfig,
@@ -548,7 +556,7 @@ def inspect_step(
     capture: tuple[str, ...],
     capture_layers: tuple[int, ...] | None,
     hooks: Hooks = (),
-    hook_args: Sequence[Any] = (),
+    hook_args: HookArgs = (),
 ) -> tuple[jax.Array, Captured]:
     """Read complete sequences, tokens [B, T] -> logits [B, T, V] and the captured arrays."""
     output = apply_model(
@@ -615,8 +623,8 @@ def abstract_inputs(
     execution: Execution,
     batch: int,
     chunk: int | None = None,
-    stored: Any = None,
-) -> tuple[Any, ...]:
+    stored: Shapes | None = None,
+) -> tuple[Shapes, State, *tuple[jax.ShapeDtypeStruct, ...]]:
     """Return abstract inputs of `prefill` for a chunk length, or of `decode` if `chunk` is None.
 
     Leaves are jax.ShapeDtypeStruct with shardings, to compile a step ahead of time:
@@ -624,7 +632,7 @@ def abstract_inputs(
     """
     mesh = execution.mesh
 
-    def place(tree: Any, specs: Any) -> Any:
+    def place(tree: Tree, specs: SpecTree) -> Tree:
         if mesh is None:
             return tree
         shardings = named_shardings(specs, mesh)
@@ -637,7 +645,7 @@ def abstract_inputs(
     memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch, execution=execution))
     memory = place(memory, memory_specs(config))
 
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+    def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows = jax.eval_shape(lambda: (_idle_slots(config, batch), _idle_logits(config, batch)))
@@ -650,7 +658,7 @@ def abstract_inputs(
 
 
 def device_bytes(
-    config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, stored: Any = None
+    config: LanguageModelConfig, mesh: AnyMesh | None, batch: int, stored: Shapes | None = None
 ) -> int:
     """Return the bytes that one device holds between steps: parameters and `batch` memories.
 
@@ -659,7 +667,7 @@ def device_bytes(
     execution = config.model.execution(mesh)
     params, state, *_ = abstract_inputs(config, execution, batch, stored=stored)
 
-    def own(array: Any) -> int:
+    def own(array: jax.ShapeDtypeStruct) -> int:
         shape = array.shape if mesh is None else array.sharding.shard_shape(array.shape)
         return math.prod(shape) * array.dtype.itemsize
 
