@@ -1,6 +1,8 @@
 """Random arrays; a small checkpoint of all kinds of parameters, and ways to damage its files."""
 
+import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
+import checkpoint
 import reference
 from grok1.ops.quantization import QuantizedWeight8bit
+from model import LanguageModelConfig, TransformerConfig
 
 LAYER = "transformer/decoder_layer/"
 EMBED = "language_model/in_out_embed"
@@ -72,6 +77,37 @@ def random_params(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.map(draw, shapes)
 
 
+def config_of(layers: int) -> LanguageModelConfig:
+    """A configuration whose layers take 5 kB."""
+    return LanguageModelConfig(
+        vocab_size=32,
+        sequence_len=8,
+        model=TransformerConfig(
+            emb_size=8,
+            key_size=2,
+            num_q_heads=8,
+            num_kv_heads=8,
+            num_layers=layers,
+            num_experts=2,
+            num_selected_experts=2,
+        ),
+    )
+
+
+def save_layers(directory: pathlib.Path, layers: int, seed: int = 0) -> pathlib.Path:
+    """Save random parameters of this configuration, and a file in place of the tokenizer."""
+    config = config_of(layers)
+    checkpoint.save(directory, random_params(config.param_shapes(), seed), config)
+    (directory / "tokenizer.model").write_bytes(b"pieces")
+    return directory
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    """All files in a directory and below it, hidden ones too."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    return {os.fspath(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
 def assert_same(got: Any, expected: Any) -> None:
     """Both trees have one structure, and leaves equal in dtype, shape and every value."""
     paths = jax.tree_util.tree_leaves_with_path
@@ -100,3 +136,15 @@ def replaced_by(make: Damage) -> Damage:
         make(path)
 
     return damage
+
+
+def refusal(directory: pathlib.Path, shapes: Any = None) -> str:
+    """The message of the CheckpointError that loading raises before it takes device memory."""
+    before = len(jax.live_arrays())
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.load(directory, shapes or tiny_shapes())
+    assert len(jax.live_arrays()) == before
+    message = str(caught.value)
+    assert re.fullmatch(r"[^\n]+: expected [^\n]+, got [^\n]+; [^\n]+[^.\n]", message), message
+    assert len(message) < 1000
+    return message
