@@ -1,15 +1,13 @@
-"""A file's arrays are found as pickle finds them, and written as pickle writes them; never run."""
+"""Tensor files are read and written as pickle reads and writes them, and no pickle is run."""
 
-import dataclasses
+import builtins
 import io
 import math
 import os
 import pathlib
 import pickle
 import pickletools
-import random
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +19,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import reference
 from grok1.formats import pickle_file
 from grok1.formats.pickle_file import LayoutError, Located
 from grok1.ops.quantization import QuantizedWeight8bit
 from paths import DATA
-
-GOLDEN = DATA / "golden"
-GOLDEN_FILES = sorted(GOLDEN.glob("*/ckpt-0/tensor*"))
 
 
 class StandIn:
@@ -79,25 +73,11 @@ def floats(dtype: Any = np.float32, shape: tuple[int, ...] = (8, 2)) -> np.ndarr
 
 # Reading and writing.
 
-
-def test_golden_files_are_read_as_pickle_reads_them_and_written_as_they_were() -> None:
-    assert len(GOLDEN_FILES) == 184
-    for path in GOLDEN_FILES:
-        data, arrays = path.read_bytes(), reference.load_arrays(path)
-        leaf = QuantizedWeight8bit(*arrays) if len(arrays) == 2 else arrays[0]
-        header = read(data)
-        assert pickle_file.describe(header) == pickle_file.describe(leaf), path
-        for place, array in zip(arrays_of(header), arrays, strict=True):
-            assert bytes_at(data, place) == array.tobytes(), path
-        assert written(leaf) == data, path
-        assert pickle_file.file_size(leaf) == len(data), path
-
-
 ODD_SHAPES = [
     (), (1,), (5,), (0,), (255,), (256,), (3, 4), (2, 3, 4), (2, 1, 2, 1), (1,) * 6, (70_000,),
     (300, 2), (16_320,), (16_350,), (16_383,), (16_384,), (16_385,),
 ]  # fmt: skip
-ODD_PAIRS = [  # Frames end at 64 KiB: weights and scales just around it, in every combination.
+ODD_PAIRS = [  # Pickle ends frames at 64 KiB: weights and scales of about that size.
     (weight, scales)
     for weight in ((3, 4), (1, 65_000), (1, 65_352), (1, 65_400), (1, 65_535), (1, 65_536))
     for scales in ((1, 4), (1, 128), (1, 32_600), (1, 32_700), (1, 32_767), (1, 32_768))
@@ -105,6 +85,7 @@ ODD_PAIRS = [  # Frames end at 64 KiB: weights and scales just around it, in eve
 
 
 def odd_leaves() -> Iterator[Any]:
+    """Arrays of all dtypes, and of shapes near the limits of opcodes and frames."""
     rng = np.random.default_rng(0)
     for shape in ODD_SHAPES:
         yield np.asarray(rng.normal(size=shape)).astype(np.float32)
@@ -118,7 +99,7 @@ def odd_leaves() -> Iterator[Any]:
         )
 
 
-def test_odd_arrays_are_written_as_pickle_writes_them_and_found_again(
+def test_files_are_equal_to_pickles_and_their_arrays_are_located(
     dumps: Callable[[Any], bytes],
 ) -> None:
     for leaf in odd_leaves():
@@ -132,13 +113,9 @@ def test_odd_arrays_are_written_as_pickle_writes_them_and_found_again(
             assert bytes_at(data, place) == array.tobytes(), text
 
 
-def test_values_are_written_in_c_order_and_little_endian_from_any_array() -> None:
-    array = floats()
-    for strange in (array.astype(">f4"), np.asfortranarray(array), np.repeat(array, 2, 0)[::2]):
-        assert b"".join(pickle_file.contents(array, [strange])) == written(array)
-
-
-def test_an_array_in_no_usual_order_is_found_and_called_so(dumps: Callable[[Any], bytes]) -> None:
+def test_unusual_byte_and_memory_orders_are_named(
+    dumps: Callable[[Any], bytes],
+) -> None:
     ints, scales = np.ones((4, 3), np.int8), np.ones((1, 3), ml_dtypes.bfloat16)
     for value, text in (
         (np.asfortranarray(floats()), "Fortran-ordered float32 [8, 2]"),
@@ -158,8 +135,8 @@ def test_an_array_in_no_usual_order_is_found_and_called_so(dumps: Callable[[Any]
     assert pickle_file.describe(read(data)) == "'='-endian float32 [8, 2]"
 
 
-def test_arrays_over_4_gib_have_a_longer_length_and_are_not_read(tmp_path: pathlib.Path) -> None:
-    # Memory that was never written to takes no room; nor does the hole that it leaves in the file.
+def test_arrays_over_4_gib_are_located_without_reading_them(tmp_path: pathlib.Path) -> None:
+    """Their length takes eight bytes. Neither the zeros nor the hole in the file use space."""
     above, below = (np.zeros((rows, 1 << 16), np.int8) for rows in (0x10000, 0xFFFF))
     size = pickle_file.file_size(above)
     # Beside the eight-byte length, the row count no longer fits two bytes.
@@ -178,7 +155,7 @@ def test_arrays_over_4_gib_have_a_longer_length_and_are_not_read(tmp_path: pathl
     assert header.shape == above.shape and header.offset + above.nbytes < size
 
 
-def test_files_that_newer_numpy_wrote_are_read(
+def test_files_of_numpy_2_are_read(
     dumps: Callable[[Any], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = np.zeros(0).__reduce__()[0]
@@ -189,15 +166,6 @@ def test_files_that_newer_numpy_wrote_are_read(
 
 
 # Damaged and hostile files.
-
-
-@dataclasses.dataclass
-class Scene:
-    """What a case may use to make its file."""
-
-    good: bytes  # of FLOATS or INTS
-    sentinel: pathlib.Path
-    dumps: Callable[[Any], bytes]
 
 
 class Evil:
@@ -211,57 +179,30 @@ class Evil:
         return self.function, self.arguments
 
 
-def evil(name: str, scene: Scene) -> Evil:
-    """An object that makes the sentinel file when it is unpickled."""
-    path = str(scene.sentinel)
-    code = f"open({path!r}, 'w').close()"
-    return {
-        "system": Evil(os.system, f"touch {path}"),
-        "eval": Evil(eval, code),
-        "exec": Evil(exec, code),
-        "open": Evil(open, path, "w"),
-        "Popen": Evil(subprocess.Popen, ["touch", path]),
-    }[name]
+def raw(opcodes: bytes) -> bytes:
+    """A pickle of these opcodes, followed by enough bytes that it does not end too early."""
+    return b"\x80\x04" + opcodes + bytes(300)
 
 
-def laughs(start: int, count: int) -> bytes:
-    """Opcodes that pair the value on the stack with itself, stored as `start`, again and again."""
+def changed(data: bytes, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    return data.replace(old, new)
+
+
+def pair(weight: Any = None, **state: Any) -> StandIn:
+    """A QuantizedWeight8bit, valid but for the arguments."""
+    value = StandIn(INTS.weight if weight is None else weight, INTS.scales)
+    value.__dict__.update(state)
+    return value
+
+
+def doubled(start: int, count: int) -> bytes:
+    """Opcodes for 2**count values: each tuple holds the previous one twice, from memo `start`."""
     return b"".join(b"h" + bytes([start + i]) + b"\x86\x94" for i in range(count))
 
 
-def made(value: Any) -> Callable[[Scene], bytes]:
-    return lambda scene: scene.dumps(value)
-
-
-def hostile(name: str) -> Callable[[Scene], bytes]:
-    return lambda scene: scene.dumps(evil(name, scene))
-
-
-def raw(opcodes: bytes) -> Callable[[Scene], bytes]:
-    """A pickle of these opcodes, with enough behind them that it does not end too early."""
-    return lambda _: b"\x80\x04" + opcodes + bytes(300)
-
-
-def patch(old: bytes, new: bytes) -> Callable[[Scene], bytes]:
-    def change(scene: Scene) -> bytes:
-        assert scene.good.count(old) == 1
-        return scene.good.replace(old, new)
-
-    return change
-
-
-def pair(weight: Any = None, scales: Any = None, **state: Any) -> Callable[[Scene], bytes]:
-    """A QuantizedWeight8bit, right but for the arguments."""
-    value = StandIn(
-        np.ones((2, 16, 8), np.int8) if weight is None else weight,
-        np.ones((2, 8, 8), ml_dtypes.bfloat16) if scales is None else scales,
-    )
-    value.__dict__.update(state)
-    return made(value)
-
-
-def sharing(_: Scene) -> bytes:
-    """A weight and scales with one and the same bytes."""
+def sharing() -> bytes:
+    """A file whose weight and scales are the same bytes."""
     shapes = (jax.ShapeDtypeStruct((4, 2), np.int8), jax.ShapeDtypeStruct((2, 2), jnp.bfloat16))
     value = pickle_file._unparse(QuantizedWeight8bit(*shapes))
     _, weight, _, scales = value.state.state
@@ -272,127 +213,79 @@ def sharing(_: Scene) -> bytes:
 # fmt: off
 FLOATS = floats()
 INTS = QuantizedWeight8bit(np.ones((2, 16, 8), np.int8), np.ones((2, 8, 8), ml_dtypes.bfloat16))
+FLOAT_FILE, INT_FILE = written(FLOATS), written(INTS)
+HARM = "import builtins; builtins.harmed = True"
 OPEN = "is no tensor file: expected only the pickle opcodes of an array, got"
 ONLY = "expected only the globals __main__.QuantizedWeight8bit, numpy.core.multiarray._reconstruct"
 NOTHING = "is no tensor file: expected one array or one QuantizedWeight8bit, got something else"
-OPENED = f"got '{open.__module__}.open'"  # The module is not the same in every Python.
 SHAPE = b"K\x08K\x02\x86"  # (8, 2)
-INT = b"J\xff\xff\xff\x7f"
 
-# id -> (file, what becomes of it, what the error must say)
-CASES: dict[str, tuple[Any, Callable[[Scene], bytes], list[str]]] = {
-    # Not whole.
-    "empty": (INTS, lambda _: b"", ["ends too early: expected 2 more bytes after byte 0, got 0"]),
-    "one-byte": (INTS, lambda s: s.good[:1], ["ends too early: expected 2 more bytes", "got 1"]),
-    "cut-in-header": (INTS, lambda s: s.good[:100], ["ends too early: expected "]),
-    "cut-in-weight": (INTS, lambda s: s.good[:300], ["ends too early: expected 256 more bytes"]),
-    "cut-in-scales": (INTS, lambda s: s.good[:700], ["ends too early: expected 256 more bytes"]),
-    "cut-by-a-byte": (INTS, lambda s: s.good[:-1],
-                      ["ends too early: expected 1 more bytes after byte 813, got 0"]),
-    "long-by-a-byte": (INTS, lambda s: s.good + b"\0", ["too long: expected 814 bytes, got 815"]),
-    "two-pickles": (INTS, lambda s: s.good * 2, ["too long: expected 814 bytes, got 1628"]),
-    "zeros": (INTS, lambda _: bytes(814), [r"expected b'\x80\x04' at its start, got b'\x00\x00'"]),
-    "html": (INTS, lambda _: b"<html>404</html>", ["at its start, got b'<h'"]),
-    "lfs": (INTS, lambda _: b"version https://git-lfs.github.com/spec/v1", ["got b've'"]),
-    "numpy-file": (INTS, lambda _: b"\x93NUMPY" + bytes(99), [r"got b'\x93N'"]),
-    # Another value.
-    "complex": (FLOATS, made(floats(np.complex64)), ["plain number type", "got 'c8'"]),
-    "text": (FLOATS, made(np.array(["a", "b"])), ["plain number type", "got 'U1'"]),
-    "objects": (FLOATS, made(np.array([None, {}])), [OPEN, "EMPTY_LIST at byte"]),
-    "records": (FLOATS, made(np.zeros(2, "i4,f4")), [NOTHING]),
-    "scalar": (FLOATS, made(np.float32(1)), [ONLY, "got 'numpy", ".scalar'"]),
-    "number": (FLOATS, made(1), [NOTHING]),
-    "dict": (FLOATS, made({}), [NOTHING]),
-    "tuple": (FLOATS, made((floats(), floats())), [NOTHING]),
-    "list": (FLOATS, made([floats()]), [f"{OPEN} EMPTY_LIST at byte 11"]),
-    "array-without-state": (FLOATS, lambda s: s.good[:2] + s.good[11:83] + b".", [NOTHING]),
-    "extra-state": (INTS, pair(bias=floats()), [NOTHING]),
-    "nested": (INTS, pair(StandIn(floats(), floats())), [NOTHING]),
-    "shared-bytes": (INTS, sharing, ["contradicts itself: expected bytes of their own for weight"]),
-    "nine-axes": (FLOATS, patch(SHAPE, b"(" + INT * 9 + b"t"), [NOTHING]),
-    # Numbers that lie.
-    "negative-axis": (FLOATS, patch(SHAPE, b"K\x08J\xff\xff\xff\xff\x86"), [NOTHING]),
-    "huge-axes": (FLOATS, patch(SHAPE, INT + INT + b"\x86"),
-                  ["contradicts itself: expected 18446744056529682436 bytes for its float32"]),
-    "many-axes": (FLOATS, patch(SHAPE, b"(" + b"K\xff" * 200 + b"t"), ["at most 256 opcodes, got"]),
-    "short-data": (FLOATS, patch(SHAPE, b"K\x09K\x02\x86"),
-                   ["contradicts itself: expected 72 bytes for its float32 [9, 2], got 64"]),
-    "huge-data": (FLOATS, patch(b"C\x40", b"\x8e" + b"\xff" * 7 + b"\x7f"),
-                  ["ends too early: expected 9223372036854775807 more bytes after byte", "got 69"]),
-    "huge-frame": (FLOATS, lambda s: s.good[:3] + b"\xff" * 8 + s.good[11:],
-                   ["expected frames within 213 bytes, got one to 18446744073709551626"]),
-    # Not a pickle of an array.
-    "protocol-0": (FLOATS, lambda _: pickle.dumps(floats(), protocol=0), ["got b'cn'"]),
-    "protocol-2": (FLOATS, lambda _: pickle.dumps(floats(), protocol=2), [r"got b'\x80\x02'"]),
-    "protocol-5": (FLOATS, lambda _: pickle.dumps(floats(), protocol=5), [r"got b'\x80\x05'"]),
-    "second-protocol": (FLOATS, lambda s: s.good[:2] + s.good, [f"{OPEN} PROTO at byte 2"]),
-    "stop-at-once": (FLOATS, raw(b"."), ["expected a value, got none before byte 3"]),
-    "two-values": (FLOATS, raw(b"NN."), ["expected one value, got 2"]),
-    "empty-stack": (FLOATS, raw(b"R."), ["expected a value, got none before byte 3"]),
-    "pop-mark": (FLOATS, raw(b"(\x85."), ["expected a value, got none before byte 4"]),
-    "store-mark": (FLOATS, raw(b"(\x94."), ["expected a value, got none before byte 4"]),
-    "no-mark": (FLOATS, raw(b"Nt."), ["expected MARK as an array needs it, got another use"]),
-    "recall-nothing": (FLOATS, raw(b"h\xc8."), ["expected BINGET as an array needs it"]),
-    "call-nothing": (FLOATS, raw(b"NNR."), ["expected REDUCE as an array needs it"]),
-    "build-nothing": (FLOATS, raw(b"NNb."), ["expected BUILD as an array needs it"]),
-    "build-dict": (FLOATS, raw(b"}Nb."), ["expected BUILD as an array needs it"]),
-    "fill-nothing": (FLOATS, raw(b"N(u."), ["expected SETITEMS as an array needs it"]),
-    "fill-itself": (FLOATS, lambda _: b"\x80\x04}\x94(h\0h\0u.", [NOTHING]),
-    "nameless": (FLOATS, raw(b"NN\x93."), ["expected STACK_GLOBAL as an array needs it"]),
-    "not-utf-8": (FLOATS, raw(b"\x8c\x02\xff\xfe\x8c\x01x\x93."), [ONLY, r"got '\\xff\\xfe.x'"]),
-    "escapes": (FLOATS, raw(b"\x8c\x05\n\x1b[2J\x8c\x01x\x93."), [ONLY, r"got '\n\x1b[2J.x'"]),
-    "deep": (FLOATS, raw(b")" + b"\x85" * 10**6 + b"."), ["at most 256 opcodes, got more"]),
-    "marks": (FLOATS, raw(b"(" * 10**6), ["at most 256 opcodes, got more"]),
-    # A tuple that holds the one before twice, and so on: 2**50 values, if one were to print it.
-    "laughs": (FLOATS, lambda _: b"\x80\x04)\x94" + laughs(0, 50) + b".", [NOTHING]),
-    "laughing-dtype": (FLOATS, patch(b"\x8c\x02f4\x94", b")\x94" + laughs(13, 40)), [NOTHING]),
-    "laughing-axes": (FLOATS, patch(SHAPE, b")\x94" + laughs(10, 40)), [NOTHING]),
-    # Opcodes that the layout does not have.
-    "global-call": (FLOATS, lambda s: b"\x80\x04cos\nsystem\n(S'touch %b'\ntR." % bytes(s.sentinel),
-                    [f"{OPEN} GLOBAL at byte 2"]),
-    "inst-call": (FLOATS, raw(b"(\x8c\x01xios\nsystem\n."), [f"{OPEN} INST at byte 6"]),
-    "unknown-opcode": (FLOATS, raw(b"\xff"), [rf"{OPEN} b'\xff' at byte 2"]),
+# id -> (the file, or an object to pickle; parts of the message)
+CASES: dict[str, tuple[Any, ...]] = {
+    # Files that are incomplete or of another format.
+    "empty": (b"", "ends too early: expected 2 more bytes after byte 0, got 0"),
+    "cut-in-weight": (INT_FILE[:300], "ends too early: expected 256 more bytes"),
+    "cut-by-a-byte": (INT_FILE[:-1], "ends too early: expected 1 more bytes after byte 813, got 0"),
+    "long-by-a-byte": (INT_FILE + b"\0", "is too long: expected 814 bytes, got 815"),
+    "html": (b"<html>404</html>", r"expected b'\x80\x04' at its start, got b'<h'"),
+    "protocol-5": (pickle.dumps(FLOATS, protocol=5), r"at its start, got b'\x80\x05'"),
+    "protocol-again": (FLOAT_FILE[:2] + FLOAT_FILE, f"{OPEN} PROTO at byte 2"),
+    # Other values.
+    "complex": (floats(np.complex64), "plain number type", "got 'c8'"),
+    "records": (np.zeros(2, "i4,f4"), NOTHING),
+    "number": (1, NOTHING),
+    "dict": ({}, NOTHING),
+    "tuple": ((FLOATS, FLOATS), NOTHING),
+    "array-without-state": (FLOAT_FILE[:2] + FLOAT_FILE[11:83] + b".", NOTHING),
+    "extra-state": (pair(bias=FLOATS), NOTHING),
+    "nested": (pair(StandIn(FLOATS, FLOATS)), NOTHING),
+    "shared-bytes": (sharing(), "contradicts itself: expected bytes of their own for weight"),
+    "nine-axes": (changed(FLOAT_FILE, SHAPE, b"(" + b"K\x01" * 9 + b"t"), NOTHING),
+    # Wrong sizes.
+    "negative-axis": (changed(FLOAT_FILE, SHAPE, b"K\x08J\xff\xff\xff\xff\x86"), NOTHING),
+    "short-data": (changed(FLOAT_FILE, SHAPE, b"K\x09K\x02\x86"),
+                   "contradicts itself: expected 72 bytes for its float32 [9, 2], got 64"),
+    "long-data": (changed(FLOAT_FILE, SHAPE, b"K\x07K\x02\x86"),
+                  "contradicts itself: expected 56 bytes for its float32 [7, 2], got 64"),
+    "huge-data": (changed(FLOAT_FILE, b"C\x40", b"\x8e" + b"\xff" * 7 + b"\x7f"),
+                  "ends too early: expected 9223372036854775807 more bytes after byte", "got 69"),
+    "huge-frame": (FLOAT_FILE[:3] + b"\xff" * 8 + FLOAT_FILE[11:],
+                   "expected frames within 213 bytes, got one to 18446744073709551626"),
+    # Opcodes in a wrong order.
+    "stop-at-once": (raw(b"."), "expected a value, got none before byte 3"),
+    "two-values": (raw(b"NN."), "expected one value, got 2"),
+    "pop-mark": (raw(b"(\x85."), "expected a value, got none before byte 4"),
+    "no-mark": (raw(b"Nt."), "expected MARK as an array needs it, got another use"),
+    "recall-nothing": (raw(b"h\xc8."), "expected BINGET as an array needs it"),
+    "call-nothing": (raw(b"NNR."), "expected REDUCE as an array needs it"),
+    "build-nothing": (raw(b"NNb."), "expected BUILD as an array needs it"),
+    "build-dict": (raw(b"}Nb."), "expected BUILD as an array needs it"),
+    "fill-itself": (b"\x80\x04}\x94(h\0h\0u.", NOTHING),
+    "nameless": (raw(b"NN\x93."), "expected STACK_GLOBAL as an array needs it"),
+    "unknown-opcode": (raw(b"\xff"), rf"{OPEN} b'\xff' at byte 2"),
+    # Values that take time or memory to build or print.
+    "deep": (raw(b")" + b"\x85" * 10**6 + b"."), "at most 256 opcodes, got more"),
+    "doubled": (b"\x80\x04)\x94" + doubled(0, 50) + b".", NOTHING),
+    "doubled-dtype": (changed(FLOAT_FILE, b"\x8c\x02f4\x94", b")\x94" + doubled(13, 40)), NOTHING),
+    "doubled-axes": (changed(FLOAT_FILE, SHAPE, b")\x94" + doubled(10, 40)), NOTHING),
     # Globals that the layout does not have.
-    "evil-in-state": (INTS, lambda s: pair(bias=evil("open", s))(s), [ONLY, OPENED]),
-    "evil-as-scales": (INTS, lambda s: pair(scales=evil("open", s))(s), [ONLY, OPENED]),
-    "evil-after-the-end": (FLOATS, lambda s: s.good + s.dumps(evil("open", s)), ["is too long"]),
-    "evil-before": (FLOATS, lambda s: s.dumps((evil("open", s), floats())), [OPENED]),
-    "evil-method": (FLOATS, raw(b"\x8c\x05numpy\x8c\x12ndarray.__reduce__\x93."),
-                    [ONLY, "got 'numpy.ndarray.__reduce__'"]),
-    "model-class": (INTS, patch(b"\x8c\x08__main__", b"\x8c\x05model"),
-                    [ONLY, "got 'model.QuantizedWeight8bit'"]),
-    "class-called": (INTS, patch(b")\x81", b"\x8c\x01x\x85R"), [NOTHING]),
-    "other-function": (FLOATS, patch(b"\x8c\x0c_reconstruct", b"\x8c\x06scalar"),
-                       [ONLY, "got 'numpy.core.multiarray.scalar'"]),
-    "ndarray-called": (FLOATS, lambda _: b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93K\xff\x85R.",
-                       [NOTHING]),
-}
-LAYOUT_OPCODES = {"BINBYTES8"}.union(*(
-    {opcode.name for opcode, _, _ in pickletools.genops(path.read_bytes())}
-    for path in (GOLDEN / "three-layers/ckpt-0").glob("tensor0000[0-9]_000")))
-CASES |= {
-    opcode.name: (FLOATS, raw(b"N" + opcode.code.encode("latin-1")), [f"{OPEN} {opcode.name} at"])
-    for opcode in pickletools.opcodes if opcode.name not in LAYOUT_OPCODES
-}
-CASES |= {
-    name: (FLOATS, hostile(name), [ONLY, f"got '{got}'"])
-    for name, got in {"system": "posix.system", "eval": "builtins.eval", "exec": "builtins.exec",
-                      "open": f"{open.__module__}.open", "Popen": "subprocess.Popen"}.items()
+    "system": (Evil(os.system, "true"), ONLY, f"got '{os.name}.system'"),
+    "exec": (Evil(exec, HARM), ONLY, "got 'builtins.exec'"),
+    "exec-in-state": (pair(bias=Evil(exec, HARM)), ONLY, "got 'builtins.exec'"),
+    "method": (raw(b"\x8c\x05numpy\x8c\x12ndarray.__reduce__\x93."),
+               ONLY, "got 'numpy.ndarray.__reduce__'"),
+    "model-class": (changed(INT_FILE, b"\x8c\x08__main__", b"\x8c\x05model"),
+                    ONLY, "got 'model.QuantizedWeight8bit'"),
+    "class-called": (changed(INT_FILE, b")\x81", b"\x8c\x01x\x85R"), NOTHING),
+    "ndarray-called": (b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93K\xff\x85R.", NOTHING),
+    "not-utf-8": (raw(b"\x8c\x02\xff\xfe\x8c\x01x\x93."), ONLY, r"got '\\xff\\xfe.x'"),
+    "escapes": (raw(b"\x8c\x05\n\x1b[2J\x8c\x01x\x93."), ONLY, r"got '\n\x1b[2J.x'"),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize(("leaf", "make", "parts"), CASES.values(), ids=CASES.keys())
-def test_damaged_and_hostile_files_are_refused_and_not_run(
-    leaf: Any,
-    make: Callable[[Scene], bytes],
-    parts: list[str],
-    tmp_path: pathlib.Path,
-    dumps: Callable[[Any], bytes],
-) -> None:
-    scene = Scene(written(leaf), tmp_path / "sentinel", dumps)
-    data = make(scene)
-    assert data != scene.good
+def refusal(data: bytes) -> str:
+    """The message of the LayoutError that reading a file raises, within a second."""
     started = time.perf_counter()
     with pytest.raises(LayoutError) as caught:
         read(data)
@@ -401,60 +294,38 @@ def test_damaged_and_hostile_files_are_refused_and_not_run(
     problems = "is no tensor file|ends too early|is too long|contradicts itself"
     assert re.fullmatch(rf"({problems}): expected [^\n]+, got [^\n]+", message), message
     assert caught.value.ended == message.startswith("ends too early")
+    return message
+
+
+@pytest.mark.parametrize(("made", "parts"), [(c[0], c[1:]) for c in CASES.values()], ids=CASES)
+def test_damaged_and_hostile_files_are_refused_and_not_run(
+    made: Any, parts: tuple[str, ...], dumps: Callable[[Any], bytes]
+) -> None:
+    message = refusal(made if isinstance(made, bytes) else dumps(made))
     for part in parts:
         assert part in message
-    assert not scene.sentinel.exists()
+    assert not hasattr(builtins, "harmed")
 
 
-def test_the_hostile_files_would_do_harm_if_they_were_unpickled(tmp_path: pathlib.Path) -> None:
-    scene = Scene(b"", tmp_path / "sentinel", pickle.dumps)
-    pickle.loads(pickle.dumps(evil("open", scene), protocol=4)).close()
-    assert scene.sentinel.exists()
+def test_unpickling_a_hostile_file_would_run_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtins, "harmed", False, raising=False)
+    pickle.loads(pickle.dumps(Evil(exec, HARM)))
+    assert builtins.harmed  # type: ignore[attr-defined]
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused() -> None:
-    data = written(FLOATS)
+def test_all_other_opcodes_are_refused() -> None:
+    files = (DATA / "golden/three-layers/ckpt-0").glob("tensor0000[0-9]_000")
+    used = {op.name for path in files for op, _, _ in pickletools.genops(path.read_bytes())}
+    others = [op for op in pickletools.opcodes if op.name not in used | {"BINBYTES8"}]
+    assert len(others) > 40
+    for opcode in others:
+        data = raw(b"N" + opcode.code.encode("latin-1"))
+        assert f"{OPEN} {opcode.name} at" in refusal(data)
+
+
+def test_a_file_that_shrinks_while_read_is_refused() -> None:
     with pytest.raises(
         LayoutError, match="too early: expected 213 bytes, got fewer while"
     ) as caught:
-        pickle_file.read_header(io.BytesIO(data[:150]), len(data))
+        pickle_file.read_header(io.BytesIO(FLOAT_FILE[:150]), len(FLOAT_FILE))
     assert caught.value.ended
-
-
-def mutated(good: bytes, rng: random.Random) -> bytes:
-    data = bytearray(good)
-    for _ in range(rng.randint(1, 3)):
-        place = rng.randrange(len(data))
-        match rng.randrange(5):
-            case 0:
-                data[place] ^= 1 << rng.randrange(8)
-            case 1:
-                data[place] = rng.choice(b"().NRbhtuKMJCB}\x80\x81\x85\x8e\x93\x94\x95\xff\0")
-            case 2:
-                del data[place : place + rng.randint(1, 9)]
-            case 3:
-                data[place:place] = data[place : place + rng.randint(1, 9)]
-            case 4:
-                del data[place + 1 :]
-    return bytes(data)
-
-
-def test_a_mutated_file_is_refused_or_holds_the_arrays_that_are_found() -> None:
-    """Cheap fuzzing with a fixed seed: nothing but LayoutError may ever come out.
-
-    Pickle cannot be the judge here: numpy lets some of these change its own types.
-    """
-    rng = random.Random(0)
-    outcomes = {"read": 0, "refused": 0}
-    for _ in range(2000):
-        data = mutated(written(rng.choice((INTS, FLOATS))), rng)
-        try:
-            header = read(data)
-        except LayoutError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-        else:
-            for place in arrays_of(header):
-                bytes_at(data, place)
-            outcomes["read"] += 1
-    assert outcomes["read"] > 60 and outcomes["refused"] > 1000, outcomes
