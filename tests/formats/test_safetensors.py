@@ -1,57 +1,41 @@
-"""Safetensors checkpoints load as the released ones do; damaged and hostile ones are refused."""
+"""Safetensors checkpoints: their format, how they load, and that damaged ones are refused."""
 
 import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors import TensorSpec, safe_open, serialize_file
 
 import checkpoint
-from checkpoint import CheckpointError
-from grok1.formats import atomic, forms, safetensors
-from paths import ROOT
-from small import LAYER, Damage, assert_same, edited, random_params, replaced_by, tiny_shapes
+from grok1.formats import atomic, conversion, forms, safetensors
+from small import (
+    LAYER,
+    Damage,
+    assert_same,
+    edited,
+    random_params,
+    refusal,
+    replaced_by,
+    tiny_shapes,
+)
 
 INDEX = forms.INDEX
 ROUTER = "transformer/decoder_layer_0/router/w"
 
 
-def save(directory: pathlib.Path, params: Any) -> None:
-    """Write parameters as safetensors; the checksums are computed from the values in memory."""
-    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), params)
-    records = checkpoint.files(shapes)
-    checksums = {}
-    for file, members in safetensors.layout(records).items():
-        arrays: dict[str, np.ndarray] = {}
-        for record in members:
-            leaf = params[record.module][record.param]
-            own = (
-                leaf if record.layer is None else jax.tree.map(lambda a, i=record.layer: a[i], leaf)
-            )
-            arrays |= safetensors.tensors(record, own)
-        pieces = {name: [np.ascontiguousarray(array)] for name, array in arrays.items()}
-        atomic.fill(os.fspath(directory / file), safetensors.contents(arrays, pieces))
-        for name, array in arrays.items():
-            checksums[name] = "sha256:" + hashlib.sha256(array.tobytes()).hexdigest()
-    (directory / INDEX).write_bytes(safetensors.write_index(records, checksums))
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    directory = tmp_path_factory.mktemp("tiny")
-    save(directory, random_params(tiny_shapes()))
-    return directory
+    source, target = (tmp_path_factory.mktemp(name) for name in ("source", "tiny"))
+    checkpoint.write(source, random_params(tiny_shapes()))
+    conversion.convert(source, target, forms.SAFETENSORS, tiny_shapes())
+    return target
 
 
 @pytest.fixture
@@ -59,25 +43,22 @@ def copy(tiny: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
-def test_safetensors_load_as_they_were_saved(tiny: pathlib.Path) -> None:
+def test_safetensors_load_as_saved(tiny: pathlib.Path) -> None:
     assert_same(checkpoint.load(tiny, tiny_shapes()), random_params(tiny_shapes()))
 
 
-def test_the_files_have_one_layer_each_and_names_that_sort(tmp_path: pathlib.Path) -> None:
-    save(tmp_path, random_params(tiny_shapes(layers=101)))
-    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert names == [f"layer-{layer:03d}.safetensors" for layer in range(101)] + [safetensors.OUTER]
-    assert_same(checkpoint.load(tmp_path, tiny_shapes(101)), random_params(tiny_shapes(101)))
+def test_each_layer_has_one_file_and_the_names_sort() -> None:
+    files = [*safetensors.layout(checkpoint.files(tiny_shapes(layers=101)))]
+    assert files == [safetensors.OUTER, *(f"layer-{layer:03d}.safetensors" for layer in range(101))]
 
 
-def test_the_library_alone_reads_the_same_tensors(tiny: pathlib.Path) -> None:
-    params = random_params(tiny_shapes())
-    weight_map = json.loads((tiny / INDEX).read_text())["weight_map"]
+def test_the_library_reads_the_tensors_that_the_index_lists(tiny: pathlib.Path) -> None:
+    params, index = random_params(tiny_shapes()), safetensors.read_index(tiny)
     found = {}
-    for file in sorted(set(weight_map.values())):
+    for file in sorted(set(index.files.values())):
         with safe_open(tiny / file, "np") as opened:
             found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
-    assert {name: file for name, (file, _) in found.items()} == weight_map
+    assert {name: file for name, (file, _) in found.items()} == index.files
     linear = params[LAYER + "moe/linear_1"]["w"]
     for layer in range(2):
         name = f"transformer/decoder_layer_{layer}/"
@@ -90,9 +71,11 @@ def test_the_library_alone_reads_the_same_tensors(tiny: pathlib.Path) -> None:
             assert file == f"layer-{layer:02d}.safetensors"
             assert value.dtype == array.dtype
             np.testing.assert_array_equal(value, array[layer])
+            checksum = "sha256:" + hashlib.sha256(array[layer].tobytes()).hexdigest()
+            assert index.checksums[name + key] == checksum
 
 
-def test_files_are_as_the_library_writes_them(tmp_path: pathlib.Path) -> None:
+def test_files_are_equal_to_those_of_the_library(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     arrays = {
         f"{i}/{dtype}": rng.integers(0, 2, (2, 3 + i)).astype(dtype)
@@ -110,11 +93,10 @@ def test_files_are_as_the_library_writes_them(tmp_path: pathlib.Path) -> None:
     assert b"".join(written) == (tmp_path / "theirs").read_bytes()
 
 
-def test_files_may_be_read_by_whom_the_umask_lets(tiny: pathlib.Path) -> None:
-    """The library makes files with mode 0600: another user of the machine could not load them."""
-    (tiny / "plain").touch()
-    modes = {path.stat().st_mode for path in tiny.iterdir()}
-    (tiny / "plain").unlink()
+def test_file_modes_follow_the_umask(tiny: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Another user may have to load the files; those of the library have mode 0600."""
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (*tiny.iterdir(), tmp_path / "plain")}
     assert len(modes) == 1
 
 
@@ -126,42 +108,7 @@ def test_of_both_forms_the_released_one_is_loaded(copy: pathlib.Path) -> None:
     assert_same(checkpoint.load(copy, tiny_shapes()), released)
 
 
-def test_a_conversion_that_is_under_way_is_not_loaded(copy: pathlib.Path) -> None:
-    (copy / forms.WORK).mkdir()
-    assert "got an unfinished conversion; start the same" in refusal(copy)
-
-
-def test_the_checksum_is_that_of_the_values(tiny: pathlib.Path) -> None:
-    leaves = checkpoint.check_files(tiny, tiny_shapes())
-    records = checkpoint.files(tiny_shapes())
-    index = safetensors.read_index(tiny)
-    counted: list[int] = []
-    for record, leaf in zip(records, leaves, strict=True):
-        for name, array in safetensors.tensors(record, leaf).items():
-            assert safetensors.checksum(array, name, counted.append) == index.checksums[name]
-    assert sum(counted) == index.total_size
-
-
-def test_the_checksum_of_a_file_that_was_cut_is_an_error(copy: pathlib.Path) -> None:
-    leaves = checkpoint.check_files(copy, tiny_shapes())
-    for path in copy.glob("*.safetensors"):
-        os.truncate(path, 300)
-    with pytest.raises(CheckpointError, match="the file that was checked, got one that changed;"):
-        for leaf in jax.tree.leaves(leaves):
-            safetensors.checksum(leaf, "x")
-
-
 # Damaged and hostile files.
-
-
-def refusal(directory: pathlib.Path, layers: int = 2) -> str:
-    """The sentence of the CheckpointError that loading raises."""
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(directory, tiny_shapes(layers))
-    message = str(caught.value)
-    assert re.fullmatch(r"[^\n]+: expected [^\n]+, got [^\n]+; [^\n]+[^.\n]", message), message
-    assert len(message) < 1000
-    return message
 
 
 def index(edit: Callable[[dict[str, Any]], object]) -> Damage:
@@ -185,7 +132,7 @@ def header_of(good: bytes) -> bytes:
 
 
 def header(edit: Callable[[dict[str, Any]], object]) -> Damage:
-    """The file with another header, its length right."""
+    """The file with another header and its length."""
 
     def change(good: bytes) -> bytes:
         fields = json.loads(header_of(good))
@@ -196,17 +143,13 @@ def header(edit: Callable[[dict[str, Any]], object]) -> Damage:
 
 
 def move(fields: dict[str, Any], by: int) -> None:
-    """Move all tensors, by so many bytes."""
+    """Add to the offsets of all tensors."""
     for name in fields.keys() - {"__metadata__"}:
         fields[name]["data_offsets"] = [place + by for place in fields[name]["data_offsets"]]
 
 
-def rename(fields: dict[str, Any], old: str, new: str) -> None:
-    fields[new] = fields.pop(old)
-
-
 def twice(good: bytes) -> bytes:
-    """The router's entry comes twice, first with another place."""
+    """A header that has the router's entry twice, first with other offsets."""
     text = header_of(good).decode()
     entry = f'"{ROUTER}":{{"dtype":"F32","shape":[8,2],"data_offsets":[0,64]}},'
     return with_header(good, text.replace("{", "{" + entry, 1).encode())
@@ -217,16 +160,10 @@ EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 WHOLE = "expected a complete safetensors file, got a damaged one ("
 # fmt: off
 INDEX_CASES: dict[str, tuple[Damage, str]] = {
-    "empty": (edited(lambda _: b""), "expected valid JSON"),
-    "cut": (edited(lambda good: good[:-20]), "expected valid JSON"),
-    "html": (edited(lambda _: b"<html>404</html>"), "expected valid JSON"),
-    "latin-1": (edited(lambda _: b'{"a": "\xff"}'), "expected valid JSON"),
-    "deep": (edited(lambda _: b"[" * 1_000_000), "expected valid JSON"),
-    "long-number": (edited(lambda _: b"9" * 100_000), "expected valid JSON"),
-    "huge": (edited(lambda _: b" " * (5 << 20)), "expected at most 4194304 bytes"),
-    "endless": (lambda path: os.truncate(path, 1 << 40), "expected at most 4194304 bytes of JSON"),
+    "not-json": (edited(lambda good: good[:-20]), "expected valid JSON"),
+    "repeated-key": (edited(lambda good: good.replace(b"{", b'{"metadata": 1,', 1)), "is repeated"),
+    "huge": (lambda path: os.truncate(path, 1 << 40), "expected at most 4194304 bytes of JSON"),
     "list": (edited(lambda _: b"[]"), "expected a JSON object, got a list"),
-    "name-twice": (edited(lambda good: good.replace(b"{", b'{"metadata": 1,', 1)), "is repeated"),
     "by-others": (index(lambda f: f.pop("checksums")), "by another program is not accepted"),
     "list-of-files": (index(lambda f: f.update(weight_map=[])), "expected metadata"),
     "no-size": (index(lambda f: f["metadata"].pop("total_size")), "expected metadata"),
@@ -249,60 +186,44 @@ INDEX_CASES: dict[str, tuple[Damage, str]] = {
                        "expected files of 2 layers, got 3; correct the number of layers"),
     "elsewhere": (index(lambda f: f["weight_map"].update({ROUTER: "layer-01.safetensors"})),
                   f"({ROUTER}): expected layer-00.safetensors, got 'layer-01.safetensors'"),
-    "outside": (index(lambda f: f["weight_map"].update(
-                    {k: "../../etc/passwd" for k, v in f["weight_map"].items() if "00" in v})),
-                "expected layer-00.safetensors, got '../../etc/passwd'"),
-    "number-as-file": (index(lambda f: f["weight_map"].update({ROUTER: 5})), "name, got 5"),
     "list-as-file": (index(lambda f: f["weight_map"].update({ROUTER: [[]]})),
                      "expected a file's name, got 'list'"),
-    "pipe": (replaced_by(os.mkfifo), "expected a directory"),
     "directory": (replaced_by(pathlib.Path.mkdir), "expected a directory"),
 }
 FILE_CASES: dict[str, tuple[Damage, str]] = {
     "missing": (pathlib.Path.unlink, "got an error (No such file or directory)"),
-    "empty": (edited(lambda _: b""), WHOLE),
-    "seven-bytes": (edited(lambda good: good[:7]), WHOLE),
+    "pipe": (replaced_by(os.mkfifo), "got an error (it is not a regular file)"),
     "cut-in-header": (edited(lambda good: good[:100]), WHOLE),
     "cut-by-a-byte": (edited(lambda good: good[:-1]), WHOLE),
     "long-by-a-byte": (edited(lambda good: good + b"\0"), WHOLE),
-    "html": (edited(lambda _: b"<html>404</html>"), "expected a header of at most 262144 bytes"),
-    "header-of-exabytes": (edited(lambda good: b"\xff" * 8 + good[8:]), "expected a header of"),
-    "endless": (lambda path: os.truncate(path, 1 << 40), WHOLE),
     "zeros": (edited(lambda good: bytes(len(good))), WHOLE),
-    "deep": (edited(lambda good: with_header(good, b"[" * 200_000)), WHOLE),
-    "deep-inside": (edited(lambda good: with_header(good, b'{"a":' * 40_000)), "64 levels deep"),
+    "huge-header": (edited(lambda good: b"\xff" * 8 + good[8:]),
+                    "expected a header of at most 262144 bytes"),
+    "huge": (lambda path: os.truncate(path, 1 << 40), WHOLE),
+    "deep": (edited(lambda good: with_header(good, b'{"a":' * 40_000)), "64 levels deep"),
     "list": (edited(lambda good: with_header(good, b"[]")), WHOLE),
-    "name-twice": (edited(twice), f"got an error (the key '{ROUTER}' is repeated in an"),
+    "repeated-name": (edited(twice), f"got an error (the key '{ROUTER}' is repeated in an"),
     "metadata": (header(lambda f: f.update(__metadata__=5)), WHOLE),
     "no-tensor": (header(lambda f: f.pop(ROUTER)), f"tensors, got none of the name {ROUTER}"),
+    "one-more": (header(lambda f: f.update(x=EMPTY)), "expected 4 tensors, got one more, 'x'"),
     "number": (header(lambda f: f.update({ROUTER: 5})), WHOLE),
     "true": (header(lambda f: f[ROUTER].update(shape=[8, 2, True])), WHOLE),
-    "one-place": (header(lambda f: f[ROUTER].update(data_offsets=[32])), WHOLE),
-    "renamed": (header(lambda f: rename(f, ROUTER, "x\ny")), "tensors, got none of the name"),
-    "one-more": (header(lambda f: f.update(x=EMPTY)),
-                 "expected 4 tensors, got one more, 'x'"),
+    "one-offset": (header(lambda f: f[ROUTER].update(data_offsets=[32])), WHOLE),
+    "fraction": (header(lambda f: f[ROUTER].update(data_offsets=[32.0, 96.0])), WHOLE),
     "other-type": (header(lambda f: f[ROUTER].update(dtype="I32")),
                    f"({ROUTER}): expected float32 [8, 2], got int32 [8, 2]; check that the config"),
     "unknown-type": (header(lambda f: f[ROUTER].update(dtype="Q7")), "got Q7 [8, 2]; check"),
-    "transposed": (header(lambda f: f[ROUTER].update(shape=[2, 8])), "got float32 [2, 8]"),
-    "endless-shape": (header(lambda f: f[ROUTER].update(shape=[1] * 70_000 + [8, 2])),
-                      "got float32 [1, 1, 1"),
-    "negative": (header(lambda f: f[ROUTER].update(shape=[-8, -2])), "got float32 [-8, -2]"),
-    "overflow": (header(lambda f: f[ROUTER].update(shape=[1 << 62, 1 << 62])), "float32 [461"),
+    "long-shape": (header(lambda f: f[ROUTER].update(shape=[1] * 70_000 + [8, 2])),
+                   "got float32 [1, 1, 1"),
     "overlap": (header(lambda f: f[ROUTER].update(data_offsets=[0, 64])), WHOLE),
-    "backwards": (header(lambda f: f[ROUTER].update(data_offsets=[64, 0])), WHOLE),
+    "wrong-end": (header(lambda f: f[ROUTER].update(data_offsets=[32, 95])), WHOLE),
     "gap": (header(lambda f: move(f, 8)), WHOLE),
-    "beyond": (header(lambda f: f[ROUTER].update(data_offsets=[9000, 9064])), WHOLE),
-    "fraction": (header(lambda f: f[ROUTER].update(data_offsets=[32.0, 96.0])), WHOLE),
-    "pipe": (replaced_by(os.mkfifo), "got an error (it is not a regular file)"),
-    "directory": (replaced_by(pathlib.Path.mkdir), "got an error (it is not a regular file)"),
-    "link-to-itself": (replaced_by(lambda path: path.symlink_to(path.name)), "Too many levels"),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize(("damage", "part"), INDEX_CASES.values(), ids=INDEX_CASES.keys())
-def test_a_damaged_index_is_refused_in_one_sentence(
+@pytest.mark.parametrize(("damage", "part"), INDEX_CASES.values(), ids=INDEX_CASES)
+def test_damaged_indexes_are_refused_in_one_sentence(
     damage: Damage, part: str, copy: pathlib.Path
 ) -> None:
     damage(copy / INDEX)
@@ -311,8 +232,8 @@ def test_a_damaged_index_is_refused_in_one_sentence(
     assert part in message
 
 
-@pytest.mark.parametrize(("damage", "part"), FILE_CASES.values(), ids=FILE_CASES.keys())
-def test_a_damaged_file_is_refused_in_one_sentence(
+@pytest.mark.parametrize(("damage", "part"), FILE_CASES.values(), ids=FILE_CASES)
+def test_damaged_safetensors_are_refused_in_one_sentence(
     damage: Damage, part: str, copy: pathlib.Path
 ) -> None:
     path = copy / "layer-00.safetensors"
@@ -322,61 +243,16 @@ def test_a_damaged_file_is_refused_in_one_sentence(
     assert part in message
 
 
-def test_a_file_that_is_cut_while_checked_is_refused(copy: pathlib.Path) -> None:
-    """A mapped file would end the process, without a word."""
-    program = f"""
-import os, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
-import checkpoint, small
-path, good = sys.argv[1] + "/outer.safetensors", 0
-whole = open(path, "rb").read()
-parent, writer = os.getpid(), os.fork()
-while not writer:
-    if os.getppid() != parent:
-        os._exit(0)
-    os.truncate(path, 0)
-    with open(path, "r+b", buffering=0) as file:
-        file.write(whole)
-shapes = small.tiny_shapes()
-for _ in range(3000):
-    try:
-        checkpoint.check_files(sys.argv[1], shapes)
-        good += 1
-    except checkpoint.CheckpointError:
-        pass
-print(good)
-"""
-    command = [sys.executable, "-c", program, copy]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done
-    assert 0 < int(done.stdout) < 3000  # it was seen whole, and it was seen cut
+def test_a_file_cut_while_its_header_is_read_is_refused(
+    copy: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a mapped file that is cut would end the process with SIGBUS."""
+    stamp = atomic.stamp
 
+    def then_cut(file: str | int) -> atomic.FileVersion:
+        found = stamp(file)
+        os.truncate(copy / "outer.safetensors", 0)
+        return found
 
-def test_the_last_file_is_checked_before_anything_is_loaded(copy: pathlib.Path) -> None:
-    (copy / "layer-01.safetensors").unlink()
-    before = len(jax.live_arrays())
-    assert refusal(copy).startswith(str(copy / "layer-01.safetensors"))
-    assert len(jax.live_arrays()) == before
-
-
-def test_another_number_of_layers_is_said(copy: pathlib.Path) -> None:
-    assert f"{INDEX}: expected files of 3 layers, got 2; correct the number" in refusal(copy, 3)
-
-
-@pytest.mark.parametrize("name", [INDEX, "layer-00.safetensors"])
-def test_random_damage_raises_nothing_else(name: str, copy: pathlib.Path) -> None:
-    good = (copy / name).read_bytes()
-    rng = np.random.default_rng(0)
-    refused = 0
-    for _ in range(400):
-        bad = bytearray(good)
-        # In a tensor file, mostly in the header.
-        for place in rng.integers(0, min(len(good), 1500), size=rng.integers(1, 4)):
-            bad[place] = rng.integers(0, 256)
-        (copy / name).write_bytes(bad)
-        try:
-            checkpoint.check_files(copy, tiny_shapes())
-        except CheckpointError as problem:
-            refused += 1
-            assert str(problem).startswith(str(copy / name)) and "\n" not in str(problem)
-    assert refused > 100
+    monkeypatch.setattr(atomic, "stamp", then_cut)
+    assert "outer.safetensors: " + WHOLE in refusal(copy)
