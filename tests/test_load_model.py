@@ -1,4 +1,4 @@
-"""What load_model finds where nothing is said, and that a loaded model stays what it is."""
+"""load_model: its defaults and arguments, and that a loaded model cannot be changed."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def loaded(tiny: pathlib.Path) -> runner.InferenceRunner:
     return load_model(tiny, pad_sizes=(16,))
 
 
-def test_without_a_directory_it_is_that_of_the_command(
+def test_the_default_directory_is_the_released_one_or_the_demo(
     tiny: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     monkeypatch.setattr(default_files, "RELEASED", tmp_path)
@@ -26,24 +26,21 @@ def test_without_a_directory_it_is_that_of_the_command(
     assert load_model(pad_sizes=(16,)).name == str(tiny)
     monkeypatch.setattr(default_files, "RELEASED", tiny)
     monkeypatch.setattr(default_files, "DEMO", tmp_path)
-    assert load_server(pad_sizes=(16,)).name == str(tiny)  # by its first name
+    assert load_server(pad_sizes=(16,)).name == str(tiny)  # the older name of load_model
 
 
-def test_the_tokenizer_is_found_as_by_the_command(
+def test_the_default_tokenizer_is_that_of_the_demo(
     loaded: runner.InferenceRunner,
     tiny: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: pathlib.Path,
 ) -> None:
-    assert loaded.generate("Once upon", max_len=3).text is not None
+    assert loaded.tokenizer is not None
     monkeypatch.setattr(default_files, "TOKENIZER", tmp_path / "missing")
-    without = load_model(tiny, pad_sizes=(16,))
-    assert without.tokenizer is None and without.generate([5], max_len=3).text is None
-    with pytest.raises(ValueError, match="a text prompt needs a tokenizer"):
-        without.generate("Once upon")
+    assert load_model(tiny, pad_sizes=(16,)).tokenizer is None
 
 
-def test_compiled_programs_are_kept_as_by_the_command(
+def test_a_compile_cache_that_cannot_be_used_is_logged(
     tiny: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(runner, "enable_compile_cache", lambda: "they cannot be kept")
@@ -57,24 +54,21 @@ class LastExperts(model.Router):
     """Chooses the least probable experts."""
 
     def choose(self, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As in Router, the other way round."""
+        """Return their gates and indices."""
         gates, index = jax.lax.top_k(-probs, self.num_selected_experts)
         return -gates, index.astype(jnp.int32)
 
 
-def test_settings_of_an_execution_are_arguments(
-    loaded: runner.InferenceRunner, tiny: pathlib.Path
-) -> None:
-    other = load_model(tiny, pad_sizes=(16,), expert_dispatch="static", scan_unroll=2)
-    how = other.executions
-    assert how is not None and how.prefill.kernels == how.decode.kernels == "plain"
-    assert how.decode.expert_dispatch == "static" and how.decode.scan_unroll == 2
-    np.testing.assert_allclose(other.logits([5, 6]), loaded.logits([5, 6]), atol=1e-4)
-    turned = load_model(tiny, pad_sizes=(16,), router=LastExperts)
+def test_settings_are_fields_of_both_executions(tiny: pathlib.Path) -> None:
+    settings = {"expert_dispatch": "static", "scan_unroll": 2, "router": LastExperts}
+    turned = load_model(tiny, pad_sizes=(16,), **settings)
+    assert turned.executions is not None
+    for how in turned.executions:
+        assert how.kernels == "plain"
+        assert {name: getattr(how, name) for name in settings} == settings
     captured = turned.inspect([5, 6, 7]).captured
     least = np.argsort(np.asarray(captured.router_probs), axis=-1)[..., :2]
     np.testing.assert_array_equal(captured.expert_index, least)
-    assert turned.generate([5, 6, 7], max_len=4).token_ids
 
 
 def test_an_unknown_argument_gets_the_nearest_name(tiny: pathlib.Path) -> None:
@@ -84,18 +78,19 @@ def test_an_unknown_argument_gets_the_nearest_name(tiny: pathlib.Path) -> None:
         load_model(tiny, data_axis="x")
 
 
-@pytest.mark.parametrize("name", ["config", "params", "mesh", "executions", "tokenizer", "runner"])
-def test_a_loaded_model_is_not_changed(loaded: runner.InferenceRunner, name: str) -> None:
-    """A change of `config` reached `inspect` and not `generate`, without a word."""
-    before = getattr(loaded, name)
-    with pytest.raises(AttributeError, match=f"{name}: .* call load_model with other arguments"):
-        setattr(loaded, name, None)
-    with pytest.raises(AttributeError, match=f"{name}: expected no change to a loaded model"):
-        delattr(loaded, name)
-    assert getattr(loaded, name) is before
-    loaded.statistics = runner.Statistics()  # takes effect
-    with pytest.raises(
-        ValueError, match=r"statistics: expected a Statistics\(\), which restarts the"
-    ):
-        loaded.statistics = 5  # type: ignore[assignment]
+def test_attributes_of_a_loaded_model_cannot_be_set(loaded: runner.InferenceRunner) -> None:
+    """A change of `config` would reach `inspect` but not `generate`."""
+    for name in ("config", "params", "mesh", "executions", "tokenizer", "runner"):
+        before = getattr(loaded, name)
+        with pytest.raises(AttributeError, match=f"{name}: .* call load_model with other argument"):
+            setattr(loaded, name, None)
+        with pytest.raises(AttributeError, match=f"{name}: expected no change to a loaded model"):
+            delattr(loaded, name)
+        assert getattr(loaded, name) is before
     loaded.note = "mine"  # type: ignore[attr-defined]
+
+
+def test_statistics_can_be_replaced_by_new_ones(loaded: runner.InferenceRunner) -> None:
+    loaded.statistics = runner.Statistics()
+    with pytest.raises(ValueError, match=r"statistics: expected a Statistics\(\), which restarts"):
+        loaded.statistics = 5  # type: ignore[assignment]

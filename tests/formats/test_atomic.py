@@ -1,4 +1,4 @@
-"""A file is opened only if it is a regular one, whatever takes its place meanwhile."""
+"""Files are opened only if they are regular ones, even if one is replaced meanwhile."""
 
 import os
 import pathlib
@@ -8,14 +8,14 @@ import pytest
 from grok1.formats.atomic import open_regular
 
 
-def test_a_pipe_in_place_of_a_file_is_not_opened(
+def test_open_regular_refuses_a_pipe_that_replaces_a_file(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither if it comes after the path was looked at: to open it might take for ever."""
+    """Opening a pipe blocks until another process writes to it."""
     file, pipe = tmp_path / "file", tmp_path / "pipe"
     file.write_bytes(b"content")
     os.mkfifo(pipe)
-    writer = os.open(pipe, os.O_RDWR)  # so that nothing waits for one
+    writer = os.open(pipe, os.O_RDWR)  # so that a failing test does not block
     before = file.stat()
     with open_regular(str(file)) as opened:
         assert opened.read() == b"content" and not os.get_inheritable(opened.fileno())
