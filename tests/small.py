@@ -45,6 +45,18 @@ def exact_weight(weight: Any) -> np.ndarray:
     return np.asarray(weight).astype(np.float64)
 
 
+def exact_attention(query: Any, keys: Any, values: Any, mask: Any, multiplier: float) -> Any:
+    """Grouped attention with a soft cap in float64, [B, T, K, G, H]; zero if no key is visible.
+
+    query [B, T, K, G, H]; keys, values [B, S, K, H]; mask bool, broadcast to [B, T, S].
+    """
+    query, keys, values = (np.asarray(x, np.float64) for x in (query, keys, values))
+    scores = np.einsum("btkgh,bskh->bkgts", query, keys) * multiplier
+    weights = np.exp(30 * np.tanh(scores / 30)) * np.asarray(mask)[:, None, None]
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("bkgts,bskh->btkgh", weights / np.where(total > 0, total, 1), values)
+
+
 def stacked(layers: int, *shape: int, groups: int = 0) -> Any:
     """Shapes of a stacked parameter: float32, or int8 with so many scale groups."""
     if not groups:
