@@ -1,4 +1,4 @@
-"""The forms of which XLA makes fast code for a CPU equal the plain ones."""
+"""The int8 products that XLA compiles to fast CPU code equal the plain ones."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ xla_cpu_matmul = jax.jit(xla_cpu.matmul)
 
 @pytest.fixture(params=["blocks", "int8 digits"])
 def form(request, monkeypatch):
-    """Let xla_cpu.matmul take either form, whatever the size of a matrix and the processor."""
+    """Let xla_cpu.matmul use one form for matrices of any size, on any processor."""
     monkeypatch.setattr(xla_cpu, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(xla_cpu, "BLOCK_COLUMNS", 128)
     monkeypatch.setattr(xla_cpu, "BLOCK_WEIGHTS", 128 * 16)  # 16 rows
@@ -28,7 +28,7 @@ def form(request, monkeypatch):
 
 @pytest.fixture
 def integers(monkeypatch):
-    """Let xla_cpu.matmul take int8 by int8."""
+    """Let xla_cpu.matmul multiply int8 by int8."""
     monkeypatch.setattr(xla_cpu, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(xla_cpu, "multiplies_int8", lambda: True)
     xla_cpu_matmul.clear_cache()
@@ -37,7 +37,7 @@ def integers(monkeypatch):
 
 
 def assert_as_near_as_float32(x, weight):
-    """xla_cpu.matmul's error is within twice that of `matmul`, or of a float32's rounding."""
+    """The error of xla_cpu.matmul is at most twice that of `matmul`, or rounding to float32."""
     values = exact(weight)
     true = np.asarray(x, np.float64) @ values
     got, plain = (np.asarray(f(x, weight)) for f in (xla_cpu_matmul, matmul_jit))
@@ -49,31 +49,32 @@ def assert_as_near_as_float32(x, weight):
         assert error <= 2 * other + 1.2e-7 * size
 
 
-@pytest.mark.parametrize("columns", [24, 300])  # less than a block, several that overlap
-@pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("lead", [(1,), (2, 3)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("lead", "groups", "columns", "dtype"),
+    [
+        ((1,), 1, 24, "float32"),  # columns of less than a block
+        ((2, 3), 8, 300, "float32"),  # several blocks, which overlap
+        ((2, 3), 8, 300, "bfloat16"),
+    ],
+)
 @pytest.mark.usefixtures("form")
-def test_either_form_gives_the_product(lead, groups, columns, dtype):
+def test_both_forms_equal_the_product(lead, groups, columns, dtype):
     x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(dtype)
     assert_as_near_as_float32(x, random_weight((), 512, columns, groups))
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+@pytest.mark.usefixtures("form")
+def test_both_forms_are_exact_for_rows_of_any_magnitude():
+    """One outlier; equal values; all magnitudes; just below a power of two; tiny; huge."""
+    rows = [
         np.r_[1e4, np.full(511, 1e-3)],
         np.full(512, 127.0),
         np.exp2(np.arange(512) % 40 - 20.0),
         np.r_[np.float32(1) - 2.0**-24, -1.0, np.zeros(510)],
         np.full(512, 2e-30),
         np.full(512, -2e35),
-    ],
-    ids=["one outlier", "equal", "of all sizes", "just below a power of two", "tiny", "huge"],
-)
-@pytest.mark.usefixtures("form")
-def test_either_form_holds_any_row(row):
-    assert_as_near_as_float32(row[None].astype(np.float32), random_weight((), 512, 9, 8))
+    ]
+    assert_as_near_as_float32(np.float32(rows), random_weight((), 512, 9, 8))
 
 
 @pytest.mark.usefixtures("integers")
@@ -86,7 +87,7 @@ def test_int8_digits_keep_zero_nan_and_infinity():
 
 
 @pytest.mark.usefixtures("integers")
-def test_int8_digits_of_a_row_ignore_the_others():
+def test_int8_digits_of_a_row_do_not_depend_on_other_rows():
     x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
     weight = random_weight((), 64, 10, 8)
     together = np.asarray(xla_cpu_matmul(x, weight))
@@ -94,9 +95,9 @@ def test_int8_digits_of_a_row_ignore_the_others():
         assert np.array_equal(xla_cpu_matmul(x[row : row + 1], weight)[0], together[row])
 
 
-@pytest.mark.usefixtures("form")
-def test_either_form_has_the_gradient_of_the_product():
-    """Rounding to integers has none: a gradient would silently be zero."""
+@pytest.mark.usefixtures("integers")
+def test_gradient_is_that_of_the_exact_product():
+    """Rounding to integers has a zero derivative: the gradient would silently be zero."""
     weight = random_weight((), 16, 5, 8)
     x = np.random.default_rng(3).standard_normal((2, 16)).astype(np.float32)
     got = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(xla_cpu.matmul(x, weight)))))(x)
@@ -104,8 +105,8 @@ def test_either_form_has_the_gradient_of_the_product():
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
-def test_a_matrix_is_never_written_out_as_float32(form):
-    """That takes a CPU an order longer than to multiply with it."""
+def test_int8_matrix_is_not_converted_to_float32_as_a_whole(form):
+    """Writing it to memory as float32 takes much longer than the product."""
     weight = random_weight((), 64, 320, 1)
     text = xla_cpu_matmul.lower(np.ones((4, 64), np.float32), weight).as_text()
     assert "tensor<64x320xf32>" not in text
