@@ -25,7 +25,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What these tests hold is about structure, within tolerances, and compiling it takes most of their
 # time: XLA does it without most of its optimisations. All others see what a user's machine runs.
-QUICKLY_COMPILED = {"test_inspection", "test_meshes", "test_modules", "test_train_demo"}
+QUICKLY_COMPILED = {
+    "test_inspection",
+    "test_meshes",
+    "test_mixture",
+    "test_modules",
+    "test_train_demo",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
