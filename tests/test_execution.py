@@ -1,9 +1,9 @@
-"""How a model is run is chosen in one place, and changes no result."""
+"""Execution: its fields are checked, and no choice of them changes a result."""
 
 import dataclasses
+import functools
 import threading
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from grok1.kernels import dispatch
 from grok1.parallel.sharding import make_mesh
 from grok1.serving.steps import apply_model
 from model import LanguageModelConfig, TransformerConfig
-from runner import InferenceRunner, ModelRunner, Request, load_server
+from runner import InferenceRunner, ModelRunner, load_server
 
 TINY = LanguageModelConfig(
     model=TransformerConfig(
@@ -31,67 +31,52 @@ TINY = LanguageModelConfig(
 TOKENS = np.random.default_rng(0).integers(1, 32, (2, 6)).astype(np.int32)
 
 
+STATIC = {"expert_dispatch": "static"}
+KERNELS = "one of ('plain', 'xla_cpu', 'cpu', 'gpu')"
+DISPATCH = "one of ('dynamic', 'static', 'all')"
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "expected"),
+    ("field", "value", "expected", "others"),
     [
-        ("mesh", (1, 8), "a jax.sharding.Mesh, or None"),
-        ("data_axis", None, "the name of a mesh axis"),
-        ("kernels", True, "one of ('plain', 'xla_cpu', 'cpu', 'gpu')"),
-        ("kernels", "tpu", "one of ('plain', 'xla_cpu', 'cpu', 'gpu')"),
-        ("expert_dispatch", "fast", "one of ('dynamic', 'static', 'all')"),
-        ("expert_dispatch", None, "one of ('dynamic', 'static', 'all')"),
-        ("scan_unroll", 0, "an integer >= 1"),
-        ("scan_unroll", True, "an integer >= 1"),
-        ("router", "x", "a subclass of Router, or None"),
-        ("shard_activations", 1, "true or false"),
+        ("mesh", (1, 8), "a jax.sharding.Mesh, or None", {}),
+        ("data_axis", None, "the name of a mesh axis", {}),
+        ("kernels", "tpu", KERNELS, {}),
+        ("kernels", "cpu", '"plain" unless expert_dispatch is "dynamic"', STATIC),
+        ("expert_dispatch", None, DISPATCH, {}),
+        ("scan_unroll", 0, "an integer >= 1", {}),
+        ("router", "x", "a subclass of Router, or None", {}),
+        ("shard_activations", 1, "true or false", {}),
     ],
 )
-def test_a_wrong_field_is_refused(field, value, expected):
+def test_wrong_field_is_rejected(field, value, expected, others):
     with pytest.raises(ValueError) as error:
-        Execution(**{field: value})
+        Execution(**{field: value}, **others)
     assert str(error.value) == f"{field}: expected {expected}, got {value!r}"
 
 
-def test_kernels_have_no_gradient_to_train_with():
-    with pytest.raises(ValueError, match='kernels: expected "plain" unless expert_dispatch is "dy'):
-        Execution(kernels="cpu", expert_dispatch="static")
-
-
-def test_without_one_it_is_the_obvious_one():
-    mesh = make_mesh((1, 2))
-    assert TINY.model.execution(mesh) == Execution(mesh, shard_activations=True)
-    assert TINY.model.execution() == Execution(shard_activations=True)
-
-
-def test_make_takes_a_mesh_or_an_execution_of_its_own():
+def test_make_rejects_a_wrong_mesh_or_execution():
     one, other = make_mesh((1, 2)), make_mesh((2, 1))
-    wrong_axes = Execution(one, data_axis="rows")
-    for options, message in (
-        ({"mesh": other, "execution": Execution(one)}, "mesh: expected that of `execution`"),
-        ({"execution": Execution(make_mesh((1, 3)))}, "mesh: a model axis of 3 does not divide"),
+    uneven = dataclasses.replace(TINY.model, emb_size=9, shard_activations=False)
+    uneven = dataclasses.replace(TINY, model=uneven)
+    uneven.check_mesh(one)
+    for config, options, message in (
+        (TINY, {"execution": "x"}, "execution: expected a grok1.execution.Execution, .*'x'"),
+        (TINY, {"mesh": other, "execution": Execution(one)}, "mesh: expected that of `execution`"),
+        (TINY, {"execution": Execution(make_mesh((1, 3)))}, "a model axis of 3 does not divide"),
+        (TINY, {"execution": Execution(one, data_axis="rows")}, r"axes .*, got \('rows', 'model'"),
+        # Only a residual stream that is split needs a width that divides.
         (
-            {"execution": wrong_axes},
-            "execution: expected the configuration's axes .*, got \\('rows', 'model'",
+            uneven,
+            {"execution": Execution(one, shard_activations=True)},
+            "mesh: a model axis of 2 does not divide emb_size = 9",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(hk.transform(lambda o=options: TINY.make(**o)(TOKENS)).init, None)
+            config.make(**options)
 
 
-def test_what_is_no_execution_is_refused_by_make():
-    with pytest.raises(ValueError, match="execution: expected a grok1.execution.Execution, .*'x'"):
-        TINY.make(execution="x")
-
-
-def test_a_split_stream_needs_a_width_that_divides():
-    model = dataclasses.replace(TINY.model, emb_size=9, shard_activations=False)
-    config, mesh = dataclasses.replace(TINY, model=model), make_mesh((1, 2))
-    config.check_mesh(mesh)
-    with pytest.raises(ValueError, match="mesh: a model axis of 2 does not divide emb_size = 9"):
-        config.make(execution=Execution(mesh, shard_activations=True))
-
-
-def test_a_runner_refuses_a_wrong_execution():
+def test_runner_rejects_a_wrong_execution():
     mesh, demo = make_mesh((1, 2)), golden.DIRECTORY / "three-layers"
     for execution, message in (
         (Execution(mesh), "execution: expected one without a mesh; give the sizes of the mesh"),
@@ -108,7 +93,7 @@ def test_a_runner_refuses_a_wrong_execution():
 @pytest.mark.parametrize(
     ("platform", "names"), [("cpu", ("xla_cpu", "cpu")), ("gpu", ("plain", "gpu"))]
 )
-def test_the_fastest_forms_are_those_of_the_platform(platform, names, monkeypatch):
+def test_fastest_kernels_are_those_of_the_platform(platform, names, monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: platform)
     for compiled, name in zip((False, True), names, strict=True):
         prefill, decode = fastest(TINY, None, compiled=compiled)
@@ -116,7 +101,7 @@ def test_the_fastest_forms_are_those_of_the_platform(platform, names, monkeypatc
         assert prefill.shard_activations and not decode.shard_activations
 
 
-def test_forms_that_this_machine_lacks_are_refused(monkeypatch):
+def test_kernels_that_this_machine_lacks_are_rejected(monkeypatch):
     def run(kernels):
         runner = ModelRunner(TINY, 1, None, execution=Execution(kernels=kernels))
         InferenceRunner("tiny", runner, None, None).initialize()
@@ -124,43 +109,44 @@ def test_forms_that_this_machine_lacks_are_refused(monkeypatch):
     with pytest.raises(ValueError, match='kernels: expected "plain" or kernels for the platform'):
         run("gpu")
     cpu = dispatch._compiled("cpu")
-    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)  # which has not been done yet
+    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)  # as if not loaded yet
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"kernels: 'cpu' cannot be used here \(no C\+\+ compiler"):
         run("cpu")
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
-def test_whatever_is_chosen_gives_the_same_answers(kernels):
-    """What a server chooses by itself, and both forms of its activations that it may be told."""
-    directory, found = golden.DIRECTORY / "three-layers", []
-    chosen = load_server(directory, mesh=(1, 8), dtype="float32", kernels=kernels, context=64)
-    prefill, decode = chosen.executions
-    assert prefill.kernels == decode.kernels == ("cpu" if kernels else "xla_cpu")
-    assert prefill.shard_activations and not decode.shard_activations
-    servers = [chosen]
-    for sharded in (True, False):
-        told = Execution(shard_activations=sharded, kernels=prefill.kernels)
-        servers.append(
-            load_server(directory, mesh=(1, 8), dtype="float32", context=64, execution=told)
-        )
-        expected = dataclasses.replace(told, mesh=servers[-1].mesh)
-        assert [*servers[-1].executions] == [expected, expected]
-    tokens = golden.recorded("three-layers").tokens[:1, :20]
-    for server in servers:
-        answer = server.generate([Request(tokens[0].tolist(), 0.0, max_len=8)])[0]
-        found.append((server.logits(tokens), answer.token_ids, answer.logprobs))
-    for logits, ids, logprobs in found[1:]:
-        assert golden.relative_error(logits, found[0][0]).max() <= 1e-5
-        assert ids == found[0][1]
-        np.testing.assert_allclose(logprobs, found[0][2], rtol=0, atol=1e-5)
+def test_server_chooses_the_fastest_execution():
+    """On a mesh only prefill splits the activations; a given execution is used for both."""
+    directory = golden.DIRECTORY / "three-layers"
+    for kernels, name in ((True, "cpu"), (False, "xla_cpu")):
+        chosen = load_server(directory, mesh=(1, 8), kernels=kernels, context=64)
+        prefill, decode = chosen.executions
+        assert prefill.kernels == decode.kernels == name
+        assert prefill.shard_activations and not decode.shard_activations
+    given = Execution(scan_unroll=3)
+    server = load_server(directory, mesh=(1, 8), context=64, execution=given)
+    expected = dataclasses.replace(given, mesh=server.mesh)
+    assert [*server.executions] == [expected, expected]
+
+
+def test_cpu_kernels_on_a_mesh_equal_the_plain_model():
+    """With activations that are split and not, in two chunks: the second attends to the first."""
+    params, logits = TINY.init_params(0, quantized=True), []
+    on_mesh = Execution(make_mesh((1, 2)), kernels="cpu")
+    for how in (ONE_DEVICE, on_mesh, dataclasses.replace(on_mesh, shard_activations=True)):
+        read = jax.jit(functools.partial(apply_model, TINY, how))
+        first = read(params, TOKENS[:, :3], TINY.model.init_memory(2, 16, jnp.float32))
+        second = read(params, TOKENS[:, 3:], first.model_state)
+        logits.append(np.concatenate([first.logits, second.logits], axis=1))
+    for found in logits[1:]:
+        assert golden.relative_error(found, logits[0]).max() <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------- taps
 
 
-def test_unused_taps_are_not_in_the_program(monkeypatch):
-    """The lowered text is that of a model with the identity in their place."""
+def test_unused_taps_add_nothing_to_the_program(monkeypatch):
+    """The lowered text equals that of a model with the identity in their place."""
 
     def text():
         def call(params, tokens, memory):
@@ -178,15 +164,15 @@ def test_unused_taps_are_not_in_the_program(monkeypatch):
     assert text() == plain
 
 
-def test_each_thread_captures_what_it_asked_for():
-    params, start = TINY.init_params(0), threading.Barrier(4)
+def test_threads_capture_independently():
+    params, start = TINY.param_shapes(), threading.Barrier(4)
     sites = ("router_probs", "hidden_states", None, "embeddings")
     found: dict[int, set[str]] = {}
 
     def look(number):
         capture = () if sites[number] is None else (sites[number],)
         start.wait()
-        for _ in range(5):  # traced anew each time
+        for _ in range(2):  # traced anew each time
             call = lambda p: apply_model(TINY, ONE_DEVICE, p, TOKENS, capture=capture).captured  # noqa: E731
             captured = jax.eval_shape(call, params)
             seen = {site for site, x in captured._asdict().items() if x is not None}
@@ -200,12 +186,14 @@ def test_each_thread_captures_what_it_asked_for():
     assert found == {0: {"router_probs"}, 1: {"hidden_states"}, 2: set(), 3: {"embeddings"}}
 
 
-def test_a_hook_that_fails_leaves_nothing_behind():
-    params = TINY.init_params(0)
-
+def test_failing_hook_does_not_affect_the_next_call():
     def fail(*_):
         raise TypeError("no")
 
+    def captured(hooks):
+        call = functools.partial(apply_model, TINY, ONE_DEVICE, hooks=hooks)
+        return jax.eval_shape(call, TINY.param_shapes(), TOKENS).captured
+
     with pytest.raises(ValueError, match="'hidden_states' failed"):
-        apply_model(TINY, ONE_DEVICE, params, TOKENS, hooks={"hidden_states": fail})
-    assert apply_model(TINY, ONE_DEVICE, params, TOKENS).captured == model.Captured()
+        captured({"hidden_states": fail})
+    assert captured({}) == model.Captured()
