@@ -26,6 +26,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # What these tests hold is about structure, within tolerances, and compiling it takes most of their
 # time: XLA does it without most of its optimisations. All others see what a user's machine runs.
 QUICKLY_COMPILED = {
+    "test_execution",
+    "test_gpu_kernels",
     "test_inspection",
     "test_meshes",
     "test_mixture",

@@ -1,6 +1,6 @@
-"""The GPU's kernels, interpreted on a CPU: what they compute, what they read, and that they lower.
+"""The GPU kernels, interpreted on a CPU: results, memory traffic and lowering to Triton.
 
-Dimension letters as in `grok1/kernels/gpu.py`. No GPU is needed; none has timed them.
+Dimension letters as in `grok1/kernels/gpu.py`. No GPU is needed.
 """
 
 import collections
@@ -15,7 +15,6 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 from test_cpu_kernels import exact_product, plain_product, random_rows, random_weight
 
-import golden
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels import gpu
@@ -23,41 +22,28 @@ from grok1.kernels.error import KernelError
 from grok1.ops import cache
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import steps
+from model import LanguageModelConfig, TransformerConfig
+from small import exact_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
 
 
-def each(cases, in_float32):
-    """Call a test with each case in bfloat16, and with those named in float32 too."""
-    names = [(name, jnp.bfloat16) for name in cases] + [(name, jnp.float32) for name in in_float32]
-    ids = [f"{name}, {dtype.__name__}" for name, dtype in names]
-    # float32 has no tensor cores, and no one is advised to use it: a longer proof.
-    marks = {jnp.float32: pytest.mark.exhaustive, jnp.bfloat16: ()}
-    values = [pytest.param(cases[name], dtype, marks=marks[dtype]) for name, dtype in names]
-    return pytest.mark.parametrize(("case", "dtype"), values, ids=ids)
-
-
-def few_processors(monkeypatch):
-    """Let even small shapes keep them busy, so that nothing is split for their sake."""
-    monkeypatch.setattr(gpu, "PROCESSORS", 2)
-
-
 def interpreted_product():
-    """Return the product as the kernel has it, traced anew."""
+    """Return the interpreted kernel, traced anew."""
     call = jax.jit(lambda *arrays: gpu.grouped_product(*arrays, interpret=True))
     return lambda x, weight, starts, layer: np.asarray(call(x, weight, starts, jnp.int32(layer)))
 
 
 def multiply(x, weight, starts, layer):
-    """Return the product as the kernel has it."""
+    """Return the product by the interpreted kernel."""
     return interpreted_product()(x, weight, starts, layer)
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product's shapes; `before` and `after`: rows of no group."""
+    """The shapes of a product; `before` and `after`: rows of no group."""
 
     counts: tuple[int, ...]
     inputs: int = 40
@@ -75,27 +61,35 @@ class Product:
 
 
 PRODUCTS = {
-    "one row": Product((1,)),
-    "empty groups": Product((0, 3, 0, 0, 2, 0)),
-    "no row in any group": Product((0, 0, 0), after=4),
-    "all rows in one group": Product((0, 0, 21, 0)),
-    "rows of no group on both sides": Product((2, 3), before=3, after=5),
-    "groups of several tiles": Product((1, 33, 33)),
-    "rows beyond the last tile": Product((17, 0, 31), after=50),
-    "several scale groups": Product((5, 2, 9), inputs=96, scale_groups=8),
+    "one row, a contracted axis in equal pieces": Product((1,), inputs=768, outputs=32),
     "odd shapes": Product((3, 4, 2), inputs=77, outputs=67, scale_groups=7),
-    "one group": Product((7,), inputs=128, outputs=144),
-    "a contracted axis in equal pieces": Product((2, 1), inputs=768, outputs=32),
-    "a contracted axis in unequal pieces": Product((2, 1), inputs=515, outputs=20),
     "scale groups in pieces": Product((4,), inputs=2 * 450, outputs=128, scale_groups=2),
+    # Of one shape, so that they are compiled once.
+    "empty groups": Product((0, 3, 0, 2), before=3, after=32),
+    "no row in any group": Product((0, 0, 0, 0), after=40),
+    "groups of several tiles": Product((0, 33, 0, 7)),
+    "groups that end within a tile": Product((17, 0, 18, 0), after=5),
 }
-IN_FLOAT32 = "empty groups", "groups of several tiles", "odd shapes", "scale groups in pieces"
 
 
-@each(PRODUCTS, IN_FLOAT32)
-def test_each_row_is_multiplied_with_the_matrix_of_its_group(case, dtype):
+@pytest.fixture(scope="module")
+def product_kernel():
+    """Return the interpreted kernel, compiled once for each shape."""
+    return interpreted_product()
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, jnp.bfloat16) for case in PRODUCTS.values()),
+        # Without tensor cores, so seldom used.
+        pytest.param(PRODUCTS["odd shapes"], jnp.float32, marks=pytest.mark.exhaustive),
+    ],
+    ids=[*PRODUCTS, "odd shapes in float32"],
+)
+def test_each_row_is_multiplied_by_the_matrix_of_its_group(case, dtype, product_kernel):
     x, weight, starts = case.arrays(dtype)
-    y = multiply(x, weight, starts, 1)
+    y = product_kernel(x, weight, starts, 1)
     exact = exact_product(x, weight, starts, 1)
     assert y.dtype == np.float32 and y.shape == exact.shape
     assert np.all(y[: starts[0]] == 0) and np.all(y[starts[-1] :] == 0)
@@ -105,19 +99,18 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(case, dtype):
     assert error <= 2 * plain + 1e-8 * scale
 
 
-@pytest.mark.parametrize("rows, tile", [(100, 64), (150, 128)], ids=["tiles of 64", "of 128"])
-def test_many_rows_take_all_pieces_in_one_program(rows, tile, monkeypatch):
-    few_processors(monkeypatch)
-    case = Product((rows,), inputs=800, outputs=16, scale_groups=2)
-    x, weight, starts = case.arrays(jnp.bfloat16)
-    launch = gpu.plan_product(x, weight)
-    assert launch.row_tile == tile and launch.pieces == 4 and not launch.split
+def test_products_of_many_rows_are_not_split(monkeypatch):
+    monkeypatch.setattr(gpu, "PROCESSORS", 2)  # few enough for these shapes to occupy
+    for rows, tile in ((100, 64), (150, 128)):
+        x, weight, starts = Product((rows,), 800, 16, scale_groups=2).arrays(jnp.bfloat16)
+        launch = gpu.plan_product(x, weight)
+        assert launch.row_tile == tile and launch.pieces == 4 and not launch.split
     exact = exact_product(x, weight, starts, 0)
     error = np.linalg.norm(multiply(x, weight, starts, 0) - exact)
     assert error <= 1e-6 * np.linalg.norm(exact)
 
 
-def test_a_row_depends_on_no_other_row():
+def test_row_does_not_depend_on_other_rows():
     x, weight, starts = Product((5, 3, 20), inputs=400, before=1, after=3).arrays(jnp.bfloat16)
     multiply = interpreted_product()
     y = multiply(x, weight, starts, 1)
@@ -130,7 +123,7 @@ def test_a_row_depends_on_no_other_row():
         assert np.all(z[0] == 0) and np.all(z[29:] == 0)
 
 
-def test_the_pieces_of_a_sum_do_not_depend_on_the_number_of_rows():
+def test_pieces_of_a_sum_do_not_depend_on_the_number_of_rows():
     for groups, inputs, outputs, scale_groups in (
         (8, 6144, 4096, 1), (8, 32768, 6144, 8), (1, 6144, 768, 1), (1, 768, 6144, 1)
     ):  # fmt: skip
@@ -142,13 +135,13 @@ def test_the_pieces_of_a_sum_do_not_depend_on_the_number_of_rows():
         assert len({(launch.piece, launch.pieces) for launch in launches}) == 1
 
 
-def test_a_single_row_keeps_the_processors_busy():
+def test_single_row_occupies_all_processors():
     for shapes in ((8, 6144, 4096), (8, 4096, 6144), (1, 6144, 768), (1, 768, 6144)):
         visits, columns, pieces = gpu.plan_product(*product_shapes(1, *shapes)).grid
         assert visits == 1 and columns * pieces >= gpu.PROCESSORS
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_product_shapes_that_do_not_fit_are_rejected():
     x, weight, starts = Product((2, 1)).arrays(jnp.bfloat16)
     for match, wrong in (
         ("x must be", (x[:, :8], weight, starts)),
@@ -169,7 +162,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention's shapes: G = 3 where not said, H = 16 for keys and 24 for values."""
+    """The shapes of an attention; heads have 16 columns for keys and 24 for values."""
 
     filled: tuple[int, ...]
     queries: int = 1
@@ -202,7 +195,7 @@ class Attention:
             "one sequence's": rng.uniform(size=(1, *shape[1:])) < 0.6,
             "one query's": rng.uniform(size=(batch, 1, self.positions)) < 0.6,
             "none": np.ones((batch, 1, 1), bool),
-            "nothing seen": position[None, None] >= np.array([[[self.positions]]] * batch),
+            "nothing visible": position[None, None] >= np.array([[[self.positions]]] * batch),
         }[self.mask]
         sequence = None if self.sequence is None else np.array(self.sequence, np.int32)
         floats = (array.astype(dtype) for array in (query, keys, values))
@@ -210,25 +203,20 @@ class Attention:
 
 
 ATTENTIONS = {
-    "one query and a mask with holes": Attention((150, 70)),
+    "one query and a mask with holes": Attention((150, 70, 0)),
     "blocks that are filled in part": Attention((1, 63, 64, 65, 129), mask="none"),
-    "nothing filled": Attention((0, 80)),
-    "nothing seen": Attention((90,), mask="nothing seen"),
-    "sequences that are named": Attention((20, 140), sequence=(2, 0)),
-    "one sequence of several": Attention((100,), queries=5, sequence=(1,)),
+    "nothing visible": Attention((90,), mask="nothing visible"),
+    "several queries of selected sequences": Attention((20, 140), queries=5, sequence=(2, 0)),
     "more blocks than parts": Attention((1300,), positions=1400),
-    "more queries per head than a tile": Attention((70,), group=20),
-    "several queries": Attention((150, 90), queries=7),
-    "several tiles of queries": Attention((150, 60), queries=30, mask="causal"),
-    "a mask for all sequences": Attention((150, 60), queries=3, mask="one sequence's"),
-    "a mask for all queries": Attention((150, 60), queries=3, mask="one query's"),
-    "several queries and nothing filled": Attention((0, 150), queries=3),
+    "several tiles of queries": Attention((150, 60, 0), queries=30, mask="causal"),
+    "one mask for all sequences": Attention((150, 60), queries=3, mask="one sequence's"),
+    "one mask for all queries": Attention((150, 60), queries=3, mask="one query's"),
 }
 MULTIPLIER = 0.9  # scores of several, which the soft cap changes
 
 
 def interpreted_attention():
-    """Return attention as the kernel has it, traced anew."""
+    """Return the interpreted kernel, traced anew."""
 
     @jax.jit
     def call(query, keys, values, mask, *where):
@@ -238,42 +226,41 @@ def interpreted_attention():
 
 
 def attend(*arrays):
-    """Return attention as the kernel has it."""
+    """Return attention by the interpreted kernel."""
     return interpreted_attention()(*arrays)
 
 
-def exact_attention(query, keys, values, mask, layer, filled, sequence=None):
-    """Return attention in float64, sequence by sequence."""
-    batch, queries, *_ = query.shape
-    mask = np.broadcast_to(mask, (batch, queries, keys.shape[2]))
-    sequence = range(batch) if sequence is None else sequence
-    out = np.zeros((*query.shape[:-1], values.shape[-1]))
-    for b, (s, end) in enumerate(zip(sequence, filled, strict=True)):
-        key, value = (cache[layer, s, :end].astype(np.float64) for cache in (keys, values))
-        scores = np.einsum("tkgh,skh->tkgs", query[b].astype(np.float64), key) * MULTIPLIER
-        weights = np.exp(30 * np.tanh(scores / 30)) * mask[b][:, None, None, :end]
-        total = np.sum(weights, axis=-1, keepdims=True)
-        sums = np.einsum("tkgs,skh->tkgh", weights, value)
-        out[b] = np.divide(sums, total, out=np.zeros_like(sums), where=total > 0)
-    return out
+def exact(query, keys, values, mask, layer, filled, sequence=None):
+    """Return attention in float64; what is not filled may be NaN."""
+    own = np.arange(len(query)) if sequence is None else sequence
+    keys, values = (np.nan_to_num(c[layer, own].astype(np.float64)) for c in (keys, values))
+    there = np.arange(keys.shape[1]) < filled[:, None, None]
+    return exact_attention(query, keys, values, mask & there, MULTIPLIER)
 
 
-@each(ATTENTIONS, ("one query and a mask with holes", "nothing filled", "several queries"))
-def test_attention_to_a_cache_equals_the_plain_form(case, dtype):
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, jnp.bfloat16) for case in ATTENTIONS.values()),
+        pytest.param(Attention((150, 0), queries=3), jnp.float32, marks=pytest.mark.exhaustive),
+    ],
+    ids=[*ATTENTIONS, "float32"],
+)
+def test_attention_equals_the_plain_form(case, dtype):
     arrays = case.arrays(dtype)
-    out, exact = attend(*arrays), exact_attention(*arrays)
-    # The plain form weighs what is not filled by zero, which no NaN outlasts.
+    out, expected = attend(*arrays), exact(*arrays)
+    # The plain form multiplies what is not filled by zero, which would keep NaN.
     plain = [jnp.nan_to_num(a) if a is not None and a.dtype == dtype else a for a in arrays]
     plain = cache.attend_cached(*plain[:4], MULTIPLIER, *plain[4:])
     assert out.dtype == np.float32 and out.shape == plain.shape
-    assert np.all(out[np.all(exact == 0, axis=-1)] == 0)
-    scale = np.linalg.norm(exact)
+    assert np.all(out[np.all(expected == 0, axis=-1)] == 0)
+    scale = np.linalg.norm(expected)
     assert np.linalg.norm(out - plain) <= (1e-6 if dtype == jnp.float32 else 1e-3) * scale
-    error, plain_error = (np.linalg.norm(y - exact) for y in (out, plain))
+    error, plain_error = (np.linalg.norm(y - expected) for y in (out, plain))
     assert error <= 2 * plain_error
 
 
-def test_a_key_that_is_nan_gives_nan():
+def test_nan_key_gives_nan():
     query, keys, values, mask, layer, filled, _ = Attention((20, 20)).arrays(jnp.float32)
     seen = int(np.argmax(mask[0, 0]))
     keys = jnp.asarray(keys).at[layer, 0, seen].set(jnp.nan)
@@ -281,7 +268,7 @@ def test_a_key_that_is_nan_gives_nan():
     assert np.all(np.isnan(found[0])) and np.all(np.isfinite(found[1]))
 
 
-def test_a_sequence_attends_alike_alone_and_in_a_batch():
+def test_sequence_alone_equals_sequence_in_a_batch():
     query, keys, values, mask, layer, filled, _ = Attention((150, 3, 77)).arrays(jnp.bfloat16)
     attend = interpreted_attention()
     together = attend(query, keys, values, mask, layer, filled)
@@ -291,7 +278,7 @@ def test_a_sequence_attends_alike_alone_and_in_a_batch():
         assert np.array_equal(alone, together[own])
 
 
-def test_queries_and_caches_that_do_not_fit_are_refused():
+def test_attention_shapes_that_do_not_fit_are_rejected():
     query, keys, values, mask, *where = Attention((50,)).arrays(jnp.bfloat16)
     for match, wrong in (
         ("do not fit", (query[..., :8], keys, values, mask)),
@@ -303,7 +290,7 @@ def test_queries_and_caches_that_do_not_fit_are_refused():
             attend(*wrong, *where)
 
 
-# ----------------------------------------------------------------------------- what they read
+# ----------------------------------------------------------------------------- memory traffic
 
 
 @pytest.fixture
@@ -312,7 +299,7 @@ def moved(monkeypatch):
     counter = collections.Counter()
 
     def counted(way, function, ref, *args, mask=None, **options):
-        array = getattr(ref, "ref", ref)  # of which `ref` may be a part
+        array = getattr(ref, "ref", ref)  # `ref` may be a part of it
         number = np.int32(np.prod(ref.shape, dtype=int)) if mask is None else jnp.sum(mask)
 
         def note(number, key=(way, array.shape), size=array.dtype.itemsize):
@@ -327,18 +314,17 @@ def moved(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("processors", [132, 2], ids=["split", "not split"])
 @pytest.mark.parametrize(
-    "case",
+    ("case", "split"),
     [
-        PRODUCTS["empty groups"], PRODUCTS["rows of no group on both sides"],
-        PRODUCTS["groups of several tiles"], PRODUCTS["scale groups in pieces"],
-        Product((65, 0, 130), inputs=400, outputs=300, scale_groups=2),
+        (PRODUCTS["scale groups in pieces"], True),
+        (PRODUCTS["empty groups"], False),
+        (Product((65, 0, 130), inputs=400, outputs=300, scale_groups=2), False),
     ],
-    ids=["empty groups", "rows of no group", "several tiles", "pieces", "many rows"],
-)  # fmt: skip
-def test_a_product_moves_what_its_launch_says(case, processors, moved, monkeypatch):
-    monkeypatch.setattr(gpu, "PROCESSORS", processors)
+    ids=["split", "empty groups", "many rows"],
+)
+def test_product_moves_the_bytes_of_its_launch(case, split, moved, monkeypatch):
+    monkeypatch.setattr(gpu, "PROCESSORS", 132 if split else 2)
     x, weight, starts = case.arrays(jnp.bfloat16)
     launch = gpu.plan_product(x, weight)
     jax.block_until_ready(multiply(x, weight, starts, 1))
@@ -350,17 +336,14 @@ def test_a_product_moves_what_its_launch_says(case, processors, moved, monkeypat
     assert moved["load", ()] + moved["load", starts.shape] == said["index"]
     assert moved["store", (launch.partials, launch.rows, launch.outputs)] == said["written"]
     assert len(moved) == 6
-    assert said["added"] == 0 or launch.split
+    assert launch.split == split == (said["added"] > 0)
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "one query and a mask with holes", "blocks that are filled in part", "nothing filled",
-        "more blocks than parts", "several tiles of queries", "a mask for all queries",
-    ],
-)  # fmt: skip
-def test_attention_moves_what_its_launch_says(name, moved):
+    ["one query and a mask with holes", "several tiles of queries", "one mask for all queries"],
+)
+def test_attention_moves_the_bytes_of_its_launch(name, moved):
     arrays = query, keys, values, mask, _, filled, _ = ATTENTIONS[name].arrays(jnp.bfloat16)
     mask = np.broadcast_to(mask, (*mask.shape[:-1], keys.shape[2]))
     launch = gpu.plan_attention(query, keys, values, mask)
@@ -379,7 +362,7 @@ def test_attention_moves_what_its_launch_says(name, moved):
     assert sum(moved.values()) == said["index"]
 
 
-def test_queries_go_no_further_than_one_of_their_tile_sees():
+def test_tile_reads_up_to_its_last_visible_position():
     query, keys, values, mask, *_ = Attention((150, 60), queries=30, mask="causal").arrays(
         jnp.bfloat16
     )
@@ -389,8 +372,8 @@ def test_queries_go_no_further_than_one_of_their_tile_sees():
     assert reach.tolist() == [[142, 150], [52, 60]]
 
 
-def test_a_decode_step_moves_little_more_than_it_must():
-    """One rank of eight, batch 1, 1,024 positions filled: the grid that is launched, summed."""
+def test_decode_step_moves_little_more_than_its_weights():
+    """For one device of eight, batch 1 and 1,024 filled positions."""
     layers, width, hidden, filled, table = 64, 6144, 4096, 1024, 16384 * 6144 * 2
     moved = needed = 0
     for groups, inputs, outputs, times in (
@@ -409,7 +392,7 @@ def test_a_decode_step_moves_little_more_than_it_must():
     assert 1 < ratio <= 1.15
 
 
-# --------------------------------------------------------------------------- what is compiled
+# -------------------------------------------------------------------------------- lowering
 
 
 def product_shapes(rows, groups, inputs, outputs, scale_groups=1, dtype=jnp.bfloat16, layers=64):
@@ -436,7 +419,7 @@ def indices(groups):
 
 
 def lower(function, *shapes):
-    """Return what jax hands to the compiler of an H100."""
+    """Return the text that jax passes to the compiler of an H100."""
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("model",), abstract_device=device)):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
@@ -445,26 +428,21 @@ def lower(function, *shapes):
 @pytest.mark.parametrize(
     "shapes",
     [
-        (2, 8, 6144, 4096), (32, 8, 6144, 4096), (2048, 8, 6144, 4096), (2, 8, 4096, 6144),
-        (2048, 8, 4096, 6144), (2, 8, 32768, 6144, 8), (1, 1, 6144, 768), (16, 1, 6144, 128),
-        (1024, 1, 6144, 768), (1024, 1, 6144, 128), (1, 1, 768, 6144), (1024, 1, 768, 6144),
-        (2, 8, 6144, 4096, 1, jnp.float32), (3, 5, 77, 67, 7),
+        (2, 8, 6144, 4096), (2048, 8, 6144, 4096), (2, 8, 32768, 6144, 8), (16, 1, 6144, 128),
+        (3, 5, 77, 67, 7), (2, 8, 6144, 4096, 1, jnp.float32),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_product_of_the_full_model_lowers_for_cuda(shapes):
+def test_products_of_the_full_model_lower_for_cuda(shapes):
     text = lower(gpu.grouped_product, *product_shapes(*shapes), *indices(shapes[1]))
     assert text.count("xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize(
     "shapes",
-    [
-        (1, 1), (16, 1), (1, 64), (1, 1024), (1, 8192), (4, 256, 8), (1, 64, 1, jnp.float32),
-        (2, 16, 1, jnp.bfloat16, 16),
-    ],
+    [(1, 1), (1, 8192), (4, 256, 8), (2, 16, 1, jnp.bfloat16, 16), (1, 64, 1, jnp.float32)],
     ids=str,
-)  # fmt: skip
+)
 def test_attention_of_the_full_model_lowers_for_cuda(shapes):
     def call(query, keys, values, mask, *where):
         return gpu.attend_cached(query, keys, values, mask, 128**-0.5, *where)
@@ -475,8 +453,8 @@ def test_attention_of_the_full_model_lowers_for_cuda(shapes):
     assert text.count("xla.gpu.triton") == 1
 
 
-def test_a_scan_over_layers_hands_over_the_whole_stack():
-    """A layer that was sliced out first would be copied: eight experts, where two are read."""
+def test_scan_over_layers_passes_the_whole_stack():
+    """Slicing a layer out first would copy eight experts, of which two are read."""
     x, weight = product_shapes(2, 8, 6144, 6144)
 
     def step(x, weight, starts):
@@ -491,8 +469,7 @@ def test_a_scan_over_layers_hands_over_the_whole_stack():
     assert "xla.gpu.triton" in text and not copies
 
 
-def test_prefill_takes_memory_for_its_tiles_only():
-    """No array of queries by positions is made, but for the mask that is given."""
+def test_prefill_makes_no_array_of_queries_by_positions():
     query, keys, values, mask = attention_shapes(1, 8192)
     launch = gpu.plan_attention(query, keys, values, mask)
     assert launch.parts == 1
@@ -506,11 +483,11 @@ def test_prefill_takes_memory_for_its_tiles_only():
     assert max(floats) == 8192 * 6 * 128
 
 
-# ------------------------------------------------------------------------------ where they are used
+# --------------------------------------------------------------------------------- in a model
 
 
 def interpret(monkeypatch):
-    """Let the GPU's kernels be those of this platform, interpreted."""
+    """Use the GPU kernels on this platform, interpreted."""
     for name in ("grouped_product", "attend_cached"):
         kernel = functools.partial(getattr(gpu, name), interpret=True)
         monkeypatch.setattr(gpu, name, kernel)
@@ -520,25 +497,29 @@ def interpret(monkeypatch):
     gpu.load.cache_clear()
 
 
-def test_a_model_computes_the_same_with_them(monkeypatch):
-    config = golden.config("three-layers", "bfloat16")
-    params = golden.runner("three-layers", "bfloat16").params
+def test_model_with_gpu_kernels_equals_the_plain_one(monkeypatch):
+    model = TransformerConfig(
+        emb_size=64, key_size=16, num_q_heads=4, num_kv_heads=2, num_layers=2, num_experts=4,
+        num_selected_experts=2,
+    )  # fmt: skip
+    config = LanguageModelConfig(model, vocab_size=32, sequence_len=16)
+    params = config.init_params(0, quantized=True)
     interpret(monkeypatch)
-    tokens = golden.recorded("three-layers").tokens[:2, :7]
+    tokens = np.random.default_rng(0).integers(1, 32, (1, 6)).astype(np.int32)
     outputs = []
     for name in ("gpu", "plain"):
         execution = Execution(kernels=name)
         read = jax.jit(functools.partial(steps.apply_model, config, execution))
-        # A prompt, and one position more.
-        memory = config.model.init_memory(2, 16, jnp.bfloat16)
-        first = read(params, tokens[:, :6], memory)
-        second = read(params, tokens[:, 6:], first.model_state)
+        # In two chunks, of which the second attends to the first.
+        memory = config.model.init_memory(1, 16, jnp.bfloat16)
+        first = read(params, tokens[:, :3], memory)
+        second = read(params, tokens[:, 3:], first.model_state)
         outputs.append(np.concatenate([first.logits, second.logits], axis=1))
     error = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
     assert 0 < error < 0.02
 
 
-def test_they_are_tried_before_they_are_used(monkeypatch):
+def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
     interpret(monkeypatch)
     kernels.load()
     gpu.load.cache_clear()
