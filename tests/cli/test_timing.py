@@ -1,8 +1,7 @@
-"""The times at which tokens arrived, in words."""
+"""Arrival times of tokens, and the lines about them."""
 
 import contextlib
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,15 +9,7 @@ from commands import COUNTED
 from grok1.cli import timing
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that shows its only number."""
-    now = [100.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def test_first_tokens_and_those_after_them_are_told_apart(clock: list[float]) -> None:
+def test_first_and_later_tokens_are_counted_apart(clock):
     times = timing.Timing()
     for second, request in ((2, 0), (2.5, 1), (2.6, 0), (2.7, 0), (6, 2), (6.2, 1)):
         clock[0] = 100 + second
@@ -37,16 +28,16 @@ def test_first_tokens_and_those_after_them_are_told_apart(clock: list[float]) ->
     assert re.fullmatch(COUNTED, times.line() + "\n")
 
 
-def test_the_first_two_tokens_are_shown_together(clock: list[float]) -> None:
-    """For the second one the model is compiled, for seconds; the first keeps its own time."""
+def test_first_two_tokens_come_together_with_their_own_times(clock):
+    """The model is compiled for the second one, which takes seconds."""
     left, waiting = [1, 2, 3], []
 
-    def ask() -> int | None:
+    def ask():
         clock[0] += 1
         return left.pop(0) if left else None
 
     @contextlib.contextmanager
-    def shown() -> Iterator[None]:
+    def shown():
         yield
         waiting.append(len(left))
 
@@ -56,8 +47,10 @@ def test_the_first_two_tokens_are_shown_together(clock: list[float]) -> None:
     assert [*timing.arrivals(lambda: None, shown())] == []
 
 
-def test_an_interruption_keeps_the_first_token() -> None:
-    def ask(left: list[int] = [1]) -> int:  # noqa: B006  # once
+def test_interrupt_does_not_lose_the_first_token():
+    left = [1]
+
+    def ask():
         if not left:
             raise KeyboardInterrupt
         return left.pop()
@@ -68,16 +61,16 @@ def test_an_interruption_keeps_the_first_token() -> None:
         next(found)
 
 
-def test_it_is_said_when_tokens_come_several_at_a_time(clock: list[float]) -> None:
-    for at_a_time in (1, 8):
-        times = timing.Timing(at_a_time)
-        for _ in range(2):
-            clock[0] += 1
-            times.take(0)
-        assert ("; they come up to 8 at a time\n" in times.block()) == (at_a_time == 8)
+@pytest.mark.parametrize("at_a_time", [1, 8])
+def test_tokens_that_come_together_are_mentioned(at_a_time, clock):
+    times = timing.Timing(at_a_time)
+    for _ in range(2):
+        clock[0] += 1
+        times.take(0)
+    assert ("; they come up to 8 at a time\n" in times.block()) == (at_a_time == 8)
 
 
-def test_what_did_not_happen_is_left_out(clock: list[float]) -> None:
+def test_rows_without_values_are_left_out(clock):
     times = timing.Timing()
     assert times.block() == ""
     assert times.line() == "0 tokens in 0.00 s, compilation included: 0.00 s to the first"
@@ -87,16 +80,14 @@ def test_what_did_not_happen_is_left_out(clock: list[float]) -> None:
     assert times.line() == "1 tokens in 1.00 s, compilation included: 1.00 s to the first"
 
 
-@pytest.mark.parametrize(("percent", "value"), [(0, 1), (1, 1), (50, 50), (99, 99), (100, 100)])
-def test_a_percentile_is_one_of_the_values(percent: float, value: int) -> None:
-    assert timing.percentile(range(100, 0, -1), percent) == value
+def test_percentile_is_one_of_the_values():
+    for percent, value in ((0, 1), (1, 1), (50, 50), (99, 99), (100, 100)):
+        assert timing.percentile(range(100, 0, -1), percent) == value
 
 
-def test_times_of_many_tokens_take_little_memory(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the intervals a part is kept, from all of the run."""
-    monkeypatch.setattr(timing, "MOST_INTERVALS", 100, raising=False)
+def test_times_of_many_tokens_take_little_memory(clock, monkeypatch):
+    """Some of the intervals are kept, from the whole run."""
+    monkeypatch.setattr(timing, "MOST_INTERVALS", 100)
     times = timing.Timing()
     for answer in range(200):
         for token in range(10):
