@@ -1,48 +1,46 @@
-"""What lines with a slash change in a session of --interactive."""
+"""Lines that begin with a slash, in a session of --interactive."""
 
+import functools
 import io
 import json
-import pathlib
-import re
 import sys
 
 import pytest
 
-from commands import Command
+from grok1.cli import prompts
 from grok1.cli.interactive import Settings
+from grok1.cli.parsing import parse_arguments
 from grok1.serving.request import Request
 
 
-def settings(seed: int | None = None) -> Settings:
-    def check(request: Request) -> None:
-        if not 0 <= request.temperature <= 2:
-            raise ValueError("temperature must be from 0 to 2")
+def check(request):
+    """Refuse a high temperature."""
+    if not 0 <= request.temperature <= 2:
+        raise ValueError("temperature must be from 0 to 2")
 
+
+def settings(seed=None):
+    """Settings of a session without a model."""
     return Settings(lambda prompt, changes: Request(prompt, **changes), check, seed)
 
 
-def test_set_changes_the_answers_that_follow() -> None:
+def test_set_changes_later_answers():
     own = settings()
-    for line in (
-        "/set temperature 0.9",
-        "/set --max-tokens 7",
-        "/set top_p 0.5",
-        "/set stop=The end",
-    ):
-        own.run_command(line)
+    for line in ("temperature 0.9", "--max-tokens 7", "top_p 0.5", "stop=The end"):
+        own.run_command(f"/set {line}")
     request = own.request("A")
     assert (request.temperature, request.max_len, request.nucleus_p) == (0.9, 7, 0.5)
     assert request.stop == "The end"
 
 
-def test_what_is_no_json_is_a_string() -> None:
+def test_value_that_is_not_json_is_a_string():
     own = settings()
     for text in ("[" * 9999, "NaN", "a b", "1" * 9999):
         own.run_command(f"/set stop {text}")
         assert own.request("A").stop == text
 
 
-def test_none_sets_back_what_was_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_none_restores_the_initial_value(capsys):
     own = settings(seed=3)
     for line in ("/set stop The end", "/set ignore_eos True", "/set seed 4"):
         own.run_command(line)
@@ -55,7 +53,7 @@ def test_none_sets_back_what_was_set(capsys: pytest.CaptureFixture[str]) -> None
     assert own.request("A") == settings(seed=3).request("A")
 
 
-def test_each_answer_has_a_new_seed() -> None:
+def test_each_answer_has_a_new_seed():
     own = settings()
     assert len({own.request("A").rng_seed for _ in range(9)}) == 9
     own.run_command("/seed 7")
@@ -65,6 +63,17 @@ def test_each_answer_has_a_new_seed() -> None:
     own.run_command("/set seed 8")
     assert own.request("A").rng_seed == 8
     assert settings(seed=3).request("A").rng_seed == 3
+
+
+def test_keys_of_a_bias_are_token_ids():
+    """In JSON they are strings. It replaces that of the command line."""
+    options = parse_arguments(["-i", "--logit-bias", "7:100"])
+    own = Settings(functools.partial(prompts.request_for, options), check)
+    assert own.request("A").logit_bias == {7: 100}
+    own.run_command('/set logit_bias {"9": 100}')
+    assert own.request("A").logit_bias == {9: 100}
+    own.run_command('/set logit_bias {"a": 1}')  # the runner's check refuses it
+    assert own.request("A").logit_bias == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,7 @@ def test_each_answer_has_a_new_seed() -> None:
         ("/set temprature none", "there is no setting 'temprature'"),
     ],
 )
-def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
+def test_invalid_line_changes_nothing(line, said):
     own = settings()
     own.run_command("/set temperature 0.5")
     with pytest.raises(ValueError, match=said):
@@ -89,9 +98,7 @@ def test_a_wrong_line_changes_nothing(line: str, said: str) -> None:
     assert own.request("A").temperature == 0.5
 
 
-def test_a_session_takes_commands_and_ends_with_exit(
-    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_takes_commands_and_ends_with_exit(tiny, command, monkeypatch):
     lines = "/set temperature 0\n/set max_tokens 3\nThe cat\n/set top_k x\n /help\n"
     lines += "exit\nThe dog\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
@@ -101,19 +108,3 @@ def test_a_session_takes_commands_and_ends_with_exit(
     assert session.out == alone.out.removeprefix("The cat")
     assert "error: --top-k must be one number, got 'x'" in session.err
     assert "/seed N          one seed for all answers" in session.err
-
-
-def test_a_session_takes_a_bias(
-    tiny: pathlib.Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its keys are texts in JSON."""
-    lines = 'The cat\n/set logit_bias {"9": 100}\nThe cat\n/set logit_bias {"a": 1}\n'
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    session = command("--checkpoint", tiny, "--interactive", "--logit-bias", "7:100", "-n", 2)
-    one, other = (
-        command("--checkpoint", tiny, "-p", "The cat", "--logit-bias", f"{token}:100", "-n", 2).out
-        for token in (7, 9)
-    )
-    assert one != other
-    assert session.out == one.removeprefix("The cat") + other.removeprefix("The cat")
-    assert re.search("error: --logit-bias: expected token ids from 0 to 4095, got 'a'", session.err)
