@@ -1,4 +1,4 @@
-"""The platform and the settings of jax."""
+"""The version and settings of jax that all processes of a run must share."""
 
 import jax
 import pytest
@@ -6,13 +6,13 @@ import pytest
 from grok1 import backend
 
 
-def test_processes_with_another_jax_are_refused() -> None:
+def test_another_version_of_jax_is_refused():
     other = backend.numerics() | {"version": "0.0.1"}
     with pytest.raises(ValueError, match=r"^expected jax 0.0.1, which process 0 has, got \d"):
         backend.use_numerics(other)
 
 
-def test_the_numerics_of_another_process_are_taken_over() -> None:
+def test_settings_of_another_process_are_applied():
     before = backend.numerics()
     drawn = jax.random.bits(jax.random.key(0))
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C where it must wait."""
+"""Ctrl-C is delayed in critical sections."""
 
 import signal
 import threading
@@ -8,14 +8,14 @@ import pytest
 from grok1.interrupts import uninterrupted
 
 
-def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
+def test_interrupt_is_delayed_until_the_end_of_the_block():
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
         done.append(1)
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the second one is obeyed at once
+        signal.raise_signal(signal.SIGINT)  # the second one is not delayed
         done.append(2)
     with uninterrupted():
         done.append(3)
@@ -23,7 +23,7 @@ def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGUSR1])
-def test_each_of_several_signals_is_put_off_once(first: signal.Signals) -> None:
+def test_each_signal_is_delayed_once(first):
     both, done = (signal.SIGINT, signal.SIGUSR1), []
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     try:
@@ -39,17 +39,17 @@ def test_each_of_several_signals_is_put_off_once(first: signal.Signals) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_an_interrupt_is_not_lost_where_the_block_fails() -> None:
+def test_interrupt_replaces_an_exception_of_the_block():
     with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("as well")
     assert isinstance(caught.value.__context__, ValueError)
 
 
-def test_where_nobody_is_interrupted_no_handler_is_set() -> None:
+def test_other_threads_and_ignored_ctrl_c_are_left_alone():
     found = []
 
-    def look() -> None:
+    def look():
         with uninterrupted():
             found.append(signal.getsignal(signal.SIGINT))
 

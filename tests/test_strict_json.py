@@ -1,4 +1,4 @@
-"""JSON that programs read differently is refused, in a few words; all other is read as by json."""
+"""Strict JSON: what other readers might read differently is refused with a short error."""
 
 import json
 import sys
@@ -13,24 +13,21 @@ REFUSED = {
     "repeated-inside": ('[{"b": {"é": 1, "\\u00e9": 2}}]', r"the key '\xe9' is repeated"),
     "repeated-long": (f'{{"{"k" * 10**5}": 1, "{"k" * 10**5}": 1}}', "kkk... is repeated"),
     "nan": ('{"a": NaN}', "NaN is no JSON number"),
-    "infinity": ("Infinity", "Infinity is no JSON number"),
-    "minus-infinity": ("[-Infinity]", "-Infinity is no JSON number"),
+    "infinity": ("[-Infinity]", "-Infinity is no JSON number"),
     "large-float": ("[1e400]", "the number 1e400 is too large for a float"),
     "large-negative": ("-1e999", "the number -1e999 is too large for a float"),
-    "large-integer": ("1" + "0" * 400, "000... is too large for a float"),
-    "large-by-little": ("-2" + "0" * 308, "000... is too large for a float"),
+    "large-integer": ("-2" + "0" * 308, "000... is too large for a float"),
     "endless-integer": ("9" * 10**6, "999... is too large for a float"),
     "deep": ("[" * 10**6, "it is nested more than 64 levels deep"),
     "deep-objects": ('{"a":' * 10**5, "it is nested more than 64 levels deep"),
     "empty": ("", "Expecting value"),
     "two-values": ("{} {}", "Extra data"),
     "latin-1": (b'{"a": "\xff"}', "can't decode byte 0xff"),
-    "utf-16": ('{"a": 1}'.encode("utf-16"), "can't decode byte 0xff"),
 }
 
 
 @pytest.mark.parametrize(("text", "part"), REFUSED.values(), ids=REFUSED.keys())
-def test_ambiguous_json_is_refused_in_a_few_words(text: str | bytes, part: str) -> None:
+def test_ambiguous_json_is_refused_with_a_short_error(text, part):
     with pytest.raises(ValueError) as caught:
         read_json(text)
     message = str(caught.value)
@@ -38,9 +35,9 @@ def test_ambiguous_json_is_refused_in_a_few_words(text: str | bytes, part: str) 
 
 
 @pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"a":', "}")], ids=["lists", "objects"])
-def test_nesting_has_a_limit_of_its_own(begin: str, end: str) -> None:
-    """Python's is that of the stack: what json can still read there, repr may not print."""
-    for depth in range(1, 1100):
+def test_nesting_is_limited_to_64_levels(begin, end):
+    """At Python's own limit, json may still read what repr cannot print."""
+    for depth in (1, 2, 63, 64, 65, 300, *range(900, 1100)):
         text = f'[{begin * depth}"x"{end * depth}, 1]'
         if depth < 64:
             assert read_json(text) == json.loads(text)
@@ -49,7 +46,7 @@ def test_nesting_has_a_limit_of_its_own(begin: str, end: str) -> None:
                 read_json(text)
 
 
-def test_all_other_json_is_read_as_by_json() -> None:
+def test_all_other_json_is_read_as_by_json():
     most = int(sys.float_info.max)
     text = json.dumps([{"a": [1, -2, 0.5, 1e-400, "é\n", None, True, {}]}, most, -most, 1e308])
     content = (DATA / "golden/three-layers/config.json").read_bytes()
