@@ -67,8 +67,8 @@ class Terminal:
 @pytest.fixture
 def terminal(tiny, tmp_path):
     """A session whose answers take about a second."""
-    model = changed(tiny, tmp_path / "model", sequence_len=1100)
-    settings = map(str, ("--max-len", 900, "--temperature", 0))
+    model = changed(tiny, tmp_path / "model", sequence_len=700)
+    settings = map(str, ("--max-len", 500, "--temperature", 0))
     session = Terminal("--checkpoint", model, "--interactive", *settings)
     yield session
     session.close()
@@ -103,7 +103,7 @@ def test_session_in_a_terminal(terminal):
     assert terminal.process.wait(timeout=20) == 0
     err = terminal.process.stderr.read().decode()
     hint = r"one prompt per line; Ctrl-C stops an answer, Ctrl-D exits, /help shows more\n"
-    mistake = r"error: the prompt has \d+ tokens, and the context of 1100 must hold [^\n]*\n"
+    mistake = r"error: the prompt has \d+ tokens, and the context of 700 must hold [^\n]*\n"
     end = r"\(ended by max_tokens; /set max_tokens N changes it\)\n"
     assert re.fullmatch(LOADED + hint + end + mistake + end, err), err
 
