@@ -18,7 +18,6 @@ import checkpoint
 import run
 from model import LanguageModelConfig, TransformerConfig
 from paths import ROOT
-from small import compiled_quickly
 
 CONFIG = LanguageModelConfig(
     vocab_size=4096,
@@ -68,9 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A random checkpoint whose vocabulary is that of the repository's tokenizer."""
     directory = tmp_path_factory.getbasetemp() / "tiny"
     if not directory.exists():  # of another module
-        with compiled_quickly():
-            params = CONFIG.init_params(0, quantized=True)
-        checkpoint.save(directory, params, CONFIG.to_dict())
+        checkpoint.save(directory, CONFIG.init_params(0, quantized=True), CONFIG.to_dict())
     return directory
 
 

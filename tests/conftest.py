@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 
@@ -23,29 +22,33 @@ sys.path.insert(0, str(ROOT))
 # In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What these tests hold is about structure, within tolerances, and compiling it takes most of their
-# time: XLA does it without most of its optimisations. All others see what a user's machine runs.
-QUICKLY_COMPILED = {
-    "test_execution",
-    "test_gpu_kernels",
-    "test_inspection",
-    "test_meshes",
-    "test_mixture",
-    "test_modules",
-    "test_train_demo",
+# Compiling takes most of the tests' time, and most of what they check does not depend on XLA's
+# optimizations. So these are disabled, except in the modules that test numbers, memory or speed of
+# the programs that a user's machine runs.
+OPTIMIZED = {
+    "test_benchmarks",
+    "test_cpu_kernels",
+    "test_demo",
+    "test_docs",
+    "test_full_size",
+    "test_golden",
+    "test_hlo",
+    "test_memory",
+    "test_mixture_rows",
+    "test_notebooks",
+    "test_plan",
+    "test_sampling",
+    "test_xla_cpu",
 }
 
 
 @pytest.fixture(autouse=True, scope="module")
-def optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile as the module's tests want it, and let no other module use what is compiled so."""
-    quickly = request.module.__name__.rpartition(".")[2] in QUICKLY_COMPILED
-    if quickly:
-        import jax
+def optimizations(request: pytest.FixtureRequest) -> None:
+    """Compile as the module needs it, in this process and in those that it starts."""
+    import jax
 
+    left_out = request.module.__name__.rpartition(".")[2] not in OPTIMIZED
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(left_out)
+    if jax.config.values["jax_disable_most_optimizations"] != left_out:
         jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    if quickly:
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", left_out)

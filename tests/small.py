@@ -1,10 +1,9 @@
 """Random arrays; a small checkpoint of all kinds of parameters, and ways to damage its files."""
 
-import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -119,20 +118,6 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     """All files in a directory and below it, hidden ones too."""
     paths = [path for path in directory.rglob("*") if path.is_file()]
     return {os.fspath(path.relative_to(directory)): path.read_bytes() for path in paths}
-
-
-@contextlib.contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """Compile without most of XLA's optimisations, in a third of the time.
-
-    For programs that no test outside the block uses: jax keeps what it has compiled.
-    """
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def assert_same(got: Any, expected: Any) -> None:

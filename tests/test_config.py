@@ -13,7 +13,6 @@ import pytest
 import reference
 from model import LanguageModelConfig, QuantizedWeight8bit, TransformerConfig, ffn_size, grok_1
 from paths import DATA
-from small import compiled_quickly
 
 TRANSFORMER = {
     "emb_size": 64, "key_size": 4, "num_q_heads": 16, "num_kv_heads": 8, "num_layers": 2,
@@ -278,8 +277,7 @@ def test_grok_1_has_316_billion_parameters():
 @pytest.fixture(scope="module")
 def initial():
     """Random float parameters of MIXTURE."""
-    with compiled_quickly():
-        return flat(MIXTURE.init_params(0))
+    return flat(MIXTURE.init_params(0))
 
 
 def test_initial_matrices_keep_the_scale_of_their_input(initial):
@@ -309,8 +307,7 @@ def test_parameters_depend_on_the_seed(initial):
 def test_quantized_parameters_are_the_float_ones_rounded(initial):
     """In the released groups; both calls draw the same numbers."""
     row_parallel = ("moe/linear_1/w", "multi_head_attention/linear/w")
-    with compiled_quickly():
-        quantized = flat(MIXTURE.init_params(0, quantized=True))
+    quantized = flat(MIXTURE.init_params(0, quantized=True))
     assert quantized.keys() == initial.keys()
     for name, leaf in quantized.items():
         if not name.endswith("/w") or "router" in name:

@@ -1,4 +1,4 @@
-"""The mixture of experts: no row depends on the others, with all optimisations of XLA.
+"""The mixture of experts: no row depends on the others, with all optimizations of XLA.
 
 Dimension letters as in mixture.py.
 """
