@@ -1,4 +1,4 @@
-"""The command as the tests run it, in this process or in one of its own, and a tiny checkpoint."""
+"""run.py in this process or in one of its own, and a tiny checkpoint for it."""
 
 import contextlib
 import json
@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 import checkpoint
 import run
+from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, TransformerConfig
 from paths import ROOT
 
@@ -42,7 +45,7 @@ COUNTED = (
 
 @contextlib.contextmanager
 def halting_input(patch: pytest.MonkeyPatch, *pieces: bytes) -> Iterator[None]:
-    """Standard input that does not block, to which these pieces come with pauses between them."""
+    """Non-blocking standard input on which these pieces arrive after pauses."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
 
@@ -62,17 +65,38 @@ def halting_input(patch: pytest.MonkeyPatch, *pieces: bytes) -> Iterator[None]:
             thread.join()
 
 
+def random_params() -> dict[str, dict[str, Any]]:
+    """Return parameters such as CONFIG.init_params makes, without its compilation of seconds."""
+    rng = np.random.default_rng(0)
+
+    def draw(module: str, shape: Any) -> Any:
+        if module.endswith("embed"):
+            return rng.normal(0, shape.shape[-1] ** -0.5, shape.shape).astype(np.float32)
+        if "norm" in module:
+            return np.ones(shape.shape, np.float32)
+        if not isinstance(shape, QuantizedWeight8bit):  # the router
+            return rng.normal(0, shape.shape[-2] ** -0.5, shape.shape).astype(np.float32)
+        weight = rng.integers(-127, 128, shape.weight.shape, np.int8)
+        scale = shape.weight.shape[-2] ** -0.5 / weight.std()
+        return QuantizedWeight8bit(weight, np.full(shape.scales.shape, scale, ml_dtypes.bfloat16))
+
+    return {
+        module: {name: draw(module, shape) for name, shape in leaves.items()}
+        for module, leaves in CONFIG.param_shapes().items()
+    }
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A random checkpoint whose vocabulary is that of the repository's tokenizer."""
+    """A random checkpoint with the vocabulary of the repository's tokenizer."""
     directory = tmp_path_factory.getbasetemp() / "tiny"
-    if not directory.exists():  # of another module
-        checkpoint.save(directory, CONFIG.init_params(0, quantized=True), CONFIG.to_dict())
+    if not directory.exists():  # it may have been made for another module
+        checkpoint.save(directory, random_params(), CONFIG.to_dict())
     return directory
 
 
 def changed(directory: pathlib.Path, target: pathlib.Path, **fields: Any) -> pathlib.Path:
-    """The same parameters with other fields in config.json."""
+    """Make a checkpoint with the same parameters and other fields in config.json."""
     config = json.loads((directory / "config.json").read_text())
     target.mkdir()
     (target / "ckpt-0").symlink_to(directory / "ckpt-0")
@@ -81,7 +105,7 @@ def changed(directory: pathlib.Path, target: pathlib.Path, **fields: Any) -> pat
 
 
 class Result(NamedTuple):
-    """What a command left behind."""
+    """The exit status and the output of a command."""
 
     status: int | str | None
     out: str
@@ -98,7 +122,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process."""
+    """A function that runs the command in this process."""
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
@@ -112,12 +136,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def start(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
-    """Start the command as its own process, elsewhere, and with no settings for XLA."""
+    """Start the command in a process of its own, in another directory, without XLA_FLAGS."""
     return start_program(ROOT / "run.py", *arguments, **variables)
 
 
 def start_program(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
-    """Start Python in the same way."""
+    """Start a Python program in the same way."""
     environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
     environment |= variables
     return subprocess.Popen(
@@ -131,12 +155,12 @@ def start_program(*arguments: object, **variables: str) -> subprocess.Popen[byte
 
 def finish(process: subprocess.Popen[bytes], seen: bytes = b"") -> Result:
     """Wait for the end of a process, of whose output `seen` has been read."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)  # compiling takes long on a busy machine
     return Result(process.returncode, (seen + out).decode(), err.decode())
 
 
 def assert_one_sentence(result: Result, status: int, *parts: str) -> None:
-    """The command failed, printed nothing, and said why in one line."""
+    """The command failed, printed no answer, and one line with these parts on standard error."""
     assert result.status == status and result.out == ""
     sentence = re.sub(f"^{LOADED}", "", result.err)
     assert re.fullmatch(r"error: [^\n]+\n", sentence), result.err
