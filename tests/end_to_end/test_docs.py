@@ -1,4 +1,4 @@
-"""What README.md and docs/ show runs as it stands there, each snippet alone, and is complete."""
+"""Each snippet of README.md and docs/ runs by itself, and their tables are complete."""
 
 import os
 import pathlib
@@ -13,8 +13,8 @@ from model import CAPTURE_SITES
 from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-INSTALLING = "python3 -m venv"  # by the test of the package, and whoever runs these tests
-# What snippets print, as their comments say.
+INSTALLING = "python3 -m venv"  # tested by test_package.py
+# Output of snippets, as stated in their comments.
 PRINTED = {
     "In a notebook": ("(1, 4, 4096)",),
     "The modules alone": ("(1, 3, 256)",),
@@ -24,19 +24,20 @@ PRINTED = {
 
 
 def snippets(language: str) -> list[object]:
-    """Return the snippets of all pages, with page and heading."""
-    found = []
+    """Return the snippets of all pages, each once, with page and heading."""
+    found: dict[str, object] = {}
     for page in PAGES:
         for part in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)[1:]:
             heading = part.partition("\n")[0]
             for i, text in enumerate(re.findall(rf"```{language}\n(.*?)```", part, re.DOTALL)):
                 if not text.startswith(INSTALLING):
-                    found.append(pytest.param(heading, text, id=f"{page.stem}-{heading}-{i}"))
-    return found
+                    name = f"{page.stem}-{heading}-{i}"
+                    found.setdefault(text, pytest.param(heading, text, id=name))
+    return list(found.values())
 
 
 @pytest.mark.parametrize(("heading", "text"), snippets("python"))
-def test_snippets_run_alone(
+def test_python_snippets_run(
     heading: str,
     text: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -51,7 +52,7 @@ def test_snippets_run_alone(
 
 
 @pytest.mark.parametrize(("heading", "text"), snippets("sh"))
-def test_commands_run(heading: str, text: str, tmp_path: pathlib.Path) -> None:
+def test_shell_snippets_run(heading: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run.py").symlink_to(ROOT / "run.py")
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PATH": path}
@@ -63,20 +64,24 @@ def test_commands_run(heading: str, text: str, tmp_path: pathlib.Path) -> None:
     assert done.stdout or (tmp_path / "answers.jsonl").read_text().count("\n") == 2
 
 
-def test_every_option_is_in_the_tables(command: Command) -> None:
-    options = set(re.findall(r"--[a-z][a-z-]*", command("--help").out))
+def test_help_and_tables_have_the_same_options(command: Command) -> None:
+    result, option = command("--help"), r"(?<![\w-])--[a-z][a-z-]*"
+    assert (result.status, result.err) == (0, "")
+    options = set(re.findall(option, result.out))
     pages = "".join((ROOT / "docs" / name).read_text() for name in ("cli.md", "distributed.md"))
-    assert options - set(re.findall(r"--[a-z][a-z-]*", pages)) <= {"--temp", "--repeat-penalty"}
+    assert options <= set(re.findall(option, pages))
+    rows = re.findall(r"^\| `-.*? \|", pages, re.MULTILINE)
+    assert set(re.findall(option, "".join(rows))) <= options
 
 
-def test_the_table_of_sites_is_complete() -> None:
+def test_the_table_of_capture_sites_is_complete() -> None:
     text = (ROOT / "docs" / "inside.md").read_text()
     sites = re.findall(r"^\| (`.*?) \| \[", text, re.MULTILINE)
     assert tuple(name for cell in sites for name in re.findall(r"`(\w+)`", cell)) == CAPTURE_SITES
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("[bc]*/README.md")], ids=lambda p: p.name)
-def test_links_lead_somewhere(page: pathlib.Path) -> None:
+def test_linked_and_named_files_exist(page: pathlib.Path) -> None:
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (page.parent / link).exists(), link
