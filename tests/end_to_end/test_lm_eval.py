@@ -1,4 +1,4 @@
-"""The adapter for EleutherAI's harness: what it answers, and a run of the harness itself."""
+"""The adapter for EleutherAI's evaluation harness, by itself and in the harness."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import lm_eval_grok
 from lm_eval_grok import GrokLM
 from paths import ROOT
 from runner import Request, load_server
@@ -34,11 +35,11 @@ def model(server):
 
 
 def asked(*arguments):
-    """Stand for the harness's requests."""
+    """Return requests as the harness makes them."""
     return [SimpleNamespace(args=own) for own in arguments]
 
 
-def test_log_likelihoods_are_the_score_of_the_continuation(server, model):
+def test_loglikelihood_is_the_score_of_the_continuation(server, model):
     found = model.loglikelihood(asked(*PAIRS))
     for (context, continuation), (total, greedy) in zip(PAIRS, found, strict=True):
         whole = server.encode(context + continuation)
@@ -50,7 +51,7 @@ def test_log_likelihoods_are_the_score_of_the_continuation(server, model):
     assert [greedy for _, greedy in found] == [True, False, False, False]
 
 
-def test_the_newest_tokens_of_a_pair_that_is_too_long_are_read(server, model):
+def test_loglikelihood_of_a_long_pair_reads_its_last_tokens(server, model):
     context, continuation = "The king had a daughter. " * 100, " And she was a princess."
     ids = server.encode(context + continuation)
     most, own = server.config.sequence_len, len(ids) - len(server.encode(context.rstrip()))
@@ -58,19 +59,20 @@ def test_the_newest_tokens_of_a_pair_that_is_too_long_are_read(server, model):
     ((total, _),) = model.loglikelihood(asked((context, continuation)))
     (scores,) = server.score([ids[-most:]])
     assert total == float(np.sum(scores[-own:], dtype=np.float64))
-    ((total, _),) = model.loglikelihood(asked(("A", context)))  # windows, where all is asked for
+    # A continuation that is itself too long is read in windows.
+    ((total, _),) = model.loglikelihood(asked(("A", context)))
     (scores,) = server.score([server.encode("A" + context)])
     assert total == float(np.sum(scores[1:], dtype=np.float64))
 
 
-def test_rolling_log_likelihoods_are_the_score_of_the_whole(server, model):
+def test_rolling_loglikelihood_is_the_score_of_the_text(server, model):
     found = model.loglikelihood_rolling(asked(*((text,) for text in TEXTS)))
     assert len(server.encode(TEXTS[-1])) > server.config.sequence_len
     sums = [float(np.sum(scores, dtype=np.float64)) for scores in server.score(TEXTS)]
     assert found == sums
 
 
-def test_generation_is_that_of_the_runner(server, model):
+def test_generate_until_is_generate_of_the_runner(server, model):
     settings = [
         {"until": [".", "\n"], "max_gen_toks": 12},
         {"until": "king", "max_gen_toks": 30, "do_sample": False, "temperature": 0.0},
@@ -92,7 +94,7 @@ def test_generation_is_that_of_the_runner(server, model):
     assert all(found) and "king" not in found[1]
 
 
-def test_a_long_context_loses_its_beginning(server, model):
+def test_generate_until_truncates_a_long_context(server, model):
     context = "The king had a daughter. " * 100
     (text,) = model.generate_until(asked((context, {"until": [], "max_gen_toks": 6})))
     ids = server.encode(context)[-(server.config.sequence_len - 6) :]
@@ -104,19 +106,21 @@ def test_a_long_context_loses_its_beginning(server, model):
     ("arguments", "message"),
     [
         ({"checkpoint": "nowhere"}, "nowhere"),
-        ({"checkpoint": DEMO, "mesh": "8"}, "expected mesh=DATAxMODEL, such as 1x8.*got '8'"),
-        ({"checkpoint": DEMO, "batch_size": "auto"}, "a number as batch_size.*and 'auto'"),
-        ({"checkpoint": DEMO, "mesh": "1x3"}, "a model axis of 3|needs 3 devices"),
-        ({"checkpoint": DEMO, "dtype": "float16"}, "dtype: expected float32 or bfloat16"),
-        ({"checkpoint": DEMO, "tokenizer": "none.model"}, "none.model: expected a tokenizer"),
+        ({"colour": "red"}, "--model_args: expected checkpoint, .*kernels, got 'colour'"),
+        ({"mesh": 1}, "expected mesh=DATAxMODEL, such as 1x8, .*got 1 and 1"),
+        ({"mesh": "99x1"}, "99,1 needs 99 devices"),
+        ({"batch_size": "auto"}, "a number as batch_size, got '1x1' and 'auto'"),
+        ({"context": 513}, "context: expected 1 to 512 tokens, .*got 513"),
+        ({"dtype": "float16"}, "dtype: expected float32 or bfloat16"),
+        ({"tokenizer": "nowhere"}, "nowhere: expected a tokenizer, found no such file"),
     ],
 )
-def test_what_does_not_fit_is_said(arguments, message):
+def test_wrong_model_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        GrokLM(**arguments)
+        GrokLM(**{"checkpoint": DEMO, **arguments})
 
 
-def test_settings_that_are_not_known_are_refused(model):
+def test_unknown_generation_settings_are_refused(model):
     with pytest.raises(ValueError, match="generation: expected settings from .*got 'num_beams'"):
         model.generate_until(asked(("A dog", {"until": [], "num_beams": 4})))
 
@@ -145,13 +149,13 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def test_the_harness_runs_a_task_of_its_own_kind(server, tmp_path):
+def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path):
     documents = [
         {"text": "Once upon a", "choices": [" time", " xylophone"], "answer": 0, "next": "x"},
         {"text": "There was once a", "choices": [" zebra", " king"], "answer": 1, "next": "x"},
         {"text": "He had three", "choices": [" sons", " gearboxes"], "answer": 1, "next": "x"},
     ]
-    for row in documents[:2]:  # the last one is as the model would not have it
+    for row in documents[:2]:  # the model gets the third one wrong
         first = server.generate([Request(row["text"], temperature=0, max_len=8, stop=" ")])
         row["next"] = first[0].text
     data = tmp_path / "data.jsonl"
@@ -172,31 +176,8 @@ def test_the_harness_runs_a_task_of_its_own_kind(server, tmp_path):
     assert results["story_next"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-def test_the_harness_ends_with_a_sentence_where_there_is_no_checkpoint(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/lm_eval_grok.py", "run", "--model", "grok-1", "--tasks"]
-        + ["wikitext", "--model_args", f"checkpoint={tmp_path}"],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"colour": "red"}, "--model_args: expected checkpoint, .*kernels, got 'colour'"),
-        ({"mesh": 1}, "expected mesh=DATAxMODEL, such as 1x8, .*got 1 and 1"),
-        ({"mesh": "0x1"}, "a mesh needs at least one device along each axis, got 0,1"),
-        ({"mesh": "99x1"}, "99,1 needs 99 devices"),
-        ({"batch_size": "auto"}, "a number as batch_size, got '1x1' and 'auto'"),
-        ({"context": "long"}, "context: expected 1 to 512 tokens, .*got long"),
-        ({"context": 513}, "context: expected 1 to 512 tokens, .*got 513"),
-        ({"dtype": "float99"}, "dtype: expected float32 or bfloat16"),
-        ({"tokenizer": "nowhere"}, "nowhere: expected a tokenizer, found no such file"),
-    ],
-)
-def test_a_wrong_argument_is_one_sentence(arguments, said):
-    with pytest.raises(ValueError, match=said):
-        GrokLM(ROOT / "checkpoints/demo", **arguments)
+def test_the_harness_reports_a_missing_checkpoint(tmp_path, monkeypatch):
+    words = ["run", "--model", "grok-1", "--tasks", "wikitext"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--model_args", f"checkpoint={tmp_path}"])
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}[^\n]*$"):
+        lm_eval_grok.main()

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, show what they were kept with, and what they find holds."""
+"""The notebooks run, reproduce their stored outputs, and state correct results."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-MOST_BYTES = 650_000  # of a notebook, its pictures included
+MOST_BYTES = 650_000  # of a notebook, including its figures
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 CHECKS = {
     "inside_grok": """
@@ -30,7 +30,7 @@ i, j = np.indices(products.shape)
 for distance in (0, 5, 20):
     assert np.ptp(np.diagonal(products, distance)) < 1e-4
 assert np.all(np.median(errors, -1) > 1e-3) and np.all(np.median(errors, -1) < 0.1)
-# As the text says: large errors are those of other experts.
+# As the text says: errors are large where other experts are chosen.
 assert same.mean() > 0.5 and errors[~same].max() > 0.2 > 2 * errors[same].max()
 scores = jax.nn.log_softmax(found.logits[:-1])[np.arange(len(pieces) - 1), found.token_ids[1:]]
 np.testing.assert_allclose(plain, scores.sum(), atol=1e-3)
@@ -62,8 +62,8 @@ np.testing.assert_allclose((moved(1e-2) - moved(-1e-2)) / 2e-2, table[place], rt
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_notebook_runs_and_its_numbers_hold(name: str, tmp_path: pathlib.Path) -> None:
-    # A copy, whose figures are written beside it and not over those of the repository.
+def test_a_notebook_reproduces_its_outputs(name: str, tmp_path: pathlib.Path) -> None:
+    # A copy: the figures of the repository are not overwritten.
     copy = tmp_path / "notebooks"
     copy.mkdir()
     for file in ("checkpoints", "tokenizer.model"):
@@ -90,7 +90,7 @@ def test_the_notebook_runs_and_its_numbers_hold(name: str, tmp_path: pathlib.Pat
 
 
 def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return outputs with what was printed in several pieces, as time has it, in one."""
+    """Return the outputs with consecutive printed texts joined: their number varies."""
     found: list[dict[str, Any]] = []
     for output in outputs:
         if found and output["output_type"] == found[-1]["output_type"] == "stream":
@@ -101,7 +101,7 @@ def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assert_alike(kept: list[dict[str, Any]], made: list[dict[str, Any]]) -> None:
-    """What a cell shows is what it was kept with, but for rounding."""
+    """The outputs of a cell are the stored ones, except for rounding."""
     kept, made = joined(kept), joined(made)
     assert [one["output_type"] for one in kept] == [one["output_type"] for one in made]
     for shown, new in zip(kept, made, strict=True):
@@ -120,7 +120,7 @@ def assert_alike(kept: list[dict[str, Any]], made: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_notebook_is_kept_with_what_it_shows(name: str) -> None:
+def test_a_notebook_is_stored_with_all_outputs(name: str) -> None:
     text = (NOTEBOOKS / f"{name}.ipynb").read_text()
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
@@ -129,5 +129,5 @@ def test_the_notebook_is_kept_with_what_it_shows(name: str) -> None:
     assert len(text) < MOST_BYTES and str(ROOT) not in text and "/tmp" not in text
 
 
-def test_there_is_a_check_of_each_notebook() -> None:
+def test_each_notebook_is_tested() -> None:
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(CHECKS)
