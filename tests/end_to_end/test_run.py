@@ -25,8 +25,8 @@ from commands import (
     start,
 )
 from grok1 import default_files
-from grok1.cli import job, prompts
-from runner import Completion, Event, Request
+from grok1.cli import job
+from runner import Completion, Event
 
 # In all tests the same: the model is compiled for each number of slots.
 SLOTS = ("--batch", 4)
@@ -174,20 +174,6 @@ def test_json_answers_keep_the_order_of_the_prompts(capsys: pytest.CaptureFixtur
     assert show(2, None) == []
     printer.close()  # as after Ctrl-C: finished answers are printed
     assert json.loads(capsys.readouterr().out)["prompt_ids"] == [3]
-
-
-def test_sampling_options_set_the_fields_of_the_request() -> None:
-    given = (
-        "A --max-tokens 30 --min-len 2 --temperature 2 --top-k 3 --top-p 0.5 --min-p 0.1 --seed 7 "
-        "--repetition-penalty 1.5 --presence-penalty 2 --frequency-penalty 3 --stop a --stop b "
-        "--truncate left --num-samples 2 --logit-bias 5:1 --json --top-logprobs 4"
-    )
-    (request,) = prompts.make_requests(run.parse_arguments(given.split()), [0])
-    assert request == Request(
-        "A", max_len=30, min_len=2, temperature=2, top_k=3, nucleus_p=0.5, min_p=0.1, rng_seed=7,
-        repetition_penalty=1.5, presence_penalty=2, frequency_penalty=3, stop=("a", "b"),
-        truncate="left", num_samples=2, logit_bias={5: 1}, top_logprobs=4,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
