@@ -1,16 +1,14 @@
-"""Text out of tokens as they come, and tokens out of text that looks like special pieces."""
+"""Text from tokens as they are drawn, tokens from text, stop strings, and tokenizer files."""
 
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 import pytest
 
 from grok1.serving.text import Detokenizer, StopFilter, Vocabulary, load_tokenizer
-from paths import ROOT
+from servers import TOKENIZER
 
-TOKENIZER = ROOT / "tokenizer.model"
 FIRST_BYTE = 69  # the piece of byte 0
 
 
@@ -24,7 +22,7 @@ def byte_pieces(values):
 
 
 def sequences(vocabulary, count):
-    """Random token ids that mix words, control pieces, spaces, and bytes, whole and broken."""
+    """Random token ids: words, control pieces, spaces, and bytes of whole and cut characters."""
     rng = np.random.default_rng(0)
     space = vocabulary.tokenizer.piece_to_id("\u2581")
     whole = [byte_pieces(char.encode()) for char in "é€😀\u2028"]
@@ -42,7 +40,7 @@ def sequences(vocabulary, count):
         yield sum((kinds[rng.integers(5)]() for _ in range(rng.integers(1, 20))), [])
 
 
-def test_what_is_streamed_is_the_decode_of_all_tokens(vocabulary):
+def test_streamed_text_is_the_decoding_of_all_tokens(vocabulary):
     for ids in sequences(vocabulary, 1000):
         growing = Detokenizer(vocabulary)
         shown = ""
@@ -52,7 +50,7 @@ def test_what_is_streamed_is_the_decode_of_all_tokens(vocabulary):
         assert shown + growing.finish() == vocabulary.decode(ids)
 
 
-def test_split_anywhere_into_prompt_and_answer_the_text_is_the_same(vocabulary):
+def test_text_does_not_depend_on_where_the_prompt_ends(vocabulary):
     for number, ids in enumerate(sequences(vocabulary, 1000)):
         cut = number % (len(ids) + 1)
         before, after = Detokenizer(vocabulary), Detokenizer(vocabulary, ids[:cut])
@@ -61,14 +59,14 @@ def test_split_anywhere_into_prompt_and_answer_the_text_is_the_same(vocabulary):
         assert shown + rest == vocabulary.decode(ids)
 
 
-def test_a_character_in_several_byte_pieces_comes_whole(vocabulary):
-    """Byte pieces may end in the middle of a character: no replacement mark may be printed."""
+def test_character_of_several_byte_pieces_comes_whole(vocabulary):
+    """A piece may end inside a character: U+FFFD must not be printed for its first bytes."""
     growing = Detokenizer(vocabulary, vocabulary.encode("a"))
     texts = [growing.push(token) for token in byte_pieces("né€😀".encode())]
     assert texts == ["n", "", "é", "", "", "€", "", "", "", "😀"]
 
 
-def test_bytes_that_become_no_character_are_shown_as_soon_as_that_is_certain(vocabulary):
+def test_invalid_bytes_are_replaced_as_soon_as_known(vocabulary):
     growing = Detokenizer(vocabulary)
     texts = [growing.push(token) for token in byte_pieces(b"\xe2\x82\xe2A\xf0\x9f")]
     mark = "\N{REPLACEMENT CHARACTER}"
@@ -77,13 +75,13 @@ def test_bytes_that_become_no_character_are_shown_as_soon_as_that_is_certain(voc
     assert growing.finish() == ""
 
 
-def test_only_the_space_that_a_text_begins_with_is_left_out(vocabulary):
+def test_only_the_first_space_of_a_text_is_removed(vocabulary):
     the = vocabulary.tokenizer.piece_to_id("\u2581the")
     growing = Detokenizer(vocabulary, [1])  # [BOS], which is no text
     assert [growing.push(token) for token in (the, 2, the)] == ["the", "", " the"]
 
 
-def test_the_cost_of_a_token_does_not_grow_with_the_text(vocabulary, monkeypatch):
+def test_cost_of_a_token_does_not_grow_with_the_text(vocabulary, monkeypatch):
     growing = Detokenizer(vocabulary, [400] * 5000)
     longest, decode = [], vocabulary.tokenizer.decode
     monkeypatch.setattr(
@@ -95,32 +93,32 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(vocabulary, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("text", "plain", "special"),
+    ("text", "special"),
     [
-        ("a <|separator|>b", "a <|separator|>b", [327, 4039, 47, 4059]),
-        ("<|mask|><|control20|>", "<|mask|><|control20|>", [48, 68]),
-        ("[BOS]<|control1|>3", "[BOS]<|control1|>3", [1, 49, 17]),
-        (" <|mask|>\n", " <|mask|>\n", [32, 48, 4]),
-        ("<|mask", "<|mask", None),
-        ("", "", []),
+        ("a <|separator|>b", [327, 4039, 47, 4059]),
+        ("<|mask|><|control20|>", [48, 68]),
+        ("[BOS]<|control1|>3", [1, 49, 17]),
+        (" <|mask|>\n", [32, 48, 4]),
+        ("<|mask", None),
+        ("", []),
     ],
 )
-def test_special_pieces_are_spelled_unless_asked_for(vocabulary, text, plain, special):
+def test_special_pieces_are_text_unless_parsed(vocabulary, text, special):
     ids = vocabulary.encode(text)
-    assert vocabulary.decode(ids) == plain
+    assert vocabulary.decode(ids) == text
     assert not set(ids) & set(vocabulary.special.values())
     assert vocabulary.encode(text, parse_special=True) == (ids if special is None else special)
 
 
-def test_text_after_a_marker_gets_no_space_of_its_own(vocabulary):
+def test_text_after_a_marker_gets_no_space(vocabulary):
     for text in ("ab<|mask|>cd  <|mask|>", "<|mask|> x", "<|separator|>\n\n1 <|separator|>"):
         assert vocabulary.decode(vocabulary.encode(text)) == text
         native = vocabulary.tokenizer.encode(text)
-        space = native[:1] if text.startswith("<") else []  # which SentencePiece puts first
+        space = native[:1] if text.startswith("<") else []  # which SentencePiece inserts
         assert space + vocabulary.encode(text, parse_special=True) == native
 
 
-def test_other_texts_are_encoded_as_sentencepiece_does(vocabulary):
+def test_other_text_is_encoded_as_by_sentencepiece(vocabulary):
     for text in ("Once upon a time", "  two\n\nlines 12", "[EOS] <not|special|>", "€"):
         assert vocabulary.encode(text) == vocabulary.tokenizer.encode(text)
 
@@ -129,7 +127,7 @@ def test_other_texts_are_encoded_as_sentencepiece_does(vocabulary):
 
 
 def filtered(stops, parts):
-    """Return the text that a filter lets through, in all, and whether it stopped."""
+    """Return all the text that a filter returns, and whether it stopped."""
     stop = StopFilter(stops)
     shown = ""
     for part in parts:
@@ -146,13 +144,13 @@ def filtered(stops, parts):
         ("aabaabaac", ["aabaac"], "aab"),
         ("no stop here", ["stop!"], "no stop here"),
         ("abcd", ["c", "abcd"], "ab"),  # c is complete first
-        ("xabc", ["bc", "abc"], "x"),  # at the same time: the longer one
+        ("xabc", ["bc", "abc"], "x"),  # both are complete: the longer one
         ("end", ["end"], ""),
         ("text", [], "text"),
     ],
 )
-def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops, expected):
-    """However the text is cut into pieces."""
+def test_text_ends_before_the_first_complete_stop_string(text, stops, expected):
+    """It does not depend on how the text is cut into parts."""
     stopped = expected != text
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -161,17 +159,7 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(text, stops, ex
         assert filtered(stops, parts) == (expected, stopped)
 
 
-def test_random_texts_show_nothing_of_a_stop_string_and_lose_nothing():
-    rng = np.random.default_rng(1)
-    for _ in range(1000):
-        text = "".join(rng.choice(list("ab"), rng.integers(0, 20)))
-        stops = ["".join(rng.choice(list("ab"), rng.integers(2, 6))) for _ in range(2)]
-        ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-        expected = text[: min(ends)[1]] if ends else text
-        assert filtered(stops, list(text)) == (expected, bool(ends))
-
-
-def test_a_stop_string_that_is_complete_early_ends_nothing():
+def test_stop_string_that_is_complete_early_is_ignored():
     rng = np.random.default_rng(2)
     for _ in range(2000):
         text = "".join(rng.choice(list("ab"), rng.integers(0, 20)))
@@ -185,7 +173,7 @@ def test_a_stop_string_that_is_complete_early_ends_nothing():
         assert stop.stopped == bool(late)
 
 
-def test_what_cannot_become_a_stop_string_is_shown_at_once():
+def test_text_that_cannot_be_a_stop_string_is_not_held():
     stop = StopFilter(["\n\nHuman:"])
     assert [stop.push(part) for part in ("a", "\n", "\nHum", "b\n", "c")] == [
         "a", "", "", "\n\nHumb", "\nc",
@@ -193,25 +181,32 @@ def test_what_cannot_become_a_stop_string_is_shown_at_once():
     assert stop.push("d\n") == "d" and stop.finish() == "\n"
 
 
+# -------------------------------------------------------------------------------- tokenizer files
+
+
 CONTENT = TOKENIZER.read_bytes()
-# id -> (content of a tokenizer file, what the sentence must say)
-FAULTS = {
-    "empty": (b"", "expected a SentencePiece model, got a file that is none"),
-    "cut": (CONTENT[:-1], "expected a SentencePiece model, got a file that is none"),
-    "zeros": (bytes(1000), "expected a SentencePiece model, got a file that is none"),
-    "text": (b"Once upon a time\n", "expected a SentencePiece model, got a file that is none"),
-    "missing byte": (CONTENT.replace(b"<0x41>", b"<0x42>"), "got a file that is none"),
-    "byte not UTF-8": (CONTENT.replace(b"<0x41>", b"<0x\xff1>"), "got a file that is none"),
-    "piece not UTF-8": (
-        CONTENT.replace(b"<|mask|>", b"<|mas\xff|>"),
-        "expected pieces in UTF-8, got one with the byte 0xff",
-    ),
-}
 
 
-@pytest.mark.parametrize(("content", "part"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_broken_tokenizer_is_named(content: bytes, part: str, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "tokenizer.model"
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "expected a SentencePiece model, got a file that is none"),
+        (CONTENT[:-1], "expected a SentencePiece model, got a file that is none"),
+        (CONTENT.replace(b"<0x41>", b"<0x42>"), "got a file that is none"),
+        (CONTENT.replace(b"<0x41>", b"<0x\xff1>"), "got a file that is none"),
+        (
+            CONTENT.replace(b"<|mask|>", b"<|mas\xff|>"),
+            "expected pieces in UTF-8, got one with the byte 0xff",
+        ),
+    ],
+    ids=("empty", "cut", "missing byte", "byte not UTF-8", "piece not UTF-8"),
+)
+def test_damaged_tokenizer_gets_one_sentence(content, part, path):
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         load_tokenizer(path, 4096)
@@ -220,12 +215,11 @@ def test_a_broken_tokenizer_is_named(content: bytes, part: str, tmp_path: pathli
     assert sentence.endswith("or name it with --tokenizer")
 
 
-def test_a_tokenizer_of_words_is_named(tmp_path: pathlib.Path) -> None:
-    """It finds a marker only where that is a whole word; Grok-1's kind does so anywhere."""
+def test_tokenizer_that_splits_at_words_is_refused(path):
+    """It finds a marker only as a whole word; Grok-1's kind of tokenizer finds it anywhere."""
     model_type, dummy_prefix = CONTENT.rindex(b"\x18\x02"), CONTENT.rindex(b"\x18\x01")
     changed = bytearray(CONTENT)
     changed[model_type + 1], changed[dummy_prefix + 1] = 3, 0
-    path = tmp_path / "tokenizer.model"
     path.write_bytes(changed)
     words = Vocabulary(load_tokenizer(path, 4096))
     assert "<|separator|>" in words.markers
@@ -234,14 +228,13 @@ def test_a_tokenizer_of_words_is_named(tmp_path: pathlib.Path) -> None:
             words.encode(text, parse_special=True)
 
 
-def test_a_tokenizer_in_a_place_not_utf_8_is_read(tmp_path: pathlib.Path) -> None:
+def test_tokenizer_path_need_not_be_utf_8(tmp_path):
     path = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     path.write_bytes(CONTENT)
     assert load_tokenizer(path, 4096).vocab_size() == 4096
 
 
-def test_an_endless_tokenizer_is_not_read_to_its_end(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "tokenizer.model"
+def test_too_large_tokenizer_is_refused(path):
     path.touch()
     os.truncate(path, 1 << 40)
     with pytest.raises(ValueError, match=f"{path}: expected a tokenizer of at most 67108864 bytes"):
@@ -249,7 +242,7 @@ def test_an_endless_tokenizer_is_not_read_to_its_end(tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_tokenizer_is_a_regular_file(make: Any, tmp_path: pathlib.Path) -> None:
-    make(tmp_path / "tokenizer.model")
+def test_tokenizer_must_be_a_regular_file(make, path):
+    make(path)
     with pytest.raises(ValueError, match="that cannot be read .it is not a regular file"):
-        load_tokenizer(tmp_path / "tokenizer.model", 4096)
+        load_tokenizer(path, 4096)

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 import pytest
 import sentencepiece
 
-from paths import ROOT
-
-MODEL = ROOT / "tokenizer.model"
+from servers import TOKENIZER
 
 SPECIAL_PIECES = {
     0: "[PAD]",
@@ -25,34 +23,29 @@ SPECIAL_PIECES = {
     **{69 + n: f"<0x{n:02X}>" for n in range(256)},
 }
 
+# Text -> its last tokens.
 TEXTS = {
-    "empty": "",
-    "prose": 'Once upon a time, "Peter" ran away - and away!',
-    "newlines": "a\n\n\nb\n",
-    "leading newlines": "\n\n a",
-    "more newlines than a piece holds": "x" + "\n" * 13 + "y",
-    "tabs": "\t\tx\ty" + "\t" * 9,
-    "one space": " ",
-    "spaces": "x   y  ",
-    "leading space": " x",
-    "more spaces than a piece holds": " " * 37 + "x",
-    "digits": "1926 and 3.14",
-    "accents": "café, nai\u0308ve",
-    "emoji": "\U0001f600 hi \U0001f469\u200d\U0001f680",
-    "CJK": "日本語 中文 한국어",
-    "control characters": "a\x00b\r\n",
-    "special pieces spelled out": "[BOS] hi [EOS][PAD][UNK] <0x41>",
-    "user-defined pieces": "a <|mask|>b<|control20|>",
+    "": [],
+    'Once upon a time, "Peter" ran away - and away!': [],
+    "\n\n a\n\n\nb\nx" + "\n" * 13: [13, 6],
+    "\t\tx\ty" + "\t" * 9: [31, 24],
+    "x   y  ": [32],
+    " " * 37 + "x": [],
+    "1926 and 3.14": [15, 18],
+    "café, nai\u0308ve 日本語 \U0001f469\u200d\U0001f680": [69 + b for b in "\U0001f680".encode()],
+    "a\x00b\r\n": [4],
+    "[BOS] hi [EOS][PAD][UNK] <0x41> <s></s>": [],
+    "a <|mask|>b<|control20|>": [68],
 }
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
+    return sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields (field number, value) of a protocol buffer, without needing the protobuf package."""
+    """Yield (field number, value) of a protocol buffer, without needing the protobuf package."""
     position = 0
 
     def varint() -> int:
@@ -76,28 +69,21 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             position += size
 
 
-def test_special_pieces_have_the_ids_of_grok_1(tokenizer):
-    pieces = {i: tokenizer.id_to_piece(i) for i in SPECIAL_PIECES}
-    assert pieces == SPECIAL_PIECES
+def test_special_pieces_have_the_ids_and_kinds_of_grok_1(tokenizer):
+    assert {i: tokenizer.id_to_piece(i) for i in SPECIAL_PIECES} == SPECIAL_PIECES
     assert sorted(SPECIAL_PIECES) == list(range(325))
     named = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
     assert named == (0, 1, 2, 3)
-
-
-def test_special_pieces_have_the_kinds_of_grok_1(tokenizer):
     ids = range(tokenizer.vocab_size())
+    assert 325 < len(ids) <= 4096
     assert [i for i in ids if tokenizer.is_control(i)] == [0, 1, 2]
     assert [i for i in ids if tokenizer.is_unknown(i)] == [3]
     assert [i for i in ids if tokenizer.is_byte(i)] == list(range(69, 325))
 
 
-def test_vocabulary_is_small(tokenizer):
-    assert 325 < tokenizer.vocab_size() <= 4096
-
-
 def test_settings_are_those_of_grok_1():
     """Field numbers are those of `sentencepiece_model.proto`."""
-    model = dict(_fields(MODEL.read_bytes()))
+    model = dict(_fields(TOKENIZER.read_bytes()))
     trainer, normalizer = dict(_fields(model[2])), dict(_fields(model[3]))
     assert trainer[3] == 2  # model_type: BPE
     assert trainer[25] == 1  # split_digits
@@ -109,29 +95,10 @@ def test_settings_are_those_of_grok_1():
     assert normalizer[4] == 0  # remove_extra_whitespaces
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_decode_inverts_encode(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.unk_id() not in ids
-
-
-def test_encoding_is_text_alone(tokenizer):
-    """Prompts are encoded with no [BOS], and nothing that a user types can produce one."""
-    assert tokenizer.encode("") == []
-    ids = tokenizer.encode("[BOS] hi [EOS][PAD][UNK] <s></s>")
-    assert not {0, 1, 2, 3} & set(ids)
-
-
-def test_digits_and_whitespace_use_their_own_pieces(tokenizer):
-    digits = tokenizer.encode("x1926")[-4:]
-    assert digits == [14 + int(digit) for digit in "1926"]
-    assert tokenizer.encode("x\n\n")[-1] == 5
-    assert tokenizer.encode("x\t\t\t")[-1] == 26
-    # The dummy prefix joins the leading spaces, so three spaces are a run of four.
-    assert tokenizer.encode("   x")[0] == 34
-
-
-def test_unseen_characters_fall_back_to_their_bytes(tokenizer):
-    ids = tokenizer.encode("\U0001f600")[1:]  # after the dummy prefix
-    assert ids == [69 + byte for byte in "\U0001f600".encode()]
+def test_decode_inverts_encode(tokenizer):
+    """Prompts are encoded without [BOS], and no text is encoded as a control piece."""
+    for text, last in TEXTS.items():
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {0, 1, 2, 3} & set(ids)
+        assert ids[len(ids) - len(last) :] == last, text
