@@ -1,4 +1,4 @@
-"""What settings are called elsewhere, and what a wrong name is answered with."""
+"""Names that other libraries use for a setting, and what is suggested for a wrong name."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from grok1.serving.names import nearest_name
 from grok1.serving.request import Request
 
 
-def test_a_request_takes_the_names_of_other_tools():
+def test_request_accepts_names_of_other_libraries():
     request = Request("a", seed=3, top_p=0.5, max_tokens=7)
     assert request == Request("a", rng_seed=3, nucleus_p=0.5, max_len=7)
     assert (request.seed, request.top_p, request.max_tokens) == (3, 0.5, 7)
@@ -20,20 +20,16 @@ def test_a_request_takes_the_names_of_other_tools():
     assert pickle.loads(pickle.dumps(request)) == request
 
 
-def test_one_setting_by_two_names_is_refused():
+def test_wrong_field_of_a_request_is_named():
     with pytest.raises(ValueError, match="seed and rng_seed are one setting; give one of them"):
         Request("a", seed=3, rng_seed=3)
-
-
-def test_an_unknown_field_gets_the_nearest_name():
     with pytest.raises(TypeError, match="Request has no field 'max_new_tokens'; .* is max_tokens"):
         Request("a", max_new_tokens=3)
     with pytest.raises(TypeError, match="Request has no field 'xyz'$"):
         Request("a", xyz=3)
-    assert nearest_name("temprature", ["top_k", "temperature"]) == "; the nearest is temperature"
 
 
-def test_lines_of_json_take_the_names_of_other_tools(tmp_path):
+def test_json_lines_accept_names_of_other_libraries(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "A", "seed": 3, "top_p": 0.5, "max_tokens": 7}))
     (line,) = prompts.read_lines(str(file))
@@ -41,24 +37,24 @@ def test_lines_of_json_take_the_names_of_other_tools(tmp_path):
     file.write_text('{"prompt": "A", "seed": 3, "rng_seed": 4}')
     with pytest.raises(ValueError, match="jsonl, line 1: seed and rng_seed are one setting"):
         prompts.read_lines(str(file))
-
-
-def test_an_unknown_key_gets_the_nearest_name(tmp_path):
-    file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "A", "top-p": 0.5}')
     given = prompts.with_file(parsing.parse_arguments(["--prompts-file", str(file)]))
     with pytest.raises(ValueError, match='line 1: .* got "top-p"; the nearest is top_p$'):
         prompts.make_requests(given, [0])
 
 
-def test_the_nearest_name_is_one_that_begins_so():
-    assert nearest_name("--temp", ["--stop", "--temperature"]) == "; the nearest is --temperature"
+@pytest.mark.parametrize(
+    ("name", "known", "nearest"),
+    [
+        ("temprature", ["top_k", "temperature"], "temperature"),
+        ("--temp", ["--stop", "--temperature"], "--temperature"),  # begins with it
+        ("--file", ["--min-len", "--seed"], None),  # hyphens are not compared
+        ("file", ["--min-len", "--profile"], "--profile"),
+    ],
+)
+def test_nearest_name(name, known, nearest):
+    assert nearest_name(name, known) == (f"; the nearest is {nearest}" if nearest else "")
 
 
-def test_hyphens_are_no_likeness():
-    assert nearest_name("--file", ["--min-len", "--seed"]) == ""
-    assert nearest_name("file", ["--min-len", "--profile"]) == "; the nearest is --profile"
-
-
-def test_command_and_api_have_one_default_temperature():
+def test_command_and_api_have_the_same_default_temperature():
     assert parsing.parse_arguments([]).temperature == Request("a").temperature == 0.7
