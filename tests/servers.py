@@ -1,12 +1,9 @@
 """A tiny model with random int8 weights, served with four slots and shared by the tests."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from grok1.serving.request import Completion, Event, Request
@@ -53,16 +50,6 @@ def make(
     )
     made.initialize()
     return made
-
-
-@contextlib.contextmanager
-def quickly_compiled() -> Iterator[None]:
-    """Compile without most optimisations what no other test runs: a mesh, or other shapes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

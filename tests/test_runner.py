@@ -21,7 +21,7 @@ from runner import (
     load_tokenizer,
     sample_from_model,
 )
-from servers import SLOTS, TINY, TOKENIZER, drain, logprobs, make, quickly_compiled, server
+from servers import SLOTS, TINY, TOKENIZER, drain, logprobs, make, server
 
 
 def test_mesh_gives_the_answers_of_one_device():
@@ -33,9 +33,8 @@ def test_mesh_gives_the_answers_of_one_device():
         Request([9, 8, 7], max_len=6, **scored),
     ]
     expected = server().generate(requests)
-    with quickly_compiled():
-        mesh = make(mesh=(2, 4), pad_sizes=(8,))
-        found, alone = mesh.generate(requests), mesh.generate(requests[1:])
+    mesh = make(mesh=(2, 4), pad_sizes=(8,))
+    found, alone = mesh.generate(requests), mesh.generate(requests[1:])
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=2e-5)
@@ -59,8 +58,7 @@ def test_slots_are_counted_per_device_and_fill_the_data_axis():
 
 def test_nothing_compiles_after_the_first_request():
     own = make(slots=2, pad_sizes=(8,))
-    with quickly_compiled():
-        own.generate([Request([5], max_len=2)])
+    own.generate([Request([5], max_len=2)])
     functions = (steps.start, steps.prefill, steps.first_token, steps.decode, steps.new_state)
     compiled = [function._cache_size() for function in functions]
     requests = [
