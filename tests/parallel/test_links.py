@@ -1,10 +1,12 @@
-"""Messages between processes: bounded, checked, and read in linear time."""
+"""Messages between processes: checked, of limited size, read in linear time and with time-outs."""
 
 import errno
 import socket
 import threading
 import time
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,14 +19,14 @@ Pair = tuple[Link, socket.socket]
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """A link with a time-out of a second, and the socket at its other end."""
-    near, far = socket.socketpair()  # local: its buffers are small, and drain evenly
+    """A link with a time-out of half a second, and the socket at its other end."""
+    near, far = socket.socketpair()  # local: its buffers are small
     with near, far:
         far.settimeout(30)
-        yield Link(near, 1), far
+        yield Link(near, 0.5), far
 
 
-def test_messages_arrive_one_by_one_and_unchanged(pair: Pair) -> None:
+def test_messages_arrive_in_order_unchanged(pair: Pair) -> None:
     link, far = pair
     contents = [1, "é\n\ud800", [None, 0.1], {"b": {}}, "x" * 2**18]
     writer = threading.Thread(target=far.sendall, args=(b"".join(pack(a=c) for c in contents),))
@@ -45,18 +47,16 @@ def test_messages_arrive_one_by_one_and_unchanged(pair: Pair) -> None:
         (b'{"a": 1, "b": 2}', "not a message"),
         (b'{"b": 1}', "not a message"),
         (b'{"a": "1"}', "not a message"),
-        (b'{"a": NaN}', "not a message"),
         (b'{"a": 1', "not a message"),
         (b'{"a": "\xff"}', "not a message"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not a message"),
         (b"[" * 5000, "not a message"),
-        (b"\xff\xfe{\0", "not a message"),
         (b"", "not a message"),
         (b"x" * 20_000, "a message of more than 10000 bytes"),
     ],
     ids=lambda value: repr(value[:12]),
 )
-def test_what_is_not_expected_is_a_value_error(pair: Pair, line: bytes, reason: str) -> None:
+def test_unexpected_message_raises_value_error(pair: Pair, line: bytes, reason: str) -> None:
     link, far = pair
     far.sendall(line + (b"\n" if len(line) < 10_000 else b""))
     with pytest.raises(ValueError, match=reason) as error:
@@ -64,7 +64,7 @@ def test_what_is_not_expected_is_a_value_error(pair: Pair, line: bytes, reason: 
     assert len(str(error.value)) < 300 and str(error.value).isprintable()
 
 
-def test_no_more_than_the_limit_is_kept(pair: Pair) -> None:
+def test_no_more_bytes_are_read_than_the_limit(pair: Pair) -> None:
     link, far = pair
     far.setblocking(False)
     assert far.send(b"x" * 2**22) > 100
@@ -73,7 +73,7 @@ def test_no_more_than_the_limit_is_kept(pair: Pair) -> None:
     assert len(link.unread) == 101
 
 
-def test_too_many_open_files_end_no_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_goes_on_after_too_many_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     class Listener:
         def accept(self) -> tuple[str, str]:
             if not failures:
@@ -86,47 +86,37 @@ def test_too_many_open_files_end_no_listener(monkeypatch: pytest.MonkeyPatch) ->
     assert not failures
 
 
-def test_bytes_that_come_singly_take_linear_time() -> None:
-    class Socket:
-        def __init__(self, data: bytes):
-            self.data = iter(data)
-
-        def recv(self, _: int) -> bytes:
-            return bytes([next(self.data)])
-
-        def setsockopt(self, *_: int) -> None: ...
-
-        def settimeout(self, seconds: float) -> None: ...
-
-    def seconds(count: int) -> float:
-        link = Link(Socket(pack(a="x" * count)), 1)
-        began = time.process_time()
-        assert link.receive(ANY) == ("a", "x" * count)
-        return time.process_time() - began
-
-    assert seconds(200_000) < 3  # thousands of times as long if it were quadratic
+def test_message_in_small_pieces_takes_linear_time() -> None:
+    message = pack(a="x" * 2**23)
+    pieces = (message[i : i + 64] for i in range(0, len(message), 64))
+    peer: Any = types.SimpleNamespace(
+        recv=lambda _: next(pieces), setsockopt=lambda *_: None, settimeout=lambda _: None
+    )
+    began = time.process_time()
+    assert Link(peer, 1).receive(ANY._replace(limit=2**24)) == ("a", "x" * 2**23)
+    assert time.process_time() - began < 5  # measured: 0.5; 11 if all bytes were searched again
 
 
-def test_a_message_may_have_a_limit_of_time(pair: Pair) -> None:
+def test_time_limit_holds_for_the_whole_message(pair: Pair) -> None:
     link, far = pair
     over = threading.Event()
 
     def drip() -> None:
         while not over.wait(0.02):
-            far.sendall(b"x")
+            far.sendall(b"x")  # so that no single piece is late
 
     writer = threading.Thread(target=drip)
     writer.start()
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        link.receive(ANY._replace(seconds=1))
-    assert 0.9 < time.monotonic() - began < 2
+        link.receive(ANY._replace(seconds=0.6))
+    assert 0.5 < time.monotonic() - began < 2
     over.set()
     writer.join()
 
 
-def test_a_long_message_takes_the_time_it_needs(pair: Pair) -> None:
-    """The time-out holds for each piece."""
+def test_long_message_may_take_longer_than_the_time_out(pair: Pair) -> None:
+    """The time-out is for each piece of it."""
     link, far = pair
     message = pack(a="x" * 2**20)
     writer = threading.Thread(target=link.send, args=(message,))
@@ -135,13 +125,13 @@ def test_a_long_message_takes_the_time_it_needs(pair: Pair) -> None:
     read = bytearray()
     while len(read) < len(message):
         read += far.recv(2**16)
-        time.sleep(0.1)
+        time.sleep(0.05)
     assert time.monotonic() - began > link.timeout
     writer.join()
     assert read == message
 
 
-def test_a_beat_does_not_wait_for_a_message_under_way(pair: Pair) -> None:
+def test_heartbeat_does_not_wait_for_a_message(pair: Pair) -> None:
     link, far = pair
     with link._sending:
         link.send_heartbeat()
@@ -149,17 +139,17 @@ def test_a_beat_does_not_wait_for_a_message_under_way(pair: Pair) -> None:
     assert far.recv(100) == pack(alive=True)
 
 
-def test_a_send_to_who_does_not_read_ends(pair: Pair) -> None:
+def test_send_to_a_process_that_does_not_read_ends(pair: Pair) -> None:
     link, far = pair
     with pytest.raises(TimeoutError):
-        link.send(pack(a="x" * 2**26))
-    assert link.failure == "it has read nothing for 1 s"
-    assert link.receive(ANY) is None  # shut: half a message is out
+        link.send(pack(a="x" * 2**20))
+    assert link.failure == "it has read nothing for 0.5 s"
+    assert link.receive(ANY) is None  # shut down, since half a message is sent
     assert far.recv(1)
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="the system sends them as it likes")
-def test_a_silent_connection_is_kept_alive() -> None:
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="their times cannot be set")
+def test_connection_has_keep_alive_packets() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as connection,
