@@ -1,4 +1,4 @@
-"""What is compiled is kept only where no other user can replace it."""
+"""Compiled code is kept only in directories where no other user can replace it."""
 
 import os
 import pathlib
@@ -13,14 +13,14 @@ OTHER = os.geteuid() + 1  # a user
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
-    """An empty cache's home."""
+    """An empty home directory of caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir(mode=0o755)
     return tmp_path / "home"
 
 
 def give_away(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a path belong to another user, or seem to where only root could do that."""
+    """Change the owner of a path, or what lstat says of it, as only root can change an owner."""
     if os.geteuid() == 0:
         os.chown(path, OTHER, -1, follow_symlinks=False)
         return
@@ -36,12 +36,12 @@ def give_away(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def levels() -> list[pathlib.Path]:
-    """The directories of a cache, the innermost first."""
+    """Make a cache -> its directories, the innermost first."""
     directory = cache_directory("kernels")
     return [directory, *directory.parents[:3]]
 
 
-def test_the_directory_is_where_such_things_are_kept(
+def test_cache_directory_follows_xdg_cache_home(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -53,9 +53,8 @@ def test_the_directory_is_where_such_things_are_kept(
     assert cache_directory("kernels").parents[1] == tmp_path / "cache/grok-1-jax"
 
 
-@pytest.mark.parametrize("umask", [0, 0o077, 0o177, 0o277, 0o777])
-def test_every_level_that_is_made_is_private(home: pathlib.Path, umask: int) -> None:
-    """And its owner's to use, whatever the umask."""
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_new_directories_have_mode_0700_whatever_the_umask(home: pathlib.Path, umask: int) -> None:
     home.rmdir()
     before = os.umask(umask)
     try:
@@ -69,7 +68,7 @@ def test_every_level_that_is_made_is_private(home: pathlib.Path, umask: int) -> 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("level", range(4))
 @pytest.mark.parametrize("mode", [0o770, 0o702])
-def test_no_level_may_be_writable_by_others(level: int, mode: int) -> None:
+def test_a_directory_that_others_can_write_is_refused(level: int, mode: int) -> None:
     path = levels()[level]
     path.chmod(mode)
     with pytest.raises(CacheError, match=f"{path} has mode {mode:04o}.* run: chmod 07[05]0 {path}"):
@@ -80,7 +79,9 @@ def test_no_level_may_be_writable_by_others(level: int, mode: int) -> None:
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("level", range(4))
-def test_no_level_may_belong_to_another_user(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+def test_a_directory_of_another_user_is_refused(
+    monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
     path = levels()[level]
     give_away(path, monkeypatch)
     with pytest.raises(CacheError, match=f"{path} belongs to user {OTHER}, expected "):
@@ -89,14 +90,14 @@ def test_no_level_may_belong_to_another_user(monkeypatch: pytest.MonkeyPatch, le
 
 @pytest.mark.usefixtures("home")
 def test_a_directory_that_others_can_list_is_refused() -> None:
-    """Its files may be writable by a group, after the umask."""
+    """Its files may be writable by a group, depending on the umask."""
     levels()[0].chmod(0o755)
     with pytest.raises(CacheError, match="run: chmod 0700"):
         cache_directory("kernels")
 
 
 @pytest.mark.usefixtures("home")
-def test_no_file_may_belong_to_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = cache_directory("programs") / "below" / "jit_step-cache"
     entry.parent.mkdir()
     entry.touch()
@@ -106,7 +107,7 @@ def test_no_file_may_belong_to_another_user(monkeypatch: pytest.MonkeyPatch) -> 
         cache_directory("programs")
 
 
-def test_in_a_sticky_directory_only_ones_own_is_used(
+def test_in_a_sticky_directory_those_of_others_are_refused(
     home: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.chmod(0o1777)
@@ -116,7 +117,7 @@ def test_in_a_sticky_directory_only_ones_own_is_used(
         cache_directory("kernels")
 
 
-def test_a_link_is_followed_if_no_other_user_made_it(
+def test_a_symbolic_link_is_followed_unless_of_another_user(
     home: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = home.parent / "real"
@@ -135,23 +136,22 @@ def test_a_link_is_followed_if_no_other_user_made_it(
 
 
 @pytest.mark.parametrize("target", ["nowhere", "grok-1-jax"])
-def test_a_link_to_nothing_is_refused(home: pathlib.Path, target: str) -> None:
+def test_a_dangling_or_circular_link_is_refused(home: pathlib.Path, target: str) -> None:
     (home / "grok-1-jax").symlink_to(target)
     with pytest.raises(CacheError, match="grok-1-jax"):
         cache_directory("kernels")
     assert not (home / "nowhere").exists()
 
 
-@pytest.mark.parametrize("level", range(3))
-def test_a_file_in_place_of_a_directory_is_refused(home: pathlib.Path, level: int) -> None:
-    path = levels()[level]
+def test_a_file_in_place_of_a_directory_is_refused(home: pathlib.Path) -> None:
+    path = levels()[1]
     path.rename(home / "before")
     path.touch(mode=0o600)
     with pytest.raises(CacheError, match=f"{path} is not a directory"):
         cache_directory("kernels")
 
 
-def test_what_is_read_is_no_link_and_no_pipe(home: pathlib.Path) -> None:
+def test_read_refuses_links_and_waits_for_no_pipe(home: pathlib.Path) -> None:
     file, link, pipe = (home / name for name in ("file", "link", "pipe"))
     file.write_bytes(b"content")
     file.chmod(0o600)
