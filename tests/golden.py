@@ -1,4 +1,4 @@
-"""The golden models, loaded through checkpoint.py onto any mesh, and their recorded outputs."""
+"""The golden models, loaded by checkpoint.py onto any mesh, and their recorded outputs."""
 
 import dataclasses
 import functools
@@ -19,16 +19,16 @@ from runner import InferenceRunner, ModelRunner, read_model_config
 DIRECTORY = DATA / "golden"
 NAMES = ("three-layers", "twelve-layers")
 MESHES = (None, (1, 8), (2, 4))
-# Decoding compiles longest: on the meshes it is left to the exhaustive proofs.
+# Decoding takes longest to compile: on meshes only the exhaustive tests do it.
 DECODING_MESHES = (None, *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in MESHES[1:]))
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Golden(NamedTuple):
-    """What the golden files hold.
+    """The recorded outputs of a model.
 
-    tokens int32 [3, 48]; exact float64 [3, 48, V]; margin float64 [3, 48], the running minimum of
-    the router's margin; real bool [3, 48], False at the pads, whose positions do not count.
+    tokens int32 [3, 48]; exact: the logits, float64 [3, 48, V]; margin: the running minimum of the
+    router's margin, float64 [3, 48]; real: bool [3, 48], False at pads, which are not compared.
     """
 
     tokens: np.ndarray
@@ -53,20 +53,19 @@ def recorded(name: str) -> Golden:
 
 
 @functools.cache
+def reference_model(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a golden model's weights in float64, and the fields of its config.json."""
+    fields = json.loads((DIRECTORY / name / "config.json").read_text())
+    return reference.load_weights(DIRECTORY / name / "ckpt-0"), fields
+
+
+@functools.cache
 def exact_greedy(name: str) -> list[tuple[list[int], list[float]]]:
     """Return the float64 reference's own 40 tokens after each prompt, with the logit margins."""
-    fields = json.loads((DIRECTORY / name / "config.json").read_text())
-    weights = reference.load_weights(DIRECTORY / name / "ckpt-0")
+    weights, fields = reference_model(name)
     examples = recorded(name).greedy
     prompts = [example["prompt"] for example in examples]
     return reference.greedy(weights, fields, prompts, len(examples[0]["greedy"]))
-
-
-def exact_logits(name: str, tokens: list[int]) -> np.ndarray:
-    """Return the float64 reference's logits [T, V] for one sequence."""
-    fields = json.loads((DIRECTORY / name / "config.json").read_text())
-    weights = reference.load_weights(DIRECTORY / name / "ckpt-0")
-    return reference.forward(weights, fields, np.array([tokens]))[0]
 
 
 def config(name: str, dtype: str) -> LanguageModelConfig:
@@ -81,8 +80,9 @@ def runner(
     mesh: tuple[int, int] | None = None,
     slots: int = 6,
     kernel: bool = False,
+    pad_sizes: tuple[int, ...] = (16, 48),
 ) -> InferenceRunner:
-    """Return a runner of a golden model, shared by all tests that ask for the same one."""
+    """Return a runner of a golden model, shared by all tests that use the same one."""
     sizes, settings = mesh or (1, 1), config(name, dtype)
     server = InferenceRunner(
         name=name,
@@ -92,7 +92,7 @@ def runner(
         load=None,
         tokenizer_path=None,
         local_mesh_config=sizes,
-        pad_sizes=(16, 48),
+        pad_sizes=pad_sizes,
     )
     server.initialize()
     assert server.num_slots == slots

@@ -1,7 +1,7 @@
-"""The yardstick for the tests: grok1/reference.py in float64, and the golden files for it.
+"""The reference of the tests: grok1/reference.py in float64, and a reader of the golden files.
 
-The files are read by code of their own, so that they judge checkpoint.py too. Results are NumPy
-arrays. `config` is a dict with the fields of config.json.
+The files are not read by checkpoint.py, so that it can be tested against this reader. Results are
+NumPy arrays. `config` is a dict with the fields of config.json.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 
 import grok1.reference
 
-SIZE = 96  # positions of a cache: one for all, as each size is compiled
+SIZE = 96  # positions of every cache, as each size is compiled separately
 
 # One layer's files, in the order in which they are stored.
 LAYER_WEIGHTS = (
@@ -38,14 +38,14 @@ LAYER_WEIGHTS = (
 
 
 class StoredWeight8bit:
-    """Stands in for the class that the files name `__main__.QuantizedWeight8bit`."""
+    """Replaces the class that the files name `__main__.QuantizedWeight8bit`."""
 
     weight: np.ndarray
     scales: np.ndarray
 
 
 class _TrustedUnpickler(pickle.Unpickler):
-    """Only for the repository's own golden files: a listed global can still be misused."""
+    """Only for the golden files of this repository: the allowed globals can still be misused."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -67,7 +67,7 @@ def dequantize(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def load_arrays(path: pathlib.Path) -> list[np.ndarray]:
-    """Return what one checkpoint file holds, as it is: an array, or a weight and its scales."""
+    """Return the content of one checkpoint file: an array, or a weight and its scales."""
     with path.open("rb") as file:
         stored = _TrustedUnpickler(file).load()
     return [stored.weight, stored.scales] if isinstance(stored, StoredWeight8bit) else [stored]
@@ -99,7 +99,7 @@ def load_weights(directory: str | pathlib.Path) -> dict[str, Any]:
 
 
 def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute in float64, from and to NumPy arrays."""
+    """Return the function in float64, with NumPy arrays as arguments and results."""
     compiled = jax.jit(function)
 
     def call(*arrays: Any) -> Any:
@@ -141,13 +141,13 @@ def _kind(names: tuple[str, ...]) -> Any:
 
 
 class Result(NamedTuple):
-    """What `run` computes.
+    """The result of `run`.
 
     logits: [B, T, V].
     router_probs: [L, B, T, E]; None for a dense model.
     attention: [L, B, N, T, S], the weights after the softmax.
-    memory: the reference's cache, for a call with the tokens that follow.
-    sites: what inspection.py can capture, by name.
+    memory: the reference's cache, for a call with the next tokens.
+    sites: the arrays that inspection.py can capture, by name.
     """
 
     logits: np.ndarray
@@ -158,14 +158,16 @@ class Result(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hooks"))
-def _forward(weights: Any, tokens: Any, cache: Any, *, config: Any, hooks: Any) -> Any:
-    """The reference's logits and cache, and what is at its sites."""
+def _forward(
+    weights: Any, tokens: Any, cache: Any, hook_args: Any, *, config: Any, hooks: Any
+) -> Any:
+    """The reference's logits and cache, and the arrays of its sites."""
     found: dict[str, list[jax.Array]] = {"hidden_states": []}
     changes = dict(hooks)
 
     def at(site: str, array: jax.Array) -> jax.Array:
         layer = -1 if site == "embeddings" else len(found["hidden_states"])
-        array = changes[site](layer, array) if site in changes else array
+        array = changes[site](layer, array, *hook_args) if site in changes else array
         found.setdefault(site, []).append(array)
         return array
 
@@ -176,7 +178,7 @@ def _forward(weights: Any, tokens: Any, cache: Any, *, config: Any, hooks: Any) 
 
 
 def _placed(weights: dict) -> dict:
-    """The weights as float64 arrays of jax's."""
+    """The weights as jax arrays in float64."""
     with jax.enable_x64(True):
         return jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), weights)
 
@@ -186,11 +188,13 @@ def run(
     config: dict,
     tokens: Any,
     memory: Any = None,
-    hooks: Mapping[str, Callable[[int, jax.Array], jax.Array]] | None = None,
+    hooks: Mapping[str, Callable[..., jax.Array]] | None = None,
+    hook_args: tuple[Any, ...] = (),
 ) -> Result:
-    """The forward pass of tokens [B, T] that follow those which `memory` remembers.
+    """The forward pass of tokens [B, T] that follow those in `memory`.
 
-    hooks: by site, (layer, array) -> the array to go on with.
+    hooks: by site, (layer, array, *hook_args) -> the array to continue with. hook_args: arrays;
+    other values of the same shapes are not compiled again.
     """
     fields, tokens = _fields(config), np.asarray(tokens)
     weights = _placed(weights)
@@ -199,7 +203,8 @@ def run(
             memory = grok1.reference.empty_cache(fields, len(tokens), SIZE, jnp.float64)
         filled = int(memory.filled[0]) + tokens.shape[1]
         assert filled <= SIZE
-        found = _forward(weights, tokens, memory, config=fields, hooks=tuple((hooks or {}).items()))
+        options = {"config": fields, "hooks": tuple((hooks or {}).items())}
+        found = _forward(weights, tokens, memory, hook_args, **options)
         logits, memory, sites = found[0], found[1], jax.tree.map(np.asarray, found[2])
     sites["attention_weights"] = sites["attention_weights"][..., :filled]
     return Result(
@@ -217,9 +222,9 @@ def forward(weights: dict, config: dict, tokens: Any) -> np.ndarray:
 
 
 def router_margin(router_probs: np.ndarray, num_selected_experts: int) -> np.ndarray:
-    """How near each token came to other experts: [L, B, T, E] -> [B, T], the least over layers.
+    """The probability of the last chosen expert less that of the next one, least over layers.
 
-    The gap between the probabilities of the last expert chosen and the first one not chosen.
+    router_probs: [L, B, T, E] -> [B, T].
     """
     ranked = np.sort(router_probs, axis=-1)[..., ::-1]
     gaps = ranked[..., num_selected_experts - 1] - ranked[..., num_selected_experts]
@@ -229,15 +234,15 @@ def router_margin(router_probs: np.ndarray, num_selected_experts: int) -> np.nda
 def greedy(
     weights: dict, config: dict, prompts: list[list[int]], steps: int
 ) -> list[tuple[list[int], list[float]]]:
-    """Continue each prompt by `steps` tokens, each the likeliest; ties go to the lower id.
+    """Continue each prompt by the `steps` most likely tokens; ties go to the lower id.
 
-    Returns of each prompt the tokens, and for each of these the gap between the largest and the
-    second-largest logit.
+    Returns for each prompt the tokens, and for each token the difference between the largest and
+    the second-largest logit.
     """
     weights, memory = _placed(weights), None
     sequences = [(list(prompt), list[float]()) for prompt in prompts]
     for place in range(max(map(len, prompts)) + steps - 1):
-        # What has ended goes on with pads, which change nothing of it.
+        # A finished sequence is continued with pads, which do not change its tokens.
         tokens = [ids[place : place + 1] or [config["pad_token"]] for ids, _ in sequences]
         result = run(weights, config, tokens, memory)
         memory = result.memory

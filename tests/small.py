@@ -1,4 +1,4 @@
-"""Random arrays; a small checkpoint of all kinds of parameters, and ways to damage its files."""
+"""Random arrays, a small checkpoint with each kind of parameter, and ways to damage its files."""
 
 import os
 import pathlib
@@ -24,14 +24,14 @@ Damage = Callable[[pathlib.Path], Any]
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
-    """Normal numbers of this shape."""
+    """Normally distributed numbers of this shape."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def random_weight(
     lead: tuple[int, ...], rows: int, columns: int, groups: int, seed: int = 0
 ) -> QuantizedWeight8bit:
-    """Any valid int8 weight, its scales spread over six octaves."""
+    """A random int8 weight, with scales from 2^-9 to 2^-3."""
     rng = np.random.default_rng(seed)
     weight = rng.integers(-127, 128, (*lead, rows, columns)).astype(np.int8)
     scales = np.exp2(rng.uniform(-9, -3, (*lead, groups, columns))).astype(ml_dtypes.bfloat16)
@@ -58,7 +58,7 @@ def exact_attention(query: Any, keys: Any, values: Any, mask: Any, multiplier: f
 
 
 def stacked(layers: int, *shape: int, groups: int = 0) -> Any:
-    """Shapes of a stacked parameter: float32, or int8 with so many scale groups."""
+    """Shapes of a stacked parameter: float32, or int8 with `groups` scale groups."""
     if not groups:
         return jax.ShapeDtypeStruct((layers, *shape), jnp.float32)
     scales = (layers, *shape[:-2], groups, shape[-1])
@@ -121,7 +121,7 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Both trees have one structure, and leaves equal in dtype, shape and every value."""
+    """Both trees have the same structure, and leaves equal in dtype, shape and every value."""
     paths = jax.tree_util.tree_leaves_with_path
     for (path, one), (other_path, other) in zip(paths(got), paths(expected), strict=True):
         assert path == other_path
@@ -130,7 +130,7 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 def edited(edit: Callable[[bytes], bytes]) -> Damage:
-    """The file with other bytes."""
+    """Change the bytes of a file."""
 
     def damage(path: pathlib.Path) -> None:
         good = path.read_bytes()
@@ -141,7 +141,7 @@ def edited(edit: Callable[[bytes], bytes]) -> Damage:
 
 
 def replaced_by(make: Damage) -> Damage:
-    """Something else in place of the file."""
+    """Replace a file by what `make` creates."""
 
     def damage(path: pathlib.Path) -> None:
         path.unlink()
