@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import Mesh
 
 import reference
@@ -19,8 +18,6 @@ from runner import InferenceRunner, ModelRunner, read_model_config
 DIRECTORY = DATA / "golden"
 NAMES = ("three-layers", "twelve-layers")
 MESHES = (None, (1, 8), (2, 4))
-# Decoding takes longest to compile: on meshes only the exhaustive tests do it.
-DECODING_MESHES = (None, *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in MESHES[1:]))
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -57,15 +54,6 @@ def reference_model(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a golden model's weights in float64, and the fields of its config.json."""
     fields = json.loads((DIRECTORY / name / "config.json").read_text())
     return reference.load_weights(DIRECTORY / name / "ckpt-0"), fields
-
-
-@functools.cache
-def exact_greedy(name: str) -> list[tuple[list[int], list[float]]]:
-    """Return the float64 reference's own 40 tokens after each prompt, with the logit margins."""
-    weights, fields = reference_model(name)
-    examples = recorded(name).greedy
-    prompts = [example["prompt"] for example in examples]
-    return reference.greedy(weights, fields, prompts, len(examples[0]["greedy"]))
 
 
 def config(name: str, dtype: str) -> LanguageModelConfig:

@@ -229,26 +229,3 @@ def router_margin(router_probs: np.ndarray, num_selected_experts: int) -> np.nda
     ranked = np.sort(router_probs, axis=-1)[..., ::-1]
     gaps = ranked[..., num_selected_experts - 1] - ranked[..., num_selected_experts]
     return gaps.min(axis=0)
-
-
-def greedy(
-    weights: dict, config: dict, prompts: list[list[int]], steps: int
-) -> list[tuple[list[int], list[float]]]:
-    """Continue each prompt by the `steps` most likely tokens; ties go to the lower id.
-
-    Returns for each prompt the tokens, and for each token the difference between the largest and
-    the second-largest logit.
-    """
-    weights, memory = _placed(weights), None
-    sequences = [(list(prompt), list[float]()) for prompt in prompts]
-    for place in range(max(map(len, prompts)) + steps - 1):
-        # A finished sequence is continued with pads, which do not change its tokens.
-        tokens = [ids[place : place + 1] or [config["pad_token"]] for ids, _ in sequences]
-        result = run(weights, config, tokens, memory)
-        memory = result.memory
-        for logits, (ids, margins) in zip(result.logits[:, -1], sequences, strict=True):
-            if place == len(ids) - 1 and len(margins) < steps:
-                second, first = np.sort(logits)[-2:]
-                ids.append(int(np.argmax(logits)))
-                margins.append(float(first - second))
-    return [(ids[-steps:], margins) for ids, margins in sequences]

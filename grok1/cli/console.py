@@ -324,7 +324,7 @@ class Parser(argparse.ArgumentParser):
         if unknown := [word for word in unknown if word.startswith("-")] or unknown:
             known, name = re.findall(r"--[a-z-]+", self.format_help()), unknown[0].partition("=")[0]
             there = self.elsewhere.get(name)
-            hint = f"; here it is {there}" if there else nearest_name(name, known)
+            hint = f"; use {there}" if there else nearest_name(name, known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 

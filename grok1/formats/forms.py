@@ -91,7 +91,7 @@ def require_whole(directory: Directory) -> None:
         got = "an unfinished conversion"
         remedy = f"start the same conversion again, or remove {WORK} and what it made"
     elif os.path.lexists(os.path.join(directory, SAVING)):
-        got = f"one half saved ({SAVING} is there)"
+        got = f"an incomplete one ({SAVING} is there)"
         remedy = "save it again: files of the previous model may be among the new ones"
     else:
         return

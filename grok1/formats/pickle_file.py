@@ -43,7 +43,7 @@ _TUPLES = ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 class LayoutError(ValueError):
     """A file does not follow the layout. `ended`: because it ends too early."""
 
-    def __init__(self, expected: str, got: str, problem: str = "is no tensor file"):
+    def __init__(self, expected: str, got: str, problem: str = "is not a tensor file"):
         super().__init__(f"{problem}: expected {expected}, got {got}")
         self.ended = problem == "ends too early"
 
@@ -106,7 +106,7 @@ def file_size(leaf: Leaf) -> int:
 def describe(leaf: Leaf) -> str:
     """Describe a leaf for errors, "float32 [6144, 8]"; equal leaves have equal descriptions."""
     if isinstance(leaf, QuantizedWeight8bit):
-        return f"quantised {describe(leaf.weight)} with scales {describe(leaf.scales)}"
+        return f"quantized {describe(leaf.weight)} with scales {describe(leaf.scales)}"
     return f"{leaf.dtype} {list(leaf.shape)}"
 
 
@@ -366,7 +366,7 @@ class _Reader:
 
     def misused(self, opcode: str) -> LayoutError:
         return LayoutError(
-            f"{opcode} as an array needs it", f"another use before byte {self.position}"
+            f"{opcode} as used for an array", f"another use before byte {self.position}"
         )
 
     def pop(self) -> object:

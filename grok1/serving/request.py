@@ -526,7 +526,7 @@ def _check_settings(checked: CheckedRequest) -> None:
         raise ValueError(f"top_logprobs must be an integer, got {request.top_logprobs!r}")
     for field in NUMBERS:
         if not is_number(getattr(request, field)):
-            raise ValueError(f"{field} must be one number, got {getattr(request, field)!r}")
+            raise ValueError(f"{field} must be a single number, got {getattr(request, field)!r}")
     allowed: Sequence[int] = range(config.vocab_size)
     if request.allowed_tokens is not None:
         allowed = _ids("allowed_tokens", request.allowed_tokens, config)

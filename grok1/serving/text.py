@@ -49,7 +49,7 @@ def load_tokenizer(
         tokenizer.LoadFromSerializedProto(text)
     except (RuntimeError, UnicodeDecodeError) as error:  # the latter from decoding its message
         raise ValueError(
-            f"{path}: expected a SentencePiece model, got a file that is none; {TOKENIZER_SOURCE}"
+            f"{path}: expected a SentencePiece model, got another kind of file; {TOKENIZER_SOURCE}"
         ) from error
     if tokenizer.vocab_size() != vocab_size:
         raise ValueError(

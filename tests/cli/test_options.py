@@ -60,9 +60,9 @@ def excluded(option, others, reason):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["-c", "512", "A"], "unrecognized arguments: -c; here it is --context"),
-        (["--ctx-size=512"], "unrecognized arguments: --ctx-size=512; here it is --context"),
-        (["--num_return_sequences", "3"], "here it is --num-samples"),
+        (["-c", "512", "A"], "unrecognized arguments: -c; use --context"),
+        (["--ctx-size=512"], "unrecognized arguments: --ctx-size=512; use --context"),
+        (["--num_return_sequences", "3"], "use --num-samples"),
         (["--temperatur", "1"], "unrecognized arguments: --temperatur; the nearest is --temper"),
         (["--resume"], "--resume needs --output, the file to continue"),
         (["--prompts-format", "text"], "--prompts-format needs --prompts-file"),

@@ -73,7 +73,7 @@ LINE_CASES = {
     "prompt": ('{"prompt": 5}', "line 2: prompt: expected a string or a list of token ids, got 5"),
     "prompt-ids": ('{"prompt": [5, true]}', "a list of token ids, got [5, true]"),
     "id": ('{"prompt": "A", "id": [1]}', "line 2: id: expected a string or an integer, got [1]"),
-    "nan": ('{"prompt": "A", "temperature": NaN}', "(NaN is no JSON number)"),
+    "nan": ('{"prompt": "A", "temperature": NaN}', "(NaN is not a JSON number)"),
     "utf-8": ("caf\udce9", "line 2: expected text in UTF-8, got the byte 0xe9; convert the file"),
     "endless": ("a" * 10**6, "line 2: expected at most 500000 bytes in a line, got more"),
 }

@@ -106,5 +106,5 @@ def test_session_takes_commands_and_ends_with_exit(tiny, command, monkeypatch):
     alone = command("--checkpoint", tiny, "-p", "The cat", "--temperature", 0, "-n", 3)
     assert session.status == 0
     assert session.out == alone.out.removeprefix("The cat")
-    assert "error: --top-k must be one number, got 'x'" in session.err
+    assert "error: --top-k must be a single number, got 'x'" in session.err
     assert "/seed N          one seed for all answers" in session.err

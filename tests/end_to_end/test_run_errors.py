@@ -84,7 +84,7 @@ MISTAKES = [
     (
         f"--tokenizer {__file__}",
         1,
-        "test_run_errors.py: expected a SentencePiece model, got a file that is none",
+        "test_run_errors.py: expected a SentencePiece model, got another kind of file",
     ),
 ]
 
@@ -120,7 +120,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "broken-config": (lambda d: (d / "config.json").write_text("{"),
                       "config.json: expected valid JSON"),
     "tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"\0" * 1000),
-                  "tokenizer.model: expected a SentencePiece model, got a file that is none"),
+                  "tokenizer.model: expected a SentencePiece model, got another kind of file"),
 }
 # fmt: on
 

@@ -138,7 +138,7 @@ def test_a_save_begun_while_headers_are_read_is_noticed(
         return read(*arguments)
 
     monkeypatch.setattr(layout, "_read_header", begin)
-    with pytest.raises(CheckpointError, match="got one half saved"):
+    with pytest.raises(CheckpointError, match="got an incomplete one"):
         checkpoint.check_files(tmp_path, tiny_shapes())
 
 
@@ -217,12 +217,12 @@ FILE_CASES: dict[str, tuple[int, Damage, str]] = {
                 "expected float32 [8, 2], got float64 [8, 2]; check that the configuration"),
     "transposed": (FLOATS, holding(floats(2, 8)), "got float32 [2, 8]"),
     "int8-alone": (INTS, holding(WEIGHT),
-                   "expected quantised int8 [2, 16, 8] with scales bfloat16 [2, 8, 8], got int8"),
+                   "expected quantized int8 [2, 16, 8] with scales bfloat16 [2, 8, 8], got int8"),
     "float-for-int8": (INTS, holding(floats(2, 16, 8)),
                        "got float32 [2, 16, 8]; it is not quantized: save all files"),
     "int8-for-float": (FLOATS, holding(WEIGHT, SCALES), "; it is quantized: save all files"),
     "one-group": (INTS, holding(WEIGHT, SCALES[:, :1]),
-                  "got quantised int8 [2, 16, 8] with scales bfloat16 [2, 1, 8]"),
+                  "got quantized int8 [2, 16, 8] with scales bfloat16 [2, 1, 8]"),
     "big-endian": (FLOATS, edited(lambda good: good.replace(b"\x8c\x01<", b"\x8c\x01>")),
                    "got big-endian float32 [8, 2]; save it again, little-endian and in C order"),
 }
@@ -332,7 +332,7 @@ def test_config_is_a_dict_or_none(tmp_path: pathlib.Path) -> None:
     ("content", "part"),
     [
         (b'{"a": 1', "expected valid JSON"),
-        (b'{"a": NaN}', "got an error (NaN is no JSON number)"),
+        (b'{"a": NaN}', "got an error (NaN is not a JSON number)"),
         (b"[1, 2]", "expected a JSON object, got a list"),
         (b'{"a": "' + b"x" * (1 << 20) + b'"}', "at most 1048576 bytes of JSON, got more"),
         (None, "got an error (it is not a regular file)"),

@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,7 +26,8 @@ from grok1 import default_files
 from grok1.cli.job import choose_files
 from grok1.formats import atomic, conversion, forms, layout, safetensors, values
 from paths import ROOT
-from small import config_of, contents, random_params, save_layers
+from runner import load_server
+from small import assert_same, config_of, contents, random_params, save_layers
 
 INDEX, WORK = forms.INDEX, forms.WORK
 FORMS = pytest.mark.parametrize("form", ["safetensors", "released"])
@@ -40,6 +42,15 @@ def test_there_and_back_every_byte_is_the_same(tmp_path: pathlib.Path) -> None:
     convert(tmp_path / "there", tmp_path / "back", "released")
     expected = contents(source / "ckpt-0")
     assert contents(tmp_path / "back/ckpt-0") == expected and len(expected) > 100
+
+
+def test_a_runner_loads_both_forms_alike(tmp_path: pathlib.Path) -> None:
+    source = golden.DIRECTORY / "three-layers"
+    convert(source, tmp_path, "safetensors")
+    one, other = (load_server(d, mesh=(2, 2), pad_sizes=(16,)) for d in (source, tmp_path))
+    assert_same(one.params, other.params)
+    for leaf, same in zip(*map(jax.tree.leaves, (one.params, other.params)), strict=True):
+        assert leaf.sharding == same.sharding
 
 
 def test_a_converted_directory_has_its_files_and_no_others(

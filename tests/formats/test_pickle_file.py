@@ -123,7 +123,7 @@ def test_unusual_byte_and_memory_orders_are_named(
         (np.asfortranarray(floats(">f8")), "Fortran-ordered big-endian float64 [8, 2]"),
         (
             StandIn(np.asfortranarray(ints), scales),
-            "quantised Fortran-ordered int8 [4, 3] with scales bfloat16 [1, 3]",
+            "quantized Fortran-ordered int8 [4, 3] with scales bfloat16 [1, 3]",
         ),
     ):
         data = dumps(value)
@@ -215,9 +215,9 @@ FLOATS = floats()
 INTS = QuantizedWeight8bit(np.ones((2, 16, 8), np.int8), np.ones((2, 8, 8), ml_dtypes.bfloat16))
 FLOAT_FILE, INT_FILE = written(FLOATS), written(INTS)
 HARM = "import builtins; builtins.harmed = True"
-OPEN = "is no tensor file: expected only the pickle opcodes of an array, got"
+OPEN = "is not a tensor file: expected only the pickle opcodes of an array, got"
 ONLY = "expected only the globals __main__.QuantizedWeight8bit, numpy.core.multiarray._reconstruct"
-NOTHING = "is no tensor file: expected one array or one QuantizedWeight8bit, got something else"
+NOTHING = "is not a tensor file: expected one array or one QuantizedWeight8bit, got something else"
 SHAPE = b"K\x08K\x02\x86"  # (8, 2)
 
 # id -> (the file, or an object to pickle; parts of the message)
@@ -255,13 +255,13 @@ CASES: dict[str, tuple[Any, ...]] = {
     "stop-at-once": (raw(b"."), "expected a value, got none before byte 3"),
     "two-values": (raw(b"NN."), "expected one value, got 2"),
     "pop-mark": (raw(b"(\x85."), "expected a value, got none before byte 4"),
-    "no-mark": (raw(b"Nt."), "expected MARK as an array needs it, got another use"),
-    "recall-nothing": (raw(b"h\xc8."), "expected BINGET as an array needs it"),
-    "call-nothing": (raw(b"NNR."), "expected REDUCE as an array needs it"),
-    "build-nothing": (raw(b"NNb."), "expected BUILD as an array needs it"),
-    "build-dict": (raw(b"}Nb."), "expected BUILD as an array needs it"),
+    "no-mark": (raw(b"Nt."), "expected MARK as used for an array, got another use"),
+    "recall-nothing": (raw(b"h\xc8."), "expected BINGET as used for an array"),
+    "call-nothing": (raw(b"NNR."), "expected REDUCE as used for an array"),
+    "build-nothing": (raw(b"NNb."), "expected BUILD as used for an array"),
+    "build-dict": (raw(b"}Nb."), "expected BUILD as used for an array"),
     "fill-itself": (b"\x80\x04}\x94(h\0h\0u.", NOTHING),
-    "nameless": (raw(b"NN\x93."), "expected STACK_GLOBAL as an array needs it"),
+    "nameless": (raw(b"NN\x93."), "expected STACK_GLOBAL as used for an array"),
     "unknown-opcode": (raw(b"\xff"), rf"{OPEN} b'\xff' at byte 2"),
     # Values that take time or memory to build or print.
     "deep": (raw(b")" + b"\x85" * 10**6 + b"."), "at most 256 opcodes, got more"),
@@ -291,7 +291,7 @@ def refusal(data: bytes) -> str:
         read(data)
     assert time.perf_counter() - started < 1
     message = str(caught.value)
-    problems = "is no tensor file|ends too early|is too long|contradicts itself"
+    problems = "is not a tensor file|ends too early|is too long|contradicts itself"
     assert re.fullmatch(rf"({problems}): expected [^\n]+, got [^\n]+", message), message
     assert caught.value.ended == message.startswith("ends too early")
     return message

@@ -215,13 +215,13 @@ def test_an_interrupted_save_is_not_loaded_as_two_models(
         lambda: checkpoint.verify(tmp_path),
         lambda: checkpoint.read_model_config(tmp_path),
     ):
-        with pytest.raises(CheckpointError, match="got one half saved .*; save it again: files"):
+        with pytest.raises(CheckpointError, match="got an incomplete one .*; save it again: files"):
             read()
     # A save that fails before its first file changes nothing: it is still a mixture.
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(pickle_file, "contents", full_disk)
         checkpoint.write(tmp_path, second)
-    with pytest.raises(CheckpointError, match="got one half saved"):
+    with pytest.raises(CheckpointError, match="got an incomplete one"):
         checkpoint.load(tmp_path, tiny_shapes())
     checkpoint.write(tmp_path, second, {})
     assert_same(checkpoint.load(tmp_path, tiny_shapes()), second)

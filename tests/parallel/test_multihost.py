@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import golden
+import reference
 import run
 from commands import COUNTED, Result
 from paths import ROOT
@@ -41,7 +42,9 @@ def without_progress(err: str) -> str:
 
 def exact_scores(prompt: list[int], tokens: list[int]) -> np.ndarray:
     """Return the log probabilities [T, V] of each token of an answer, in float64."""
-    logits = golden.exact_logits("three-layers", [*prompt, *tokens])[len(prompt) - 1 : -1]
+    sequence = np.array([[*prompt, *tokens]])
+    logits = reference.forward(*golden.reference_model("three-layers"), sequence)[0]
+    logits = logits[len(prompt) - 1 : -1]
     return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
 

@@ -123,8 +123,8 @@ def test_numbers_of_numpy_and_jax_are_equal_to_pythons(kind):
         ({"ignore_eos": 1}, "ignore_eos must be True or False"),
         ({"top_logprobs": 2.0}, "top_logprobs must be an integer, got 2.0"),
         ({"top_logprobs": 21}, "top_logprobs must be .* 0 to 20, got 21"),
-        ({"temperature": [1.0, 2.0]}, "temperature must be one number, got"),
-        ({"min_p": True}, "min_p must be one number, got True"),
+        ({"temperature": [1.0, 2.0]}, "temperature must be a single number, got"),
+        ({"min_p": True}, "min_p must be a single number, got True"),
         ({"min_p": 2.0}, "min_p must be a number from 0 to 1, got 2"),
     ],
 )

@@ -195,10 +195,10 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"", "expected a SentencePiece model, got a file that is none"),
-        (CONTENT[:-1], "expected a SentencePiece model, got a file that is none"),
-        (CONTENT.replace(b"<0x41>", b"<0x42>"), "got a file that is none"),
-        (CONTENT.replace(b"<0x41>", b"<0x\xff1>"), "got a file that is none"),
+        (b"", "expected a SentencePiece model, got another kind of file"),
+        (CONTENT[:-1], "expected a SentencePiece model, got another kind of file"),
+        (CONTENT.replace(b"<0x41>", b"<0x42>"), "got another kind of file"),
+        (CONTENT.replace(b"<0x41>", b"<0x\xff1>"), "got another kind of file"),
         (
             CONTENT.replace(b"<|mask|>", b"<|mas\xff|>"),
             "expected pieces in UTF-8, got one with the byte 0xff",
