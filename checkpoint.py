@@ -98,7 +98,7 @@ def config_in(directory: Directory) -> LanguageModelConfig:
 
 
 def check_config(directory: Directory, config: LanguageModelConfig) -> None:
-    """Raise CheckpointError unless DIR still has the configuration that was read from it."""
+    """Raise CheckpointError unless DIR still has this configuration."""
     if read_model_config(directory) != config:
         where = os.path.join(directory, "config.json")
         got, remedy = "another one", "load it again when nothing writes to it"
@@ -407,7 +407,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line; exit with status 2 and one sentence if it is invalid."""
     parser = Parser(
         prog="checkpoint.py",
-        description="Convert a checkpoint between its two forms, and verify checksums.",
+        description="Convert a checkpoint between its two forms, and verify its files.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")

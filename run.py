@@ -328,7 +328,7 @@ def show_plan(options: Options) -> None:
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:
     """Report an error, also to the other processes, and return the exit status.
 
-    Raises unexpected errors again, to show their traceback.
+    An unexpected error is raised again for its traceback, or with other processes printed.
     """
     sentence, status, trace = str(error), 1, ""
     if isinstance(error, BrokenPipeError):

@@ -90,7 +90,7 @@ class Probe:
     hooks: functions (layer, array) -> array by site, or by site and layer from 0. layer: int32 [],
     passed to hooks; -1 outside the layers. positions: those of the call's tokens, int32 [B, T],
     and which are not pads, bool [B, T]. changing: site and number of axes of the array that a hook
-    is processing. The function `positions` reads both.
+    is processing. The function `positions` uses `positions` and `changing`.
     """
 
     def __init__(

@@ -339,8 +339,8 @@ def largest_batches(
 ) -> list[dict[str, int]]:
     """Return the largest batch known to fit, for the given context and for shorter ones.
 
-    room: bytes left by the weights. prompt: the temporaries of prefill, for any batch. known: those
-    of decode for some batches with the full context.
+    room: bytes left over after the weights. prompt: the temporaries of prefill, for any batch.
+    known: {batch: the temporaries of decode with the full context}.
     """
     data = sizes[0]
     batches = sorted(known)
@@ -425,7 +425,7 @@ def find_files(
     """Return which files of a checkpoint are in DIR, and which are missing or invalid.
 
     form: "released" or "safetensors"; without a checkpoint, "released" with all files missing.
-    problem: the error in files that are all present, else None.
+    problem: the error found once all files are present, else None.
     """
     records = layout.files(stored or config.param_shapes())
     form = forms.form(directory) or forms.RELEASED

@@ -207,7 +207,7 @@ def add_length(add: Callable[..., argparse.Action]) -> None:
         type=number(int, 1, MOST_SAMPLES),
         default=1,
         metavar="N",
-        help="number of answers to each prompt, which is read once; the seed counts up (1)",
+        help="number of answers to each prompt, which is read once; seeds N, N + 1, ... (1)",
     )
 
 
@@ -275,7 +275,7 @@ def add_penalties(add: Callable[..., argparse.Action]) -> None:
         type=logit_bias,
         action="append",
         metavar="ID:X",
-        help="add X to the logit of the token ID, as shown by --json; may be repeated",
+        help="add X to the logit of a token; --json shows the ids; may be repeated",
     )
 
 
@@ -321,7 +321,8 @@ def add_machine(parser: Parser) -> None:
         "--mesh",
         type=mesh_sizes,
         metavar="DATA,MODEL",
-        help="devices over the batch, and over heads and hidden widths (1,1); Grok-1 needs 1,8",
+        help="number of devices to split the batch over, and the heads and hidden widths (1,1); "
+        "Grok-1 needs 1,8",
     )
     add(
         "--batch",
@@ -385,8 +386,8 @@ def add_prompts(parser: Parser) -> None:
         "--prompts-file",
         type=lambda text: text if text == "-" else str(given_path(text)),
         metavar="FILE",
-        help="more prompts, one per line: text, or in FILE.jsonl JSON objects with the key prompt "
-        "and optionally id and settings; - is standard input",
+        help="more prompts, one per line: text, or JSON objects if FILE ends in .jsonl, with the "
+        "key prompt and optionally id and settings; - is standard input",
     )
     add(
         "--prompts-format",
@@ -458,7 +459,7 @@ def add_plan(parser: Parser) -> None:
     add(
         "--plan",
         action="store_true",
-        help="show whether the model fits a mesh, by default the smallest possible one, and the "
+        help="show whether the model fits on a mesh, by default the smallest possible one, and the "
         "cost of a token",
     )
     add(
@@ -495,7 +496,7 @@ def add_distributed(parser: Parser) -> None:
     add(
         "--distributed",
         action="store_true",
-        help="run as one of several processes; by default as set by SLURM, GKE or MPI",
+        help="run as one of several processes; SLURM, GKE or MPI provide the rest unless given",
     )
     add(
         "--coordinator",

@@ -61,7 +61,7 @@ def require_plain(path: str, *, folder: bool = False) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make a directory if it does not exist; its parent must. Raises OSError, also for a link."""
+    """Make a directory if it does not exist, in one that does. Raises OSError, even for a link."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
     require_plain(path, folder=True)

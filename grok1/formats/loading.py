@@ -121,7 +121,7 @@ def _run(
 class _Part:
     """One slice of an array, the same on all of `devices`.
 
-    index: the slice; it includes all of a layer axis.
+    index: the slice; it covers the complete layer axis.
     """
 
     def __init__(self, index: Index, devices: Sequence[jax.Device], dtype: np.dtype):

@@ -353,7 +353,7 @@ class _Reader:
         return data
 
     def skip(self, count: int) -> _Bytes:
-        """Skip the bytes of an array, reading only the first."""
+        """Skip the bytes of an array, reading only the first byte."""
         self.reach(count)
         offset = self.position
         head = self.take(1) if count else b""

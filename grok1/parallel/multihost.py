@@ -272,7 +272,7 @@ class Peers:
                 self.leave()
 
     def wait_for_all(self) -> None:
-        """Wait, without a time limit, until all have called it. Raises ValueError for a loss."""
+        """Wait, without a time limit, for all processes to call it; ValueError if one is lost."""
         first = self.process.process_id == 0
         if not first:
             self._send_all(pack(ready=True))

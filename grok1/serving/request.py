@@ -254,7 +254,7 @@ def as_requests(
 
 
 def as_request(prompt: Request | Prompt, settings: Mapping[str, Any]) -> Request:
-    """Return one prompt as a Request; as `as_requests`."""
+    """Return one prompt as a Request; see `as_requests`."""
     if not isinstance(prompt, Request):
         return Request(prompt, **settings)
     if settings:

@@ -31,7 +31,7 @@ TOP_LOGPROBS = MOST_LOGPROBS
 class SampleSettings(NamedTuple):
     """How each sequence is sampled. A field after `active` may be None, if no sequence uses it.
 
-    temperature: float32 [B]; 0 takes the most probable token, or of several the lowest id.
+    temperature: float32 [B]; 0 takes the most probable token; ties go to the lowest id.
     nucleus_p: float32 [B], in (0, 1]; 1 keeps every token.
     mask: bool [B, V]; True for a token that may be sampled.
     active: bool [B]; False for an unused slot, whose other settings are ignored.
