@@ -42,7 +42,7 @@ def quantize_params(config: LanguageModelConfig, params: Params) -> Params:
         if model not in spec or name.endswith("embeddings"):
             return leaf
         if isinstance(leaf, QuantizedWeight8bit):
-            raise ValueError(f"{name}: expected floats, got 'int8 already'")
+            raise ValueError(f"{name}: expected floats, got int8; dequantize_params converts it")
         groups, rows = RELEASED_SCALE_GROUPS if spec[-2] == model else 1, leaf.shape[-2]
         require(rows % groups == 0, "num_q_heads * key_size", f"a multiple of {groups}", rows)
         return quantize(leaf, groups)

@@ -29,7 +29,7 @@ FLOATS = "float32", "bfloat16", "float16"  # the stored dtypes of parameters tha
 
 _MAX_CONFIG_BYTES = 1 << 20
 
-Place = tuple[str, str]  # module and parameter
+LeafKey = tuple[str, str]  # module and parameter
 LeafTree = Mapping[str, Mapping[str, Leaf]]  # {module: {param: leaf}}
 
 
@@ -127,7 +127,7 @@ def shapes_in(directory: Directory, shapes: Shapes) -> Shapes:
 
     Reads one file of each parameter. An invalid file is ignored here; `check_files` reports it.
     """
-    first: dict[Place, TensorFile] = {}
+    first: dict[LeafKey, TensorFile] = {}
     for record in files(shapes):
         first.setdefault((record.module, record.param), record)
     find = _find_safetensors if forms.form(directory) == forms.SAFETENSORS else _find_released
@@ -140,9 +140,9 @@ def shapes_in(directory: Directory, shapes: Shapes) -> Shapes:
     }
 
 
-def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Place, StoredLeaf]:
+def _find_released(directory: Directory, records: list[TensorFile]) -> dict[LeafKey, StoredLeaf]:
     """Return {(module, param): leaf} of what the files of these records hold."""
-    found: dict[Place, StoredLeaf] = {}
+    found: dict[LeafKey, StoredLeaf] = {}
     for record in records:
         path = os.path.join(directory, forms.FOLDER, record.file)
         with (
@@ -154,9 +154,9 @@ def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Plac
     return found
 
 
-def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[Place, StoredLeaf]:
+def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[LeafKey, StoredLeaf]:
     """Return {(module, param): array} of the records that are stored as one array, of floats."""
-    found: dict[Place, StoredLeaf] = {}
+    found: dict[LeafKey, StoredLeaf] = {}
     for file, members in safetensors.layout(records).items():
         with contextlib.suppress(CheckpointError):
             arrays = safetensors.arrays_in(os.path.join(directory, file))
