@@ -76,11 +76,16 @@ def test_each_device_gets_its_slice_and_bytes_are_read_once(
     monkeypatch.setattr(
         loading, "_set_piece", lambda *args: pieces.append(args[1].shape) or set_piece(*args)
     )
+    read_box, read = values.read_box, []
+    monkeypatch.setattr(
+        values, "read_box", lambda *args: read.append(args[3].nbytes) or read_box(*args)
+    )
     shardings, dtypes = shardings_of((2, 4)), {f"{EMBED}/embeddings": jnp.bfloat16}
     params = checkpoint.load(
         THREE_LAYERS, shapes(), shardings, dtypes, lambda *call: calls.append(call)
     )
     assert bool(pieces) == (way == "device")
+    read_bytes = sum(read)
     whole = jax.tree.map(np.asarray, golden.runner("three-layers").params)
     whole[EMBED]["embeddings"] = whole[EMBED]["embeddings"].astype(ml_dtypes.bfloat16)
     trees = (params, whole, shardings)
@@ -94,7 +99,7 @@ def test_each_device_gets_its_slice_and_bytes_are_read_once(
     total = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes()))
     done = [done for done, _ in calls]
     assert {total for _, total in calls} == {total}
-    assert done == sorted(done) and done[-1] == total and len(done) > 30
+    assert done == sorted(done) and done[-1] == total == read_bytes and len(done) > 30
 
 
 def test_a_process_reads_only_what_its_devices_hold(tmp_path: pathlib.Path) -> None:
@@ -161,6 +166,16 @@ def test_a_box_is_read_as_numpy_slices_it(shape: tuple[int, ...], tmp_path: path
             out = np.empty([where.stop - where.start for where in box], np.int32)
             values.read_box(file, located, box, out)
             np.testing.assert_array_equal(out, array[box])
+
+
+def test_a_file_that_ends_too_early_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100))
+    path = str(tmp_path / "file")
+    located = pickle_file.Located((25,), "int32", 0, path, atomic.stamp(path))
+    with open(path, "rb") as file:
+        os.truncate(path, 94)
+        with pytest.raises(OSError, match="it ends 6 bytes too early"):
+            values.read_box(file, located, (slice(0, 25),), np.empty(25, np.int32))
 
 
 # --------------------------------------------------------------------------------------- memory

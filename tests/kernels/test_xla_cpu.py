@@ -87,6 +87,14 @@ def test_int8_digits_keep_zero_nan_and_infinity():
 
 
 @pytest.mark.usefixtures("integers")
+def test_int8_digits_of_a_tiny_row_are_not_zero():
+    """The last digit's unit would be subnormal, which XLA takes for zero."""
+    weight = random_weight((), 16, 3, 1)
+    x = np.full((1, 16), 1e-35, np.float32)
+    np.testing.assert_allclose(xla_cpu_matmul(x, weight), x.astype(float) @ exact(weight), rtol=0.02)
+
+
+@pytest.mark.usefixtures("integers")
 def test_int8_digits_of_a_row_do_not_depend_on_other_rows():
     x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
     weight = random_weight((), 64, 10, 8)
