@@ -433,15 +433,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
     """Carry out the command and return the exit status."""
     if options.command == "verify":
-        summary, problems = verify(options.directory, progress)
-        progress.close()
+        with progress:
+            summary, problems = verify(options.directory, progress)
         for problem in problems:
             say(f"error: {problem}")
         write_out(summary)
         return 1 if problems else 0
     how = {"progress": progress, "overwrite": options.overwrite}
-    job = convert(options.source, options.target, options.to, **how)
-    progress.close()
+    with progress:
+        job = convert(options.source, options.target, options.to, **how)
     write_out(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors")
     return 0
 
@@ -462,13 +462,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os._exit(141)  # the reader has closed the pipe
     except (ValueError, OSError) as problem:
-        progress.close()
         say(f"error: {problem}")
         return 1
     except (MemoryError, RuntimeError) as problem:
         if (sentence := limit_reached(problem)) is None:
             raise
-        progress.close()
         say(f"error: {sentence}")
         return 1
     except ModuleNotFoundError as problem:

@@ -263,7 +263,7 @@ def _filtered(
     logits = _apply_if_any(nucleus_p < 1, lambda x: _nucleus(x, nucleus_p, temperature), logits)
     if settings.min_p is not None:
         min_p = jnp.where(drawing, settings.min_p, 0)
-        logits = _apply_if_any(min_p > 0, lambda x: _min_p(x, min_p, temperature), logits)
+        logits = _apply_if_any(min_p > 0, lambda x: min_p_filter(x, min_p, temperature), logits)
     return logits
 
 
@@ -343,18 +343,14 @@ def log_probabilities(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
         return (jnp.take_along_axis(logits, token_ids, axis=-1) - total).astype(jnp.float32)
 
 
-def min_p_filter(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+def min_p_filter(logits: jax.Array, min_p: jax.Array, temperature: jax.Array) -> jax.Array:
     """Keep the tokens at least `min_p` times as probable as the most probable one of their row.
 
     logits: float32 [B, V]; -inf marks a token that is already excluded.
     min_p: float32 [B], in [0, 1]; 0 keeps everything.
+    temperature: float32 [B], that of the probabilities.
     Returns float32 [B, V], -inf for the excluded tokens.
     """
-    return _min_p(logits, min_p, jnp.ones_like(min_p))
-
-
-def _min_p(logits: jax.Array, min_p: jax.Array, temperature: jax.Array) -> jax.Array:
-    """`min_p_filter` for the probabilities at a temperature [B]."""
     with jax.enable_x64(True):
         keep = _weights(logits, temperature) >= min_p.astype(jnp.float64)[:, None]
     return jnp.where(keep, logits, -jnp.inf)

@@ -253,6 +253,13 @@ def test_damaged_files_are_refused_in_one_sentence(
     assert part in message
 
 
+def test_shapes_in_does_not_take_an_unsupported_type(copy: pathlib.Path) -> None:
+    """Otherwise the check of the files would find the type that it expects."""
+    index, damage, _ = FILE_CASES["float64"]
+    damage(copy / f"ckpt-0/tensor{index:05d}_000")
+    assert layout.shapes_in(copy, tiny_shapes()) == tiny_shapes()
+
+
 def test_a_file_without_permission_is_named(
     tiny_checkpoint: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

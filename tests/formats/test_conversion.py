@@ -1,6 +1,7 @@
 """Conversions keep every byte, however they are interrupted; verify finds changed values."""
 
 import errno
+import io
 import json
 import os
 import pathlib
@@ -380,6 +381,21 @@ def test_a_write_that_fails_can_be_resumed(
     assert os.listdir(tmp_path / WORK) == ["state.json"]
     convert(source, tmp_path, form)
     assert contents(tmp_path) == contents(expected)
+
+
+@pytest.mark.parametrize("command", ["verify", "convert"])
+def test_the_bar_ends_before_the_result_is_printed(
+    command: str, safe: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, screen)
+    more = [str(tmp_path), "--to", "released"] if command == "convert" else []
+    assert checkpoint.main([command, str(safe), *more]) == 0
+    *_, bar, result, rest = screen.getvalue().split("\n")
+    assert bar.rpartition("\r")[2].startswith("checkpoint: 100%") and rest == ""
+    assert {"verify": ": 59 of 59 ", "convert": ": 38 files "}[command] in result
 
 
 # Other programs that write at the same time.

@@ -91,7 +91,8 @@ def test_int8_digits_of_a_tiny_row_are_not_zero():
     """The last digit's unit would be subnormal, which XLA takes for zero."""
     weight = random_weight((), 16, 3, 1)
     x = np.full((1, 16), 1e-35, np.float32)
-    np.testing.assert_allclose(xla_cpu_matmul(x, weight), x.astype(float) @ exact(weight), rtol=0.02)
+    expected = x.astype(float) @ exact(weight)
+    np.testing.assert_allclose(xla_cpu_matmul(x, weight), expected, rtol=0.02)
 
 
 @pytest.mark.usefixtures("integers")

@@ -128,20 +128,21 @@ def test_failed_step_ends_running_requests_with_its_error(monkeypatch):
     assert server().generate([request]) == [alone(request)[0]]
 
 
-def test_failed_step_ends_answers_that_wait_for_its_prompt(monkeypatch):
+@pytest.mark.parametrize(("name", "call"), [("_fetch", 2), ("_start", SLOTS + 1)])
+def test_failed_step_ends_answers_that_wait_for_its_prompt(monkeypatch, name, call):
+    """Also where it fails after the slots of the answers before them were freed."""
     drain()
     handle = server().submit(Request([5, 6], max_len=1, num_samples=3 * SLOTS))
     later = server().submit(Request([9], max_len=2, ignore_eos=True))
-    fetch, calls = Scheduler._fetch, []
+    work, calls = getattr(Scheduler, name), itertools.count(1)
 
     def fail_later(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
+        if next(calls) == call:
             raise RuntimeError("lost")
-        return fetch(*arguments)
+        return work(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scheduler, "_fetch", fail_later)
+        patch.setattr(Scheduler, name, fail_later)
         with pytest.raises(RuntimeError, match="lost"):
             drain()
     assert handle.finished and {a.finish_reason for a in handle.completions} == {"length", "error"}

@@ -197,7 +197,7 @@ def test_min_p_keeps_tokens_by_their_share_of_the_largest() -> None:
     # Each slightly below the share of a token, so that rounding does not matter.
     min_p = np.array([0, 0.4999, 0.2499, 1], np.float32)
     expected = [np.arange(6), np.arange(3), np.arange(4), np.arange(1)]
-    assert_keeps(jax.jit(min_p_filter)(logits, min_p), logits, expected)
+    assert_keeps(jax.jit(min_p_filter)(logits, min_p, np.ones(4)), logits, expected)
 
 
 def test_reported_probabilities_are_those_after_all_filters() -> None:
