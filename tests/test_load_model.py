@@ -50,6 +50,15 @@ def test_a_compile_cache_that_cannot_be_used_is_logged(
     assert len(caplog.messages) == 1
 
 
+def test_compiled_kernels_are_used_unless_turned_off(
+    loaded: runner.InferenceRunner, tiny: pathlib.Path
+) -> None:
+    assert loaded.executions is not None
+    assert {how.kernels for how in loaded.executions} == {"cpu"}
+    plain = load_model(tiny, pad_sizes=(16,), kernels=False).executions
+    assert plain is not None and {how.kernels for how in plain} == {"xla_cpu"}
+
+
 class LastExperts(model.Router):
     """Chooses the least probable experts."""
 

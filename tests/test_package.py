@@ -94,9 +94,12 @@ def test_installed_command_works_in_any_directory(installed, elsewhere):
 def test_module_imports_its_own_files(place, installed, elsewhere):
     """The request is refused when all modules have been imported, before weights are loaded."""
     python = installed / "python" if place == "installed" else sys.executable
+    (elsewhere / "path").mkdir()
+    shutil.copy(elsewhere / "model.py", elsewhere / "path")
     done = subprocess.run(
         [python, "-m", "grok1", "--prompt-ids", "5 -1"],
-        cwd=elsewhere if place == "installed" else ROOT, capture_output=True, text=True,
+        cwd=elsewhere if place == "installed" else ROOT,
+        env=os.environ | {"PYTHONPATH": str(elsewhere / "path")}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.endswith("error: request 1: expected token ids from 0 to 4095, got -1\n")

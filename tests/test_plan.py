@@ -148,7 +148,10 @@ def test_collectives_are_counted_for_each_layer(small):
 def test_one_device_has_no_collectives():
     found = plan.make_plan(TINY, (1, 1))
     assert found.steps["prefill"].exchanged == found.steps["decode"].exchanged == {}
-    assert "  nothing" in plan.format_plan(found)
+    text = plan.format_plan(found)
+    assert "  nothing" in text and " of memory available; loading takes less than " in text
+    nowhere = dataclasses.replace(found, host=found.host | {"available_memory": None})
+    assert "memory available" not in plan.format_plan(nowhere)
 
 
 @pytest.mark.exhaustive
