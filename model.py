@@ -488,7 +488,10 @@ def _one_mask(mask: Array | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class MHABlock:
-    """Attention sized by the configuration. Adds no module name, as in the released files."""
+    """Attention sized by the configuration.
+
+    It is no Haiku module: the released files have no name for it.
+    """
 
     config: TransformerConfig
     mesh: Mesh | None = None

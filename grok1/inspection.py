@@ -202,7 +202,7 @@ def asked() -> Probe | None:
 
 @contextlib.contextmanager
 def asking(probe: Probe | None) -> Iterator[None]:
-    """Let `tap` call this probe, in this thread."""
+    """Context in which `tap` calls this probe, in this thread."""
     token = _asked.set(probe)
     try:
         yield

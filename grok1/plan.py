@@ -119,7 +119,7 @@ def make_plan(
     bandwidth: float = 3.35e12,
     directory: Path | None = None,
 ) -> Plan:
-    """Plan for a mesh of (data, model) `sizes`; None: the smallest that fits.
+    """Return a plan for a mesh of (data, model) `sizes`, or, if None, for the smallest that fits.
 
     config: its sequence_len is the context. batch: sequences at once, over the entire mesh; by
     default one for each part of the data axis. device_memory: bytes. bandwidth: of a device's

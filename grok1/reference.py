@@ -97,7 +97,10 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, position: jax.Array) -> jax.Array:
-    """Rotary embedding of x [B, T, heads, H] at position [B, T] or [T], in the half form."""
+    """Rotary embedding of x [B, T, heads, H] at position [B, T] or [T].
+
+    The numbers i and i + H/2 are rotated together.
+    """
     width = x.shape[-1]
     frequency = 10000.0 ** (-np.arange(0, width, 2) / width)  # [H / 2]
     phase = position[..., None] * np.tile(frequency, 2).astype(x.dtype)  # [B, T, H]

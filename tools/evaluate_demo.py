@@ -59,10 +59,12 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=ROOT / "checkpoints" / "demo", help="DIR with ckpt-0")
+    demo = ROOT / "checkpoints" / "demo"
+    add("--checkpoint", type=Path, default=demo, help="checkpoint directory")
     add("--tokenizer", type=Path, default=ROOT / "tokenizer.model", help="SentencePiece model")
     held_out = ROOT / "tests" / "data" / "stories_valid.txt.gz"
-    add("--documents", type=Path, default=held_out, help="gzipped, a line <|doc|> after each")
+    text = "gzipped documents, each followed by a line <|doc|>"
+    add("--documents", type=Path, default=held_out, help=text)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     options = parser.parse_args()
     documents = read_documents(options.documents)

@@ -229,21 +229,40 @@ def held_out(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--corpus", required=True, help="gzipped training documents, a line <|doc|> after each")
+    text = "gzipped training documents, each followed by a line <|doc|>"
+    add("--corpus", required=True, help=text)
     add("--validation", required=True, help="gzipped held-out documents, in the same form")
-    add("--tokenizer", type=Path, help="an existing one; by default train OUTPUT/tokenizer.model")
-    add("--output", type=Path, default=Path("trained-demo"), help="directory of the checkpoint")
+    text = "an existing tokenizer; by default one is trained and saved as OUTPUT/tokenizer.model"
+    add("--tokenizer", type=Path, help=text)
+    add(
+        "--output",
+        type=Path,
+        default=Path("trained-demo"),
+        help="directory of the checkpoint (%(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace an existing checkpoint")
-    add("--state", type=Path, default=Path("train_demo.npz"), help="file of the training state")
-    add("--steps", type=int, default=1700, help=f"of {TOKENS_PER_STEP} tokens")
-    add("--learning-rate", type=float, default=3e-3, help="at its peak")
-    add("--save-every", type=int, default=100, help="steps between saves")
-    add("--seed", type=int, default=0, help="of the weights and the order of the data")
+    add(
+        "--state",
+        type=Path,
+        default=Path("train_demo.npz"),
+        help="file of the training state (%(default)s)",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=1700,
+        help=f"training steps, of {TOKENS_PER_STEP} tokens each (%(default)s)",
+    )
+    add("--learning-rate", type=float, default=3e-3, help="the highest learning rate (%(default)s)")
+    add("--save-every", type=int, default=100, help="steps between saves (%(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the weights and of the order of the data (%(default)s)",
+    )
     return parser.parse_args(arguments)
 
 

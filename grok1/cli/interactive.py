@@ -111,7 +111,7 @@ class Keyboard:
 class Settings:
     """The settings of later answers, changed by lines such as /set.
 
-    make: makes a Request from a prompt and the fields that differ from the command line. check:
+    make: returns a Request for a prompt and the fields that differ from the command line. check:
     raises ValueError if a Request is invalid. seed: for all answers; None: a new one for each.
     """
 

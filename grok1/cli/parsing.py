@@ -186,7 +186,7 @@ def add_length(add: Callable[..., argparse.Action]) -> None:
         type=number(int, 0, 2**31 - 1),
         default=0,
         metavar="N",
-        help="do not end an answer before N tokens (0)",
+        help="let no end-of-sequence token or stop string end an answer before N tokens (0)",
     )
     add(
         "--stop",
@@ -199,15 +199,15 @@ def add_length(add: Callable[..., argparse.Action]) -> None:
         "--seed",
         type=number(int, 0, 2**32 - 1, " (--seed $RANDOM: a new one each time)"),
         metavar="N",
-        help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive a new one for "
-        "each answer)",
+        help=f"the same seed gives the same text ({DEFAULT_SEED}; with --interactive, by default a "
+        "new one for each answer)",
     )
     add(
         "--num-samples",
         type=number(int, 1, MOST_SAMPLES),
         default=1,
         metavar="N",
-        help="number of answers to each prompt, which is read once; seeds N, N + 1, ... (1)",
+        help="number of answers to each prompt, which is read once; answer i uses seed + i (1)",
     )
 
 
@@ -304,7 +304,7 @@ def add_output(parser: Parser) -> None:
     add(
         "--stats",
         action="store_true",
-        help="print the latency of first and of later tokens at the end",
+        help="print latency, speed, slots used and the host's share of the time at the end",
     )
     add(
         "--show-routing",
@@ -321,14 +321,14 @@ def add_machine(parser: Parser) -> None:
         "--mesh",
         type=mesh_sizes,
         metavar="DATA,MODEL",
-        help="number of devices to split the batch over, and the heads and hidden widths (1,1); "
-        "Grok-1 needs 1,8",
+        help="number of devices that share the batch, and number of devices that share heads and "
+        "hidden widths (1,1); Grok-1 on 80 GB GPUs needs at least 1,8",
     )
     add(
         "--batch",
         type=count,
         metavar="N",
-        help="sequences to serve at once; by default 1, 2, 4 or 8, depending on the prompts",
+        help="sequences to serve at once; by default 1, 2, 4 or 8, by the number of answers",
     )
     add(
         "--context",
@@ -387,7 +387,8 @@ def add_prompts(parser: Parser) -> None:
         type=lambda text: text if text == "-" else str(given_path(text)),
         metavar="FILE",
         help="more prompts, one per line: text, or JSON objects if FILE ends in .jsonl, with the "
-        "key prompt and optionally id and settings; - is standard input",
+        "key prompt and optionally id, temperature and other fields of Request; - is standard "
+        "input",
     )
     add(
         "--prompts-format",
@@ -454,7 +455,8 @@ def refuse(parser: Parser, name: str, others: Mapping[str, object], reason: str)
 def add_plan(parser: Parser) -> None:
     """Add the options of a plan."""
     add = parser.add_argument_group(
-        "a plan, without weights or GPUs; uses --mesh, --batch, --context, --dtype"
+        "a plan, without weights or GPUs; uses --mesh, --batch, --context, --dtype, --checkpoint "
+        "and --json"
     ).add_argument
     add(
         "--plan",

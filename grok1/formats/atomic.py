@@ -109,7 +109,7 @@ def place(temporary: str, path: str) -> None:
 
 
 def remove(path: str) -> None:
-    """Remove a file if it exists, durably."""
+    """Remove a file if it exists, and sync the directory, so that it stays removed."""
     if os.path.lexists(path):
         os.remove(path)
         _sync(os.path.dirname(path) or ".")

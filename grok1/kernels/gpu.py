@@ -152,7 +152,7 @@ class ProductLaunch:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """The programs; visits first, so that those of one group share its matrix in the cache."""
+        """The Pallas grid; visits first: programs of one group read its matrix from the cache."""
         return self.visits, self.columns, self.partials
 
     @property
