@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import BinaryIO, NamedTuple
 
 import jax
@@ -105,7 +105,7 @@ def _run(
     stop = threading.Event()
     executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="loading")
     try:
-        for future in [executor.submit(work, stop, *job) for job in jobs]:
+        for future in as_completed([executor.submit(work, stop, *job) for job in jobs]):
             future.result()
     except BaseException:
         # Running jobs stop at their next piece; the first exception is the one that is raised.

@@ -403,3 +403,13 @@ def test_an_interrupt_or_a_failure_ends_all_threads(
         checkpoint.load(tmp_path, tree, progress=progress)
     assert not loading_threads()
     assert next(calls) < most
+
+
+def test_a_failure_ends_a_job_that_began_before() -> None:
+    def work(stop: threading.Event, number: int) -> None:
+        if number == 1:
+            raise OSError("damaged")
+        assert stop.wait(10)
+
+    with pytest.raises(OSError, match="damaged"):
+        loading._run(work, [(0,), (1,)])  # type: ignore[arg-type,list-item]
