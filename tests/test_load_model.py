@@ -59,6 +59,15 @@ def test_compiled_kernels_are_used_unless_turned_off(
     assert plain is not None and {how.kernels for how in plain} == {"xla_cpu"}
 
 
+def test_a_context_has_1_token_to_the_models() -> None:
+    config = model.grok_1()
+    for length in (1, 8192):
+        assert runner.with_settings(config, "bfloat16", length).sequence_len == length
+    for length in (0, 8193, 5.5):
+        with pytest.raises(ValueError, match=f"context: expected 1 to 8192 tokens, .* {length}$"):
+            runner.with_settings(config, "bfloat16", length)  # type: ignore[arg-type]
+
+
 class LastExperts(model.Router):
     """Chooses the least probable experts."""
 
