@@ -89,7 +89,7 @@ def test_layers_of_grok1_import_only_earlier_layers():
             assert rank[inner[other]] <= rank[own], f"{name} imports {other}"
 
 
-def test_model_needs_neither_files_nor_server_nor_command():
+def test_model_needs_no_files_server_or_command():
     needed, found = {"model"}, set()
     while needed:
         found |= needed
@@ -98,7 +98,7 @@ def test_model_needs_neither_files_nor_server_nor_command():
         assert not any(name.startswith(f"grok1.{layer}") for name in found), layer
 
 
-def test_imports_start_no_device_and_change_nothing_global():
+def test_imports_start_no_device_and_change_no_globals():
     """No option of jax, signal handler, logger, environment variable or module of others."""
     names = [name for name in FILES if name.startswith("grok1") and name != "grok1.__main__"]
     program = f"""

@@ -54,7 +54,7 @@ def test_cache_directory_follows_xdg_cache_home(
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])
-def test_new_directories_have_mode_0700_whatever_the_umask(home: pathlib.Path, umask: int) -> None:
+def test_new_directories_have_mode_0700_for_any_umask(home: pathlib.Path, umask: int) -> None:
     home.rmdir()
     before = os.umask(umask)
     try:
@@ -107,7 +107,7 @@ def test_a_file_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         cache_directory("programs")
 
 
-def test_in_a_sticky_directory_those_of_others_are_refused(
+def test_other_owner_in_a_sticky_directory_is_refused(
     home: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.chmod(0o1777)
@@ -117,7 +117,7 @@ def test_in_a_sticky_directory_those_of_others_are_refused(
         cache_directory("kernels")
 
 
-def test_a_symbolic_link_is_followed_unless_of_another_user(
+def test_symbolic_link_is_followed_unless_of_others(
     home: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = home.parent / "real"

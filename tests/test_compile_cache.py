@@ -146,7 +146,7 @@ def test_enable_keeps_the_directory_of_the_user(home: pathlib.Path) -> None:
     assert not list(home.iterdir())
 
 
-def test_enable_does_nothing_where_xla_prints_errors_for_entries(
+def test_enable_does_nothing_where_xla_prints_errors(
     home: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))

@@ -106,7 +106,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("field", "value", "expected"), REFUSED)
-def test_invalid_field_is_named_with_the_expected_values(field, value, expected):
+def test_invalid_field_is_named_with_expected_values(field, value, expected):
     with pytest.raises(ValueError) as error:
         changed(**{field: value})
     assert str(error.value) == f"{field}: expected {expected}, got {value!r}"
@@ -206,7 +206,7 @@ def test_configurations_are_copied_and_pickled():
         (("eos_token",), 1.5, "eos_token: expected an integer >= 0, got 1.5"),
     ],
 )
-def test_from_dict_names_the_unknown_missing_or_invalid_field(path, value, message):
+def test_from_dict_names_unknown_missing_or_bad_field(path, value, message):
     """None stands for a missing field."""
     fields = MIXTURE.to_dict()
     *outer, last = path
@@ -257,7 +257,7 @@ def flat(params):
 
 
 @pytest.mark.parametrize("config", [grok_1(), MIXTURE, DENSE], ids=["grok-1", "mixture", "dense"])
-def test_parameters_have_the_released_names_and_a_layer_axis(config):
+def test_parameters_have_released_names_and_layer_axis(config):
     """Nothing is computed: all float32 parameters of Grok-1 would take 1.3 TB."""
     expected = expected_shapes(config)
     assert len(expected) == (14 if config.model.num_experts > 1 else 13)
@@ -280,7 +280,7 @@ def initial():
     return flat(MIXTURE.init_params(0))
 
 
-def test_initial_matrices_keep_the_scale_of_their_input(initial):
+def test_initial_matrices_keep_the_scale_of_input(initial):
     """Each expert and layer is drawn with its own fan-in, and differs from the others."""
     cut = 0.8796  # the deviation of a normal distribution truncated at two deviations
     for name, leaf in initial.items():
@@ -304,7 +304,7 @@ def test_parameters_depend_on_the_seed(initial):
         assert np.array_equal(leaf, other[name]) == name.endswith("scale"), name
 
 
-def test_quantized_parameters_are_the_float_ones_rounded(initial):
+def test_quantized_parameters_are_rounded_float_ones(initial):
     """In the released groups; both calls draw the same numbers."""
     row_parallel = ("moe/linear_1/w", "multi_head_attention/linear/w")
     quantized = flat(MIXTURE.init_params(0, quantized=True))

@@ -41,7 +41,7 @@ def test_loop_of_unknown_length_counts_once():
     assert sines(text_of(program, float32(8), jax.ShapeDtypeStruct((), jnp.int32))) == 1
 
 
-def test_collectives_have_their_shapes_and_device_counts():
+def test_collectives_have_shapes_and_device_counts():
     def local(x):
         def layer(x, _):
             return x + lax.psum(jnp.sin(x), "model"), None

@@ -205,7 +205,7 @@ def test_captured_arrays_equal_the_reference(mesh, kernel):
     [(None, False), pytest.param((2, 4), True, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_prefill_and_decode_with_a_hook_equal_the_reference(mesh, kernel):
+def test_prefill_and_decode_with_hook_equal_reference(mesh, kernel):
     server, change = golden.runner(NAME, mesh=mesh, kernel=kernel), "attention of one layer is even"
     site = "attention_weights"
     options = {"capture": CAPTURE_SITES, "hooks": ((site, HOOKS[site]),), **where(server)}
@@ -221,7 +221,7 @@ def test_prefill_and_decode_with_a_hook_equal_the_reference(mesh, kernel):
         assert_sites(output.captured, wanted, sure[:, start:end], 1e-4)
 
 
-def test_hooks_change_what_the_same_change_of_the_reference_does():
+def test_hooks_equal_the_same_change_of_the_reference():
     server, plain = golden.runner(NAME), exact()[0]
     for change, sites in CHANGES.items():
         # Without a hook of attention_weights, attention is computed in another way.
@@ -239,7 +239,7 @@ def test_hooks_change_what_the_same_change_of_the_reference_does():
         assert errors(plain.logits, result.logits)[sure].max() > 1e-3, change  # it has an effect
 
 
-def test_bfloat16_captures_are_float32_near_the_reference():
+def test_bfloat16_captures_are_float32_near_reference():
     server = golden.runner(NAME, "bfloat16")
     got = look(server.params, golden_tokens(), config=server.config, capture=CAPTURE_SITES).captured
     result, sure = exact()
@@ -274,7 +274,7 @@ def params():
     return jax.tree.map(lambda x: x * 1.5, TINY.init_params(1))
 
 
-def test_captured_shapes_and_nbytes_are_those_of_the_arrays():
+def test_captured_shapes_and_nbytes_match_the_arrays():
     how = {"config": TINY, "capture": CAPTURE_SITES, "capture_layers": (0, 2)}
     got = jax.eval_shape(functools.partial(look, **how), params(), TOKENS).captured
     shapes = captured_shapes(TINY.model, CAPTURE_SITES, batch=2, steps=6, positions=6, layers=2)
@@ -298,7 +298,7 @@ class OtherRouter(Router):
         return gates / jnp.sum(gates, axis=-1, keepdims=True), index
 
 
-def test_a_subclass_of_router_has_its_own_logits_and_choice():
+def test_router_subclass_has_its_own_logits_and_choice():
     x, params = small.normal(2, 6, 16), {"router": {"w": small.normal(16, 4, seed=1)}}
     run = hk.without_apply_rng(hk.transform(lambda x: OtherRouter(2)(x, None, 4)))
     gates, index, probs = run.apply(params, x)
@@ -453,7 +453,7 @@ def test_programs_of_old_hooks_are_freed():
     assert last() is None
 
 
-def test_an_interrupt_of_inspect_is_raised_after_the_step(monkeypatch):
+def test_interrupt_of_inspect_is_raised_after_step(monkeypatch):
     """While tracing, jax and haiku may be left in a broken state, and raise something else."""
     later = []
 

@@ -8,7 +8,7 @@ import pytest
 from grok1.interrupts import uninterrupted
 
 
-def test_interrupt_is_delayed_until_the_end_of_the_block():
+def test_interrupt_is_delayed_until_end_of_block():
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
@@ -46,7 +46,7 @@ def test_interrupt_replaces_an_exception_of_the_block():
     assert isinstance(caught.value.__context__, ValueError)
 
 
-def test_other_threads_and_ignored_ctrl_c_are_left_alone():
+def test_threads_and_ignored_ctrl_c_are_left_alone():
     found = []
 
     def look():

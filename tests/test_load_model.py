@@ -18,7 +18,7 @@ def loaded(tiny: pathlib.Path) -> runner.InferenceRunner:
     return load_model(tiny, pad_sizes=(16,))
 
 
-def test_the_default_directory_is_the_released_one_or_the_demo(
+def test_default_directory_is_the_released_one_or_demo(
     tiny: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     monkeypatch.setattr(default_files, "RELEASED", tmp_path)

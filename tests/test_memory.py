@@ -70,7 +70,7 @@ def test_chunks_of_any_lengths_equal_one_prefill(whole):
         assert_close(logits[:, 0], np.tile(whole[position], (SLOTS, 1)))
 
 
-def test_the_last_position_is_used_and_nothing_is_written_past_it():
+def test_last_position_is_used_and_nothing_past_it():
     config = golden.config(NAME, "float32")
     rng = np.random.default_rng(0)
     ids = rng.integers(3, config.vocab_size, config.sequence_len).tolist()
@@ -89,7 +89,7 @@ def test_the_last_position_is_used_and_nothing_is_written_past_it():
 
 
 @pytest.mark.parametrize("dtype", golden.DTYPES)
-def test_padding_and_other_slots_change_no_bit_of_a_slot(dtype):
+def test_padding_and_other_slots_change_no_bit(dtype):
     """Of its logits and of its memory."""
     rng = np.random.default_rng(1)
     width, vocab = len(PROMPT), 512
@@ -123,7 +123,7 @@ def test_padding_and_other_slots_change_no_bit_of_a_slot(dtype):
     assert len(seen) == 1
 
 
-def test_a_slot_of_length_zero_keeps_every_bit_of_its_memory():
+def test_slot_of_length_zero_keeps_every_bit_of_memory():
     memory = empty()
     _, memory = step()(memory, *chunks([PROMPT] * SLOTS, len(PROMPT)))
     rows = [PROMPT if slot % 2 else [] for slot in range(SLOTS)]

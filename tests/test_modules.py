@@ -81,7 +81,7 @@ ROTATIONS = {
 
 
 @pytest.mark.parametrize(("arguments", "options", "positions"), ROTATIONS.values(), ids=ROTATIONS)
-def test_rotary_embedding_rotates_by_position_times_frequency(arguments, options, positions):
+def test_rotary_rotates_by_position_times_frequency(arguments, options, positions):
     x, axis = normal(2, 5, 3, 8), options.get("seq_dim", 1)
     got = rotary(**options)(np.moveaxis(x, 1, axis), *arguments)
     exact = rotated(x, positions, options.get("base_exponent", 10000))
@@ -89,7 +89,7 @@ def test_rotary_embedding_rotates_by_position_times_frequency(arguments, options
     np.testing.assert_allclose(np.moveaxis(got, axis, 1), exact, rtol=0, atol=atol)
 
 
-def test_rotary_embedding_rejects_wrong_axes_and_odd_widths():
+def test_rotary_rejects_wrong_axes_and_odd_widths():
     for wrong in (0, 3, -1):
         with pytest.raises(ValueError, match=f"seq_dim: expected between 1 and 2, got {wrong}"):
             rotary(seq_dim=wrong)(normal(2, 5, 3, 8))
@@ -97,7 +97,7 @@ def test_rotary_embedding_rejects_wrong_axes_and_odd_widths():
         rotary(dim=7)(normal(1, 2, 1, 7))
 
 
-def test_rotary_embedding_of_bfloat16_uses_float32_angles():
+def test_bfloat16_rotary_embedding_uses_float32_angles():
     """At position 8191 a bfloat16 angle would be wrong by several turns."""
     x = normal(2, 5, 3, 8, dtype=BFLOAT16)
     got = rotary()(x, 8186)
@@ -122,7 +122,7 @@ def test_rms_norm_equals_its_formula_in_float32(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
-def test_embedding_and_logits_share_one_table_in_the_activation_dtype(dtype):
+def test_embedding_and_logits_share_one_rounded_table(dtype):
     def run(tokens, x):
         embed = InOutEmbed(10, 6, name="in_out_embed")
         return embed(tokens, dtype), embed.decode(x)
@@ -209,7 +209,7 @@ def test_attention_equals_attention_head_by_head():
     np.testing.assert_allclose(everywhere, expected, rtol=0, atol=5e-5)
 
 
-def test_attention_parameters_have_the_published_shapes():
+def test_attention_parameters_have_published_shapes():
     x = normal(1, 2, 10)
     sizes = {"query": (10, 48), "key": (10, 24), "value": (10, 24), "linear": (48, 48)}
     weights = {f"attention/{name}": {"w": shape} for name, shape in sizes.items()}
@@ -256,7 +256,7 @@ def test_attention_in_chunks_equals_attention_at_once(mesh):
             np.testing.assert_allclose(out[b, t], expected[b, rows[b, t]], rtol=0, atol=5e-5)
 
 
-def test_capturing_weights_does_not_change_cached_attention():
+def test_capturing_weights_keeps_cached_attention():
     """Only filled positions are visible, without a mask too; the others hold random numbers."""
     x, params = normal(2, 3, 10), attention_params((10, 10, 10))
     cache = normal(2, 6, KV_HEADS, WIDTH, seed=1)
@@ -298,7 +298,7 @@ SLOTS = 7
     ("stored", "write"),
     [("bfloat16", write_rows), ("bfloat16", xla_cpu.write_rows), ("uint16", xla_cpu.write_rows)],
 )
-def test_write_rows_changes_only_the_slots_of_the_new_rows(stored, write, rows):
+def test_write_rows_changes_only_slots_of_new_rows(stored, write, rows):
     """dynamic_update_slice clamps: a chunk past the end would be shifted over earlier slots."""
     cases = [(s, n) for s in (0, 1, 3, 4, 5, 6, 7, 9) for n in range(rows + 1)]
     start, length = (np.array(a, np.int32) for a in zip(*cases, strict=True))
@@ -428,7 +428,7 @@ def test_last_hidden_state_gives_the_last_logits(logits, with_length):
     assert_close(hidden @ table.T * TINY.output_multiplier_scale, logits[np.arange(8), last])
 
 
-def test_length_selects_the_logits_of_the_last_real_position(logits):
+def test_length_selects_logits_of_last_real_position(logits):
     rest = np.arange(6) >= LENGTH[:, None]
     tokens = np.where(rest, 1 + TOKENS[::-1] % 50, TOKENS)  # what follows must not matter
     got = run(parameters(), tokens, length=LENGTH).logits
@@ -446,7 +446,7 @@ def test_empty_memory_has_the_published_shapes():
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(memory))
 
 
-def test_language_model_rejects_wrong_sequences_and_batches():
+def test_model_rejects_wrong_sequences_and_batches():
     memory = TINY.model.init_memory(3, 10)
     for chosen, given, message in (
         (jnp.zeros([8], jnp.int32), None, "to be given with a memory"),
@@ -460,7 +460,7 @@ def test_language_model_rejects_wrong_sequences_and_batches():
         run(parameters(), TOKENS[:6], how=execution(TINY, (4, 2)))
 
 
-def test_dense_model_is_exact_at_once_and_token_by_token():
+def test_dense_model_is_exact_at_once_and_step_by_step():
     params = parameters(DENSE, quantized=False)
     expected = exact_logits(DENSE, params, TOKENS)
     assert_close(run(params, TOKENS, config=DENSE).logits, expected)

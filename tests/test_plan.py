@@ -101,7 +101,7 @@ def test_a_larger_batch_reads_more_experts_each_once():
     assert read(1000) == pytest.approx(sum(weights.values()))
 
 
-def test_a_dense_model_uses_all_weights_and_has_no_router():
+def test_dense_model_uses_all_weights_and_no_router():
     model = dataclasses.replace(TINY.model, num_experts=1, num_selected_experts=1)
     dense = dataclasses.replace(TINY, model=model)
     weights = plan.weight_bytes(dense, (1, 1))
@@ -156,7 +156,7 @@ def test_one_device_has_no_collectives():
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 4)])
-def test_the_largest_batch_fits_and_a_larger_one_does_not(sizes):
+def test_largest_batch_fits_and_a_larger_one_does_not(sizes):
     memory = 60 << 20
     found = plan.make_plan(TINY, sizes, device_memory=memory)
     assert [entry["context"] for entry in found.largest] == [128]
@@ -184,7 +184,7 @@ def test_a_tight_plan_names_the_memory_fraction_to_set():
     assert "XLA_PYTHON" not in loose.verdict
 
 
-def test_a_plan_that_does_not_fit_names_a_mesh_that_does():
+def test_plan_that_does_not_fit_names_a_mesh_that_does():
     peaks = {n: plan.make_plan(TINY, (1, n)).peak for n in (1, 2)}
     memory = int(0.9 * peaks[1])
     found = plan.make_plan(TINY, (1, 1), device_memory=memory)
@@ -198,14 +198,14 @@ def test_a_plan_that_does_not_fit_names_a_mesh_that_does():
     assert not found.fits and "--mesh 1,2" not in found.verdict
 
 
-def test_a_plan_that_fits_nowhere_asks_for_larger_devices():
+def test_plan_that_fits_nowhere_asks_for_more_memory():
     found = plan.make_plan(TINY, (1, 1), device_memory=1000)
     assert found.verdict.endswith("; use devices with more memory.")
     assert found.largest == [{"batch": 0, "context": 128}]
 
 
 @pytest.mark.exhaustive
-def test_a_load_that_does_not_fit_gets_a_smaller_batch_that_does():
+def test_a_load_that_does_not_fit_gets_a_smaller_batch():
     config = dataclasses.replace(TINY, sequence_len=4096)
     most = plan.make_plan(config, (1, 16))
     memory = int(1.5 * most.peak)
@@ -343,7 +343,7 @@ def command(*arguments: Any) -> tuple[int, str, str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timed
-def test_grok_1_on_eight_devices_is_planned_in_15_seconds():
+def test_grok_1_on_8_devices_is_planned_in_15_seconds():
     """In the fastest of three starts: the speed of a shared machine may halve for a while."""
     times = []
     while not times or (min(times) >= 15 and len(times) < 3):
@@ -358,7 +358,7 @@ def test_grok_1_on_eight_devices_is_planned_in_15_seconds():
     assert found["token"]["seconds"] == found["token"]["bytes"] / 3.35e12
 
 
-def test_the_command_plans_for_the_demo_and_its_options():
+def test_command_plans_for_the_demo_and_its_options():
     status, out, err, _ = command(
         *("--checkpoint", ROOT / "checkpoints/demo", "--mesh", "2,2", "--batch", 4),
         *("--context", 256, "--dtype", "float32", "--bandwidth", "10GB/s", "--json"),

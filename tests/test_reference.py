@@ -14,7 +14,7 @@ name = pytest.mark.parametrize("name", golden.NAMES)
 
 
 @name
-def test_logits_and_router_margins_are_the_recorded_ones(name: str) -> None:
+def test_logits_and_router_margins_equal_recorded_ones(name: str) -> None:
     files, (weights, config) = golden.recorded(name), golden.reference_model(name)
     result = reference.run(weights, config, files.tokens)
     error = np.abs(result.logits - files.exact)[files.real]
@@ -26,7 +26,7 @@ def test_logits_and_router_margins_are_the_recorded_ones(name: str) -> None:
         assert np.abs(margin - file["router_margin"])[files.real].max() < 1e-13
 
 
-def test_layers_in_numeric_file_order_give_other_logits() -> None:
+def test_numeric_file_order_of_layers_changes_logits() -> None:
     """The agreement above must depend on the lexicographic order of the files."""
     files = golden.recorded("twelve-layers")
     weights, config = golden.reference_model("twelve-layers")
@@ -36,7 +36,7 @@ def test_layers_in_numeric_file_order_give_other_logits() -> None:
     assert np.abs(logits - files.exact)[0].max() > 1
 
 
-def test_pads_are_not_attended_to_in_one_pass_or_in_chunks() -> None:
+def test_pads_are_masked_in_one_pass_and_in_chunks() -> None:
     """A pad in one chunk must stay masked in later ones; a query that sees no key gets zero."""
     weights, config = golden.reference_model("three-layers")
     tokens = golden.recorded("three-layers").tokens.copy()
@@ -74,7 +74,7 @@ def test_dense_block_equals_a_mixture_of_equal_experts() -> None:
     np.testing.assert_allclose(logits(dense, 1), logits(mixed, 2), atol=1e-11)
 
 
-def test_a_file_with_an_unexpected_global_is_not_loaded(tmp_path: pathlib.Path) -> None:
+def test_file_with_unexpected_global_is_not_loaded(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "tensor00000_000"
     path.write_bytes(pickle.dumps(io.BytesIO))
     with pytest.raises(pickle.UnpicklingError, match="BytesIO"):

@@ -93,7 +93,7 @@ def test_invalid_hook_args_are_refused(arguments: Any, message: str) -> None:
         loaded().inspect(PROMPT, hooks=HOOKS, hook_args=arguments)
 
 
-def test_hook_args_without_hooks_are_refused_by_each_method() -> None:
+def test_each_method_refuses_hook_args_without_hooks() -> None:
     server = loaded()
     for use in (server.inspect, server.generate, server.logits, server.score):
         with pytest.raises(ValueError, match="hook_args: expected none without hooks"):
@@ -112,7 +112,7 @@ def test_hook_args_on_another_device_are_moved() -> None:
 @pytest.mark.parametrize(
     ("mesh", "kernel"), [(None, False), pytest.param((2, 4), True, marks=pytest.mark.slow)], ids=str
 )
-def test_each_method_calls_hooks_with_the_positions_of_all_chunks(
+def test_each_method_gives_hooks_all_chunk_positions(
     mesh: tuple[int, int] | None, kernel: bool
 ) -> None:
     """Of a text in two chunks, in a batch and while it is generated, one token is changed."""
@@ -200,7 +200,7 @@ def test_nan_of_hooks_is_an_error_that_names_hooks() -> None:
             use(PROMPT, **steered(np.nan))
 
 
-def test_requests_without_hooks_are_unchanged_by_those_with_hooks() -> None:
+def test_hooks_do_not_change_requests_without_hooks() -> None:
     server = loaded()
     expected = server.generate(PROMPT, **SETTINGS)
     handle = server.submit(PROMPT, **SETTINGS)
@@ -307,7 +307,7 @@ def test_a_float_model_has_gradients_by_all_weights() -> None:
         assert np.all(np.isfinite(slopes)) and np.any(slopes)
 
 
-def test_the_pure_function_takes_vmap_hooks_and_embeddings() -> None:
+def test_pure_function_takes_vmap_hooks_and_embeddings() -> None:
     server = loaded(kernel=True)
     model, params = server.model(differentiable=True), server.params
     tokens, sites = jnp.array([PROMPT, OTHER]), ("embeddings", "hidden_states")
@@ -361,7 +361,7 @@ def test_transforms_that_kernels_lack_are_refused() -> None:
                 run()
 
 
-def test_loops_of_unknown_length_have_jvp_and_vmap_but_no_grad() -> None:
+def test_loops_of_unknown_length_have_jvp_vmap_no_grad() -> None:
     server, tokens = loaded(), jnp.array([PROMPT])
 
     def number(size: Any) -> jax.Array:

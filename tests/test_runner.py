@@ -46,7 +46,7 @@ def test_mesh_gives_the_answers_of_one_device():
     assert alone == found[-1:]  # bit for bit
 
 
-def test_slots_are_counted_per_device_and_fill_the_data_axis():
+def test_slots_are_per_device_and_fill_the_data_axis():
     for mesh, per_device, slots in (
         ((1, 8), 0.125, 1),
         ((1, 8), 1, 8),
@@ -84,7 +84,7 @@ def test_nothing_compiles_after_the_first_request():
 @pytest.mark.parametrize(
     ("length", "chunks"), [(1, [8]), (8, [8]), (9, [32]), (32, [32]), (40, [32, 8]), (63, [32, 32])]
 )
-def test_rest_of_a_prompt_is_read_in_the_smallest_chunk(length, chunks):
+def test_rest_of_prompt_is_read_in_the_smallest_chunk(length, chunks):
     assert chunk_lengths(length, [8, 32]) == chunks
 
 
@@ -147,7 +147,7 @@ def test_truncated_prompt_keeps_its_newest_tokens():
     assert full.prompt_ids == prompt[-63:] and len(full.token_ids) == 1
 
 
-def test_eos_ends_an_answer_unless_ignored_or_too_early(monkeypatch):
+def test_eos_ends_answer_unless_ignored_or_too_early(monkeypatch):
     """The original code never stops at it."""
     eos = 77
     monkeypatch.setitem(vars(server()), "config", dataclasses.replace(TINY, eos_token=eos))
@@ -164,7 +164,7 @@ def test_eos_ends_an_answer_unless_ignored_or_too_early(monkeypatch):
     assert later.finish_reason == "eos" and later.token_ids.index(eos) == 4
 
 
-def test_stop_tokens_and_strings_end_an_answer_without_them():
+def test_answer_ends_without_its_stop_token_or_string():
     asked = {"rng_seed": 4, "max_len": 30, "temperature": 0.0}
     (free,) = server().generate([Request("The cat", **asked)])
     middle = free.token_ids[12]
@@ -226,7 +226,7 @@ def test_frequency_penalty_counts_tokens():
     assert counts.max() > 1  # also with the penalty, some token is drawn twice
 
 
-def test_logprobs_are_the_models_own_before_all_filters():
+def test_logprobs_are_the_models_own_before_filters():
     asked, plain = server().generate(
         [
             Request([5, 6, 7], temperature=0.3, nucleus_p=0.2, top_k=5, max_len=6, top_logprobs=3),
@@ -256,7 +256,7 @@ def test_text_is_what_the_tokens_add_to_the_prompt():
     assert "".join(event.text for event in events) == answer.text
 
 
-def test_special_pieces_in_a_prompt_are_text_unless_parsed():
+def test_prompt_special_pieces_are_text_unless_parsed():
     prompt = "The end.<|separator|>[EOS]"
     plain = server().generate(prompt, max_len=1)
     special = server().generate(prompt, max_len=1, parse_special=True)
@@ -333,7 +333,7 @@ def test_every_method_refuses_a_number_for_a_prompt(method):
         getattr(server(), method)(5)
 
 
-def test_settings_beside_a_request_or_unknown_are_refused():
+def test_settings_unknown_or_with_request_are_refused():
     with pytest.raises(ValueError, match="max_len is given with a Request, which has its own"):
         server().generate(["The cat", Request("The cat")], max_len=3)
     with pytest.raises(TypeError, match="no field 'max_length'; the nearest is max_len"):
@@ -354,7 +354,7 @@ def test_wrong_number_of_tokens_per_step_ends_nothing(tokens):
     assert len(list(server().stream(handle, tokens=MOST_TOKENS))) == 2 and not server().busy
 
 
-def test_runner_that_is_not_initialized_says_what_to_call():
+def test_runner_not_initialized_says_what_to_call():
     early = InferenceRunner("early", ModelRunner(TINY, 1, None), None, None)
     message = r"early: nothing is loaded yet; call initialize\(\)"
     for method in ("generate", "generate_events", "submit", "logits", "score", "inspect"):

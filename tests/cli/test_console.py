@@ -329,7 +329,7 @@ CLOSED = "error: standard output is closed; send it to a file or a program that 
         ("2>&-", ("checkpoint.py", "verify", "no/such"), 1, ""),
     ],
 )
-def test_closed_output_is_an_error_and_lost_messages_are_not(redirection, arguments, status, err):
+def test_closed_stdout_is_an_error_but_not_stderr(redirection, arguments, status, err):
     done = run_with(redirection, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", err)
 

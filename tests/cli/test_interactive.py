@@ -157,7 +157,7 @@ def test_pause_in_a_terminal_does_not_end_a_session(monkeypatch):
     os.close(person)
 
 
-def test_second_ctrl_c_ends_a_session_with_blocked_output(monkeypatch):
+def test_second_ctrl_c_interrupts_blocked_output(monkeypatch):
     """The first one waits for the end of the write, which does not come."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -197,7 +197,7 @@ def test_unreadable_input_is_an_error(monkeypatch):
             lines_typed()
 
 
-def test_settings_of_a_session_are_checked_before_loading(tiny, command, monkeypatch):
+def test_session_settings_are_checked_before_loading(tiny, command, monkeypatch):
     monkeypatch.setattr("checkpoint.load", None)
     result = command("--checkpoint", tiny, "--interactive", "--max-len", 64)
     assert_one_sentence(result, 1, "error: the options: --max-tokens 64 leaves no room")

@@ -136,7 +136,7 @@ def test_parsed_options_are_immutable():
         parse_arguments([]).seed = 5
 
 
-def test_options_are_either_shared_by_hosts_or_their_own():
+def test_options_are_shared_by_hosts_or_their_own():
     """A new option belongs to one of the two."""
     own = {
         *("checkpoint", "tokenizer", "prompts_file", "prompts_format", "interactive"),

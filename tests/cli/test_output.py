@@ -117,7 +117,7 @@ def test_incomplete_line_is_dropped_wherever_it_is_cut(tail, tmp_path):
     ],
 )
 # fmt: on
-def test_file_of_another_run_is_refused_and_not_changed(content, part, tmp_path, monkeypatch):
+def test_file_of_another_run_is_refused_and_unchanged(content, part, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "MOST_BYTES", 100)
     path = tmp_path / "out"
     path.write_text(content)
@@ -144,7 +144,7 @@ def test_file_that_is_checked_is_the_one_that_is_cut(tmp_path, monkeypatch):
     assert foreign.read_text() == "not an answer\n"
 
 
-def test_full_disk_is_an_error_and_its_file_can_be_resumed(tmp_path, monkeypatch):
+def test_full_disk_is_an_error_and_file_can_be_resumed(tmp_path, monkeypatch):
     path = tmp_path / "out"
     file = opened(path)
     file.show(event(0, "eos"))
@@ -259,13 +259,13 @@ def test_missing_directory_of_the_output_is_named(tmp_path):
 # Fingerprints.
 
 
-def test_fingerprint_does_not_depend_on_the_order_of_keys():
+def test_fingerprint_is_independent_of_key_order():
     values = {"request": {"prompt": "A", "top_k": 1}, "id": None}
     reordered = {"id": None, "request": {"top_k": 1, "prompt": "A"}}
     assert output.fingerprint(**values) == output.fingerprint(**reordered)
 
 
-def test_fingerprint_depends_on_all_that_changes_answers(tmp_path):
+def test_fingerprint_covers_all_that_changes_answers(tmp_path):
     def prints(*arguments, model="model", **line):
         where = ["--checkpoint", str(tmp_path / model), "--output", str(tmp_path / "out")]
         options = run.parse_arguments([*where, *(arguments or ["--prompt-ids", "5 6"])])
@@ -348,7 +348,7 @@ def test_loss_of_a_process_cuts_no_line(order, monkeypatch):
     assert printed == sorted(order)
 
 
-def test_written_answers_are_counted_and_not_kept_in_memory(tmp_path, monkeypatch, capsys):
+def test_written_answers_are_counted_and_leave_memory(tmp_path, monkeypatch, capsys):
     answers = []
 
     class Server:
@@ -443,7 +443,7 @@ def test_killed_run_is_resumed_without_loss(seed, tiny, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_processes_resume_together_and_the_first_writes(start_many, address, tmp_path):
+def test_processes_resume_together_and_first_writes(start_many, address, tmp_path):
     """Only process 0 has the file of prompts."""
     prompts, path = tmp_path / "prompts.jsonl", tmp_path / "out"
     lines = [{"prompt": [5, 6, i], "id": i, "logit_bias": {"7": i}} for i in range(5)]

@@ -39,7 +39,7 @@ def test_json_lines_have_prompts_ids_and_settings(tmp_path):
     assert line.prompt.startswith('{"prompt"')
 
 
-def test_standard_input_is_text_by_default_and_stays_open(monkeypatch):
+def test_stdin_is_text_by_default_and_stays_open(monkeypatch):
     """If it were closed, another file would get its number."""
     give_input(monkeypatch, '{"prompt": "A"}\n')
     (line,) = prompts.read_lines("-")

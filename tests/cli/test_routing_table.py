@@ -50,7 +50,7 @@ def rows_of(layers, index=INDEX):
     return [[*map(str, layers)], *rows]
 
 
-def test_table_has_a_row_per_token_and_a_column_per_layer(monkeypatch):
+def test_table_has_row_per_token_and_column_per_layer(monkeypatch):
     text = table(["Once", " upon\n", " a", "time"], INDEX, 8, 80, monkeypatch)
     assert cells(text) == [rows_of(range(5))]
     assert text.splitlines()[2].startswith(r" upon\n")
@@ -86,7 +86,7 @@ def test_text_is_the_same_with_colour(monkeypatch):
     assert re.sub(r"\x1b\[[\d;]*m", "", colourful) == plain
 
 
-def test_command_shows_the_experts_of_prompt_and_answer(tiny, command, monkeypatch):
+def test_command_shows_experts_of_prompt_and_answer(tiny, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     prompts = ["--prompt", "Once upon a time", "--prompt-ids", "5 6 7 8"]
     options = ["--max-len", 5, "--temperature", 0, "--batch", 1]

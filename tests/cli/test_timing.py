@@ -28,7 +28,7 @@ def test_first_and_later_tokens_are_counted_apart(clock):
     assert re.fullmatch(COUNTED, times.line() + "\n")
 
 
-def test_first_two_tokens_come_together_with_their_own_times(clock):
+def test_first_two_tokens_come_together_with_own_times(clock):
     """The model is compiled for the second one, which takes seconds."""
     left, waiting = [1, 2, 3], []
 

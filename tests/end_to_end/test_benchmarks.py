@@ -40,7 +40,7 @@ def figures(script: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timed
 @pytest.mark.parametrize("arguments", [(), ("--devices", "8", "--through-buffers")])
-def test_loading_takes_the_time_of_reading_and_little_memory(arguments: tuple[str, ...]) -> None:
+def test_loading_takes_reading_time_and_little_memory(arguments: tuple[str, ...]) -> None:
     """The original takes 4.3 s for this checkpoint, and unpickles whole files."""
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/load.py", "--json", "--turns", "5", *arguments],
@@ -57,7 +57,7 @@ def test_loading_takes_the_time_of_reading_and_little_memory(arguments: tuple[st
 
 
 @pytest.mark.slow
-def test_soak_finds_no_wrong_answer_compilation_or_leak() -> None:
+def test_soak_has_no_wrong_answer_compilation_or_leak() -> None:
     found = figures("soak.py", "--requests", "60", "--pool", "40")
     assert found["requests"] == 60 and sum(found["answers"].values()) > 60
     assert found["wrong"] == {} and found["failures"] == []
@@ -218,7 +218,7 @@ def test_a_saved_run_begins_a_new_line(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_start_is_measured_with_and_without_the_cache() -> None:
+def test_a_start_is_measured_with_and_without_cache() -> None:
     options = speed.parse_arguments(["--config", "demo"])
     found = speed.measure_starts(options)
     assert 0 < found["again_s"] < found["cold_s"]

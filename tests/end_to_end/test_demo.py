@@ -71,7 +71,7 @@ def test_held_out_likelihood_is_that_of_the_model_card():
     assert f"{nats:.3f} nats per byte" in card
 
 
-def test_a_story_is_more_probable_than_its_words_reversed():
+def test_story_is_more_probable_than_words_reversed():
     server = load_server(DEMO, ROOT / "tokenizer.model", slots=2, pad_sizes=(128,))
     text = read_documents(VALIDATION)[0][:300]
     scores, backwards = server.score([text, " ".join(reversed(text.split(" ")))])

@@ -103,7 +103,7 @@ def test_decode_needs_two_all_reduces_per_layer(sizes):
 @pytest.mark.parametrize(
     "sizes", [(1, 8), pytest.param((2, 4), marks=pytest.mark.exhaustive)], ids=str
 )
-def test_sharded_activations_need_two_all_gathers_per_layer(sizes):
+def test_sharded_activations_all_gather_twice_a_layer(sizes):
     """And one number per position and norm."""
     inside, outside = exchanged(sizes, sharded=True)
     assert inside == {

@@ -39,7 +39,7 @@ def test_float32_logits_are_exact_without_router_ties(name, mesh, kernel):
 
 
 @pytest.mark.parametrize(("name", "mesh", "kernel"), [*RUNS, *MORE], ids=str)
-def test_bfloat16_logits_are_within_their_rounding_error(name, mesh, kernel):
+def test_bfloat16_logits_are_within_rounding_error(name, mesh, kernel):
     files = golden.recorded(name)
     server = golden.runner(name, "bfloat16", mesh, kernel=kernel)
     error = golden.relative_error(server.logits(files.tokens), files.exact)
@@ -48,7 +48,7 @@ def test_bfloat16_logits_are_within_their_rounding_error(name, mesh, kernel):
     assert 1e-3 < np.median(error[files.real]) <= allowed
 
 
-def test_bfloat16_is_used_for_products_except_the_router():
+def test_bfloat16_is_used_for_products_except_router():
     """And for the cache."""
     config = golden.config(THREE, "bfloat16")
     params = config.param_shapes()

@@ -39,7 +39,7 @@ def asked(*arguments):
     return [SimpleNamespace(args=own) for own in arguments]
 
 
-def test_loglikelihood_is_the_score_of_the_continuation(server, model):
+def test_loglikelihood_is_the_score_of_continuation(server, model):
     found = model.loglikelihood(asked(*PAIRS))
     for (context, continuation), (total, greedy) in zip(PAIRS, found, strict=True):
         whole = server.encode(context + continuation)
@@ -51,7 +51,7 @@ def test_loglikelihood_is_the_score_of_the_continuation(server, model):
     assert [greedy for _, greedy in found] == [True, False, False, False]
 
 
-def test_loglikelihood_of_a_long_pair_reads_its_last_tokens(server, model):
+def test_loglikelihood_of_long_pair_reads_last_tokens(server, model):
     context, continuation = "The king had a daughter. " * 100, " And she was a princess."
     ids = server.encode(context + continuation)
     most, own = server.config.sequence_len, len(ids) - len(server.encode(context.rstrip()))
@@ -65,7 +65,7 @@ def test_loglikelihood_of_a_long_pair_reads_its_last_tokens(server, model):
     assert total == float(np.sum(scores[1:], dtype=np.float64))
 
 
-def test_rolling_loglikelihood_is_the_score_of_the_text(server, model):
+def test_rolling_loglikelihood_is_the_score_of_text(server, model):
     found = model.loglikelihood_rolling(asked(*((text,) for text in TEXTS)))
     assert len(server.encode(TEXTS[-1])) > server.config.sequence_len
     sums = [float(np.sum(scores, dtype=np.float64)) for scores in server.score(TEXTS)]

@@ -70,7 +70,7 @@ def test_json_answers_are_the_same_on_a_mesh(tiny: pathlib.Path, command: Comman
         assert answer["finish_reason"] == "length"
 
 
-def test_several_text_answers_are_printed_with_their_prompts(
+def test_several_text_answers_are_printed_with_prompts(
     tiny: pathlib.Path, command: Command
 ) -> None:
     arguments = ["--checkpoint", tiny, *MIXED, "--max-len", 8]
@@ -177,7 +177,7 @@ def test_json_answers_keep_the_order_of_the_prompts(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
-def test_a_file_that_is_no_small_regular_file_is_refused(
+def test_file_that_is_not_small_and_regular_is_refused(
     name: str, tiny: pathlib.Path, tmp_path: pathlib.Path, command: Command
 ) -> None:
     """For --output, which reads these files for its fingerprints, at most a bounded part of one."""

@@ -92,7 +92,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("options", "status", "part"), MISTAKES, ids=[ascii(row[0])[1:40] for row in MISTAKES]
 )
-def test_wrong_options_are_refused_before_weights_are_loaded(
+def test_wrong_options_are_refused_before_loading(
     options: str,
     status: int,
     part: str,

@@ -81,7 +81,7 @@ def test_ctrl_c_cuts_no_answer_while_the_pipe_is_full(monkeypatch: pytest.Monkey
     assert 0 < len(lines) < 9
 
 
-def test_a_closed_pipe_ends_the_command_without_a_message(
+def test_closed_pipe_ends_the_command_without_message(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave(status: int) -> None:

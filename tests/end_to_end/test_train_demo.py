@@ -79,7 +79,7 @@ def test_a_damaged_state_is_refused(how, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_interrupted_training_continues_with_the_same_result(recipe):
+def test_interrupted_training_resumes_with_same_result(recipe):
     whole = recipe("whole.npz")
     recipe("cut.npz", stop_after=5)  # after the state of step 4 was saved
     resumed = recipe("cut.npz")
@@ -89,7 +89,7 @@ def test_interrupted_training_continues_with_the_same_result(recipe):
         recipe("cut.npz", seed=1)
 
 
-def test_rows_are_consecutive_tokens_and_grow_to_the_context():
+def test_rows_of_consecutive_tokens_grow_to_context():
     tokens = np.arange(20000) % 4096
     rows = list(train_demo.batches(tokens, seed=0, steps=20, context=512))
     assert [r.shape for r in rows] == [(32, 129)] * 12 + [(16, 257)] * 5 + [(8, 513)] * 3
@@ -160,7 +160,7 @@ def test_the_tokenizer_is_trained_once(monkeypatch, tmp_path):
     assert train_demo.get_tokenizer(options, []).vocab_size() == 4096  # after an interruption
 
 
-def test_a_corpus_too_small_for_the_tokenizer_is_refused(tmp_path):
+def test_corpus_too_small_for_the_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected documents from which 4096 pieces can be made"):
         demo_corpus.train_tokenizer(["story"], tmp_path / "tokenizer.model")
     assert not any(tmp_path.iterdir())

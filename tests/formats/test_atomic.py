@@ -8,7 +8,7 @@ import pytest
 from grok1.formats.atomic import open_regular
 
 
-def test_open_regular_refuses_a_pipe_that_replaces_a_file(
+def test_open_regular_refuses_a_pipe_replacing_a_file(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opening a pipe blocks until another process writes to it."""

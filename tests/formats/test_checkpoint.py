@@ -48,7 +48,7 @@ def struct(*shape: int, dtype: Any = jnp.int8) -> jax.ShapeDtypeStruct:
 # Reading and writing.
 
 
-def test_a_golden_model_loads_as_unpickled_and_saves_its_bytes(tmp_path: pathlib.Path) -> None:
+def test_golden_model_loads_and_saves_the_same_bytes(tmp_path: pathlib.Path) -> None:
     config = checkpoint.read_config(TWELVE_LAYERS)
     shapes = LanguageModelConfig.from_dict(config).param_shapes()
     params = checkpoint.load(TWELVE_LAYERS, shapes)
@@ -89,7 +89,7 @@ def test_all_files_of_grok_1_are_as_released() -> None:
     assert sum(record.size for record in records) == 318_239_886_140
 
 
-def test_other_files_and_links_beside_the_tensors_are_accepted(
+def test_other_files_and_links_to_tensors_are_accepted(
     tiny_checkpoint: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
@@ -126,7 +126,7 @@ def test_a_config_replaced_while_loading_is_noticed(tmp_path: pathlib.Path) -> N
         load_model(tmp_path, kernels=False, progress=save)
 
 
-def test_a_save_begun_while_headers_are_read_is_noticed(
+def test_a_save_begun_while_reading_headers_is_noticed(
     tiny_checkpoint: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have replaced some of the files, and be interrupted."""
@@ -316,9 +316,7 @@ DIRECTORY_CASES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize(("damage", "part"), DIRECTORY_CASES.values(), ids=DIRECTORY_CASES)
-def test_missing_and_extra_files_are_refused_in_one_sentence(
-    damage: Damage, part: str, copy: pathlib.Path
-) -> None:
+def test_missing_and_extra_files_are_refused(damage: Damage, part: str, copy: pathlib.Path) -> None:
     damage(copy)
     message = refusal(copy)
     assert message.startswith(str(copy))

@@ -54,7 +54,7 @@ def test_a_runner_loads_both_forms_alike(tmp_path: pathlib.Path) -> None:
         assert leaf.sharding == same.sharding
 
 
-def test_a_converted_directory_has_its_files_and_no_others(
+def test_a_converted_directory_has_only_its_files(
     released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     layers = {f"layer-{layer:02d}.safetensors" for layer in range(3)}
@@ -269,7 +269,7 @@ def test_a_finished_file_that_changed_is_written_again(
 
 
 @FORMS
-def test_a_killed_conversion_is_resumed_to_the_same_bytes(
+def test_a_killed_conversion_resumes_to_the_same_bytes(
     form: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The target is copied before each change: a copy is what a kill at that moment leaves."""
@@ -415,7 +415,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(name: str, tmp_path: pathli
     assert not (tmp_path / "target" / INDEX).exists()
 
 
-def test_an_old_index_is_removed_before_new_files_are_written(
+def test_old_index_is_removed_before_files_are_written(
     safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     shutil.copytree(safe, tmp_path / "target")
@@ -426,7 +426,7 @@ def test_an_old_index_is_removed_before_new_files_are_written(
     convert(source, tmp_path / "target", "safetensors")  # resumes without --overwrite
 
 
-def test_only_one_conversion_or_save_writes_to_a_directory(
+def test_only_one_conversion_or_save_writes_at_a_time(
     released: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     refused = []
@@ -483,7 +483,7 @@ def test_the_state_is_read_under_the_lock(
     assert seen and contents(tmp_path) == contents(safe)
 
 
-def test_nothing_is_saved_into_an_unfinished_conversion(
+def test_nothing_is_saved_into_unfinished_conversion(
     released: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     begin(released, tmp_path)
@@ -560,7 +560,7 @@ def test_ctrl_c_ends_a_conversion_that_can_be_resumed(tmp_path: pathlib.Path) ->
     assert verify(target)[1] == []
 
 
-def test_ctrl_c_while_jax_is_imported_shows_no_traceback(safe: pathlib.Path) -> None:
+def test_ctrl_c_during_jax_import_shows_no_traceback(safe: pathlib.Path) -> None:
     process = start(ROOT / "checkpoint.py", "verify", safe)
     maps = pathlib.Path(f"/proc/{process.pid}/maps")
     wait_for(process, lambda: "jaxlib" in maps.read_text())

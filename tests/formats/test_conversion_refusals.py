@@ -178,7 +178,7 @@ def test_files_that_the_source_lacks_are_not_left_over(
     assert not (target / name).exists()
 
 
-def test_equal_copies_and_a_damaged_checkpoint_are_replaced(
+def test_equal_copies_and_damaged_files_are_replaced(
     released: pathlib.Path, safe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     for name in ("config.json", "tokenizer.model"):
@@ -227,7 +227,7 @@ def test_symbolic_links_in_the_target_are_not_followed(
     assert error.startswith(f"error: {link}: ") and "got an error (it is a link, which is" in error
 
 
-def test_a_directory_without_permission_is_not_called_empty(
+def test_unreadable_directory_is_not_called_empty(
     released: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system hides what is in it; root may read every directory."""
@@ -251,7 +251,7 @@ def test_a_huge_tokenizer_is_not_copied(
     assert (tmp_path / "target/tokenizer.model").read_bytes() == bytes(1000)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_writing(
+def test_a_too_small_disk_is_refused_before_writing(
     released: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(released, tmp_path / "source")

@@ -186,7 +186,7 @@ def too_long(*_: Any) -> None:
     ids=["released", "safetensors", "config"],
     indirect=["found"],
 )
-def test_damaged_files_load_as_the_original_or_are_refused(
+def test_damaged_files_load_as_original_or_are_refused(
     found: Checkpoint, mutations: list[Callable[[Checkpoint, Rng], None]], count: int
 ) -> None:
     rng = np.random.default_rng(20240317)

@@ -69,7 +69,7 @@ def loading_threads() -> list[threading.Thread]:
 # ---------------------------------------------------------------------------- values and progress
 
 
-def test_each_device_gets_its_slice_and_bytes_are_read_once(
+def test_devices_get_slices_and_bytes_are_read_once(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_piece, pieces, calls = loading._set_piece, [], []
@@ -131,7 +131,7 @@ def test_a_process_reads_only_what_its_devices_hold(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 10**9])
-def test_pieces_cover_an_array_once_in_at_most_two_shapes(
+def test_pieces_cover_array_once_in_at_most_two_shapes(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program is compiled for each shape."""
@@ -220,9 +220,7 @@ def test_a_device_is_filled_in_place(
     np.testing.assert_array_equal(np.asarray(params[LAYER + "a"]["w"]), values)
 
 
-def test_the_host_holds_its_arrays_and_one_buffer_a_thread(
-    way: str, tmp_path: pathlib.Path
-) -> None:
+def test_host_holds_its_arrays_and_one_buffer_a_thread(way: str, tmp_path: pathlib.Path) -> None:
     tree, values = one_array(tmp_path, 8, 1024, 1024)
     checkpoint.load(tmp_path, tree)
     tracemalloc.start()  # counts the memory of Python and numpy, not of jax's devices
@@ -255,7 +253,7 @@ def test_small_arrays_of_grok_1_fit_on_the_host() -> None:
 # --------------------------------------------------------------------------------------- errors
 
 
-def test_no_memory_is_taken_before_the_last_header_is_checked(
+def test_no_memory_is_taken_before_headers_are_checked(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree, _ = one_array(tmp_path, 3, 64)
@@ -287,7 +285,7 @@ def cut(path: pathlib.Path) -> None:
     ("change", "when"),
     [(overwritten, "while"), (cut, "while"), (cut, "before"), (replaced, "before")],
 )
-def test_a_file_that_changes_after_the_check_is_not_loaded(
+def test_a_file_changed_after_the_check_is_not_loaded(
     change: Callable[[pathlib.Path], None],
     when: str,
     tmp_path: pathlib.Path,
@@ -357,7 +355,7 @@ def test_values_that_are_not_finite_are_not_loaded(
     assert not loading_threads()
 
 
-def test_numbers_too_large_for_the_wanted_dtype_are_refused(tmp_path: pathlib.Path) -> None:
+def test_numbers_too_large_for_the_dtype_are_refused(tmp_path: pathlib.Path) -> None:
     tree = {"a": {"w": jax.ShapeDtypeStruct((300, 50), jnp.float32)}}
     values = np.ones((300, 50), np.float32)
     values[299, 49] = 3.4e38

@@ -99,7 +99,7 @@ def odd_leaves() -> Iterator[Any]:
         )
 
 
-def test_files_are_equal_to_pickles_and_their_arrays_are_located(
+def test_files_equal_pickles_and_arrays_are_located(
     dumps: Callable[[Any], bytes],
 ) -> None:
     for leaf in odd_leaves():
@@ -135,7 +135,7 @@ def test_unusual_byte_and_memory_orders_are_named(
     assert pickle_file.describe(read(data)) == "'='-endian float32 [8, 2]"
 
 
-def test_arrays_over_4_gib_are_located_without_reading_them(tmp_path: pathlib.Path) -> None:
+def test_arrays_over_4_gib_are_located_but_not_read(tmp_path: pathlib.Path) -> None:
     """Their length takes eight bytes. Neither the zeros nor the hole in the file use space."""
     above, below = (np.zeros((rows, 1 << 16), np.int8) for rows in (0x10000, 0xFFFF))
     size = pickle_file.file_size(above)
@@ -298,7 +298,7 @@ def refusal(data: bytes) -> str:
 
 
 @pytest.mark.parametrize(("made", "parts"), [(c[0], c[1:]) for c in CASES.values()], ids=CASES)
-def test_damaged_and_hostile_files_are_refused_and_not_run(
+def test_damaged_and_hostile_files_are_refused_not_run(
     made: Any, parts: tuple[str, ...], dumps: Callable[[Any], bytes]
 ) -> None:
     message = refusal(made if isinstance(made, bytes) else dumps(made))

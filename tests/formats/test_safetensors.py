@@ -52,7 +52,7 @@ def test_each_layer_has_one_file_and_the_names_sort() -> None:
     assert files == [safetensors.OUTER, *(f"layer-{layer:03d}.safetensors" for layer in range(101))]
 
 
-def test_the_library_reads_the_tensors_that_the_index_lists(tiny: pathlib.Path) -> None:
+def test_the_library_reads_the_tensors_of_the_index(tiny: pathlib.Path) -> None:
     params, index = random_params(tiny_shapes()), safetensors.read_index(tiny)
     found = {}
     for file in sorted(set(index.files.values())):
@@ -233,9 +233,7 @@ def test_damaged_indexes_are_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize(("damage", "part"), FILE_CASES.values(), ids=FILE_CASES)
-def test_damaged_safetensors_are_refused_in_one_sentence(
-    damage: Damage, part: str, copy: pathlib.Path
-) -> None:
+def test_damaged_safetensors_are_refused(damage: Damage, part: str, copy: pathlib.Path) -> None:
     path = copy / "layer-00.safetensors"
     damage(path)
     message = refusal(copy)
@@ -243,7 +241,7 @@ def test_damaged_safetensors_are_refused_in_one_sentence(
     assert part in message
 
 
-def test_a_file_cut_while_its_header_is_read_is_refused(
+def test_a_file_cut_while_header_is_read_is_refused(
     copy: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a mapped file that is cut would end the process with SIGBUS."""

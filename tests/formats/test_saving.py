@@ -126,7 +126,7 @@ def files_of(directory: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (directory / "ckpt-0").iterdir()}
 
 
-def test_files_do_not_depend_on_where_arrays_are_or_their_order(tmp_path: pathlib.Path) -> None:
+def test_files_are_independent_of_device_and_layout(tmp_path: pathlib.Path) -> None:
     params = random_params(tiny_shapes())
 
     def strange(array: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ def test_a_save_that_fails_leaves_the_old_file_whole(
         assert_same(checkpoint.load(tmp_path, tiny_shapes()), random_params(tiny_shapes(), seed=1))
 
 
-def test_an_interrupted_save_is_not_loaded_as_two_models(
+def test_interrupted_save_is_not_loaded_as_two_models(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file is valid, but one array would have layers of both models."""

@@ -85,7 +85,7 @@ plain_matmul = jax.jit(matmul)
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_each_row_is_multiplied_by_the_matrix_of_its_group(sizes):
+def test_each_row_is_multiplied_by_matrix_of_its_group(sizes):
     groups, inputs, outputs, _ = sizes
     weight = random_weight(*sizes)
     # Groups of fewer and more rows than a tile, without rows, and of more than one chunk.
@@ -200,7 +200,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("case", CACHES.values(), ids=CACHES)
-def test_attention_is_exact_and_reads_only_filled_positions(case):
+def test_attention_is_exact_on_filled_positions_only(case):
     batch, positions, heads, queries, width, filled, dtype = case
     rng = np.random.default_rng(3)
     query = jnp.asarray(3 * rng.standard_normal((batch, 1, heads, queries, width)), dtype)

@@ -87,7 +87,7 @@ def product_kernel():
     ],
     ids=[*PRODUCTS, "odd shapes in float32"],
 )
-def test_each_row_is_multiplied_by_the_matrix_of_its_group(case, dtype, product_kernel):
+def test_each_row_is_multiplied_by_matrix_of_its_group(case, dtype, product_kernel):
     x, weight, starts = case.arrays(dtype)
     y = product_kernel(x, weight, starts, 1)
     exact = exact_product(x, weight, starts, 1)
@@ -123,7 +123,7 @@ def test_row_does_not_depend_on_other_rows():
         assert np.all(z[0] == 0) and np.all(z[29:] == 0)
 
 
-def test_pieces_of_a_sum_do_not_depend_on_the_number_of_rows():
+def test_pieces_of_a_sum_are_independent_of_row_count():
     for groups, inputs, outputs, scale_groups in (
         (8, 6144, 4096, 1), (8, 32768, 6144, 8), (1, 6144, 768, 1), (1, 768, 6144, 1)
     ):  # fmt: skip
@@ -372,7 +372,7 @@ def test_tile_reads_up_to_its_last_visible_position():
     assert reach.tolist() == [[142, 150], [52, 60]]
 
 
-def test_decode_step_moves_little_more_than_its_weights():
+def test_decode_step_moves_little_more_than_weights():
     """For one device of eight, batch 1 and 1,024 filled positions."""
     layers, width, hidden, filled, table = 64, 6144, 4096, 1024, 16384 * 6144 * 2
     moved = needed = 0
@@ -469,7 +469,7 @@ def test_scan_over_layers_passes_the_whole_stack():
     assert "xla.gpu.triton" in text and not copies
 
 
-def test_prefill_makes_no_array_of_queries_by_positions():
+def test_prefill_makes_no_queries_by_positions_array():
     query, keys, values, mask = attention_shapes(1, 8192)
     launch = gpu.plan_attention(query, keys, values, mask)
     assert launch.parts == 1

@@ -123,7 +123,7 @@ def test_library_that_others_could_write_is_not_loaded(quick, caplog):
     assert kept.read_bytes().startswith(content) and calls(quick) == 2
 
 
-def test_library_is_compiled_at_every_start_without_a_cache(quick, monkeypatch, caplog):
+def test_every_start_compiles_library_without_a_cache(quick, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(quick))
     monkeypatch.setenv("CXX", f"{quick} -DNOTHING -D\udcff")  # options may hold any bytes
     for count in (1, 2):
@@ -134,7 +134,7 @@ def test_library_is_compiled_at_every_start_without_a_cache(quick, monkeypatch, 
 
 
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "unsafe"])
-def test_without_a_temporary_directory_the_cache_is_used(quick, monkeypatch, missing):
+def test_cache_is_used_without_a_temporary_directory(quick, monkeypatch, missing):
     shared = quick.with_name("shared")
     shared.mkdir()
     shared.chmod(0o777)  # others could replace what is compiled there

@@ -64,7 +64,7 @@ def test_both_forms_equal_the_product(lead, groups, columns, dtype):
 
 
 @pytest.mark.usefixtures("form")
-def test_both_forms_are_exact_for_rows_of_any_magnitude():
+def test_both_forms_are_exact_for_any_magnitude():
     """One outlier; equal values; all magnitudes; just below a power of two; tiny; huge."""
     rows = [
         np.r_[1e4, np.full(511, 1e-3)],
@@ -96,7 +96,7 @@ def test_int8_digits_of_a_tiny_row_are_not_zero():
 
 
 @pytest.mark.usefixtures("integers")
-def test_int8_digits_of_a_row_do_not_depend_on_other_rows():
+def test_int8_digits_do_not_depend_on_other_rows():
     x = np.random.default_rng(2).standard_normal((70, 64)).astype(np.float32)
     weight = random_weight((), 64, 10, 8)
     together = np.asarray(xla_cpu_matmul(x, weight))
@@ -114,7 +114,7 @@ def test_gradient_is_that_of_the_exact_product():
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
-def test_int8_matrix_is_not_converted_to_float32_as_a_whole(form):
+def test_int8_matrix_is_not_converted_to_float32_whole(form):
     """Writing it to memory as float32 takes much longer than the product."""
     weight = random_weight((), 64, 320, 1)
     text = xla_cpu_matmul.lower(np.ones((4, 64), np.float32), weight).as_text()

@@ -95,7 +95,7 @@ def test_nan_key_gives_nan():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_scores_at_the_cap_do_not_overflow_or_underflow(sign):
+def test_scores_at_cap_do_not_overflow_or_underflow(sign):
     """The maximum is not subtracted: 8,192 exponentials of 30 or of -30 are summed."""
     size = 8192
     query = np.full((1, 1, HEADS, GROUP, WIDTH), 100.0 * sign, np.float32)
@@ -106,7 +106,7 @@ def test_scores_at_the_cap_do_not_overflow_or_underflow(sign):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_temporary_memory_does_not_depend_on_cache_size():
+def test_temporary_memory_is_independent_of_cache_size():
     def temporaries(size):
         arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs([size], 64, size)[:3]]
         mask = jax.ShapeDtypeStruct((1, 64, 1), bool)

@@ -215,7 +215,7 @@ def test_one_block_is_enough_for_most_experts(copies, experts):
     ("tokens", "experts", "chosen"),
     [(1, 8, 2), (5, 3, 3), (7, 1, 1), (9, 8, 1), (140, 4, 2)],
 )
-def test_each_token_copy_has_one_row_in_a_block_of_its_expert(tokens, experts, chosen):
+def test_token_copy_has_one_row_in_block_of_its_expert(tokens, experts, chosen):
     sort = jax.jit(sort_by_expert, static_argnums=1)
     for name, inputs in routings(tokens, experts, chosen):
         row_token, block_expert, used, copy_row = map(np.asarray, sort(inputs.index, experts))
@@ -349,7 +349,7 @@ def test_layer_is_exact_on_one_device_and_on_a_mesh(inputs, mesh, sharded):
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 4)], ids=str)
-def test_by_size_is_used_only_for_one_sequence_per_device(inputs, mesh, monkeypatch):
+def test_by_size_is_only_for_one_sequence_per_device(inputs, mesh, monkeypatch):
     """Its rounding depends on the other tokens: those of other sequences must not matter."""
     used = []
     by_size = xla_cpu.by_size
@@ -377,7 +377,7 @@ def test_layer_initializes_each_expert_separately(inputs):
     assert len(np.unique(params["moe/out"]["w"][:, 0, 0])) == EXPERTS
 
 
-def test_function_around_a_dense_block_equals_the_block(inputs):
+def test_function_around_dense_block_equals_the_block(inputs):
     """The two paths through the layer take the same parameters and compute the same."""
     params = layer_params("int8", (LAYERS,))
 

@@ -30,7 +30,7 @@ matmul_jit = jax.jit(matmul)
 # ------------------------------------------------------------------------------- the weight itself
 
 
-def test_quantized_weight_is_a_pytree_of_weight_and_scales():
+def test_quantized_weight_pytree_has_weight_and_scales():
     """A transformation must reach both arrays and return the class that the model exports."""
     weight = QuantizedWeight8bit(weight=np.ones((4, 2), np.int8), scales=np.ones((1, 2), BFLOAT16))
     shapes = jax.tree.map(lambda x: x.shape, weight)
@@ -87,7 +87,7 @@ def test_quantize_keeps_groups_of_zeros():
 
 
 @pytest.mark.parametrize("groups", [0, 3, 16])
-def test_quantize_rejects_groups_that_do_not_divide_rows(groups):
+def test_quantize_rejects_groups_not_dividing_rows(groups):
     with pytest.raises(
         ValueError, match=rf"groups must divide the 8 rows .*\(8, 4\), got {groups}"
     ):
@@ -138,7 +138,7 @@ def test_int8_matmul_is_exact_up_to_float32_sums(lead, rows, columns, groups, dt
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
-def test_float_matmul_rounds_only_the_weight_to_x_dtype(dtype):
+def test_float_matmul_rounds_only_weight_to_x_dtype(dtype):
     rng = np.random.default_rng(4)
     x = rng.standard_normal((3, 40)).astype(dtype)
     weight = rng.standard_normal((40, 6)).astype(np.float32)

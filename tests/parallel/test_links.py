@@ -115,7 +115,7 @@ def test_time_limit_holds_for_the_whole_message(pair: Pair) -> None:
     writer.join()
 
 
-def test_long_message_may_take_longer_than_the_time_out(pair: Pair) -> None:
+def test_message_may_take_longer_than_the_time_out(pair: Pair) -> None:
     """The time-out is for each piece of it."""
     link, far = pair
     message = pack(a="x" * 2**20)

@@ -89,7 +89,7 @@ def test_answers_on_all_mesh_axes_equal_one_device():
         ),
     ],
 )
-def test_groups_of_scales_need_not_be_those_of_the_mesh(heads, model, experts):
+def test_groups_of_scales_need_not_match_the_mesh(heads, model, experts):
     """Eight groups on three devices, or on four pairs, or on four times four."""
     config, tokens = random_config(*heads, experts), np.arange(1, 17).reshape(1, 16)
     expected = serve(config, (1, 1)).logits(tokens)

@@ -205,7 +205,7 @@ def test_error_of_one_process_ends_the_other(
 
 
 @pytest.mark.parametrize(("victim", "name"), [(1, "SIGINT"), (0, "SIGKILL")])
-def test_end_of_a_process_while_others_connect_ends_all(
+def test_end_of_process_while_others_connect_ends_all(
     victim: int, name: str, start: Start, address: str, tmp_path: pathlib.Path
 ) -> None:
     """Two of three processes are connected."""

@@ -176,7 +176,7 @@ def test_greeting_with_invalid_fields_is_refused(changes: dict[str, Any], peers:
     ],
     ids=["version", "number", "id"],
 )
-def test_process_that_does_not_fit_ends_all_before_the_start(
+def test_mismatched_process_ends_all_before_the_start(
     changes: dict[str, Any], sentence: str, complete: bool, peers: Peers
 ) -> None:
     """A process that comes after the start does not disturb the run."""
@@ -187,7 +187,7 @@ def test_process_that_does_not_fit_ends_all_before_the_start(
     assert (peers.loss, peers._links[1].sent) == ((None, []) if complete else (sentence, [told]))
 
 
-def test_oldest_of_too_many_pending_connections_is_closed(peers: Peers) -> None:
+def test_oldest_of_many_pending_connections_is_closed(peers: Peers) -> None:
     """Idle connections must not use up the open files, nor keep a process out."""
     peers.peer_timeout = 20
     with contextlib.ExitStack() as stack:

@@ -74,7 +74,7 @@ def test_loss_after_an_interrupt_does_not_hide_it(
     assert capfd.readouterr().err == "interrupted\n"
 
 
-def test_interrupt_while_the_loss_is_printed_ends_the_process(peers: Peers) -> None:
+def test_interrupt_while_loss_is_printed_ends_process(peers: Peers) -> None:
     """Otherwise other threads that leave would wait for this one to print the loss."""
     peers.say = lambda _: signal.raise_signal(signal.SIGINT)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
@@ -242,7 +242,7 @@ def test_jax_shuts_down_when_all_are_done(peers: Peers, monkeypatch: pytest.Monk
     assert link.sent == [pack(phase="the end"), pack(done=True)]
 
 
-def test_hanging_shutdown_of_jax_ends_after_the_time_out(
+def test_hanging_jax_shutdown_ends_after_the_time_out(
     peers: Peers, statuses: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network may have dropped its connection; all processes are done, so the status is 0."""

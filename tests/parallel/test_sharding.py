@@ -38,7 +38,7 @@ DENSE = dataclasses.replace(
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (1, 3)])
-def test_mesh_has_the_given_sizes_and_the_first_devices(sizes):
+def test_mesh_has_the_given_sizes_and_first_devices(sizes):
     mesh = make_mesh(sizes)
     assert dict(mesh.shape) == dict(zip(("data", "model"), sizes, strict=True))
     assert mesh.axis_names == ("data", "model")
@@ -102,7 +102,7 @@ def test_each_host_has_one_block_of_the_mesh(local, between, expected):
 
 
 @pytest.mark.usefixtures("two_hosts")
-def test_devices_with_one_key_value_head_are_on_one_host():
+def test_devices_of_one_key_value_head_are_on_one_host():
     """Four heads on eight devices."""
     grid, names = make_mesh((1, 4), (1, 2), num_kv_heads=4)
     assert names == ("data", "model", "replica")
@@ -227,7 +227,7 @@ def test_parameter_without_a_rule_is_an_error(name):
 # ----------------------------------------------------------------------------- specs of parameters
 
 
-def test_layer_axis_is_not_split_and_scales_are_split_like_weights():
+def test_scales_split_like_weights_never_by_layer_axis():
     config = grok_1()
     specs = parameter_specs(config.param_shapes(), config.partition_rules())
     assert specs == {
@@ -262,7 +262,7 @@ def test_one_group_of_scales_is_not_split():
     }
 
 
-def test_replica_axis_splits_all_but_keys_values_and_few_scales():
+def test_replica_axis_splits_all_but_kv_and_few_scales():
     mesh = make_mesh((1, 16), num_kv_heads=8)
     config = grok_1()
     specs = parameter_specs(config.param_shapes(), config.partition_rules(mesh), mesh)
@@ -302,7 +302,7 @@ def with_model(config=TINY, **fields):
                        r"use one of \[1, 2\]"),
     ],
 )  # fmt: skip
-def test_model_that_does_not_fit_a_mesh_names_those_that_do(config, sizes, message):
+def test_mesh_that_does_not_fit_names_those_that_do(config, sizes, message):
     """The named sizes divide every width, not only the one that failed."""
     heads = config.model.num_kv_heads
     mesh = make_mesh(sizes, num_kv_heads=heads)
@@ -313,12 +313,12 @@ def test_model_that_does_not_fit_a_mesh_names_those_that_do(config, sizes, messa
         config.check_mesh(make_mesh((1, int(size)), num_kv_heads=heads))
 
 
-def test_axis_need_not_divide_widths_that_are_not_split():
+def test_axis_need_not_divide_unsplit_widths():
     with_model(emb_size=18).check_mesh(make_mesh((1, 4)))
     with_model(TINY, num_layers=3).check_mesh(make_mesh((8, 1)))
 
 
-def test_model_axis_longer_than_key_value_heads_needs_a_replica_axis():
+def test_model_axis_beyond_kv_heads_needs_replica_axis():
     """Eight heads of the cache cannot be divided among sixteen devices."""
     TINY.check_mesh(make_mesh((1, 16), num_kv_heads=8))
     with pytest.raises(ValueError, match=r"model axis of 8, one key/value head each, .*replica"):
@@ -339,7 +339,7 @@ def test_mesh_without_the_configured_axes_is_refused():
 # --------------------------------------------------------------------------------------- constrain
 
 
-def test_constrain_sets_the_sharding_and_keeps_the_values():
+def test_constrain_sets_sharding_and_keeps_values():
     x = jnp.arange(32.0).reshape(4, 8)
     assert constrain(x, None, "data", "model") is x
     mesh = make_mesh((2, 4))

@@ -104,7 +104,7 @@ def test_nan_in_prompt_scores_ends_all_answers():
 # --------------------------------------------------------------------------------- failed steps
 
 
-def test_failed_step_ends_running_requests_with_its_error(monkeypatch):
+def test_failed_step_ends_requests_with_its_error(monkeypatch):
     drain()
 
     def fail(*_, **__):
@@ -129,7 +129,7 @@ def test_failed_step_ends_running_requests_with_its_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "call"), [("_fetch", 2), ("_start", SLOTS + 1)])
-def test_failed_step_ends_answers_that_wait_for_its_prompt(monkeypatch, name, call):
+def test_failed_step_ends_answers_waiting_for_prompt(monkeypatch, name, call):
     """Also where it fails after the slots of the answers before them were freed."""
     drain()
     handle = server().submit(Request([5, 6], max_len=1, num_samples=3 * SLOTS))

@@ -56,5 +56,5 @@ def test_nearest_name(name, known, nearest):
     assert nearest_name(name, known) == (f"; the nearest is {nearest}" if nearest else "")
 
 
-def test_command_and_api_have_the_same_default_temperature():
+def test_command_and_api_share_a_default_temperature():
     assert parsing.parse_arguments([]).temperature == Request("a").temperature == 0.7

@@ -59,7 +59,7 @@ def test_iterables_are_equal_to_lists(kind):
     assert_same_request(check(Request(**fields)), check(Request(**FIELDS)))
 
 
-def test_later_changes_of_the_callers_lists_have_no_effect():
+def test_later_changes_of_callers_lists_have_no_effect():
     fields, bias = {name: [*values] for name, values in FIELDS.items()}, {66: 5.0}
     request = Request(**fields, logit_bias=bias)
     checked, expected = check(request), check(Request(**FIELDS, logit_bias={66: 5.0}))

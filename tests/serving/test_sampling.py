@@ -168,7 +168,7 @@ def assert_keeps(filtered: Any, logits: np.ndarray, expected: list[np.ndarray]) 
         np.testing.assert_array_equal(filtered[row], wanted, err_msg=f"row {row}")
 
 
-def test_nucleus_ends_with_the_token_that_reaches_p_exactly() -> None:
+def test_nucleus_ends_with_token_reaching_p_exactly() -> None:
     """Of 8 equal tokens, p = 3/8 keeps 3, and so does the next smaller float; the larger, 4."""
     p = np.array([1, 3, 4, 7], np.float32) / 8
     below, above = (np.nextafter(p, np.float32(limit)) for limit in (0, 1))
@@ -190,7 +190,7 @@ def test_nucleus_is_exact_over_the_full_vocabulary() -> None:
     assert_keeps(jitted_top_p(logits, top_p), logits, expected)
 
 
-def test_min_p_keeps_tokens_by_their_share_of_the_largest() -> None:
+def test_min_p_keeps_tokens_by_share_of_the_largest() -> None:
     weights = np.array([[8, 4, 4, 2, 1, 0]] * 4, np.float64)
     with np.errstate(divide="ignore"):
         logits = np.log(weights).astype(np.float32)
@@ -200,7 +200,7 @@ def test_min_p_keeps_tokens_by_their_share_of_the_largest() -> None:
     assert_keeps(jax.jit(min_p_filter)(logits, min_p, np.ones(4)), logits, expected)
 
 
-def test_reported_probabilities_are_those_after_all_filters() -> None:
+def test_reported_probabilities_are_after_all_filters() -> None:
     logits, settings = random_batch(3)
     output = draw(logits, **settings)
     del settings["top_logprobs"]
@@ -257,7 +257,7 @@ def test_sequence_gets_the_same_bits_in_any_batch() -> None:
             np.testing.assert_array_equal(np.asarray(before)[slots], after, err_msg=name)
 
 
-def test_logprobs_are_the_models_own_before_all_filters() -> None:
+def test_logprobs_are_the_models_own_before_filters() -> None:
     logits, settings = random_batch(12)
     logits = logits + 0.0  # no -0, which lax.top_k puts below 0
     asked = draw(logits, **settings)
@@ -416,7 +416,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_validation_accepts_one_sequence_and_the_limits() -> None:
+def test_validation_accepts_one_sequence_and_limits() -> None:
     validate_settings(SampleSettings(**GOOD))
     validate_settings(SampleSettings(**{**GOOD, "temperature": 0, "nucleus_p": 1, "top_k": None}))
     for limit in (1 / LARGEST_PENALTY, LARGEST_PENALTY):

@@ -76,7 +76,7 @@ def test_each_request_gets_its_answer_in_any_schedule(schedule):
 @pytest.mark.exhaustive
 @many(300)
 @given(schedules)
-def test_each_request_gets_its_answer_in_many_schedules(schedule):
+def test_requests_get_their_answers_in_many_schedules(schedule):
     run_schedule(schedule)
 
 
@@ -157,7 +157,7 @@ def test_long_prompt_is_read_between_tokens_of_others():
     drain()
 
 
-def test_waiting_requests_are_served_in_order_or_cancelled():
+def test_requests_are_served_in_order_or_cancelled():
     drain()
     handles = [server().submit(Request([5 + i], max_len=4, ignore_eos=True)) for i in range(7)]
     server().cancel(handles[5])
@@ -171,7 +171,7 @@ def test_waiting_requests_are_served_in_order_or_cancelled():
     assert [number for number in ended if number in numbers] == numbers
 
 
-def test_next_step_is_dispatched_before_tokens_are_read(monkeypatch):
+def test_next_step_is_dispatched_before_reading_tokens(monkeypatch):
     drain()
     order, deliver = [], Scheduler._deliver
 
@@ -222,7 +222,7 @@ def test_long_prompt_bounds_the_steps_in_flight(monkeypatch):
 
 
 @pytest.mark.slow
-def test_prompt_of_hundreds_of_chunks_is_read_on_a_mesh():
+def test_prompt_of_hundreds_of_chunks_is_read_on_mesh():
     config = dataclasses.replace(TINY, sequence_len=1024)
     own = make(config, slots=8, mesh=(2, 4), pad_sizes=(4,))
     (answer,) = own.generate([Request([5, 6, 7, 8] * 250, temperature=0.0, max_len=3)])
@@ -264,7 +264,7 @@ def test_statistics_count_what_was_decoded():
 # ---------------------------------------------------------------------- one prompt, several answers
 
 
-def test_prompt_is_read_once_for_more_answers_than_slots(monkeypatch):
+def test_prompt_is_read_once_if_answers_exceed_slots(monkeypatch):
     drain()
     chunks, read = [], scheduler.prefill
 
@@ -347,7 +347,7 @@ def test_iterator_collected_during_a_step_is_cancelled():
     assert not server().busy
 
 
-def test_cancelled_answer_keeps_the_tokens_drawn_so_far():
+def test_cancelled_answer_keeps_tokens_drawn_so_far():
     drain()
     events = server().generate_events([Request([5], max_len=30, ignore_eos=True)])
     tokens = [next(events).token_id]

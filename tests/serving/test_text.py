@@ -149,7 +149,7 @@ def filtered(stops, parts):
         ("text", [], "text"),
     ],
 )
-def test_text_ends_before_the_first_complete_stop_string(text, stops, expected):
+def test_text_ends_before_first_complete_stop_string(text, stops, expected):
     """It does not depend on how the text is cut into parts."""
     stopped = expected != text
     rng = np.random.default_rng(0)

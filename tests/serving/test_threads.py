@@ -112,7 +112,7 @@ def test_interrupted_caller_leaves_server_usable():
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
-def test_interrupted_caller_leaves_server_usable_for_minutes():
+def test_interrupts_for_minutes_leave_server_usable():
     interrupt_often(seconds=120)
 
 

@@ -69,7 +69,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             position += size
 
 
-def test_special_pieces_have_the_ids_and_kinds_of_grok_1(tokenizer):
+def test_special_pieces_have_ids_and_kinds_of_grok_1(tokenizer):
     assert {i: tokenizer.id_to_piece(i) for i in SPECIAL_PIECES} == SPECIAL_PIECES
     assert sorted(SPECIAL_PIECES) == list(range(325))
     named = (tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id())
