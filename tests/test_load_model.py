@@ -59,7 +59,8 @@ def test_compiled_kernels_are_used_unless_turned_off(
     assert plain is not None and {how.kernels for how in plain} == {"xla_cpu"}
 
 
-def test_a_context_has_1_token_to_the_models() -> None:
+def test_a_context_has_1_token_to_the_models(tiny: pathlib.Path) -> None:
+    assert load_model(tiny, pad_sizes=(16,), context=32).config.sequence_len == 32
     config = model.grok_1()
     for length in (1, 8192):
         assert runner.with_settings(config, "bfloat16", length).sequence_len == length
