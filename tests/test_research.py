@@ -322,13 +322,14 @@ def test_pure_function_takes_vmap_hooks_and_embeddings() -> None:
     }
 
     @jax.jit
-    def captured(embeddings: jax.Array) -> Any:
-        how: Any = {"hooks": hooks, "hook_args": (2.0,), "capture": sites}
+    def captured(embeddings: jax.Array, size: jax.Array) -> Any:
+        how: Any = {"hooks": hooks, "hook_args": (size,), "capture": sites}
         return model(params, tokens, embeddings=embeddings, **how).captured
 
     own = np.ones([2, 5, server.config.model.emb_size], np.float32)
-    given = captured(own)
+    given, slopes = jax.jvp(lambda size: captured(own, size), (2.0,), (1.0,))
     np.testing.assert_allclose(given.embeddings, 2 * own, atol=1e-5)
+    np.testing.assert_allclose(slopes.embeddings, own, atol=1e-5)
     assert np.any(given.hidden_states[0]) and not np.any(given.hidden_states[1])
 
 
