@@ -381,23 +381,24 @@ def compile_steps(
     executions = fastest(config, mesh, compiled=False)
     chunk = min(PREFILL_CHUNK, config.sequence_len)
 
-    def compile_step(rows: int, chunk: int | None) -> Step:
+    def lower(rows: int, chunk: int | None = None) -> jax.stages.Lowered:
         execution = executions.decode if chunk is None else executions.prefill
         inputs = abstract_inputs(config, execution, rows, chunk, stored)
         step = decode if chunk is None else prefill
-        program = hlo.compile_for_inspection(
-            step.lower(*inputs, config=config, execution=execution)
-        )
+        return step.lower(*inputs, config=config, execution=execution)
+
+    def compile_step(lowered: jax.stages.Lowered, rows: int) -> Step:
+        program = hlo.compile_for_inspection(lowered)
         return _read_step(program, fixed_bytes(config, sizes, rows, stored))
 
     batches = sorted({sizes[0], batch, MANY * batch})
-    # XLA releases the GIL while it compiles.
+    # XLA compiles without the GIL, while this thread lowers the next step.
     with ThreadPoolExecutor() as pool:
         # A chunk belongs to one prompt, however many sequences there are.
-        prompts = pool.submit(compile_step, batch, chunk)
-        found = dict(zip(batches, pool.map(lambda n: compile_step(n, None), batches), strict=True))
-    steps = {"prefill": prompts.result(), "decode": found[batch]}
-    return steps, {rows: step.temporaries for rows, step in found.items()}
+        prompts = pool.submit(compile_step, lower(batch, chunk), batch)
+        decodes = {rows: pool.submit(compile_step, lower(rows), rows) for rows in batches}
+    steps = {"prefill": prompts.result(), "decode": decodes[batch].result()}
+    return steps, {rows: job.result().temporaries for rows, job in decodes.items()}
 
 
 def _read_step(program: Any, held: int) -> Step:
