@@ -424,9 +424,10 @@ def test_killed_run_is_resumed_without_loss(seed, tiny, tmp_path):
     file, path = tmp_path / "prompts.txt", tmp_path / "out"
     file.write_text("".join(f"{i} dogs and a cat\n" for i in range(count)))
     arguments = ["--checkpoint", tiny, "--prompts-file", file, "--max-len", 40, "--seed", seed]
-    finish(start(*arguments, "--output", tmp_path / "undisturbed"))
+    kept = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    finish(start(*arguments, "--output", tmp_path / "undisturbed", **kept))
     expected = sorted((tmp_path / "undisturbed").read_bytes().splitlines())
-    process = start(*arguments, "--output", path)
+    process = start(*arguments, "--output", path, **kept)
     random_numbers = random.Random(seed)
     wanted = random_numbers.randrange(1, count // 2)
     while not path.exists() or path.read_bytes().count(b"\n") < wanted:
@@ -437,7 +438,7 @@ def test_killed_run_is_resumed_without_loss(seed, tiny, tmp_path):
     assert finish(process).status == -signal.SIGKILL
     assert wanted <= path.read_bytes().count(b"\n") < count
     path.write_bytes(path.read_bytes() + expected[0][: random_numbers.randrange(200)])
-    result = finish(start(*arguments, "--output", path, "--resume"))
+    result = finish(start(*arguments, "--output", path, "--resume", **kept))
     assert (result.status, result.out) == (0, "")
     assert sorted(path.read_bytes().splitlines()) == expected and len(expected) == count
 

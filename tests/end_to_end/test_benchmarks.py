@@ -43,7 +43,14 @@ def figures(script: str, *arguments: str) -> dict[str, Any]:
 def test_loading_takes_reading_time_and_little_memory(arguments: tuple[str, ...]) -> None:
     """The original takes 4.3 s for this checkpoint, and unpickles whole files."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/load.py", "--json", "--turns", "5", *arguments],
+        [
+            sys.executable,
+            ROOT / "benchmarks/load.py",
+            "--json",
+            "--turns",
+            "2" if arguments else "5",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -121,13 +128,13 @@ def test_the_baseline_computes_exact_logits() -> None:
 def test_speed_is_measured_saved_and_compared(
     config: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the rank, one layer."""
+    """Of the rank, one layer and the kernels alone."""
     file = tmp_path / "runs.jsonl"
     arguments = ["--config", config, "--turns", "1", "--batches", "1"]
-    arguments += ["--layers", "1"] if config == "grok-1-rank" else []
+    arguments += ["--layers", "1", "--forms", "kernels"] if config == "grok-1-rank" else []
     arguments += ["--prompts", "16", "--no-starts", "--save", str(file)]
     found = figures("speed.py", *arguments)
-    forms = {"plain", "kernels"} | ({"baseline"} if config == "demo" else set())
+    forms = {"kernels"} | ({"plain", "baseline"} if config == "demo" else set())
     assert found["decode"]["1"]["seconds"].keys() == forms
     assert found["decode"]["1"]["experts"] == 2 * (4 if config == "demo" else 1)
     shares = [v for k, v in found["figures"].items() if k.endswith((" / floor", " rate"))]
