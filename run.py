@@ -303,7 +303,7 @@ def show_plan(options: Options) -> None:
         import jax
 
         from checkpoint import config_in
-        from grok1 import plan
+        from grok1.planning import plan
         from model import grok_1
         from runner import with_settings
 

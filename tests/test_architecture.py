@@ -15,7 +15,7 @@ LAYERS = (
     {"config_checks", "kernels", "parallel"},
     {"compile_cache", "default_files", "execution", "formats", "parameters", "reference"},
     {"serving"},
-    {"hlo", "plan"},
+    {"planning"},
     {"cli"},
 )
 
@@ -94,7 +94,7 @@ def test_model_needs_no_files_server_or_command():
     while needed:
         found |= needed
         needed = set().union(*(GRAPH[name] for name in needed)) - found
-    for layer in ("cli", "formats", "plan", "serving"):
+    for layer in ("cli", "formats", "planning", "serving"):
         assert not any(name.startswith(f"grok1.{layer}") for name in found), layer
 
 

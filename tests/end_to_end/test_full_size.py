@@ -9,9 +9,9 @@ from collections import Counter
 import jax
 import pytest
 
-from grok1 import hlo
 from grok1.execution import fastest
 from grok1.parallel.sharding import make_mesh
+from grok1.planning import hlo
 from grok1.serving.steps import abstract_inputs, decode, prefill
 from model import grok_1
 

@@ -6,8 +6,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from grok1 import hlo
 from grok1.parallel.sharding import make_mesh
+from grok1.planning import hlo
 
 
 def text_of(function, *shapes):

@@ -18,10 +18,10 @@ import pytest
 
 import checkpoint
 import golden
-from grok1 import plan
 from grok1.execution import fastest
 from grok1.formats import forms
 from grok1.parallel.sharding import make_mesh
+from grok1.planning import plan
 from grok1.serving.steps import abstract_inputs, prefill
 from model import grok_1
 from paths import ROOT

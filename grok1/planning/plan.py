@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import numpy as np
 
-from grok1 import hlo
 from grok1.execution import fastest
 from grok1.formats import forms, layout
 from grok1.formats.pickle_file import nbytes
@@ -38,6 +37,7 @@ from grok1.parallel.sharding import (
     named_shardings,
     parameter_specs,
 )
+from grok1.planning import hlo
 from grok1.serving.memory_budget import available_memory
 from grok1.serving.steps import (
     abstract_inputs,
