@@ -80,7 +80,8 @@ def make_long_server() -> InferenceRunner:
 
 def time_chunks(server: InferenceRunner, prompt: Sequence[int]) -> list[float]:
     """Return the seconds of each chunk of a prompt that is read while nothing else runs."""
-    where: dict[str, Any] = {"config": server.config, "mesh": server.mesh}
+    assert server.executions is not None
+    where: dict[str, Any] = {"config": server.config, "execution": server.executions.prefill}
     state = jax.block_until_ready(new_state(batch=server.num_slots, **where))
     seconds, first = [], 0
     for size in chunk_lengths(len(prompt), server.pad_sizes):
