@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import compiling
 import run
 from grok1.ops.quantization import QuantizedWeight8bit
 from model import LanguageModelConfig, TransformerConfig
@@ -136,14 +137,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def start(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
-    """Start the command in a process of its own, in another directory, without XLA_FLAGS."""
+    """Start the command in a process of its own, in another directory, with one device."""
     return start_program(ROOT / "run.py", *arguments, **variables)
 
 
 def start_program(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
     """Start a Python program in the same way."""
-    environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
-    environment |= variables
+    environment = os.environ | {"XLA_FLAGS": compiling.FLAGS} | variables
     return subprocess.Popen(
         [sys.executable, "-W", "error", *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """Tests run on sixteen virtual CPU devices, which must be asked for before jax starts."""
 
+import gc
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import tempfile
 
 import pytest
 
+import compiling
 from paths import ROOT
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,9 +24,11 @@ sys.path.insert(0, str(ROOT))
 # In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Compiling takes most of the tests' time, and most of what they check does not depend on XLA's
-# optimizations. So these are disabled, except in the modules that test numbers, memory or speed of
-# the programs that a user's machine runs.
+# Python would look for garbage among jax's many objects ten times as often.
+gc.set_threshold(100_000, 50, 100)
+
+# XLA's optimizations are disabled except in the modules that test numbers, memory or speed of the
+# programs that a user's machine runs.
 OPTIMIZED = {
     "test_benchmarks",
     "test_cpu_kernels",
@@ -40,13 +44,13 @@ OPTIMIZED = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_options() -> None:
+    """Let modules choose how programs are compiled."""
+    compiling.install()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request: pytest.FixtureRequest) -> None:
     """Compile as the module needs it, in this process and in those that it starts."""
-    import jax
-
-    left_out = request.module.__name__.rpartition(".")[2] not in OPTIMIZED
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(left_out)
-    if jax.config.values["jax_disable_most_optimizations"] != left_out:
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", left_out)
+    compiling.set_quick(request.module.__name__.rpartition(".")[2] not in OPTIMIZED)

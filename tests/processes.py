@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import compiling
 import golden
 import run
 from commands import Result
@@ -22,8 +23,6 @@ from grok1.parallel import multihost
 MODEL = golden.DIRECTORY / "three-layers"
 TIMEOUT = 4  # --peer-timeout, in seconds
 SLACK = 4  # additional seconds for two busy cores
-# Compile quickly; the compiled code is slow.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Ignores SIGINT, as the background processes of a shell script do.
 IGNORE_INTERRUPT = ("sh", "-c", 'trap "" INT; exec "$0" "$@"')
 
@@ -47,7 +46,9 @@ def start() -> Iterator[Start]:
         *arguments: object, devices: int = 4, before: Sequence[str] = (), **variables: str
     ) -> subprocess.Popen[bytes]:
         environment = dict(os.environ) | variables
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+        environment["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}"
+        )
         environment["PYTHONFAULTHANDLER"] = "1"
         command = [*before, sys.executable, "-W", "error", *map(str, arguments)]
         pipe = subprocess.PIPE

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-import processes
+import compiling
 from paths import ROOT
 
 MODULES = {"checkpoint.py", "model.py", "run.py", "runner.py"}
@@ -79,7 +79,7 @@ def elsewhere(tmp_path):
 
 def output(*command, where):
     """What a program prints, which must succeed."""
-    quick = os.environ | {"XLA_FLAGS": processes.QUICK}
+    quick = os.environ | {"XLA_FLAGS": compiling.FLAGS}
     done = subprocess.run(command, cwd=where, env=quick, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

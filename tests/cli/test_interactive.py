@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-import processes
+import compiling
 from commands import LOADED, PROMPT, assert_one_sentence, changed, halting_input
 from grok1.cli import interactive
 from grok1.cli.console import write_out
@@ -30,7 +30,7 @@ class Terminal:
 
     def __init__(self, *arguments):
         self.person, inside = os.openpty()
-        plain = {"TERM": "dumb", "INPUTRC": os.devnull, "XLA_FLAGS": processes.QUICK}
+        plain = {"TERM": "dumb", "INPUTRC": os.devnull, "XLA_FLAGS": compiling.FLAGS}
         self.process = subprocess.Popen(
             [sys.executable, "-c", TAKE_TERMINAL, "-W", "error", ROOT / "run.py", *arguments],
             stdin=inside,

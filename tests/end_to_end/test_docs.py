@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import compiling
 from commands import Command
 from model import CAPTURE_SITES
 from paths import ROOT
@@ -55,7 +56,7 @@ def test_python_snippets_run(
 def test_shell_snippets_run(heading: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run.py").symlink_to(ROOT / "run.py")
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PATH": path}
+    environment = os.environ | {"XLA_FLAGS": compiling.FLAGS, "PATH": path}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=tmp_path, env=environment, capture_output=True, text=True,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
+import compiling
 from paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -76,7 +77,12 @@ def test_a_notebook_reproduces_its_outputs(name: str, tmp_path: pathlib.Path) ->
     file.write_text(json.dumps(notebook))
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "run_notebooks.py", file],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "IPYTHONDIR": str(tmp_path / "ipython"),
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {compiling.FLAGS}",
+        },
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

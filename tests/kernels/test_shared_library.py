@@ -14,11 +14,11 @@ import time
 
 import pytest
 
+import compiling
 from grok1.cache_directory import cache_directory
 from grok1.kernels import cpu, dispatch, shared_library
 from grok1.kernels.error import KernelError
 from paths import ROOT
-from processes import QUICK
 
 NAMES = cpu.HANDLERS.values()
 ANSWERS = 'for argument; do [ "$argument" = --version ] && exit; done\n'
@@ -206,7 +206,7 @@ def test_invalid_compiler_command_is_named(monkeypatch):
 def test_command_works_without_a_compiler(options):
     done = subprocess.run(
         [sys.executable, "run.py", "--prompt-ids", "5 6", "--max-len", "1", *options],
-        cwd=ROOT, env=os.environ | {"CXX": "no-such-compiler", "XLA_FLAGS": QUICK},
+        cwd=ROOT, env=os.environ | {"CXX": "no-such-compiler", "XLA_FLAGS": compiling.FLAGS},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     note = "note: running without the CPU kernels, which is slower: no C++ compiler was found"
