@@ -24,28 +24,6 @@ from runner import (
 from servers import SLOTS, TINY, TOKENIZER, drain, logprobs, make, server
 
 
-def test_mesh_gives_the_answers_of_one_device():
-    """The samples of a prompt are in both parts of the data axis, which copy its cache."""
-    long = [*range(3, 24)]  # two chunks and a part of one
-    scored = {"ignore_eos": True, "prompt_logprobs": True, "top_logprobs": 3}
-    requests = [
-        Request(long, num_samples=6, max_len=4, **scored),
-        Request([9, 8, 7], max_len=6, **scored),
-    ]
-    expected = server().generate(requests)
-    mesh = make(mesh=(2, 4), pad_sizes=(8,))
-    found, alone = mesh.generate(requests), mesh.generate(requests[1:])
-    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=2e-5)
-        scores = one.prompt_logprobs[1:], other.prompt_logprobs[1:]
-        np.testing.assert_allclose(*scores, rtol=0, atol=2e-5)
-        for top in zip(one.prompt_top_logprobs[1:], other.prompt_top_logprobs[1:], strict=True):
-            assert [token for token, _ in top[0]] == [token for token, _ in top[1]]
-            np.testing.assert_allclose(*top, rtol=0, atol=2e-5)
-    assert alone == found[-1:]  # bit for bit
-
-
 def test_slots_are_per_device_and_fill_the_data_axis():
     for mesh, per_device, slots in (
         ((1, 8), 0.125, 1),

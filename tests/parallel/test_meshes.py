@@ -24,7 +24,7 @@ WHOLE = [("three-layers", mesh) for mesh in ((1, 8), (2, 4), (2, 8), (1, 16))]
 def serve(config, sizes, directory=None):
     """Return a runner with four slots, or one for each part of the data axis."""
     runner = ModelRunner(config, 4 / (sizes[0] * sizes[1]), directory)
-    server = InferenceRunner("test", runner, None, None, sizes, pad_sizes=(16, 48))
+    server = InferenceRunner("test", runner, None, None, sizes, pad_sizes=(16,))
     server.initialize()
     return server
 
@@ -53,23 +53,29 @@ def random_config(query_heads, key_value_heads, experts, sharded=False):
 
 
 def test_answers_on_all_mesh_axes_equal_one_device():
-    """The axes data, model and replica: two devices share each key/value head."""
+    """The axes data, model and replica: two devices share each key/value head.
+
+    The samples of the last prompt are in both parts of the data axis, which copy its cache.
+    """
     config = random_config(16, 4, 4, sharded=True)
+    scored = {"ignore_eos": True, "prompt_logprobs": True, "top_logprobs": 3}
+    requests = [
+        Request([9, 8, 7], max_len=3, **scored),
+        Request([40, 30], max_len=3, **scored),
+        Request([*range(3, 24)], num_samples=6, max_len=4, **scored),
+    ]
+    expected = serve(config, (1, 1)).generate(requests)
     server = serve(config, (2, 8))
-    prompts = [[*range(1, 17)], [5, 6, 7], [40, 30, 20, 10]]
-    requests = [Request(prompt, 0.0, max_len=10, ignore_eos=True) for prompt in prompts]
-    answers = server.generate(requests)
-    sequences = np.zeros([len(prompts), 26], int)
-    for row, answer in zip(sequences, answers, strict=True):
-        row[: len(answer.prompt_ids) + 10] = [*answer.prompt_ids, *answer.token_ids]
-    logits = serve(config, (1, 1)).logits(sequences)
-    scores = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-    for row, answer in zip(scores, answers, strict=True):
-        found = row[len(answer.prompt_ids) - 1 :][:10]
-        assert np.argmax(found, axis=-1).tolist() == answer.token_ids
-        np.testing.assert_allclose(
-            found[range(10), answer.token_ids], answer.logprobs, rtol=0, atol=1e-5
-        )
+    found, alone = server.generate(requests), server.generate(requests[:1])
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=2e-5)
+        scores = one.prompt_logprobs[1:], other.prompt_logprobs[1:]
+        np.testing.assert_allclose(*scores, rtol=0, atol=2e-5)
+        for top in zip(one.prompt_top_logprobs[1:], other.prompt_top_logprobs[1:], strict=True):
+            assert [token for token, _ in top[0]] == [token for token, _ in top[1]]
+            np.testing.assert_allclose(*top, rtol=0, atol=2e-5)
+    assert alone == found[:1]  # bit for bit
     assert dict(server.mesh.shape) == {"data": 2, "model": 4, "replica": 2}
     assert parts(server.params["transformer/decoder_layer/moe/linear"]["w"].weight) == 8
 
