@@ -18,6 +18,7 @@ from grok1.cli import prompts
 from grok1.cli.job import SHARED
 from grok1.cli.options import Options
 from grok1.cli.parsing import DEFAULT_PROMPT, ELSEWHERE, parse_arguments
+from grok1.kernels import dispatch
 from grok1.parallel import multihost
 from grok1.serving.request import Request
 
@@ -173,6 +174,7 @@ def test_machine_options_reach_the_model(command, monkeypatch):
         raise ValueError("enough")
 
     monkeypatch.setattr(runner, "load_model", load)
+    monkeypatch.setattr(dispatch, "available", lambda: pytest.fail("kernels were compiled"))
     machine = [
         "--mesh",
         "1,2",
