@@ -20,6 +20,7 @@ pytest_plugins = ["commands", "processes"]
 # the first process compiles for all, is kept: not in the clone, which others may be able to write.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/grok-1-jax-tests-{os.geteuid()}"
+os.environ["HF_HUB_OFFLINE"] = "1"  # of the evaluation harness
 sys.path.insert(0, str(ROOT))
 # In the background of a shell script Ctrl-C is ignored, by child processes as well: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,8 +1,6 @@
 """The adapter for EleutherAI's evaluation harness, by itself and in the harness."""
 
 import json
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -21,7 +19,7 @@ PAIRS = [
     ("There was an old ", "woman who lived"),
     ("The little prince said:", " xylophone"),
 ]
-TEXTS = ["Once upon a time there was a king.", "A dog", "The king had a daughter. " * 120]
+TEXTS = ["Once upon a time there was a king.", "A dog", "The king had a daughter. " * 90]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +147,7 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path):
+def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path, monkeypatch):
     documents = [
         {"text": "Once upon a", "choices": [" time", " xylophone"], "answer": 0, "next": "x"},
         {"text": "There was once a", "choices": [" zebra", " king"], "answer": 1, "next": "x"},
@@ -162,14 +160,11 @@ def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in documents))
     for name, task in (("choice", CHOICE), ("next", NEXT)):
         (tmp_path / f"{name}.yaml").write_text(task.format(data=data))
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/lm_eval_grok.py", "run", "--model", "grok-1"]
-        + ["--model_args", f"checkpoint={DEMO}", "--batch_size", "2", "--include_path", tmp_path]
-        + ["--tasks", "story_choice,story_next", "--output_path", tmp_path / "out.json"],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["lm_eval", "run", "--model", "grok-1", "--model_args", f"checkpoint={DEMO}"]
+    words += ["--batch_size", "2", "--include_path", tmp_path]
+    words += ["--tasks", "story_choice,story_next", "--output_path", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    lm_eval_grok.main()
     (file,) = tmp_path.glob("out*.json")
     results = json.loads(file.read_text())["results"]
     assert results["story_choice"]["acc,none"] == pytest.approx(2 / 3)
@@ -177,7 +172,7 @@ def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path):
 
 
 def test_the_harness_reports_a_missing_checkpoint(tmp_path, monkeypatch):
-    words = ["run", "--model", "grok-1", "--tasks", "wikitext"]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--model_args", f"checkpoint={tmp_path}"])
+    """Without the harness's own index of its tasks, which takes it a quarter of a minute."""
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: GrokLM(checkpoint=tmp_path))
     with pytest.raises(SystemExit, match=f"^error: {tmp_path}[^\n]*$"):
         lm_eval_grok.main()

@@ -67,7 +67,7 @@ def many(examples):
     )
 
 
-@many(40)
+@many(16)
 @given(schedules)
 def test_each_request_gets_its_answer_in_any_schedule(schedule):
     run_schedule(schedule)
