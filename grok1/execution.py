@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -88,6 +88,8 @@ class Execution:
         mesh, names, how = self.mesh, dispatch.NAMES, self.expert_dispatch
         is_mesh = mesh is None or isinstance(mesh, Mesh | AbstractMesh)
         require(is_mesh, "mesh", "a jax.sharding.Mesh, or None", mesh)
+        auto = mesh is None or set(mesh.axis_types) <= {AxisType.Auto}
+        require(auto, "mesh", "axes of AxisType.Auto, as runner.make_mesh makes them", mesh)
         for field in ("data_axis", "model_axis"):
             axis = getattr(self, field)
             require(isinstance(axis, str), field, "the name of a mesh axis", axis)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 import golden
 import model
@@ -31,6 +32,7 @@ TINY = LanguageModelConfig(
 TOKENS = np.random.default_rng(0).integers(1, 32, (2, 6)).astype(np.int32)
 
 
+EXPLICIT = AbstractMesh((1, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 STATIC = {"expert_dispatch": "static"}
 KERNELS = "one of ('plain', 'xla_cpu', 'cpu', 'gpu')"
 DISPATCH = "one of ('dynamic', 'static', 'all')"
@@ -40,6 +42,7 @@ DISPATCH = "one of ('dynamic', 'static', 'all')"
     ("field", "value", "expected", "others"),
     [
         ("mesh", (1, 8), "a jax.sharding.Mesh, or None", {}),
+        ("mesh", EXPLICIT, "axes of AxisType.Auto, as runner.make_mesh makes them", {}),
         ("data_axis", None, "the name of a mesh axis", {}),
         ("kernels", "tpu", KERNELS, {}),
         ("kernels", "cpu", '"plain" unless expert_dispatch is "dynamic"', STATIC),

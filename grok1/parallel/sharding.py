@@ -13,12 +13,12 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.ops.quantization import (
@@ -89,7 +89,15 @@ def make_mesh(
     data, model = (between_hosts_config[i] * local_mesh_config[i] for i in range(2))
     grid = blocks.transpose(0, 2, 1, 3).reshape(data, model)
     axes = mesh_axes(data, model, num_kv_heads)
-    return Mesh(grid.reshape(*axes.values()), tuple(axes))
+    return Mesh(grid.reshape(*axes.values()), tuple(axes), axis_types=auto(axes))
+
+
+def auto(axes: Collection[str]) -> tuple[AxisType, ...]:
+    """Return the type of these mesh axes: XLA chooses shardings, as constraints on arrays ask.
+
+    jax 0.12 makes another type by default, with which each operation would have to name them.
+    """
+    return (AxisType.Auto,) * len(axes)
 
 
 def split_over_hosts(
@@ -127,7 +135,7 @@ def mesh_axes(data: int, model: int, num_kv_heads: int | None = None) -> dict[st
 def abstract_mesh(data: int, model: int, num_kv_heads: int | None = None) -> AbstractMesh:
     """Return the mesh of `make_mesh` without devices: for shapes and shardings, not for data."""
     axes = mesh_axes(data, model, num_kv_heads)
-    return AbstractMesh(tuple(axes.values()), tuple(axes))
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=auto(axes))
 
 
 def axis_size(mesh: AnyMesh | None, axes: Axes) -> int:

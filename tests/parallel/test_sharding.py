@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from grok1 import backend
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import (
+    auto,
     axis_size,
     constrain,
     make_mesh,
@@ -81,7 +82,7 @@ def two_hosts(monkeypatch):
     """Two hosts of four devices each; jax.devices() lists those of the second host first."""
     devices = [FakeDevice(10 * host + n, host) for host in (1, 0) for n in range(4)]
     monkeypatch.setattr("grok1.parallel.sharding.jax.devices", lambda: devices)
-    monkeypatch.setattr("grok1.parallel.sharding.Mesh", lambda grid, names: (grid, names))
+    monkeypatch.setattr("grok1.parallel.sharding.Mesh", lambda grid, names, **_: (grid, names))
 
 
 @pytest.mark.parametrize(
@@ -326,11 +327,13 @@ def test_model_axis_beyond_kv_heads_needs_replica_axis():
     for sizes in ((1, 4, 2), (1, 2, 8)):
         devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
         with pytest.raises(ValueError, match="as from make_mesh"):
-            TINY.check_mesh(Mesh(devices, ("data", "model", "replica")))
+            TINY.check_mesh(Mesh(devices, ("data", "model", "replica"), axis_types=auto("123")))
 
 
 def test_mesh_without_the_configured_axes_is_refused():
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("rows", "columns"))
+    mesh = Mesh(
+        np.array(jax.devices()[:8]).reshape(2, 4), ("rows", "columns"), axis_types=auto("12")
+    )
     with pytest.raises(ValueError, match=r"mesh: expected an axis named 'data', got \('rows'"):
         TINY.check_mesh(mesh)
     with_model(data_axis="rows", model_axis="columns").check_mesh(mesh)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grok1.parallel.sharding import auto
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY
 from grok1.serving.sampling import (
     TOP_K,
@@ -370,7 +371,7 @@ def test_vocabulary_split_over_devices_draws_the_same() -> None:
     logits, changes = random_batch(13)
     keys, settings = jax.random.split(jax.random.key(13), ROWS), make_settings(logits, **changes)
     whole = jitted_sample(keys, ModelOutput(logits[:, None]), settings)
-    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",), axis_types=auto(["model"]))
     split = NamedSharding(mesh, PartitionSpec(None, None, "model"))
     outputs = ModelOutput(jax.device_put(logits[:, None], split))
     parted = jitted_sample(keys, outputs, settings)
