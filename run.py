@@ -303,7 +303,7 @@ def show_plan(options: Options) -> None:
         import jax
 
         from checkpoint import config_in
-        from grok1.planning import plan
+        from grok1.planning import plan, text
         from model import grok_1
         from runner import with_settings
 
@@ -322,7 +322,7 @@ def show_plan(options: Options) -> None:
             bandwidth=options.bandwidth,
             directory=directory,
         )
-    write_out(as_json(dataclasses.asdict(found)) if options.json else plan.format_plan(found))
+    write_out(as_json(dataclasses.asdict(found)) if options.json else text.format_plan(found))
 
 
 def fail(error: Exception, peers: multihost.Peers | None, errors: TextIO) -> int:

@@ -17,42 +17,40 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from grok1.execution import fastest
 from grok1.formats import forms, layout
-from grok1.formats.pickle_file import nbytes
-from grok1.ops.quantization import QuantizedWeight8bit, Shapes
+from grok1.ops.quantization import Shapes
 from grok1.parallel.sharding import (
-    AnyMesh,
-    SpecTree,
-    abstract_mesh,
     make_mesh,
-    named_shardings,
-    parameter_specs,
 )
 from grok1.planning import hlo
+from grok1.planning.sizes import (
+    Sizes,
+    cache_bytes,
+    fixed_bytes,
+    loading_bytes,
+    mesh_of,
+    parameter_count,
+    token_cost,
+    weight_bytes,
+)
+from grok1.planning.text import gib, gigabytes
 from grok1.serving.memory_budget import available_memory
 from grok1.serving.steps import (
     abstract_inputs,
     decode,
-    device_bytes,
-    memory_specs,
-    new_memory,
     prefill,
-    stored_shapes,
 )
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
-
-Tree = TypeVar("Tree")
 
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
@@ -60,9 +58,6 @@ MOST_ROWS = 4096  # sequences on each part of the data axis
 MANY = 16
 # The fraction of a GPU's memory that jax preallocates by default.
 PREALLOCATED = 0.75
-KINDS = ("attention", "experts", "embedding", "norms and router", "scales")
-
-Sizes = tuple[int, int]  # of the mesh: (data, model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +174,6 @@ def make_plan(
 # ----------------------------------------------------------------------------------- on which mesh
 
 
-def mesh_of(config: LanguageModelConfig, sizes: Sizes) -> AnyMesh:
-    """Return the mesh of these sizes, without devices."""
-    return abstract_mesh(*sizes, num_kv_heads=config.model.num_kv_heads)
-
-
 def check_sizes(config: LanguageModelConfig, sizes: Sizes) -> None:
     """Raise ValueError that names valid sizes if the model cannot be split over such a mesh."""
     config.check_mesh(mesh_of(config, sizes))
@@ -218,120 +208,6 @@ def smallest_mesh(
         if fixed_bytes(config, sizes, batch, stored) <= 0.9 * device_memory:
             return sizes
     return options[-1]
-
-
-# -------------------------------------------------------------------------------------- by formula
-
-
-def kind_of(module: str) -> str:
-    """Return the kind of a module's parameters, one of KINDS, except for their scales."""
-    if "multi_head_attention" in module:
-        return "attention"
-    if "norm" in module or "router" in module:
-        return "norms and router"
-    return "embedding" if "embed" in module else "experts"
-
-
-def by_kind(tree: Shapes, size: Callable[[jax.ShapeDtypeStruct], int]) -> dict[str, int]:
-    """Add up `size(array)` over a parameter tree, by kind."""
-    sizes = dict.fromkeys(KINDS, 0)
-    for module, leaves in tree.items():
-        for leaf in leaves.values():
-            if isinstance(leaf, QuantizedWeight8bit):
-                sizes["scales"] += size(leaf.scales)
-                leaf = leaf.weight
-            sizes[kind_of(module)] += size(leaf)
-    return sizes
-
-
-def parameter_count(config: LanguageModelConfig) -> int:
-    """Return the number of parameters, without scales."""
-    count = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
-    return sum(count.values()) - count["scales"]
-
-
-def on_device(tree: Tree, specs: SpecTree, mesh: AnyMesh) -> Tree:
-    """Return the shape of each array's shard on one device."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype),
-        tree,
-        named_shardings(specs, mesh),
-    )
-
-
-def weight_bytes(
-    config: LanguageModelConfig, sizes: Sizes, stored: Shapes | None = None
-) -> dict[str, int]:
-    """Return the bytes of the parameters on one device, by kind."""
-    return by_kind(_own_weights(config, sizes, stored), nbytes)
-
-
-def _own_weights(config: LanguageModelConfig, sizes: Sizes, stored: Shapes | None) -> Shapes:
-    mesh, shapes = mesh_of(config, sizes), stored_shapes(config, stored)
-    return on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
-
-
-def cache_bytes(config: LanguageModelConfig, sizes: Sizes, batch: int) -> int:
-    """Return the bytes of the memory of `batch` sequences on one device."""
-    memory = jax.eval_shape(lambda: new_memory(config=config, batch=batch))
-    own = on_device(memory, memory_specs(config), mesh_of(config, sizes))
-    return sum(map(nbytes, jax.tree.leaves(own)))
-
-
-def fixed_bytes(
-    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Shapes | None = None
-) -> int:
-    """Return the bytes of parameters and cache on one device."""
-    return device_bytes(config, mesh_of(config, sizes), batch, stored)
-
-
-def loading_bytes(config: LanguageModelConfig, sizes: Sizes, stored: Shapes | None = None) -> int:
-    """Return a bound on the host memory of loading, in addition to the parameters on devices.
-
-    Four times the largest part of a file that a device holds, plus 256 MiB; see loading.py.
-    """
-    mesh, shapes = mesh_of(config, sizes), stored or config.param_shapes()
-    own = on_device(shapes, parameter_specs(shapes, config.partition_rules(mesh), mesh), mesh)
-    slices = [
-        nbytes(array) // (array.shape[0] if module.startswith(layout.STACKED) else 1)
-        for module, leaves in own.items()
-        for array in jax.tree.leaves(leaves)
-    ]
-    return 4 * max(slices) + (256 << 20)
-
-
-def token_cost(
-    config: LanguageModelConfig,
-    sizes: Sizes,
-    batch: int,
-    bandwidth: float,
-    stored: Shapes | None = None,
-) -> dict[str, float]:
-    """Return the cost of a decode step when the context is full.
-
-    flops: floating-point operations per token, on all devices together: two for each weight that
-    the token uses, and for each product in its attention.
-    bytes: what one device must read in a decode step: its part of the cache and of all weights, of
-    experts only those that `batch` tokens are expected to use if all are equally likely. seconds:
-    the minimum time to read them.
-    """
-    model = config.model
-    used = model.num_selected_experts / max(1, model.num_experts)
-    weights = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
-    met = weights["attention"] + weights["experts"] * used + weights["embedding"]
-    if model.num_experts > 1:
-        met += model.num_layers * model.emb_size * model.num_experts  # the router
-    scores = model.num_layers * model.num_q_heads * model.key_size * config.sequence_len
-    read = by_kind(_own_weights(config, sizes, stored), nbytes)
-    tokens = batch // sizes[0]
-    experts = read.pop("experts") * (1 - (1 - used) ** tokens if model.num_experts > 1 else 1)
-    read_bytes = sum(read.values()) + experts + cache_bytes(config, sizes, batch)
-    return {
-        "flops": 2 * met + 2 * 2 * scores,
-        "bytes": read_bytes,
-        "seconds": read_bytes / bandwidth,
-        "bandwidth": bandwidth,
-    }
 
 
 def largest_batches(
@@ -532,101 +408,3 @@ def _files_problem(plan: Plan) -> str:
         free = gigabytes(plan.host["free_disk"] or 0)
         text += f", and the {gigabytes(lacking)} of them are more than the {free} free on its disk"
     return text
-
-
-def gib(size: float) -> str:
-    """Return a size of memory as text."""
-    if size < 0.1 * 2**30:
-        return f"{size / 2**20:.2f} MiB"
-    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
-
-
-def gigabytes(size: float) -> str:
-    """Return a size of files or traffic as text."""
-    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    unit, name = next(((u, n) for u, n in units if size >= u), (1, "bytes"))
-    return f"{size / unit:.3g} {name}"
-
-
-def format_devices(count: int) -> str:
-    """Return "1 device" or "8 devices"."""
-    return f"{count} device{'s' if count > 1 else ''}"
-
-
-def format_plan(plan: Plan) -> str:
-    """Return the plan as a page of text."""
-    data, model = plan.mesh
-    total = sum(plan.weights.values())
-    most = plan.peak - total - plan.cache
-    temporaries = ", ".join(f"{n} {gib(s.temporaries)}" for n, s in plan.steps.items())
-    copies = f"; the weights are there {data} times, once a part of data" if data > 1 else ""
-    chunks = f"prompts in chunks of {plan.prefill_chunk}"
-    lines = [
-        f"model     {plan.parameters:,} parameters, {plan.dtype} activations",
-        f"mesh      data {data} x model {model} = {format_devices(plan.devices)}{copies}",
-        f"load      {plan.batch} x {plan.context} tokens, {chunks}",
-        "",
-        "memory of each device",
-        *(f"  {kind:18} {gib(size):>10}" for kind, size in plan.weights.items()),
-        f"  {'all weights':18} {gib(total):>10}",
-        f"  {'KV cache':18} {gib(plan.cache):>10}",
-        f"  {'temporaries':18} {gib(most):>10}   {temporaries}; as compiled for a CPU",
-        f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}; drivers take some",
-        "",
-        "exchanged in a step, by each device",
-        *_exchange_lines(plan),
-        "",
-        "a token, at the end of the context",
-        *_token_lines(plan),
-        "",
-        "largest batch x context that fits",
-        "  " + _largest_line(plan),
-        "",
-        *_machine_lines(plan),
-        "",
-        plan.verdict,
-    ]
-    return "\n".join(lines)
-
-
-def _largest_line(plan: Plan) -> str:
-    first, *shorter = (f"{found['batch']} x {found['context']}" for found in plan.largest)
-    return "; at least ".join([first, ", ".join(shorter)] if shorter else [first])
-
-
-def _exchange_lines(plan: Plan) -> list[str]:
-    lines = [
-        f"  {name:8} {kind:18} {found['count']:5} times {gigabytes(found['bytes']):>10}"
-        for name, step in plan.steps.items()
-        for kind, found in step.exchanged.items()
-    ]
-    return lines or ["  nothing"]
-
-
-def _token_lines(plan: Plan) -> list[str]:
-    token = plan.token
-    seconds = token["seconds"]
-    return [
-        f"  computes {token['flops'] / 1e9:.4g} GFLOP, on all devices together",
-        f"  reads {gigabytes(token['bytes'])} on each device, for {plan.batch} at once",
-        f"  takes at least {1000 * seconds:.3g} ms at {gigabytes(token['bandwidth'])}/s: "
-        f"{plan.batch / seconds:.4g} tokens/s",
-    ]
-
-
-def _machine_lines(plan: Plan) -> list[str]:
-    memory = plan.host["available_memory"]
-    lines = []
-    if plan.files is not None and plan.files["form"] == forms.RELEASED:
-        files = plan.files
-        lines.append(
-            f"files     {files['found']} of {files['expected']} in {files['directory']}, "
-            f"{gigabytes(files['found_bytes'])} of {gigabytes(files['expected_bytes'])}"
-        )
-    elif plan.files is not None:
-        lines.append(f"files     safetensors in {plan.files['directory']}")
-    host = f"host      {gigabytes(plan.host['free_disk'] or 0)} of disk free"
-    if memory is not None:
-        loading = gib(plan.host["loading"] or 0)
-        host += f", {gib(memory)} of memory available; loading takes less than {loading} of it"
-    return [*lines, host]

@@ -21,7 +21,7 @@ import golden
 from grok1.execution import fastest
 from grok1.formats import forms
 from grok1.parallel.sharding import make_mesh
-from grok1.planning import plan
+from grok1.planning import plan, sizes, text
 from grok1.serving.steps import abstract_inputs, prefill
 from model import grok_1
 from paths import ROOT
@@ -46,7 +46,7 @@ def compiled_once():
 
 def test_weight_bytes_are_those_of_the_released_files():
     """Those have headers, and store the embedding in float32."""
-    weights = plan.weight_bytes(grok_1(), (1, 1))
+    weights = sizes.weight_bytes(grok_1(), (1, 1))
     assert weights == {
         "attention": L * (2 * D * N * H + 2 * D * K * H),
         "experts": L * E * 3 * D * F,
@@ -57,45 +57,45 @@ def test_weight_bytes_are_those_of_the_released_files():
     records = checkpoint.files(grok_1().param_shapes())
     headers = sum(record.size for record in records) - (sum(weights.values()) + 2 * V * D)
     assert 0 < headers < 770 * 1000
-    assert plan.parameter_count(grok_1()) == (
+    assert sizes.parameter_count(grok_1()) == (
         weights["attention"] + weights["experts"] + V * D + L * (4 * D + D * E) + D
     )
 
 
-@pytest.mark.parametrize("sizes", [(1, 8), (2, 4), (1, 16)])
-def test_weights_are_split_over_the_model_axis_only(sizes):
-    whole, own = (plan.weight_bytes(grok_1(), mesh) for mesh in ((1, 1), sizes))
-    model = sizes[1]
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (1, 16)])
+def test_weights_are_split_over_the_model_axis_only(mesh):
+    whole, own = (sizes.weight_bytes(grok_1(), each) for each in ((1, 1), mesh))
+    model = mesh[1]
     assert own["experts"] == whole["experts"] // model
     assert own["embedding"] == whole["embedding"] // model
     keys = L * 2 * D * K * H
     assert own["attention"] == (whole["attention"] - keys) // model + keys // min(model, K)
     assert own["norms and router"] == whole["norms and router"]
-    cache = plan.cache_bytes(grok_1(), sizes, 2 * sizes[0])
+    cache = sizes.cache_bytes(grok_1(), mesh, 2 * mesh[0])
     # Two sequences on each part of the data axis: keys and values, mask and step.
     assert cache == 2 * (2 * L * S * K * H * 2 // min(model, K) + S + 4)
 
 
 def test_the_cost_of_a_token_is_that_of_the_formula():
-    cost = plan.token_cost(grok_1(), (1, 1), 1, 2e12)
+    cost = sizes.token_cost(grok_1(), (1, 1), 1, 2e12)
     used = L * (2 * D * N * H + 2 * D * K * H + A * 3 * D * F + D * E) + V * D
     assert cost["flops"] == 2 * used + 4 * L * N * H * S
     assert 83e9 < used < 85e9  # about 84 billion parameters a token
-    weights = plan.weight_bytes(grok_1(), (1, 1))
+    weights = sizes.weight_bytes(grok_1(), (1, 1))
     read = sum(weights.values()) - weights["experts"] * (E - A) // E
-    cache = plan.cache_bytes(grok_1(), (1, 1), 1)
+    cache = sizes.cache_bytes(grok_1(), (1, 1), 1)
     assert cost["bytes"] == pytest.approx(read + cache, rel=1e-12)
     assert cost["seconds"] == cost["bytes"] / 2e12
-    one_of_eight = plan.token_cost(grok_1(), (1, 8), 1, 3.0e12)
+    one_of_eight = sizes.token_cost(grok_1(), (1, 8), 1, 3.0e12)
     assert 10.8e9 < one_of_eight["bytes"] < 11.0e9
 
 
 def test_a_larger_batch_reads_more_experts_each_once():
     def read(batch):
-        cost = plan.token_cost(grok_1(), (1, 1), batch, 1e12)
-        return cost["bytes"] - plan.cache_bytes(grok_1(), (1, 1), batch)
+        cost = sizes.token_cost(grok_1(), (1, 1), batch, 1e12)
+        return cost["bytes"] - sizes.cache_bytes(grok_1(), (1, 1), batch)
 
-    weights = plan.weight_bytes(grok_1(), (1, 1))
+    weights = sizes.weight_bytes(grok_1(), (1, 1))
     fixed = sum(weights.values()) - weights["experts"]
     assert read(2) - fixed == pytest.approx(weights["experts"] * (1 - (3 / 4) ** 2))
     assert read(1000) == pytest.approx(sum(weights.values()))
@@ -104,9 +104,9 @@ def test_a_larger_batch_reads_more_experts_each_once():
 def test_dense_model_uses_all_weights_and_no_router():
     model = dataclasses.replace(TINY.model, num_experts=1, num_selected_experts=1)
     dense = dataclasses.replace(TINY, model=model)
-    weights = plan.weight_bytes(dense, (1, 1))
-    cost = plan.token_cost(dense, (1, 1), 1, 1e9)
-    assert cost["bytes"] == sum(weights.values()) + plan.cache_bytes(dense, (1, 1), 1)
+    weights = sizes.weight_bytes(dense, (1, 1))
+    cost = sizes.token_cost(dense, (1, 1), 1, 1e9)
+    assert cost["bytes"] == sum(weights.values()) + sizes.cache_bytes(dense, (1, 1), 1)
     used = weights["attention"] + weights["experts"] + weights["embedding"] // 2
     scores = 3 * 16 * 16 * 128
     assert cost["flops"] == 2 * used + 4 * scores
@@ -148,22 +148,22 @@ def test_collectives_are_counted_for_each_layer(small):
 def test_one_device_has_no_collectives():
     found = plan.make_plan(TINY, (1, 1))
     assert found.steps["prefill"].exchanged == found.steps["decode"].exchanged == {}
-    text = plan.format_plan(found)
-    assert "  nothing" in text and " of memory available; loading takes less than " in text
+    page = text.format_plan(found)
+    assert "  nothing" in page and " of memory available; loading takes less than " in page
     nowhere = dataclasses.replace(found, host=found.host | {"available_memory": None})
-    assert "memory available" not in plan.format_plan(nowhere)
+    assert "memory available" not in text.format_plan(nowhere)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 4)])
-def test_largest_batch_fits_and_a_larger_one_does_not(sizes):
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 4)])
+def test_largest_batch_fits_and_a_larger_one_does_not(mesh):
     memory = 60 << 20
-    found = plan.make_plan(TINY, sizes, device_memory=memory)
+    found = plan.make_plan(TINY, mesh, device_memory=memory)
     assert [entry["context"] for entry in found.largest] == [128]
     batch = found.largest[0]["batch"]
-    assert batch > 16 and batch % sizes[0] == 0
+    assert batch > 16 and batch % mesh[0] == 0
     for rows, fits in ((batch, True), (int(1.3 * batch) // 2 * 2, False)):
-        again = plan.make_plan(TINY, sizes, batch=rows, device_memory=memory)
+        again = plan.make_plan(TINY, mesh, batch=rows, device_memory=memory)
         assert again.fits == fits, (rows, again.peak)
 
 
@@ -189,11 +189,11 @@ def test_plan_that_does_not_fit_names_a_mesh_that_does():
     memory = int(0.9 * peaks[1])
     found = plan.make_plan(TINY, (1, 1), device_memory=memory)
     assert not found.fits
-    over = plan.gib(peaks[1] - memory)
-    assert f"are {over} more than {plan.gib(memory)}; use --mesh 1,2 (" in found.verdict
+    over = text.gib(peaks[1] - memory)
+    assert f"are {over} more than {text.gib(memory)}; use --mesh 1,2 (" in found.verdict
     assert plan.make_plan(TINY, (1, 2), device_memory=memory).fits
     # Not a mesh with room for weights and cache but not for temporaries.
-    small = plan.fixed_bytes(TINY, (1, 2), 1) + 1000
+    small = sizes.fixed_bytes(TINY, (1, 2), 1) + 1000
     found = plan.make_plan(TINY, (1, 1), device_memory=small)
     assert not found.fits and "--mesh 1,2" not in found.verdict
 
@@ -218,7 +218,7 @@ def test_a_load_that_does_not_fit_gets_a_smaller_batch():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "batch", "message"),
+    ("mesh", "batch", "message"),
     [
         ((1, 3), None, r"a model axis of 3 does not divide num_kv_heads = 8; use one of \[1, 2"),
         ((16, 16), None, "expected at most 128 devices, got 16 x 16"),
@@ -226,9 +226,9 @@ def test_a_load_that_does_not_fit_gets_a_smaller_batch():
         ((1, 1), 4097, "of at most 4096, got 4097"),
     ],
 )
-def test_invalid_meshes_and_batches_are_refused(sizes, batch, message):
+def test_invalid_meshes_and_batches_are_refused(mesh, batch, message):
     with pytest.raises(ValueError, match=message):
-        plan.make_plan(TINY, sizes, batch=batch)
+        plan.make_plan(TINY, mesh, batch=batch)
 
 
 def test_a_cache_of_more_than_64_bit_sizes_is_refused():
@@ -275,7 +275,7 @@ def test_missing_and_damaged_files_are_reported(tmp_path):
         "copy should hold 38 files, and there are 1 missing and 1 of the wrong size, "
         "tensor00007_000 first."
     )
-    assert "37 of 38 in " in plan.format_plan(found)
+    assert "37 of 38 in " in text.format_plan(found)
     shutil.copytree(source, tmp_path / "other")
     path = tmp_path / "other" / "ckpt-0" / "tensor00003_000"
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -309,19 +309,19 @@ def test_safetensors_files_are_found_and_checked(tmp_path):
     checkpoint.convert(golden.DIRECTORY / "three-layers", tmp_path, forms.SAFETENSORS)
     found = plan.make_plan(TINY, (1, 1), directory=tmp_path)
     assert found.files["problem"] is None and ";" not in found.verdict
-    assert "files     safetensors in " in plan.format_plan(found)
+    assert "files     safetensors in " in text.format_plan(found)
     (tmp_path / "outer.safetensors").unlink()
     assert "outer.safetensors" in plan.make_plan(TINY, (1, 1), directory=tmp_path).verdict
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), None], ids=["given", "default"])
-def test_axis_names_that_the_mesh_lacks_are_refused(sizes):
+@pytest.mark.parametrize("mesh", [(1, 1), None], ids=["given", "default"])
+def test_axis_names_that_the_mesh_lacks_are_refused(mesh):
     """The mesh of a command has the released axis names, whatever those of a configuration are."""
     for field in ("data_axis", "model_axis"):
         config = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, **{field: "x"}))
         for call in (plan.devices_for, plan.make_plan):
             with pytest.raises(ValueError, match="^mesh: expected an axis named 'x', got "):
-                call(config, sizes)
+                call(config, mesh)
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -388,6 +388,6 @@ def test_the_largest_batch_of_grok_1_fits():
     for entry in found.largest[:2]:
         config = dataclasses.replace(grok_1(), sequence_len=entry["context"])
         steps, _ = plan.compile_steps(config, mesh, entry["batch"])
-        held = plan.fixed_bytes(config, mesh, entry["batch"])
+        held = sizes.fixed_bytes(config, mesh, entry["batch"])
         most = held + max(step.temporaries for step in steps.values())
         assert most <= memory
