@@ -304,6 +304,7 @@ def show_plan(options: Options) -> None:
 
         from checkpoint import config_in
         from grok1.planning import plan, text
+        from grok1.planning.accelerators import ACCELERATORS
         from model import grok_1
         from runner import with_settings
 
@@ -313,14 +314,20 @@ def show_plan(options: Options) -> None:
     config = grok_1() if directory is None else config_in(directory)
     config = with_settings(config, options.dtype or "bfloat16", options.context)
     jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))
+    gpus = None
+    if options.accelerator is not None:
+        kernels = "gpu" if options.kernels else "plain"
+        how = kernels, options.shard_activations, options.save_programs
+        gpus = plan.Gpus(ACCELERATORS[options.accelerator], *how)
     with notice_if_slow("compiling the model for its mesh, without weights"):
         found = plan.make_plan(
             config,
             options.mesh,
             batch=options.batch,
-            device_memory=int(options.device_memory),
+            device_memory=int(options.device_memory) if options.device_memory else None,
             bandwidth=options.bandwidth,
             directory=directory,
+            gpus=gpus,
         )
     write_out(as_json(dataclasses.asdict(found)) if options.json else text.format_plan(found))
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from grok1 import backend
 from grok1.ops.quantization import Params
+from grok1.planning import projection
+from grok1.planning.accelerators import ACCELERATORS
 from model import LanguageModelConfig
 from random_models import RANKS, as_loaded
-
-ALL_REDUCE_S = 10e-6  # seconds of a small all-reduce among eight GPUs
-LINK_BYTES_S = 450e9  # bytes per second that a GPU sends: NVLink of an H100
 
 
 class Limits(NamedTuple):
@@ -136,10 +135,10 @@ def _bytes(tree: object) -> int:
 
 
 def exchange_seconds(config: LanguageModelConfig, tokens: int) -> float:
-    """Return the modelled, not measured, time of two all-reduces per layer among eight devices.
+    """Return the projected time of two all-reduces per layer among eight H100s.
 
-    Each takes ALL_REDUCE_S, and sends float32 [tokens, D] 2 (n - 1) / n times at LINK_BYTES_S (a
-    ring's traffic).
+    Each sends float32 [tokens, D] 2 (n - 1) / n times, if the devices form a ring.
     """
     sent = 2 * (RANKS - 1) / RANKS * tokens * config.model.emb_size * 4
-    return 2 * config.model.num_layers * (ALL_REDUCE_S + sent / LINK_BYTES_S)
+    number = 2 * config.model.num_layers
+    return projection.exchange_seconds(ACCELERATORS["h100"], number, number * sent)

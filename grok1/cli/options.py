@@ -70,8 +70,11 @@ class Options:
     kernels: bool
     # A plan.
     plan: bool
-    device_memory: float
-    bandwidth: float
+    accelerator: str | None
+    device_memory: float | None
+    bandwidth: float | None
+    shard_activations: bool
+    save_programs: Path | None
     # Several processes.
     distributed: bool
     coordinator: str | None

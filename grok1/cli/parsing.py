@@ -23,6 +23,7 @@ from grok1.cli.console import (
 )
 from grok1.cli.options import Line, Options
 from grok1.parallel import multihost
+from grok1.planning.accelerators import ACCELERATORS
 from grok1.serving.request_limits import (
     CHUNKS,
     DEFAULT_SEED,
@@ -465,18 +466,33 @@ def add_plan(parser: Parser) -> None:
         "cost of a token",
     )
     add(
+        "--accelerator",
+        choices=tuple(ACCELERATORS),
+        help="compile for this GPU with NVIDIA's compiler, which needs no GPU but three packages "
+        "(docs/performance.md)",
+    )
+    add(
         "--device-memory",
         type=byte_size,
-        default=byte_size("80GiB"),
         metavar="SIZE",
-        help="memory of each device (80GiB)",
+        help="memory of each device (that of --accelerator, or 80GiB)",
     )
     add(
         "--bandwidth",
         type=byte_rate,
-        default=byte_rate("3.35TB/s"),
         metavar="RATE",
-        help="memory bandwidth of each device (3.35TB/s, an H100)",
+        help="memory bandwidth of each device (that of --accelerator, or 3.35TB/s)",
+    )
+    add(
+        "--shard-activations",
+        action="store_true",
+        help="with --accelerator, plan decode steps that split the residual stream, as published",
+    )
+    add(
+        "--save-programs",
+        type=given_path,
+        metavar="DIR",
+        help="with --accelerator, write the compiled programs to DIR, as text",
     )
 
 
@@ -490,6 +506,11 @@ def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[ob
     }
     if options.plan:
         refuse(parser, "--plan", others, "a plan is made by one process, without prompts")
+    elif options.accelerator:
+        parser.error("--accelerator needs --plan")
+    if not options.accelerator and (options.save_programs or options.shard_activations):
+        name = "--save-programs" if options.save_programs else "--shard-activations"
+        parser.error(f"{name} needs --accelerator")
 
 
 def add_distributed(parser: Parser) -> None:

@@ -17,9 +17,10 @@ import math
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,11 +31,14 @@ from grok1.ops.quantization import Shapes
 from grok1.parallel.sharding import (
     make_mesh,
 )
-from grok1.planning import hlo
+from grok1.planning import gpu_program, hlo
+from grok1.planning.accelerators import Accelerator
+from grok1.planning.projection import GpuStep, inspect_step
 from grok1.planning.sizes import (
     Sizes,
     cache_bytes,
     fixed_bytes,
+    least_work,
     loading_bytes,
     mesh_of,
     parameter_count,
@@ -52,12 +56,26 @@ from grok1.serving.steps import (
 if TYPE_CHECKING:
     from model import LanguageModelConfig
 
+MEMORY, BANDWIDTH = 80 << 30, 3.35e12  # of a device, if not given: bytes, and bytes a second
 PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
 MOST_ROWS = 4096  # sequences on each part of the data axis
 MANY = 16
 # The fraction of a GPU's memory that jax preallocates by default.
 PREALLOCATED = 0.75
+
+
+class Gpus(NamedTuple):
+    """The GPUs to compile for.
+
+    kernels: "gpu" or "plain". shard_activations: split the residual stream in decode steps, as
+    published. save: a directory for the texts of the compiled programs, or None.
+    """
+
+    accelerator: Accelerator
+    kernels: str = "gpu"
+    shard_activations: bool = False
+    save: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +87,7 @@ class Step:
     """
 
     temporaries: int
-    exchanged: dict[str, dict[str, int]]
+    exchanged: Mapping[str, Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +100,9 @@ class Plan:
     given bandwidth. largest: the largest batch that fits this context; for shorter contexts, a
     batch that fits but may not be the largest. files: what the checkpoint directory holds, None if
     none was given. host: free disk and memory of this machine, and the most memory that loading
-    takes in addition to the parameters. verdict: one sentence.
+    takes in addition to the parameters. verdict: one sentence. accelerator: the GPU that was asked
+    for, or None. gpu: what the steps do there, if they were compiled for it; if not, `note` says
+    why.
     """
 
     parameters: int
@@ -103,6 +123,9 @@ class Plan:
     files: dict[str, Any] | None
     host: dict[str, int | None]
     verdict: str
+    accelerator: str | None = None
+    gpu: dict[str, GpuStep] | None = None
+    note: str = ""
 
 
 def make_plan(
@@ -110,19 +133,25 @@ def make_plan(
     sizes: Sizes | None,
     *,
     batch: int | None = None,
-    device_memory: int = 80 << 30,
-    bandwidth: float = 3.35e12,
+    device_memory: int | None = None,
+    bandwidth: float | None = None,
     directory: Path | None = None,
+    gpus: Gpus | None = None,
 ) -> Plan:
     """Return a plan for a mesh of (data, model) `sizes`, or, if None, for the smallest that fits.
 
     config: its sequence_len is the context. batch: sequences at once, over the entire mesh; by
-    default one for each part of the data axis. device_memory: bytes. bandwidth: of a device's
-    memory, in bytes a second. directory: a checkpoint to look for; weights found there are counted
-    in their stored dtypes, others as int8 with scales.
+    default one for each part of the data axis. device_memory: bytes. bandwidth: of that memory, in
+    bytes a second. Both are by default those of `gpus`, or of an H100. directory: a checkpoint to
+    look for; weights found there are counted in their stored dtypes, others as int8 with scales.
+    gpus: what to compile for, if NVIDIA's compiler is installed, in place of virtual CPU devices.
 
     Needs as many jax devices as the mesh has. Raises ValueError for an invalid mesh or batch.
     """
+    if gpus is not None:
+        gpus = gpus._replace(accelerator=gpus.accelerator.limited(device_memory, bandwidth))
+        device_memory, bandwidth = gpus.accelerator.memory, gpus.accelerator.bandwidth
+    device_memory, bandwidth = device_memory or MEMORY, bandwidth or BANDWIDTH
     stored = None if directory is None else layout.shapes_in(directory, config.param_shapes())
     if sizes is None:
         sizes = smallest_mesh(config, batch or 1, device_memory, stored)
@@ -139,7 +168,8 @@ def make_plan(
             f"batch: expected one whose cache can be counted in bytes, got {batch} sequences of "
             f"{config.sequence_len} tokens; plan for fewer or a shorter context"
         )
-    steps, known = compile_steps(config, sizes, batch, stored)
+    compiled = _compile(config, sizes, batch, stored, gpus)
+    steps = compiled.steps
     weights = weight_bytes(config, sizes, stored)
     cache = cache_bytes(config, sizes, batch)
     held = sum(weights.values())
@@ -162,11 +192,14 @@ def make_plan(
         fits=peak <= device_memory,
         token=token_cost(config, sizes, batch, bandwidth, stored),
         largest=largest_batches(
-            config, sizes, device_memory - held, steps["prefill"].temporaries, known
+            config, sizes, device_memory - held, steps["prefill"].temporaries, compiled.known
         ),
         files=files,
         host={**host_resources(directory), "loading": loading_bytes(config, sizes, stored)},
         verdict="",
+        accelerator=gpus.accelerator.name if gpus else None,
+        gpu=compiled.gpu,
+        note=compiled.note,
     )
     return dataclasses.replace(found, verdict=verdict(config, found, stored))
 
@@ -247,6 +280,60 @@ def largest_batches(
 
 
 # ------------------------------------------------------------------------------------ by compiling
+
+
+class _Compiled(NamedTuple):
+    """The compiled steps, the temporaries of decode by batch, and the last fields of a Plan."""
+
+    steps: dict[str, Step]
+    known: dict[int, int]
+    gpu: dict[str, GpuStep] | None = None
+    note: str = ""
+
+
+def _compile(
+    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Shapes | None, gpus: Gpus | None
+) -> _Compiled:
+    """Compile for GPUs if possible, or else for virtual CPU devices."""
+    if gpus is None:
+        return _Compiled(*compile_steps(config, sizes, batch, stored))
+    try:
+        found = compile_for_gpus(config, sizes, batch, stored, gpus)
+    except gpu_program.UnavailableError as error:
+        note = f"not compiled for {gpus.accelerator.name}: {error}"
+        return _Compiled(*compile_steps(config, sizes, batch, stored), note=note)
+    held, layers = fixed_bytes(config, sizes, batch, stored), config.model.num_layers
+    steps = {
+        name: Step(step.arguments + step.temporaries - held, step.all_exchanges(layers))
+        for name, step in found.items()
+    }
+    return _Compiled(steps, {batch: steps["decode"].temporaries}, found)
+
+
+def compile_for_gpus(
+    config: LanguageModelConfig, sizes: Sizes, batch: int, stored: Shapes | None, gpus: Gpus
+) -> dict[str, GpuStep]:
+    """Compile prefill and decode for GPUs, and write their texts if asked to.
+
+    Raises gpu_program.UnavailableError.
+    """
+    target, kernels, shard_activations, save = gpus
+    chunk = min(PREFILL_CHUNK, config.sequence_len)
+    job = gpu_program.Job(config, sizes, target, batch, chunk, kernels, shard_activations, stored)
+    programs = gpu_program.compile_for(job)
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        for name, program in programs.items():
+            (save / f"{name}.txt").write_text(program.text)
+    # A chunk belongs to one prompt; the other parts of the data axis do the same without it.
+    work = {
+        "prefill": least_work(config, sizes, chunk, sizes[0], stored),
+        "decode": least_work(config, sizes, batch // sizes[0], batch, stored),
+    }
+    return {
+        name: inspect_step(program, target, config.model.num_layers, work[name])
+        for name, program in programs.items()
+    }
 
 
 def compile_steps(

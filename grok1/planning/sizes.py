@@ -5,6 +5,7 @@ Sizes are in bytes, and per device unless stated otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -130,19 +131,64 @@ def token_cost(
     the minimum time to read them.
     """
     model = config.model
-    used = model.num_selected_experts / max(1, model.num_experts)
     weights = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
-    met = weights["attention"] + weights["experts"] * used + weights["embedding"]
+    met = weights["attention"] + weights["experts"] * experts_used(config, 1) + weights["embedding"]
     if model.num_experts > 1:
         met += model.num_layers * model.emb_size * model.num_experts  # the router
     scores = model.num_layers * model.num_q_heads * model.key_size * config.sequence_len
-    read = by_kind(_own_weights(config, sizes, stored), nbytes)
-    tokens = batch // sizes[0]
-    experts = read.pop("experts") * (1 - (1 - used) ** tokens if model.num_experts > 1 else 1)
-    read_bytes = sum(read.values()) + experts + cache_bytes(config, sizes, batch)
+    read = bytes_to_read(config, sizes, batch // sizes[0], batch, stored)
     return {
         "flops": 2 * met + 2 * 2 * scores,
-        "bytes": read_bytes,
-        "seconds": read_bytes / bandwidth,
+        "bytes": read,
+        "seconds": read / bandwidth,
         "bandwidth": bandwidth,
     }
+
+
+def experts_used(config: LanguageModelConfig, tokens: int) -> float:
+    """Return the share of the experts that so many tokens use, if all are equally likely."""
+    model = config.model
+    if model.num_experts <= 1:
+        return 1.0
+    return 1 - (1 - model.num_selected_experts / model.num_experts) ** tokens
+
+
+def bytes_to_read(
+    config: LanguageModelConfig, sizes: Sizes, tokens: int, batch: int, stored: Shapes | None
+) -> float:
+    """Return what one device must read in a step: its part of the weights, and full caches.
+
+    tokens: that choose experts, on each part of the data axis. batch: sequences whose caches are
+    read, over the entire mesh.
+    """
+    read = by_kind(_own_weights(config, sizes, stored), nbytes)
+    experts = read.pop("experts") * experts_used(config, tokens)
+    return sum(read.values()) + experts + cache_bytes(config, sizes, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The least that a device has to do in a step.
+
+    bytes: that it must read. operations: floating-point operations. experts: the share of the
+    experts that the step uses.
+    """
+
+    bytes: float
+    operations: float
+    experts: float
+
+
+def least_work(
+    config: LanguageModelConfig, sizes: Sizes, tokens: int, batch: int, stored: Shapes | None
+) -> Work:
+    """Return the least work of a step on one device; for the arguments, see `bytes_to_read`.
+
+    Every token attends to a full cache.
+    """
+    cost = token_cost(config, sizes, batch, 1.0, stored)
+    return Work(
+        bytes=bytes_to_read(config, sizes, tokens, batch, stored),
+        operations=cost["flops"] * tokens / sizes[1],
+        experts=experts_used(config, tokens),
+    )

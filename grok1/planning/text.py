@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from grok1.formats import forms
+from grok1.planning.projection import GpuStep
 
 if TYPE_CHECKING:
     from grok1.planning.plan import Plan
@@ -37,6 +39,7 @@ def format_plan(plan: Plan) -> str:
     temporaries = ", ".join(f"{n} {gib(s.temporaries)}" for n, s in plan.steps.items())
     copies = f"; the weights are there {data} times, once a part of data" if data > 1 else ""
     chunks = f"prompts in chunks of {plan.prefill_chunk}"
+    target = plan.accelerator if plan.gpu else "a CPU"
     lines = [
         f"model     {plan.parameters:,} parameters, {plan.dtype} activations",
         f"mesh      data {data} x model {model} = {format_devices(plan.devices)}{copies}",
@@ -46,12 +49,13 @@ def format_plan(plan: Plan) -> str:
         *(f"  {kind:18} {gib(size):>10}" for kind, size in plan.weights.items()),
         f"  {'all weights':18} {gib(total):>10}",
         f"  {'KV cache':18} {gib(plan.cache):>10}",
-        f"  {'temporaries':18} {gib(most):>10}   {temporaries}; as compiled for a CPU",
+        f"  {'temporaries':18} {gib(most):>10}   {temporaries}; as compiled for {target}",
         f"  {'peak':18} {gib(plan.peak):>10}   of {gib(plan.device_memory)}; drivers take some",
         "",
         "exchanged in a step, by each device",
         *_exchange_lines(plan),
         "",
+        *_gpu_lines(plan),
         "a token, at the end of the context",
         *_token_lines(plan),
         "",
@@ -67,6 +71,8 @@ def format_plan(plan: Plan) -> str:
 
 def _largest_line(plan: Plan) -> str:
     first, *shorter = (f"{found['batch']} x {found['context']}" for found in plan.largest)
+    if plan.gpu:  # for which only one batch was compiled
+        return "at least " + ", ".join([first, *shorter])
     return "; at least ".join([first, ", ".join(shorter)] if shorter else [first])
 
 
@@ -77,6 +83,45 @@ def _exchange_lines(plan: Plan) -> list[str]:
         for kind, found in step.exchanged.items()
     ]
     return lines or ["  nothing"]
+
+
+# What is shown of each step as compiled for a GPU, in this order.
+_COUNTS: dict[str, Callable[[GpuStep], str]] = {
+    "launches in a layer": lambda step: f"{step.layer.launches:.4g}",
+    "launches outside the layers": lambda step: f"{step.outside.launches:.4g}",
+    "exchanges in a layer": lambda step: f"{step.layer.exchanged:.4g}",
+    "exchanges outside": lambda step: f"{step.outside.exchanged:.4g}",
+    "conditionals in a layer": lambda step: f"{step.layer.conditionals:.4g}",
+    "conditionals outside": lambda step: f"{step.outside.conditionals:.4g}",
+    "loops in a layer": lambda step: f"{step.layer.loops:.4g}",
+    "loops outside": lambda step: f"{step.outside.loops:.4g}",
+    "bytes that must be read": lambda step: gigabytes(step.must_read),
+    "bytes that are read": lambda step: gigabytes(step.read),
+}
+_SECONDS = ("reading", "computing", "launches", "exchanges", "conditionals", "total")
+
+
+def _gpu_lines(plan: Plan) -> list[str]:
+    """Return a table with a column for each step."""
+    if plan.gpu is None:
+        return [plan.note, ""] if plan.note else []
+    rows = {"": list(plan.gpu)}
+    for title, value in _COUNTS.items():
+        rows[title] = [value(step) for step in plan.gpu.values()]
+    for part in _SECONDS:
+        seconds = [getattr(step.projection, part) for step in plan.gpu.values()]
+        rows[f"projected {part}"] = [f"{1000 * each:.3f} ms" for each in seconds]
+    kernels = [
+        f"  {name:8} {kernel} has {found.registers} registers, {found.spilled} bytes spilled"
+        for name, step in plan.gpu.items()
+        for kernel, found in step.kernels.items()
+    ]
+    return [
+        f"on each {plan.accelerator}; nothing was run, and times are projections",
+        *(f"  {title:28}" + "".join(f"{cell:>12}" for cell in row) for title, row in rows.items()),
+        *kernels,
+        "",
+    ]
 
 
 def _token_lines(plan: Plan) -> list[str]:
