@@ -1,7 +1,7 @@
 """GPUs for which programs can be compiled and projected, without having one.
 
-`compiled_for` is what XLA's compiler asks of a GPU, in the text form of its GpuTargetConfigProto.
-The numbers of each entry, except those of the L40S, are from the file of that GPU in
+An entry has what XLA's compiler asks of a GPU, and what a projection needs. The numbers, except
+those of the L40S, are a subset of those in the file of that GPU in
 https://github.com/openxla/xla, xla/backends/gpu/target_config/specs, which XLA reads from such a
 GPU. Rates and links are from NVIDIA's data sheets: H100, H200, A100, L40S, and HGX B200.
 """
@@ -46,8 +46,8 @@ class Accelerator:
             self, memory=memory or self.memory, bandwidth=bandwidth or self.bandwidth
         )
 
-    def compiled_for(self) -> str:
-        """Return XLA's description of this GPU."""
+    def target_config(self) -> str:
+        """Return XLA's description of this GPU, a GpuTargetConfigProto as text."""
         major, minor = self.capability
         return f"""
             gpu_device_info {{

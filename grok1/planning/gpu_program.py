@@ -1,14 +1,14 @@
 """Compile the steps of a model for GPUs that are not there.
 
 XLA's CUDA compiler needs a description of a GPU, not the GPU; see accelerators.py. It runs in a
-process of its own, since it prints what no other command should, and ends the process if one of its
-parts is missing.
+process of its own, since XLA logs to standard error, and aborts if a part of it is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import pickle
 import re
@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.default_files import ROOT
 from grok1.ops.quantization import Shapes
-from grok1.parallel.sharding import abstract_mesh
 from grok1.planning.accelerators import Accelerator
+from grok1.planning.sizes import mesh_of
 from grok1.serving.steps import abstract_inputs, decode, prefill
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class Job(NamedTuple):
 class Program(NamedTuple):
     """A compiled step.
 
-    text: the optimized program. arguments, temporaries: bytes on a device, of which `arguments`
-    includes what the step returns in place. kernels: what ptxas said of our own kernels, by name.
+    text: the optimized program. arguments: bytes of the arguments and results on a device, those
+    that are updated in place once. temporaries: bytes of all else. kernels: what ptxas said of our
+    own kernels, by name.
     """
 
     text: str
@@ -77,7 +78,10 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The registers of a thread of a kernel, and the bytes that it stores and loads for lack of."""
+    """The registers of each thread of a kernel.
+
+    spilled: bytes that a thread stores and loads because its registers do not suffice.
+    """
 
     registers: int
     spilled: int
@@ -110,7 +114,10 @@ def missing() -> str | None:
         if found is None:
             return f"{name} is not installed; {remedy}"
         if found.version != wanted:
-            return f"{name}: expected version {wanted} as of jaxlib, got {found.version}; {remedy}"
+            return (
+                f"{name}: expected version {wanted} as of jaxlib, got {found.version}; remove it, "
+                f"with {directory()} if that exists, and {remedy}"
+            )
     return None if ptxas() else f"NVIDIA's assembler, ptxas, was not found; {remedy}"
 
 
@@ -124,19 +131,19 @@ def ptxas() -> str | None:
 
 
 def compile_for(job: Job) -> dict[str, Program]:
-    """Return the compiled "prefill" and "decode". Raises UnavailableError."""
+    """Return the compiled steps of a job. Raises UnavailableError."""
     if reason := missing():
         raise UnavailableError(reason)
     with tempfile.TemporaryDirectory() as dump:
-        paths = ROOT, directory(), os.environ.get("PYTHONPATH", "")
+        paths = filter(None, (ROOT, directory(), os.environ.get("PYTHONPATH")))
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",  # otherwise the plugin looks for a driver
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program has no PTX
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "XLA_FLAGS": f"--xla_dump_to={dump}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}",
         }
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, dump],
+            [sys.executable, "-P", "-c", CHILD, dump],  # -P: not the files of this directory
             input=pickle.dumps(job),
             env=environment,
             capture_output=True,
@@ -144,8 +151,8 @@ def compile_for(job: Job) -> dict[str, Program]:
         )
         result = Path(dump) / "programs"
         if done.returncode or not result.exists():
-            said = [line for line in done.stderr.decode(errors="replace").splitlines() if line]
-            reason = said[-1] if said else f"status {done.returncode}"
+            error = Path(dump) / "error"
+            reason = error.read_text() if error.exists() else f"it ended with {done.returncode}"
             raise UnavailableError(f"the compiler failed: {reason}")
         return pickle.loads(result.read_bytes())
 
@@ -157,10 +164,10 @@ def mesh_of_gpus(job: Job) -> Mesh:
     """Return a mesh of GPUs that can only be compiled for."""
     from jax.experimental import topologies
 
-    mesh = abstract_mesh(*job.mesh, num_kv_heads=job.config.model.num_kv_heads)
-    each = min(mesh.size, HOST_DEVICES)
+    mesh = mesh_of(job.config, job.mesh)
+    each = mesh.size if mesh.size <= HOST_DEVICES else math.gcd(mesh.size, HOST_DEVICES)
     found = topologies.get_topology_desc(
-        "", "cuda", target_config=job.accelerator.compiled_for(),
+        "", "cuda", target_config=job.accelerator.target_config(),
         topology=f"1x{mesh.size // each}x{each}",
     )  # fmt: skip
     devices = np.array(found.devices).reshape(mesh.axis_sizes)
@@ -202,10 +209,8 @@ def inspect_kernels(dump: Path) -> dict[str, dict[str, Kernel]]:
     return found
 
 
-def main() -> None:
-    """Compile the job on standard input, and write the programs to the given directory."""
-    dump = Path(sys.argv[1])
-    job: Job = pickle.load(sys.stdin.buffer)
+def compile_job(job: Job, dump: Path) -> dict[str, Program]:
+    """Compile the steps of a job, whose PTX XLA writes to the directory `dump`."""
     mesh = mesh_of_gpus(job)
     with ThreadPoolExecutor() as pool:  # XLA compiles without the GIL
         jobs = [pool.submit(lower_step(job, mesh, name).compile) for name in job.steps]
@@ -217,9 +222,20 @@ def main() -> None:
         assert memory is not None
         arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
         found[name] = Program(
-            program.as_text() or "",
-            arguments - memory.alias_size_in_bytes,
-            memory.temp_size_in_bytes,
-            kernels.get(name, {}),
+            text=program.as_text() or "",
+            arguments=arguments - memory.alias_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            kernels=kernels.get(name, {}),
         )
-    (dump / "programs").write_bytes(pickle.dumps(found))
+    return found
+
+
+def main() -> None:
+    """Compile the job on standard input; write the programs, or an error, to a directory."""
+    dump = Path(sys.argv[1])
+    try:
+        programs = compile_job(pickle.load(sys.stdin.buffer), dump)
+    except Exception as error:  # a compiler may raise anything
+        (dump / "error").write_text(str(error).strip().partition("\n")[0])
+        sys.exit(1)
+    (dump / "programs").write_bytes(pickle.dumps(programs))

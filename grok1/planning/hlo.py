@@ -44,7 +44,7 @@ _NOT_LAUNCHED = {
     "opt-barrier", "optimization-barrier", "domain", "partition-id", "replica-id", *_RUN_OTHERS,
 }  # fmt: skip
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_DTYPES = {"pred": "bool", "s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "complex"}
+_DTYPES = {"pred": "bool", "s": "int", "u": "uint", "f": "float", "bf": "bfloat"}
 
 # For a program that will not run: CPU code may be slow, but XLA's decisions are the same.
 _QUICK: dict[str, str | bool] = {

@@ -1,9 +1,10 @@
 """Plan whether a model fits a mesh, and what a token costs there, without weights or accelerators.
 
 Sizes follow from the shapes of the parameters and their shardings. Prefill and decode are compiled
-ahead of time for as many virtual CPU devices as the mesh has: temporaries and exchanges between
-devices are read from the compiled programs. On a GPU temporaries differ and are mostly smaller,
-since XLA for CPUs converts some arrays for its products; the rest is the same.
+ahead of time, for GPUs if asked to (see gpu_program.py), or else for as many virtual CPU devices as
+the mesh has: temporaries and exchanges between devices are read from the compiled programs. On a
+GPU temporaries differ and are mostly smaller, since XLA for CPUs converts some arrays for its
+products; the rest is the same.
 
 Sizes are in bytes, and per device unless stated otherwise.
 """
@@ -98,11 +99,11 @@ class Plan:
     "decode". peak: the most that is held at once. token: the cost of one decode step at the end of
     the context: floating-point operations, bytes read on a device, and the minimum seconds at the
     given bandwidth. largest: the largest batch that fits this context; for shorter contexts, a
-    batch that fits but may not be the largest. files: what the checkpoint directory holds, None if
-    none was given. host: free disk and memory of this machine, and the most memory that loading
-    takes in addition to the parameters. verdict: one sentence. accelerator: the GPU that was asked
-    for, or None. gpu: what the steps do there, if they were compiled for it; if not, `note` says
-    why.
+    batch that fits but may not be the largest; empty for GPUs, where one batch is compiled. files:
+    what the checkpoint directory holds, None if none was given. host: free disk and memory of this
+    machine, and the most memory that loading takes in addition to the parameters. verdict: one
+    sentence. accelerator: the GPU that was asked for, or None. gpu: what the steps do there, if
+    they were compiled for it; if not, `note` says why.
     """
 
     parameters: int
@@ -249,8 +250,10 @@ def largest_batches(
     """Return the largest batch known to fit, for the given context and for shorter ones.
 
     room: bytes left over after the weights. prompt: the temporaries of prefill, for any batch.
-    known: {batch: the temporaries of decode with the full context}.
+    known: {batch: the temporaries of decode with the full context}; nothing is known without.
     """
+    if not known:
+        return []
     data = sizes[0]
     batches = sorted(known)
     last = batches[-1]
@@ -307,7 +310,7 @@ def _compile(
         name: Step(step.arguments + step.temporaries - held, step.all_exchanges(layers))
         for name, step in found.items()
     }
-    return _Compiled(steps, {batch: steps["decode"].temporaries}, found)
+    return _Compiled(steps, {}, found)
 
 
 def compile_for_gpus(
@@ -320,12 +323,12 @@ def compile_for_gpus(
     target, kernels, shard_activations, save = gpus
     chunk = min(PREFILL_CHUNK, config.sequence_len)
     job = gpu_program.Job(config, sizes, target, batch, chunk, kernels, shard_activations, stored)
-    programs = gpu_program.compile_for(job)
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)
+    programs = gpu_program.compile_for(job)
+    if save is not None:
         for name, program in programs.items():
             (save / f"{name}.txt").write_text(program.text)
-    # A chunk belongs to one prompt; the other parts of the data axis do the same without it.
     work = {
         "prefill": least_work(config, sizes, chunk, sizes[0], stored),
         "decode": least_work(config, sizes, batch // sizes[0], batch, stored),

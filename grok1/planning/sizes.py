@@ -130,19 +130,24 @@ def token_cost(
     experts only those that `batch` tokens are expected to use if all are equally likely. seconds:
     the minimum time to read them.
     """
+    read = bytes_to_read(config, sizes, batch // sizes[0], batch, stored)
+    return {
+        "flops": token_flops(config),
+        "bytes": read,
+        "seconds": read / bandwidth,
+        "bandwidth": bandwidth,
+    }
+
+
+def token_flops(config: LanguageModelConfig) -> float:
+    """Return the floating-point operations of a token that attends to a full cache."""
     model = config.model
     weights = by_kind(config.param_shapes(), lambda array: math.prod(array.shape))
     met = weights["attention"] + weights["experts"] * experts_used(config, 1) + weights["embedding"]
     if model.num_experts > 1:
         met += model.num_layers * model.emb_size * model.num_experts  # the router
     scores = model.num_layers * model.num_q_heads * model.key_size * config.sequence_len
-    read = bytes_to_read(config, sizes, batch // sizes[0], batch, stored)
-    return {
-        "flops": 2 * met + 2 * 2 * scores,
-        "bytes": read,
-        "seconds": read / bandwidth,
-        "bandwidth": bandwidth,
-    }
+    return 2 * met + 2 * 2 * scores
 
 
 def experts_used(config: LanguageModelConfig, tokens: int) -> float:
@@ -161,7 +166,7 @@ def bytes_to_read(
     tokens: that choose experts, on each part of the data axis. batch: sequences whose caches are
     read, over the entire mesh.
     """
-    read = by_kind(_own_weights(config, sizes, stored), nbytes)
+    read = weight_bytes(config, sizes, stored)
     experts = read.pop("experts") * experts_used(config, tokens)
     return sum(read.values()) + experts + cache_bytes(config, sizes, batch)
 
@@ -184,11 +189,11 @@ def least_work(
 ) -> Work:
     """Return the least work of a step on one device; for the arguments, see `bytes_to_read`.
 
-    Every token attends to a full cache.
+    Its operations are counted as those of a decode step: every token attends to a full cache and
+    gets logits.
     """
-    cost = token_cost(config, sizes, batch, 1.0, stored)
     return Work(
         bytes=bytes_to_read(config, sizes, tokens, batch, stored),
-        operations=cost["flops"] * tokens / sizes[1],
+        operations=token_flops(config) * tokens / sizes[1],
         experts=experts_used(config, tokens),
     )

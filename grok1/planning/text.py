@@ -59,9 +59,7 @@ def format_plan(plan: Plan) -> str:
         "a token, at the end of the context",
         *_token_lines(plan),
         "",
-        "largest batch x context that fits",
-        "  " + _largest_line(plan),
-        "",
+        *_largest_lines(plan),
         *_machine_lines(plan),
         "",
         plan.verdict,
@@ -69,16 +67,17 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _largest_line(plan: Plan) -> str:
+def _largest_lines(plan: Plan) -> list[str]:
+    if not plan.largest:
+        return []
     first, *shorter = (f"{found['batch']} x {found['context']}" for found in plan.largest)
-    if plan.gpu:  # for which only one batch was compiled
-        return "at least " + ", ".join([first, *shorter])
-    return "; at least ".join([first, ", ".join(shorter)] if shorter else [first])
+    line = "; at least ".join([first, ", ".join(shorter)] if shorter else [first])
+    return ["largest batch x context that fits", f"  {line}", ""]
 
 
 def _exchange_lines(plan: Plan) -> list[str]:
     lines = [
-        f"  {name:8} {kind:18} {found['count']:5} times {gigabytes(found['bytes']):>10}"
+        f"  {name:8} {kind:18} {found['count']:5.0f} times {gigabytes(found['bytes']):>10}"
         for name, step in plan.steps.items()
         for kind, found in step.exchanged.items()
     ]

@@ -23,8 +23,7 @@ def bytes_read(text: str, experts: float) -> float:
     experts: the share of the experts that the tokens of the step are expected to use.
     """
     program = _Program(operations(text))
-    read = sum(each.times * program.bytes_of(each, experts) for each in program.launched)
-    return read
+    return sum(each.times * program.bytes_of(each, experts) for each in program.launched)
 
 
 class _Program:
@@ -41,7 +40,7 @@ class _Program:
         body = self.bodies[operation.computation]
         given = [body[name] for name in operation.operands]
         for name, count in _KERNELS.items():
-            if f"/{name}/" in operation.source:
+            if operation.opcode == "custom-call" and f"/{name}/" in operation.source:
                 return count(given, experts)
         if operation.opcode == "fusion":
             inner = self.bodies[operation.calls[0]].values()

@@ -39,7 +39,9 @@ def test_without_the_compiler_the_usual_plan_is_made(monkeypatch):
 def test_a_plugin_of_another_version_is_named(monkeypatch):
     other = SimpleNamespace(version="0.1.2")
     monkeypatch.setattr(gpu_program, "installed", lambda _: other)
-    said = r"jax-cuda12-plugin: expected version [\d.]+ as of jaxlib, got 0\.1\.2; run: pip .*"
+    said = (
+        r"jax-cuda12-plugin: expected version [\d.]+ as of jaxlib, got 0\.1\.2; remove it, .*pip .*"
+    )
     assert re.fullmatch(said, gpu_program.missing() or "")
 
 
@@ -72,12 +74,12 @@ def test_options_that_do_not_go_together_are_refused(command, arguments, message
 
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_descriptions_are_of_real_gpus(name):
-    """A warp's limits are the same for all, and a rate is what the memory and cores allow."""
+    """A slip of the pen by a factor of ten would be outside these ranges."""
     found = ACCELERATORS[name]
     assert found.core_threads % 32 == 0 and found.block_memory < found.core_memory
     assert 50 < found.rate / found.bandwidth < 450  # operations per byte
     assert (found.link == NVLINK) == (found.link_bandwidth > 100e9)
-    assert f"core_count: {found.cores}" in found.compiled_for()
+    assert f"core_count: {found.cores}" in found.target_config()
 
 
 # ------------------------------------------------------------------------------ with the compiler
@@ -164,7 +166,20 @@ def test_fewer_partial_sums_are_fewer_bytes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_failure_of_the_compiler_is_one_sentence():
+def test_weights_that_the_kernels_cannot_address_are_one_sentence():
+    """jax adds lines to the error, which are not shown."""
+    job = gpu_program.Job(grok_1(), (1, 1), ACCELERATORS["b200"], 1, 1024, "gpu", False, None)
+    with pytest.raises(gpu_program.UnavailableError) as error:
+        gpu_program.compile_for(job)
+    said = "the compiler failed: a weight of shape (64, 1, 6144, 6144): the GPU kernels take"
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_compiler_is_one_sentence(tmp_path, monkeypatch):
+    """The files of the current directory are not imported."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.py").write_text('raise SystemExit("the wrong file was imported")')
     job = gpu_program.Job(TINY, (1, 1), H100, 1, 16, "no such kernels", False, None)
     with pytest.raises(gpu_program.UnavailableError, match="^the compiler failed: [^\n]*kernels"):
         gpu_program.compile_for(job)
