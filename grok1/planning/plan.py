@@ -318,13 +318,19 @@ def compile_for_gpus(
 ) -> dict[str, GpuStep]:
     """Compile prefill and decode for GPUs, and write their texts if asked to.
 
-    Raises gpu_program.UnavailableError.
+    Raises gpu_program.UnavailableError, or ValueError if the texts cannot be written.
     """
     target, kernels, shard_activations, save = gpus
     chunk = min(PREFILL_CHUNK, config.sequence_len)
     job = gpu_program.Job(config, sizes, target, batch, chunk, kernels, shard_activations, stored)
     if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
+        try:
+            save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{save}: expected a directory for the programs, but it cannot be made "
+                f"({error.strerror}); give another path"
+            ) from error
     programs = gpu_program.compile_for(job)
     if save is not None:
         for name, program in programs.items():

@@ -58,6 +58,14 @@ def test_explicit_memory_and_bandwidth_win(monkeypatch):
     assert found.device_memory == 1 << 33 and found.token["bandwidth"] == 1e9
 
 
+def test_a_path_for_programs_that_is_a_file_is_refused(tmp_path):
+    """Before anything is compiled."""
+    (tmp_path / "file").touch()
+    gpus = plan.Gpus(H100, save=tmp_path / "file")
+    with pytest.raises(ValueError, match=r"/file: expected a directory .* \(File exists\); give"):
+        plan.make_plan(TINY, (1, 1), gpus=gpus)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
