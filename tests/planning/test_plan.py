@@ -21,13 +21,15 @@ import golden
 from grok1.execution import fastest
 from grok1.formats import forms
 from grok1.parallel.sharding import make_mesh
-from grok1.planning import plan, sizes, text
+from grok1.planning import gpu_program, plan, sizes, text
+from grok1.planning.accelerators import ACCELERATORS
 from grok1.serving.steps import abstract_inputs, prefill
 from model import grok_1
 from paths import ROOT
 
 GIB = 2**30
 TINY = golden.config("three-layers", "bfloat16")
+H100 = ACCELERATORS["h100"]
 
 L, D, N, K, H, E, A, F, V, S = 64, 6144, 48, 8, 128, 8, 2, 32768, 131072, 8192
 
@@ -165,6 +167,23 @@ def test_largest_batch_fits_and_a_larger_one_does_not(mesh):
     for rows, fits in ((batch, True), (int(1.3 * batch) // 2 * 2, False)):
         again = plan.make_plan(TINY, mesh, batch=rows, device_memory=memory)
         assert again.fits == fits, (rows, again.peak)
+
+
+def test_without_the_compiler_the_usual_plan_is_made(monkeypatch):
+    monkeypatch.setattr(gpu_program, "PLUGINS", ("no-such-plugin", "no-such-client"))
+    found = plan.make_plan(TINY, (1, 1), gpus=plan.Gpus(H100))
+    assert found.gpu is None and found.device_memory == H100.memory
+    assert found.steps == plan.make_plan(TINY, (1, 1)).steps
+    (note,) = (line for line in text.format_plan(found).splitlines() if line.startswith("not "))
+    said = rf"not compiled for {H100.name}: no-such-plugin is not installed; run: pip install "
+    assert re.fullmatch(said + r"--no-deps --target \S+ [^\n]+==[\d.]+ nvidia\S+", note), note
+    assert "as compiled for a CPU" in text.format_plan(found)
+
+
+def test_explicit_memory_and_bandwidth_win(monkeypatch):
+    monkeypatch.setattr(gpu_program, "PLUGINS", ("no-such-plugin", "no-such-client"))
+    found = plan.make_plan(TINY, (1, 1), device_memory=1 << 33, bandwidth=1e9, gpus=plan.Gpus(H100))
+    assert found.device_memory == 1 << 33 and found.token["bandwidth"] == 1e9
 
 
 # ----------------------------------------------------------------------------------------- verdicts
