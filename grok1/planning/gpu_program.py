@@ -140,7 +140,9 @@ def compile_for(job: Job) -> dict[str, Program]:
             "JAX_PLATFORMS": "cpu",  # otherwise the plugin looks for a driver
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program has no PTX
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}",
+            # Later versions than jax 0.10 write PTX only if asked to.
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} "
+            "--xla_dump_emitter_re=ptx",
         }
         done = subprocess.run(
             [sys.executable, "-P", "-c", CHILD, dump],  # -P: not the files of this directory
