@@ -1,13 +1,16 @@
-"""The float64 reference against the recorded exact logits, so that it can judge the model."""
+"""The reference in float64 equals the recorded exact logits, so that it can judge the model."""
 
 import io
 import pathlib
 import pickle
 
+import jax
 import numpy as np
 import pytest
 
+import baseline
 import golden
+import grok1.reference
 import reference
 
 name = pytest.mark.parametrize("name", golden.NAMES)
@@ -79,3 +82,19 @@ def test_file_with_unexpected_global_is_not_loaded(tmp_path: pathlib.Path) -> No
     path.write_bytes(pickle.dumps(io.BytesIO))
     with pytest.raises(pickle.UnpicklingError, match="BytesIO"):
         reference.load_tensor(path)
+
+
+def test_the_baseline_computes_exact_logits() -> None:
+    """With int8 weights in float32, as in the benchmark; other tests use it in float64."""
+    recorded, server = golden.recorded("three-layers"), golden.runner("three-layers")
+    tokens = recorded.tokens
+    cache = grok1.reference.empty_cache(server.config, len(tokens), tokens.shape[1])
+    weights = grok1.reference.weights_of(server.params)
+    read = jax.jit(grok1.reference.forward, static_argnums=1)
+    logits, _ = read(weights, server.config, tokens, cache)
+    clear = (recorded.margin > 1e-4) & recorded.real
+    assert golden.relative_error(logits, recorded.exact)[clear].max() < 1e-5
+    form = baseline.Baseline(server.config, server.params)
+    state = form.ready([tokens[0, :20], tokens[1, :20]])
+    assert state.cache.filled.tolist() == [20, 20] and form.filled(form.draw(state)) == 21
+    assert form.compile_s.keys() == {"prefill 20", "decode 2"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import golden
+import reference
 from grok1.serving import steps
 from grok1.serving.request import CheckedRequest
 from grok1.serving.scheduler import chunk_lengths
@@ -32,6 +33,30 @@ def test_slots_are_per_device_and_fill_the_data_axis():
         ((4, 2), 0.125, 4),
     ):
         assert ModelRunner(TINY, per_device, None).num_slots(golden.device_mesh(mesh)) == slots
+
+
+@pytest.mark.parametrize(
+    "name", ["three-layers", pytest.param("twelve-layers", marks=pytest.mark.exhaustive)]
+)
+def test_greedy_tokens_are_exact_until_a_near_tie(name):
+    """And equal to those of the original, which are bfloat16, until a less near one."""
+    recorded = golden.recorded(name).greedy
+    prompts = [entry["prompt"] for entry in recorded]
+    requests = [Request(prompt, temperature=0.0, max_len=40) for prompt in prompts]
+    answers = [answer.token_ids for answer in golden.runner(name, "float32").generate(requests)]
+    tokens = np.zeros([len(prompts), max(map(len, prompts)) + 40], np.int32)  # 0 is the pad
+    for row, prompt, answer in zip(tokens, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer)] = prompt + answer
+    logits = reference.forward(*golden.reference_model(name), tokens)
+    for row, entry, answer in zip(logits, recorded, answers, strict=True):
+        first = len(entry["prompt"]) - 1
+        given = row[first : first + len(answer)]  # the logits that each token is drawn from
+        second, best = np.sort(given)[:, -2:].T
+        certain = np.logical_and.accumulate(best - second >= 1e-3)
+        assert certain.sum() > 10
+        assert (given.argmax(-1) == answer)[certain].all()
+        differs = [i for i, token in enumerate(answer) if token != entry["greedy"][i]]
+        assert not differs or (best - second)[differs[0]] < 0.15
 
 
 def test_nothing_compiles_after_the_first_request():

@@ -13,9 +13,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import baseline
-import golden
-import grok1.reference
 import limits
 import random_models
 import speed
@@ -106,22 +103,6 @@ def test_a_rank_is_an_eighth_of_grok_1() -> None:
     assert 10.8e9 < work.bytes < 11.0e9
     # Twice the 84 billion parameters of a token, an eighth of them here.
     assert 2 * 84e9 / 8 < work.operations < 2 * 84e9 / 8 * 1.1
-
-
-def test_the_baseline_computes_exact_logits() -> None:
-    """With int8 weights in float32, as in the benchmark; other tests use it in float64."""
-    recorded, server = golden.recorded("three-layers"), golden.runner("three-layers")
-    tokens = recorded.tokens
-    cache = grok1.reference.empty_cache(server.config, len(tokens), tokens.shape[1])
-    weights = grok1.reference.weights_of(server.params)
-    read = jax.jit(grok1.reference.forward, static_argnums=1)
-    logits, _ = read(weights, server.config, tokens, cache)
-    clear = (recorded.margin > 1e-4) & recorded.real
-    assert golden.relative_error(logits, recorded.exact)[clear].max() < 1e-5
-    form = baseline.Baseline(server.config, server.params)
-    state = form.ready([tokens[0, :20], tokens[1, :20]])
-    assert state.cache.filled.tolist() == [20, 20] and form.filled(form.draw(state)) == 21
-    assert form.compile_s.keys() == {"prefill 20", "decode 2"}
 
 
 @pytest.mark.exhaustive
