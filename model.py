@@ -352,7 +352,8 @@ class InOutEmbed(hk.Module):
 
     def __call__(self, tokens: Array, dtype: DTypeLike = jnp.float32) -> Array:
         """Tokens int [...] -> float32 [..., D], the table rounded to `dtype`."""
-        return self.embeddings[tokens].astype(dtype).astype(jnp.float32)
+        rows = self.execution.lookup(self.embeddings, tokens)
+        return rows.astype(dtype).astype(jnp.float32)
 
     def decode(self, x: Array) -> Array:
         """x [B, T, D] -> float32 [B, T, V], `x @ embeddings.T`."""

@@ -164,6 +164,21 @@ class Execution:
             return self.residual(y)
         return constrain(y, self.mesh, self.data_axis, None, produced)
 
+    def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Return the rows of table [V, D] for tokens [B, T] -> [B, T, D], in the table's dtype."""
+        mesh, every = self.mesh, self._all_model_axes
+        if mesh is None:
+            return table[tokens]
+
+        def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            # One device has a token's row, the others add zero. XLA would gather the table.
+            own = tokens - lax.axis_index(every) * table.shape[0]
+            rows = table.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+            return sum_over(rows, mesh, every)
+
+        in_specs = P(every, None), P(self.data_axis, None)
+        return on_shards(local, mesh, in_specs, P(self.data_axis, None, None))(table, tokens)
+
     def logits(self, x: jax.Array, table: jax.Array) -> jax.Array:
         """`x [B, T, D] @ table.T`, table [V, D] of x's dtype -> float32 [B, T, V]."""
 
