@@ -61,7 +61,7 @@ def _compiled(name: str) -> ModuleType:
         from grok1.kernels import cpu
 
         return cpu
-    from grok1.kernels import gpu  # only when needed: Pallas takes long to import
+    from grok1.kernels.gpu import operations as gpu  # only when needed: Pallas takes long to import
 
     return gpu
 

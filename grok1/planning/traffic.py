@@ -72,7 +72,7 @@ def _taken_by(user: Operation, value: Operation) -> int:
 
 def _product_bytes(given: Sequence[Operation], experts: float) -> float:
     """Of int8 [L, E, I, O] and scales [L, E, J, O], one layer and the experts in use."""
-    _, _, x, *weights = given
+    x, *weights = (each for each in given if each.outputs[0][0] != "int32")
     groups = weights[0].outputs[0][1][1]
     share = experts if groups > 1 else 1
     return x.nbytes + sum(share * w.nbytes / w.outputs[0][1][0] for w in weights)

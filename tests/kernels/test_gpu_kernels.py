@@ -1,6 +1,6 @@
 """The GPU kernels, interpreted on a CPU: results, memory traffic and lowering to Triton.
 
-Dimension letters as in `grok1/kernels/gpu.py`. No GPU is needed.
+Dimension letters as in `grok1/kernels/gpu`. No GPU is needed.
 """
 
 import collections
@@ -12,15 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from test_cpu_kernels import exact_product, plain_product, random_rows, random_weight
 
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
-from grok1.kernels import gpu
 from grok1.kernels.error import KernelError
+from grok1.kernels.gpu import attention, product
+from grok1.kernels.gpu import operations as gpu
+from grok1.kernels.gpu.product import FEW_ROWS, added, grouped_product, plan_product
 from grok1.ops import cache
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.mixture import chosen_experts
+from grok1.ops.quantization import QuantizedWeight8bit, dequantize
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
 from small import exact_attention
@@ -31,14 +35,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def interpreted_product():
-    """Return the interpreted kernel, traced anew."""
-    call = jax.jit(lambda *arrays: gpu.grouped_product(*arrays, interpret=True))
+    """Return the interpreted kernel for rows sorted by group, traced anew."""
+
+    @jax.jit
+    def call(x, weight, starts, layer):
+        return added(grouped_product(x, [weight], layer, starts=starts, interpret=True))
+
     return lambda x, weight, starts, layer: np.asarray(call(x, weight, starts, jnp.int32(layer)))
-
-
-def multiply(x, weight, starts, layer):
-    """Return the product by the interpreted kernel."""
-    return interpreted_product()(x, weight, starts, layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +68,10 @@ PRODUCTS = {
     "odd shapes": Product((3, 4, 2), inputs=77, outputs=67, scale_groups=7),
     "scale groups in pieces": Product((4,), inputs=2 * 450, outputs=128, scale_groups=2),
     # Of one shape, so that they are compiled once.
-    "empty groups": Product((0, 3, 0, 2), before=3, after=32),
-    "no row in any group": Product((0, 0, 0, 0), after=40),
-    "groups of several tiles": Product((0, 33, 0, 7)),
-    "groups that end within a tile": Product((17, 0, 18, 0), after=5),
+    "empty groups": Product((0, 3, 0, 2), before=3, after=62),
+    "no row in any group": Product((0, 0, 0, 0), after=70),
+    "groups of several tiles": Product((0, 33, 0, 37)),
+    "groups that end within a tile": Product((17, 0, 18, 0), after=35),
 }
 
 
@@ -76,6 +79,17 @@ PRODUCTS = {
 def product_kernel():
     """Return the interpreted kernel, compiled once for each shape."""
     return interpreted_product()
+
+
+def assert_exact(y, x, weight, starts, layer):
+    """The rows of all groups are those in float64, and no less exact than the plain form's."""
+    own = slice(starts[0], starts[-1])
+    exact = exact_product(x, weight, starts, layer)
+    assert y.dtype == np.float32 and y.shape == exact.shape
+    error, scale = np.linalg.norm(y[own] - exact[own]), np.linalg.norm(exact)
+    plain = np.linalg.norm(plain_product(x, weight, starts, layer) - exact)
+    assert error <= 1e-6 * scale
+    assert error <= 2 * plain + 1e-8 * scale
 
 
 @pytest.mark.parametrize(
@@ -89,72 +103,139 @@ def product_kernel():
 )
 def test_each_row_is_multiplied_by_matrix_of_its_group(case, dtype, product_kernel):
     x, weight, starts = case.arrays(dtype)
-    y = product_kernel(x, weight, starts, 1)
-    exact = exact_product(x, weight, starts, 1)
-    assert y.dtype == np.float32 and y.shape == exact.shape
-    assert np.all(y[: starts[0]] == 0) and np.all(y[starts[-1] :] == 0)
-    error, scale = np.linalg.norm(y - exact), np.linalg.norm(exact)
-    plain = np.linalg.norm(plain_product(x, weight, starts, 1) - exact)
-    assert error <= 1e-6 * scale
-    assert error <= 2 * plain + 1e-8 * scale
+    if len(x) > FEW_ROWS:
+        assert_exact(product_kernel(x, weight, starts, 1), x, weight, starts, 1)
+    # A few rows need no order.
+    rows = slice(starts[0], starts[0] + min(FEW_ROWS, starts[-1] - starts[0]))
+    if x[rows].size:
+        ends = np.clip(starts - starts[0], 0, FEW_ROWS)
+        group = np.repeat(np.arange(len(case.counts)), np.diff(ends)).astype(np.int32)
+        order = np.random.default_rng(3).permutation(len(group))
+        given = x[rows][order], [weight], jnp.int32(1)
+        found = added(grouped_product(*given, group=group[order], interpret=True))
+        y = np.zeros_like(found)
+        y[order] = found
+        assert_exact(y, x[rows], weight, ends, 1)
+        if len(case.counts) == 1:
+            assert np.array_equal(found, added(grouped_product(*given, interpret=True)))
+
+
+def test_one_group_of_several_tiles_needs_no_starts():
+    x, weight, starts = Product((150,)).arrays(jnp.bfloat16)
+    y = added(grouped_product(x, [weight], jnp.int32(1), interpret=True))
+    assert_exact(np.asarray(y), x, weight, starts, 1)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_gated_products_are_those_of_an_expert(few):
+    """`gelu(x @ gate) * (x @ value)`; of a few rows, the two results of each."""
+    case = Product((3, 0, 4) if few else (40, 0, 43), inputs=77, outputs=67, scale_groups=7)
+    x, gate, starts = case.arrays(jnp.bfloat16)
+    value = jax.tree.map(lambda w: w[:, ::-1], gate)
+    rows, group = np.arange(len(x)), np.repeat(np.arange(3), case.counts).astype(np.int32)
+    given = {"starts": starts}
+    if few:
+        rows, group = np.repeat(rows, 2), np.stack([group, (group + 1) % 3], 1).reshape(-1)
+        given = {"group": group}
+    y = grouped_product(x, [gate, value], jnp.int32(1), **given, interpret=True)
+    assert y.shape == (1, len(rows), case.outputs) and y.dtype == jnp.bfloat16
+    matrices = (np.asarray(dequantize(w), np.float64)[1, group] for w in (gate, value))
+    a, b = (np.einsum("ri,rio->ro", x[rows].astype(np.float64), w) for w in matrices)
+    exact = a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * b
+    assert np.linalg.norm(np.asarray(y[0], np.float64) - exact) <= 2.5e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("few", [FEW_ROWS, 0])
+def test_the_mixture_equals_the_plain_one(few, monkeypatch):
+    """With a masked token, whose rows are not written; without and with sorting."""
+    rng, widths = np.random.default_rng(4), {"linear": (32, 48), "linear_v": (32, 48)}
+    shapes = {**widths, "linear_1": (48, 32)}
+    weights = {name: random_weight(4, *shape, 1) for name, shape in shapes.items()}
+    params = {name: {"w": jax.tree.map(lambda w: w[1], w)} for name, w in weights.items()}
+    x = jnp.asarray(rng.standard_normal((2, 3, 32)), jnp.bfloat16)
+    index = np.argsort(rng.uniform(size=(2, 3, 4)))[..., :2].astype(np.int32)
+    gates = rng.uniform(size=index.shape).astype(np.float32)
+    gates[1, 2], index[1, 2] = 0, 4
+    monkeypatch.setattr(gpu, "grouped_product", functools.partial(grouped_product, interpret=True))
+    monkeypatch.setattr(gpu, "FEW_ROWS", few)
+    found = gpu.OPERATIONS.mixture(params, x, gates, index)
+    plain = chosen_experts(params, x, gates, index)
+    assert found.dtype == jnp.float32 and np.all(found[1, 2] == 0) and np.all(plain[0, 0] != 0)
+    assert np.linalg.norm(found - plain) <= 2e-3 * np.linalg.norm(plain)
 
 
 def test_products_of_many_rows_are_not_split(monkeypatch):
-    monkeypatch.setattr(gpu, "PROCESSORS", 2)  # few enough for these shapes to occupy
+    monkeypatch.setattr(product, "PROCESSORS", 2)  # few enough for these shapes to occupy
     for rows, tile in ((100, 64), (150, 128)):
         x, weight, starts = Product((rows,), 800, 16, scale_groups=2).arrays(jnp.bfloat16)
-        launch = gpu.plan_product(x, weight)
+        launch = plan_product(x, [weight], rows, few=False)
         assert launch.row_tile == tile and launch.pieces == 4 and not launch.split
-    exact = exact_product(x, weight, starts, 0)
-    error = np.linalg.norm(multiply(x, weight, starts, 0) - exact)
-    assert error <= 1e-6 * np.linalg.norm(exact)
+    y = interpreted_product()(x, weight, starts, 0)
+    assert_exact(y, x, weight, starts, 0)
 
 
 def test_row_does_not_depend_on_other_rows():
-    x, weight, starts = Product((5, 3, 20), inputs=400, before=1, after=3).arrays(jnp.bfloat16)
+    x, weight, starts = Product((25, 13, 20), inputs=400, before=1, after=7).arrays(jnp.bfloat16)
     multiply = interpreted_product()
     y = multiply(x, weight, starts, 1)
-    for own in (1, 8, 20):  # of each group
+    for own in (1, 28, 40):  # of each group
         others = np.arange(len(x)) != own
         changed = x.copy()
         changed[others] = np.nan
         z = multiply(changed, weight, starts, 1)
-        assert np.array_equal(z[own], y[own]) and np.all(np.isnan(z[1:29][others[1:29]]))
-        assert np.all(z[0] == 0) and np.all(z[29:] == 0)
+        assert np.array_equal(z[own], y[own]) and np.all(np.isnan(z[1:59][others[1:59]]))
+    few, group = x[20:50], np.repeat(np.arange(3), (6, 13, 11)).astype(np.int32)
+    y = added(grouped_product(few, [weight], jnp.int32(1), group=group, interpret=True))
+    few[np.arange(30) != 7] = np.nan
+    z = added(grouped_product(few, [weight], jnp.int32(1), group=group, interpret=True))
+    assert np.array_equal(z[7], y[7]) and np.isnan(z).all(axis=-1).sum() == 29
 
 
 def test_pieces_of_a_sum_are_independent_of_row_count():
     for groups, inputs, outputs, scale_groups in (
         (8, 6144, 4096, 1), (8, 32768, 6144, 8), (1, 6144, 768, 1), (1, 768, 6144, 1)
     ):  # fmt: skip
-        _, weight = product_shapes(1, groups, inputs, outputs, scale_groups)
         launches = [
-            gpu.plan_product(jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16), weight)
+            plan_product(
+                *product_shapes(rows, groups, inputs, outputs, scale_groups),
+                rows,
+                few=rows <= FEW_ROWS,
+            )
             for rows in (1, 2, 16, 32, 500, 2048, 16384)
         ]
         assert len({(launch.piece, launch.pieces) for launch in launches}) == 1
 
 
-def test_single_row_occupies_all_processors():
-    for shapes in ((8, 6144, 4096), (8, 4096, 6144), (1, 6144, 768), (1, 768, 6144)):
-        visits, columns, pieces = gpu.plan_product(*product_shapes(1, *shapes)).grid
-        assert visits == 1 and columns * pieces >= gpu.PROCESSORS
+def test_single_token_occupies_all_processors():
+    for groups, *widths in ((8, 6144, 4096), (8, 4096, 6144), (1, 6144, 768), (1, 768, 6144)):
+        for matrices in (1, 2) if groups > 1 else (1,):
+            x, [weight] = product_shapes(2, groups, *widths)
+            _, columns, pieces = plan_product(x, [weight] * matrices, 2, few=True).grid
+            # Two experts of eight.
+            assert min(groups, 2) * columns * pieces >= 0.95 * product.PROCESSORS
 
 
 def test_product_shapes_that_do_not_fit_are_rejected():
     x, weight, starts = Product((2, 1)).arrays(jnp.bfloat16)
-    for match, wrong in (
-        ("x must be", (x[:, :8], weight, starts)),
-        ("x must be", (x[:0], weight, starts)),
-        ("x must be bfloat16", (x.astype(np.float16), weight, starts)),
-        ("starts must be", (x, weight, starts[:-1])),
-        ("scales of shape", (x, QuantizedWeight8bit(weight.weight, weight.scales[:1]), starts)),
+    scales = QuantizedWeight8bit(weight.weight, weight.scales[:1])
+    group = np.zeros(66, np.int32)
+    for match, x_given, weight_given, given in (
+        ("x must be", x[:, :8], weight, {"starts": starts}),
+        ("x must be", x[:0], weight, {"starts": starts}),
+        ("x must be bfloat16", x.astype(np.float16), weight, {"starts": starts}),
+        ("starts must be", x, weight, {"starts": starts[:-1]}),
+        ("group must be", x, weight, {"group": group}),
+        ("group must be", x, weight, {"group": group[:2]}),
+        ("starts or group must be given", x, weight, {}),
+        ("scales of shape", x, scales, {"starts": starts}),
     ):
         with pytest.raises(ValueError, match=match):
-            multiply(*wrong, 0)
-    x, weight = product_shapes(1, 8, 32768, 6144, 8, layers=2)  # 3.2e9 elements of one byte
+            grouped_product(x_given, [weight_given], jnp.int32(0), **given)
+    x, weights = product_shapes(1, 8, 32768, 6144, 8, layers=2)  # 3.2e9 elements of one byte
     with pytest.raises(ValueError, match="between"):
-        jax.eval_shape(gpu.grouped_product, x, weight, *indices(8))
+        jax.eval_shape(
+            lambda *arrays: grouped_product(*arrays[:3], group=arrays[3]), x, weights, *indices(1)
+        )
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -309,100 +390,68 @@ def moved(monkeypatch):
         return function(ref, *args, mask=mask, **options)
 
     for way in ("load", "store"):
-        function = functools.partial(counted, way, getattr(gpu.plgpu, way))
-        monkeypatch.setattr(gpu.plgpu, way, function)
+        function = functools.partial(counted, way, getattr(plgpu, way))
+        monkeypatch.setattr(plgpu, way, function)
     return counter
 
 
-@pytest.mark.parametrize(
-    ("case", "split"),
-    [
-        (PRODUCTS["scale groups in pieces"], True),
-        (PRODUCTS["empty groups"], False),
-        (Product((65, 0, 130), inputs=400, outputs=300, scale_groups=2), False),
-    ],
-    ids=["split", "empty groups", "many rows"],
-)
-def test_product_moves_the_bytes_of_its_launch(case, split, moved, monkeypatch):
-    monkeypatch.setattr(gpu, "PROCESSORS", 132 if split else 2)
+@pytest.mark.parametrize("few", [True, False])
+def test_a_product_reads_the_matrices_in_use(few, moved):
+    """Once for each tile of their rows, and no row twice for one tile of columns."""
+    case = Product((0, 3, 0, 2) if few else (65, 0, 130), 400, 300, scale_groups=2)
     x, weight, starts = case.arrays(jnp.bfloat16)
-    launch = gpu.plan_product(x, weight)
-    jax.block_until_ready(multiply(x, weight, starts, 1))
+    group = np.repeat(np.arange(len(case.counts)), case.counts).astype(np.int32)
+    given = {"group": group} if few else {"starts": starts}
+    jax.block_until_ready(grouped_product(x, [weight], jnp.int32(1), **given, interpret=True))
     jax.effects_barrier()
-    said = launch.bytes_moved(case.counts)
-    assert moved["load", weight.weight.shape] == said["weight"]
-    assert moved["load", weight.scales.shape] == said["scales"]
-    assert moved["load", x.shape] == said["x"]
-    assert moved["load", ()] + moved["load", starts.shape] == said["index"]
-    assert moved["store", (launch.partials, launch.rows, launch.outputs)] == said["written"]
-    assert len(moved) == 6
-    assert launch.split == split == (said["added"] > 0)
+    launch = plan_product(x, [weight], len(x), few=few)
+    tiles = sum(-(-count // launch.row_tile) for count in case.counts)
+    assert few == (tiles == 2)
+    assert moved["load", weight.weight.shape] == tiles * 400 * 300
+    assert moved["load", weight.scales.shape] == tiles * launch.pieces * 300 * 2
+    assert moved["load", x.shape] == launch.columns * x.nbytes
+    assert moved["store", (launch.partials, len(x), 300)] == launch.partials * len(x) * 300 * 4
 
 
 @pytest.mark.parametrize(
     "name",
-    ["one query and a mask with holes", "several tiles of queries", "one mask for all queries"],
+    ["one query and a mask with holes", "several tiles of queries", "one mask for all sequences"],
 )
-def test_attention_moves_the_bytes_of_its_launch(name, moved):
+def test_attention_reads_the_filled_positions(name, moved):
     arrays = query, keys, values, mask, _, filled, _ = ATTENTIONS[name].arrays(jnp.bfloat16)
     mask = np.broadcast_to(mask, (*mask.shape[:-1], keys.shape[2]))
-    launch = gpu.plan_attention(query, keys, values, mask)
-    reach = np.asarray(gpu._visible_lengths(launch, jnp.asarray(mask), jnp.asarray(filled)))
+    launch = attention.plan_attention(query, keys, values, mask)
+    reach = attention._visible_lengths(launch, jnp.asarray(mask), jnp.asarray(filled))
     jax.block_until_ready(attend(*arrays))
     jax.effects_barrier()
-    said = launch.bytes_moved(reach.tolist())
-    heads = (launch.batch, launch.kv_heads)
-    sums = (launch.parts, *heads, launch.rows)
-    assert moved.pop(("load", (*heads, launch.rows, launch.width))) == said["query"]
-    assert moved.pop(("load", keys.shape)) == said["keys"]
-    assert moved.pop(("load", values.shape)) == said["values"]
-    assert moved.pop(("load", mask.shape), 0) == said["mask"]
-    stored = [moved.pop(("store", shape)) for shape in ((*sums, launch.value_width), sums)]
-    assert sum(stored) == said["written"]
-    assert sum(moved.values()) == said["index"]
+    rows = launch.batch, launch.kv_heads, launch.rows
+    assert moved["load", (*rows, launch.width)] == launch.parts * query.nbytes
+    seen = int(np.sum(reach)) * launch.kv_heads * 2
+    assert moved["load", keys.shape] == seen * launch.width
+    assert moved["load", values.shape] == seen * launch.value_width
 
 
 def test_tile_reads_up_to_its_last_visible_position():
     query, keys, values, mask, *_ = Attention((150, 60), queries=30, mask="causal").arrays(
         jnp.bfloat16
     )
-    launch = gpu.plan_attention(query, keys, values, mask)
-    reach = gpu._visible_lengths(launch, jnp.asarray(mask), jnp.array([150, 60]))
+    launch = attention.plan_attention(query, keys, values, mask)
+    reach = attention._visible_lengths(launch, jnp.asarray(mask), jnp.array([150, 60]))
     # 90 rows, three a query, in tiles of 64: queries 0 to 21, and 21 to 29.
     assert reach.tolist() == [[142, 150], [52, 60]]
-
-
-def test_decode_step_moves_little_more_than_weights():
-    """For one device of eight, batch 1 and 1,024 filled positions."""
-    layers, width, hidden, filled, table = 64, 6144, 4096, 1024, 16384 * 6144 * 2
-    moved = needed = 0
-    for groups, inputs, outputs, times in (
-        (8, width, hidden, 2), (8, hidden, width, 1),
-        (1, width, 768, 1), (1, width, 128, 2), (1, 768, width, 1),
-    ):  # fmt: skip
-        chosen = min(groups, 2)  # the experts of one token, or the one matrix of all
-        launch = gpu.plan_product(*product_shapes(chosen, groups, inputs, outputs))
-        counts = [1] * chosen + [0] * (groups - chosen)
-        moved += times * sum(launch.bytes_moved(counts).values())
-        needed += times * chosen * (inputs * outputs + outputs * 2)
-    launch = gpu.plan_attention(*attention_shapes(1, 1))
-    moved += sum(launch.bytes_moved([[filled]]).values())
-    needed += filled * 2 * 128 * 2
-    ratio = (layers * moved + table) / (layers * needed + table)
-    assert 1 < ratio <= 1.15
 
 
 # -------------------------------------------------------------------------------- lowering
 
 
 def product_shapes(rows, groups, inputs, outputs, scale_groups=1, dtype=jnp.bfloat16, layers=64):
-    """Return x and a weight as shapes."""
+    """Return x and a list of one weight as shapes."""
     shape = jax.ShapeDtypeStruct
     weight = QuantizedWeight8bit(
         shape((layers, groups, inputs, outputs), jnp.int8),
         shape((layers, groups, scale_groups, outputs), jnp.bfloat16),
     )
-    return shape((rows, inputs), dtype), weight
+    return shape((rows, inputs), dtype), [weight]
 
 
 def attention_shapes(batch, queries, kv_heads=1, dtype=jnp.bfloat16, stored=None):
@@ -413,9 +462,9 @@ def attention_shapes(batch, queries, kv_heads=1, dtype=jnp.bfloat16, stored=None
     return query, cache, cache, shape((batch, queries, 8192), jnp.bool_)
 
 
-def indices(groups):
-    """Return starts and layer as shapes."""
-    return jax.ShapeDtypeStruct((groups + 1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+def indices(count):
+    """Return a layer and an index of `count` elements as shapes."""
+    return jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.int32)
 
 
 def lower(function, *shapes):
@@ -434,8 +483,15 @@ def lower(function, *shapes):
     ids=str,
 )  # fmt: skip
 def test_products_of_the_full_model_lower_for_cuda(shapes):
-    text = lower(gpu.grouped_product, *product_shapes(*shapes), *indices(shapes[1]))
-    assert text.count("xla.gpu.triton") == 1
+    x, weights = product_shapes(*shapes)
+    few = shapes[0] <= FEW_ROWS
+    given = indices(shapes[0] if few else shapes[1] + 1)
+
+    def call(x, weights, layer, groups):
+        return grouped_product(x, weights, layer, **{"group" if few else "starts": groups})
+
+    for count in (1, 2):
+        assert lower(call, x, weights * count, *given).count("xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize(
@@ -448,22 +504,23 @@ def test_attention_of_the_full_model_lowers_for_cuda(shapes):
         return gpu.attend_cached(query, keys, values, mask, 128**-0.5, *where)
 
     numbers = jax.ShapeDtypeStruct((shapes[0],), jnp.int32)
-    where = (indices(1)[1], numbers, numbers)
+    where = (indices(1)[0], numbers, numbers)
     text = lower(call, *attention_shapes(*shapes), *where)
     assert text.count("xla.gpu.triton") == 1
 
 
 def test_scan_over_layers_passes_the_whole_stack():
     """Slicing a layer out first would copy eight experts, of which two are read."""
-    x, weight = product_shapes(2, 8, 6144, 6144)
+    x, weights = product_shapes(2, 8, 6144, 6144)
 
-    def step(x, weight, starts):
+    def step(x, weights, group):
         def body(x, layer):
-            return gpu.grouped_product(x, weight, starts, layer).astype(x.dtype), None
+            y = added(grouped_product(x, weights, layer, group=group))
+            return y.astype(x.dtype), None
 
         return lax.scan(body, x, jnp.arange(64))[0]
 
-    text = lower(step, x, weight, indices(8)[0])
+    text = lower(step, x, weights, indices(2)[1])
     made = [line for line in text.splitlines() if "=" in line and "xi8>" in line.split("->")[-1]]
     copies = [line for line in made if "slice" in line or "gather" in line]
     assert "xla.gpu.triton" in text and not copies
@@ -471,9 +528,9 @@ def test_scan_over_layers_passes_the_whole_stack():
 
 def test_prefill_makes_no_queries_by_positions_array():
     query, keys, values, mask = attention_shapes(1, 8192)
-    launch = gpu.plan_attention(query, keys, values, mask)
+    launch = attention.plan_attention(query, keys, values, mask)
     assert launch.parts == 1
-    shapes = (query, keys, values, mask, *indices(1)[1:], jax.ShapeDtypeStruct((1,), jnp.int32))
+    shapes = (query, keys, values, mask, *indices(1))
 
     def call(query, keys, values, mask, *where):
         return gpu.attend_cached(query, keys, values, mask, 1.0, *where)
@@ -525,15 +582,15 @@ def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
     interpret(monkeypatch)
     kernels.load()
     gpu.load.cache_clear()
-    right = gpu.grouped_product
-    monkeypatch.setattr(gpu, "grouped_product", lambda *arrays: 1.1 * right(*arrays))
+    right = gpu.multiply
+    monkeypatch.setattr(gpu, "multiply", lambda *arrays: 1.1 * right(*arrays))
     with pytest.raises(KernelError, match="wrong by 10%"):
         kernels.load()
 
     def refuse(*_):
         raise RuntimeError("unknown device\nand more")
 
-    monkeypatch.setattr(gpu, "grouped_product", refuse)
+    monkeypatch.setattr(gpu, "multiply", refuse)
     with pytest.raises(KernelError, match="^unknown device$"):
         kernels.load()
     gpu.load.cache_clear()

@@ -91,9 +91,9 @@ def test_grok_1_on_eight_h100s_fits_and_reads_little_more_than_it_must(decode):
     assert found.fits and found.peak < 45 * 2**30
     step, prefill = found.gpu["decode"], found.gpu["prefill"]
     assert step.layer.exchanges["all-reduce"]["count"] == 2
-    assert 35 < step.layer.launches < 45 and step.layer.conditionals == 0
-    assert 1 < step.read / step.must_read < 1.1
-    assert 40 < prefill.layer.launches < 60 and prefill.layer.exchanged == 8
+    assert 25 < step.layer.launches < 33 and step.layer.conditionals == 0
+    assert 1 < step.read / step.must_read < 1.05 and step.temporaries < 0.01 * 2**30
+    assert 40 < prefill.layer.launches < 50 and prefill.layer.exchanged == 8
     assert all(k.spilled == 0 < k.registers for s in (step, prefill) for k in s.kernels.values())
     assert len(step.kernels) > 3 and len(prefill.kernels) > 3
     for name in ("decode", "prefill"):
@@ -109,7 +109,8 @@ def test_the_projection_of_batch_1_is_the_sum_of_its_parts(decode):
     layer, outside = step.layer, step.outside
     reading = step.read / (0.85 * 3.35232e12)
     launches = (64 * layer.launches + outside.launches) * 1.5e-6
-    reduced = 64 * layer.exchanges["all-reduce"]["bytes"] * 2 * 7 / 8
+    sums = 64 * layer.exchanges["all-reduce"]["bytes"] + outside.exchanges["all-reduce"]["bytes"]
+    reduced = sums * 2 * 7 / 8
     gathered = outside.exchanges["all-gather"]["bytes"] * 7 / 8
     exchanges = (64 * 2 + outside.exchanged) * 8e-6 + (reduced + gathered) / 450e9
     assert step.read / 3.35232e12 > 180.4e9 / 8 / 989e12  # computing takes less than reading
@@ -163,7 +164,7 @@ def test_fewer_partial_sums_are_fewer_bytes(monkeypatch):
     """A kernel's tiles decide how many partial sums are written, and read again."""
     job = gpu_program.Job(TINY, (1, 1), H100, 1, 128, "gpu", False, None, ("decode",))
     usual = bytes_read(gpu_program.compile_for(job)["decode"].text, 0.25)
-    changed = "from grok1.kernels import gpu; gpu.PARTS = 4; " + gpu_program.CHILD
+    changed = "from grok1.kernels.gpu import attention; attention.PARTS = 4; " + gpu_program.CHILD
     monkeypatch.setattr(gpu_program, "CHILD", changed)
     fewer = bytes_read(gpu_program.compile_for(job)["decode"].text, 0.25)
     # Of each layer and query head, 12 sums of the values and one of the weights, in float32.

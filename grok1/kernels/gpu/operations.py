@@ -1,0 +1,97 @@
+"""The operations on an NVIDIA GPU: which form is used for what."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grok1.kernels.error import KernelError
+from grok1.kernels.gpu.attention import attend_cached
+from grok1.kernels.gpu.product import FEW_ROWS, added, grouped_product
+from grok1.kernels.sorted_experts import grouped_experts, is_int8
+from grok1.ops.mixture import chosen_experts, flat
+from grok1.ops.operations import Operations
+from grok1.ops.quantization import (
+    QuantizedWeight8bit,
+    StackedWeight,
+    Weight,
+    Weights,
+    matmul,
+    stacked,
+)
+
+
+@functools.cache
+def load() -> None:
+    """Test the grouped product on this device. Raises KernelError if it fails or is wrong."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(-127, 128, [1, 1, 64, 128]).astype(np.int8)
+    weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 1, 128], 0.01, jnp.bfloat16))
+    x = jnp.asarray(rng.standard_normal([2, 64]), jnp.bfloat16)
+    try:
+        y = jax.jit(multiply)(x, weight, jnp.int32(0))
+        expected = np.asarray(matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0, 0]), weight)))
+        wrong = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
+    except Exception as error:  # a compiler or driver may raise anything
+        raise KernelError(str(error).strip().splitlines()[0]) from error
+    if not wrong < 1e-3:
+        raise KernelError(f"a test product is wrong by {wrong:.0%}")
+
+
+def multiply(x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array) -> jax.Array:
+    """Return `x [M, I] @ weight [L, 1, I, O]`, of one layer -> float32 [M, O]."""
+    return added(grouped_product(x, [weight], layer))
+
+
+def few_experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    """`mixture.chosen_experts` without sorting: a program finds the rows of its expert itself."""
+    weights = [stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1")]
+    (gate, value, out), layer = [w.stack for w in weights], weights[0].layer
+    group = index.reshape(-1)  # [M * A]
+    (hidden,) = grouped_product(flat(x), [gate, value], layer, group=group)
+    y = added(grouped_product(hidden, [out], layer, group=group))
+    # A masked token's rows are not written.
+    y = jnp.where((group < gate.shape[1])[:, None], y, 0) * gates.reshape(-1, 1)
+    mixed = jnp.sum(y.reshape(-1, index.shape[-1], y.shape[-1]), axis=1)
+    return mixed.reshape(*index.shape[:2], -1)
+
+
+def _gated_product(
+    x: jax.Array,
+    gate: QuantizedWeight8bit,
+    value: QuantizedWeight8bit,
+    starts: jax.Array,
+    layer: jax.Array,
+) -> jax.Array:
+    return added(grouped_product(x, [gate, value], layer, starts=starts))
+
+
+def _sorted_product(
+    x: jax.Array, weight: QuantizedWeight8bit, starts: jax.Array, layer: jax.Array
+) -> jax.Array:
+    return added(grouped_product(x, [weight], layer, starts=starts))
+
+
+def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    if not (isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight8bit)):
+        return matmul(x, weight)
+    stack = jax.tree.map(lambda w: w[:, None], weight.stack)  # [L, 1, I, O]
+    y = multiply(x.reshape(-1, x.shape[-1]), stack, weight.layer)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    if not is_int8(params):
+        return chosen_experts(params, x, gates, index)
+    if index.size <= FEW_ROWS:
+        return few_experts(params, x, gates, index)
+    return grouped_experts(_gated_product, _sorted_product, params, x, gates, index)
+
+
+OPERATIONS = Operations(
+    matmul=_matmul,
+    mixture=_mixture,
+    attend_cached=attend_cached,
+    takes_stacked=True,
+)
