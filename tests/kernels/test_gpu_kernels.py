@@ -21,7 +21,14 @@ from grok1.kernels import dispatch as kernels
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu import attention, product
 from grok1.kernels.gpu import operations as gpu
-from grok1.kernels.gpu.product import FEW_ROWS, added, grouped_product, plan_product
+from grok1.kernels.gpu.product import (
+    FEW_ROWS,
+    Groups,
+    added,
+    grouped_product,
+    groups_of,
+    plan_product,
+)
 from grok1.ops import cache
 from grok1.ops.mixture import chosen_experts
 from grok1.ops.quantization import QuantizedWeight8bit, dequantize
@@ -35,43 +42,45 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def interpreted_product():
-    """Return the interpreted kernel for rows sorted by group, traced anew."""
+    """Return the interpreted kernel, traced anew."""
 
-    @jax.jit
-    def call(x, weight, starts, layer):
-        return added(grouped_product(x, [weight], layer, starts=starts, interpret=True))
+    @functools.partial(jax.jit, static_argnums=3)
+    def call(x, weight, group, count):
+        groups = groups_of(group, count)
+        return added(grouped_product(x, [weight], jnp.int32(1), groups, interpret=True))
 
-    return lambda x, weight, starts, layer: np.asarray(call(x, weight, starts, jnp.int32(layer)))
+    return lambda x, weight, group: np.asarray(call(x, weight, group, weight.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """The shapes of a product; `before` and `after`: rows of no group."""
+    """The shapes of a product: how many rows each group has, and how many are in no group."""
 
     counts: tuple[int, ...]
     inputs: int = 40
     outputs: int = 24
     scale_groups: int = 1
-    before: int = 0
-    after: int = 0
+    none: int = 0
 
     def arrays(self, dtype):
-        """Return x, weight and starts."""
+        """Return x, weight, and the group of each row, in random order."""
         groups = len(self.counts)
         weight = random_weight(groups, self.inputs, self.outputs, self.scale_groups)
-        x, starts = random_rows([self.before, *self.counts], self.inputs, spare=self.after)
-        return x.astype(dtype), weight, starts[1:]
+        x, _ = random_rows(self.counts, self.inputs, spare=self.none)
+        group = np.repeat(np.arange(groups + 1), (*self.counts, self.none)).astype(np.int32)
+        return x.astype(dtype), weight, np.random.default_rng(3).permutation(group)
 
 
 PRODUCTS = {
     "one row, a contracted axis in equal pieces": Product((1,), inputs=768, outputs=32),
     "odd shapes": Product((3, 4, 2), inputs=77, outputs=67, scale_groups=7),
     "scale groups in pieces": Product((4,), inputs=2 * 450, outputs=128, scale_groups=2),
+    "a few rows, some in no group": Product((0, 3, 0, 2), none=3),
     # Of one shape, so that they are compiled once.
-    "empty groups": Product((0, 3, 0, 2), before=3, after=62),
-    "no row in any group": Product((0, 0, 0, 0), after=70),
+    "empty groups": Product((0, 3, 0, 2), none=65),
+    "no row in any group": Product((0, 0, 0, 0), none=70),
     "groups of several tiles": Product((0, 33, 0, 37)),
-    "groups that end within a tile": Product((17, 0, 18, 0), after=35),
+    "groups that end within a tile": Product((17, 0, 18, 0), none=35),
 }
 
 
@@ -81,15 +90,15 @@ def product_kernel():
     return interpreted_product()
 
 
-def assert_exact(y, x, weight, starts, layer):
+def assert_exact(y, x, weight, group):
     """The rows of all groups are those in float64, and no less exact than the plain form's."""
-    own = slice(starts[0], starts[-1])
-    exact = exact_product(x, weight, starts, layer)
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(weight.shape[1] + 1)).astype(np.int32)
+    exact, plain = (f(x[order], weight, starts, 1) for f in (exact_product, plain_product))
     assert y.dtype == np.float32 and y.shape == exact.shape
-    error, scale = np.linalg.norm(y[own] - exact[own]), np.linalg.norm(exact)
-    plain = np.linalg.norm(plain_product(x, weight, starts, layer) - exact)
-    assert error <= 1e-6 * scale
-    assert error <= 2 * plain + 1e-8 * scale
+    error = np.linalg.norm((y[order] - exact)[: starts[-1]])
+    assert error <= 1e-6 * np.linalg.norm(exact)
+    assert error <= 2 * np.linalg.norm(plain - exact) + 1e-8 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(
@@ -102,47 +111,34 @@ def assert_exact(y, x, weight, starts, layer):
     ids=[*PRODUCTS, "odd shapes in float32"],
 )
 def test_each_row_is_multiplied_by_matrix_of_its_group(case, dtype, product_kernel):
-    x, weight, starts = case.arrays(dtype)
-    if len(x) > FEW_ROWS:
-        assert_exact(product_kernel(x, weight, starts, 1), x, weight, starts, 1)
-    # A few rows need no order.
-    rows = slice(starts[0], starts[0] + min(FEW_ROWS, starts[-1] - starts[0]))
-    if x[rows].size:
-        ends = np.clip(starts - starts[0], 0, FEW_ROWS)
-        group = np.repeat(np.arange(len(case.counts)), np.diff(ends)).astype(np.int32)
-        order = np.random.default_rng(3).permutation(len(group))
-        given = x[rows][order], [weight], jnp.int32(1)
-        found = added(grouped_product(*given, group=group[order], interpret=True))
-        y = np.zeros_like(found)
-        y[order] = found
-        assert_exact(y, x[rows], weight, ends, 1)
-        if len(case.counts) == 1:
-            assert np.array_equal(found, added(grouped_product(*given, interpret=True)))
+    x, weight, group = case.arrays(dtype)
+    y = product_kernel(x, weight, group)
+    assert_exact(y, x, weight, group)
+    if len(case.counts) == 1:  # which is the same without groups
+        one = added(grouped_product(x, [weight], jnp.int32(1), interpret=True))
+        assert np.array_equal(one, y)
 
 
-def test_one_group_of_several_tiles_needs_no_starts():
-    x, weight, starts = Product((150,)).arrays(jnp.bfloat16)
+def test_one_group_may_have_several_tiles():
+    x, weight, group = Product((150,)).arrays(jnp.bfloat16)
     y = added(grouped_product(x, [weight], jnp.int32(1), interpret=True))
-    assert_exact(np.asarray(y), x, weight, starts, 1)
+    assert_exact(np.asarray(y), x, weight, group)
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_gated_products_are_those_of_an_expert(few):
-    """`gelu(x @ gate) * (x @ value)`; of a few rows, the two results of each."""
-    case = Product((3, 0, 4) if few else (40, 0, 43), inputs=77, outputs=67, scale_groups=7)
-    x, gate, starts = case.arrays(jnp.bfloat16)
+@pytest.mark.parametrize("counts", [(3, 0, 4), (40, 0, 43)], ids=["few", "sorted"])
+def test_gated_products_are_those_of_an_expert(counts):
+    """`gelu(x @ gate) * (x @ value)`, two results of each row of x."""
+    x, gate, group = Product(counts, 77, 67, scale_groups=7).arrays(jnp.bfloat16)
     value = jax.tree.map(lambda w: w[:, ::-1], gate)
-    rows, group = np.arange(len(x)), np.repeat(np.arange(3), case.counts).astype(np.int32)
-    given = {"starts": starts}
-    if few:
-        rows, group = np.repeat(rows, 2), np.stack([group, (group + 1) % 3], 1).reshape(-1)
-        given = {"group": group}
-    y = grouped_product(x, [gate, value], jnp.int32(1), **given, interpret=True)
-    assert y.shape == (1, len(rows), case.outputs) and y.dtype == jnp.bfloat16
+    group = np.stack([group, (group + 1) % 3], axis=1).reshape(-1)
+    (y,) = grouped_product(
+        x, [gate, value], jnp.int32(1), groups_of(jnp.asarray(group), 3), interpret=True
+    )
+    assert y.shape == (2 * len(x), 67) and y.dtype == jnp.bfloat16
     matrices = (np.asarray(dequantize(w), np.float64)[1, group] for w in (gate, value))
-    a, b = (np.einsum("ri,rio->ro", x[rows].astype(np.float64), w) for w in matrices)
+    a, b = (np.einsum("ri,rio->ro", np.repeat(x, 2, 0).astype(np.float64), w) for w in matrices)
     exact = a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * b
-    assert np.linalg.norm(np.asarray(y[0], np.float64) - exact) <= 2.5e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(np.asarray(y, np.float64) - exact) <= 2.5e-3 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("few", [FEW_ROWS, 0])
@@ -157,7 +153,7 @@ def test_the_mixture_equals_the_plain_one(few, monkeypatch):
     gates = rng.uniform(size=index.shape).astype(np.float32)
     gates[1, 2], index[1, 2] = 0, 4
     monkeypatch.setattr(gpu, "grouped_product", functools.partial(grouped_product, interpret=True))
-    monkeypatch.setattr(gpu, "FEW_ROWS", few)
+    monkeypatch.setattr(product, "FEW_ROWS", few)
     found = gpu.OPERATIONS.mixture(params, x, gates, index)
     plain = chosen_experts(params, x, gates, index)
     assert found.dtype == jnp.float32 and np.all(found[1, 2] == 0) and np.all(plain[0, 0] != 0)
@@ -167,28 +163,26 @@ def test_the_mixture_equals_the_plain_one(few, monkeypatch):
 def test_products_of_many_rows_are_not_split(monkeypatch):
     monkeypatch.setattr(product, "PROCESSORS", 2)  # few enough for these shapes to occupy
     for rows, tile in ((100, 64), (150, 128)):
-        x, weight, starts = Product((rows,), 800, 16, scale_groups=2).arrays(jnp.bfloat16)
-        launch = plan_product(x, [weight], rows, few=False)
+        x, weight, group = Product((rows,), 800, 16, scale_groups=2).arrays(jnp.bfloat16)
+        launch = plan_product(x, [weight], rows)
         assert launch.row_tile == tile and launch.pieces == 4 and not launch.split
-    y = interpreted_product()(x, weight, starts, 0)
-    assert_exact(y, x, weight, starts, 0)
+    assert_exact(interpreted_product()(x, weight, group), x, weight, group)
 
 
-def test_row_does_not_depend_on_other_rows():
-    x, weight, starts = Product((25, 13, 20), inputs=400, before=1, after=7).arrays(jnp.bfloat16)
+@pytest.mark.parametrize(
+    "case", [Product((6, 13, 11), 400, none=3), Product((25, 13, 20), 400, none=9)], ids=str
+)
+def test_row_does_not_depend_on_other_rows(case):
+    x, weight, group = case.arrays(jnp.bfloat16)
     multiply = interpreted_product()
-    y = multiply(x, weight, starts, 1)
-    for own in (1, 28, 40):  # of each group
+    y = multiply(x, weight, group)
+    for own in (np.argmax(group == g) for g in range(3)):
         others = np.arange(len(x)) != own
         changed = x.copy()
         changed[others] = np.nan
-        z = multiply(changed, weight, starts, 1)
-        assert np.array_equal(z[own], y[own]) and np.all(np.isnan(z[1:59][others[1:59]]))
-    few, group = x[20:50], np.repeat(np.arange(3), (6, 13, 11)).astype(np.int32)
-    y = added(grouped_product(few, [weight], jnp.int32(1), group=group, interpret=True))
-    few[np.arange(30) != 7] = np.nan
-    z = added(grouped_product(few, [weight], jnp.int32(1), group=group, interpret=True))
-    assert np.array_equal(z[7], y[7]) and np.isnan(z).all(axis=-1).sum() == 29
+        z = multiply(changed, weight, group)
+        assert np.array_equal(z[own], y[own])
+        assert np.all(np.isnan(z[others & (group < 3)]))
 
 
 def test_pieces_of_a_sum_are_independent_of_row_count():
@@ -199,7 +193,6 @@ def test_pieces_of_a_sum_are_independent_of_row_count():
             plan_product(
                 *product_shapes(rows, groups, inputs, outputs, scale_groups),
                 rows,
-                few=rows <= FEW_ROWS,
             )
             for rows in (1, 2, 16, 32, 500, 2048, 16384)
         ]
@@ -210,32 +203,29 @@ def test_single_token_occupies_all_processors():
     for groups, *widths in ((8, 6144, 4096), (8, 4096, 6144), (1, 6144, 768), (1, 768, 6144)):
         for matrices in (1, 2) if groups > 1 else (1,):
             x, [weight] = product_shapes(2, groups, *widths)
-            _, columns, pieces = plan_product(x, [weight] * matrices, 2, few=True).grid
+            _, columns, pieces = plan_product(x, [weight] * matrices, 2).grid
             # Two experts of eight.
             assert min(groups, 2) * columns * pieces >= 0.95 * product.PROCESSORS
 
 
 def test_product_shapes_that_do_not_fit_are_rejected():
-    x, weight, starts = Product((2, 1)).arrays(jnp.bfloat16)
+    x, weight, group = Product((2, 1)).arrays(jnp.bfloat16)
     scales = QuantizedWeight8bit(weight.weight, weight.scales[:1])
-    group = np.zeros(66, np.int32)
+    groups = groups_of(group, 2)
     for match, x_given, weight_given, given in (
-        ("x must be", x[:, :8], weight, {"starts": starts}),
-        ("x must be", x[:0], weight, {"starts": starts}),
-        ("x must be bfloat16", x.astype(np.float16), weight, {"starts": starts}),
-        ("starts must be", x, weight, {"starts": starts[:-1]}),
-        ("group must be", x, weight, {"group": group}),
-        ("group must be", x, weight, {"group": group[:2]}),
-        ("starts or group must be given", x, weight, {}),
-        ("scales of shape", x, scales, {"starts": starts}),
+        ("x must be", x[:, :8], weight, groups),
+        ("x must be", x[:0], weight, groups),
+        ("x must be bfloat16", x.astype(np.float16), weight, groups),
+        ("must be a multiple of 3, got 2", x, weight, Groups(group[:2])),
+        ("must be given for 2 matrices", x, weight, None),
+        ("scales of shape", x, scales, groups),
     ):
         with pytest.raises(ValueError, match=match):
-            grouped_product(x_given, [weight_given], jnp.int32(0), **given)
+            grouped_product(x_given, [weight_given], jnp.int32(0), given)
     x, weights = product_shapes(1, 8, 32768, 6144, 8, layers=2)  # 3.2e9 elements of one byte
+    layer, group = indices(1)
     with pytest.raises(ValueError, match="between"):
-        jax.eval_shape(
-            lambda *arrays: grouped_product(*arrays[:3], group=arrays[3]), x, weights, *indices(1)
-        )
+        jax.eval_shape(grouped_product, x, weights, layer, Groups(group))
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -395,18 +385,16 @@ def moved(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_a_product_reads_the_matrices_in_use(few, moved):
+@pytest.mark.parametrize("counts", [(0, 3, 0, 2), (65, 0, 130)], ids=["few", "sorted"])
+def test_a_product_reads_the_matrices_in_use(counts, moved):
     """Once for each tile of their rows, and no row twice for one tile of columns."""
-    case = Product((0, 3, 0, 2) if few else (65, 0, 130), 400, 300, scale_groups=2)
-    x, weight, starts = case.arrays(jnp.bfloat16)
-    group = np.repeat(np.arange(len(case.counts)), case.counts).astype(np.int32)
-    given = {"group": group} if few else {"starts": starts}
-    jax.block_until_ready(grouped_product(x, [weight], jnp.int32(1), **given, interpret=True))
+    x, weight, group = Product(counts, 400, 300, scale_groups=2).arrays(jnp.bfloat16)
+    groups = groups_of(jnp.asarray(group), len(counts))
+    jax.block_until_ready(grouped_product(x, [weight], jnp.int32(1), groups, interpret=True))
     jax.effects_barrier()
-    launch = plan_product(x, [weight], len(x), few=few)
-    tiles = sum(-(-count // launch.row_tile) for count in case.counts)
-    assert few == (tiles == 2)
+    launch = plan_product(x, [weight], len(x))
+    tiles = sum(-(-count // launch.row_tile) for count in counts)
+    assert launch.few == (tiles == 2)
     assert moved["load", weight.weight.shape] == tiles * 400 * 300
     assert moved["load", weight.scales.shape] == tiles * launch.pieces * 300 * 2
     assert moved["load", x.shape] == launch.columns * x.nbytes
@@ -484,14 +472,13 @@ def lower(function, *shapes):
 )  # fmt: skip
 def test_products_of_the_full_model_lower_for_cuda(shapes):
     x, weights = product_shapes(*shapes)
-    few = shapes[0] <= FEW_ROWS
-    given = indices(shapes[0] if few else shapes[1] + 1)
+    layer, group = indices(shapes[0])
 
-    def call(x, weights, layer, groups):
-        return grouped_product(x, weights, layer, **{"group" if few else "starts": groups})
+    def call(x, weights, layer, group):
+        return grouped_product(x, weights, layer, groups_of(group, shapes[1]))
 
     for count in (1, 2):
-        assert lower(call, x, weights * count, *given).count("xla.gpu.triton") == 1
+        assert lower(call, x, weights * count, layer, group).count("xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize(
@@ -515,7 +502,7 @@ def test_scan_over_layers_passes_the_whole_stack():
 
     def step(x, weights, group):
         def body(x, layer):
-            y = added(grouped_product(x, weights, layer, group=group))
+            y = added(grouped_product(x, weights, layer, Groups(group)))
             return y.astype(x.dtype), None
 
         return lax.scan(body, x, jnp.arange(64))[0]

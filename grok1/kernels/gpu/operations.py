@@ -8,8 +8,8 @@ import numpy as np
 
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu.attention import attend_cached
-from grok1.kernels.gpu.product import FEW_ROWS, added, grouped_product
-from grok1.kernels.sorted_experts import grouped_experts, is_int8
+from grok1.kernels.gpu.product import added, grouped_product, groups_of
+from grok1.kernels.sorted_experts import is_int8
 from grok1.ops.mixture import chosen_experts, flat
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
@@ -44,33 +44,18 @@ def multiply(x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array) -> jax
     return added(grouped_product(x, [weight], layer))
 
 
-def few_experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    """`mixture.chosen_experts` without sorting: a program finds the rows of its expert itself."""
+def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    """`mixture.chosen_experts` for int8 weights, by two products of the copies of each token."""
     weights = [stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1")]
     (gate, value, out), layer = [w.stack for w in weights], weights[0].layer
-    group = index.reshape(-1)  # [M * A]
-    (hidden,) = grouped_product(flat(x), [gate, value], layer, group=group)
-    y = added(grouped_product(hidden, [out], layer, group=group))
-    # A masked token's rows are not written.
-    y = jnp.where((group < gate.shape[1])[:, None], y, 0) * gates.reshape(-1, 1)
+    group, count = index.reshape(-1), gate.shape[1]  # [M * A], E
+    groups = groups_of(group, count)
+    (hidden,) = grouped_product(flat(x), [gate, value], layer, groups)
+    y = added(grouped_product(hidden, [out], layer, groups))
+    # The copies of a masked token are not written.
+    y = jnp.where((group < count)[:, None], y, 0) * gates.reshape(-1, 1)
     mixed = jnp.sum(y.reshape(-1, index.shape[-1], y.shape[-1]), axis=1)
     return mixed.reshape(*index.shape[:2], -1)
-
-
-def _gated_product(
-    x: jax.Array,
-    gate: QuantizedWeight8bit,
-    value: QuantizedWeight8bit,
-    starts: jax.Array,
-    layer: jax.Array,
-) -> jax.Array:
-    return added(grouped_product(x, [gate, value], layer, starts=starts))
-
-
-def _sorted_product(
-    x: jax.Array, weight: QuantizedWeight8bit, starts: jax.Array, layer: jax.Array
-) -> jax.Array:
-    return added(grouped_product(x, [weight], layer, starts=starts))
 
 
 def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
@@ -82,11 +67,7 @@ def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
 
 
 def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    if not is_int8(params):
-        return chosen_experts(params, x, gates, index)
-    if index.size <= FEW_ROWS:
-        return few_experts(params, x, gates, index)
-    return grouped_experts(_gated_product, _sorted_product, params, x, gates, index)
+    return (experts if is_int8(params) else chosen_experts)(params, x, gates, index)
 
 
 OPERATIONS = Operations(

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,40 @@ from grok1.kernels.gpu.tiles import (
     outer_mask,
     power_of_two,
 )
+from grok1.kernels.sorted_experts import sorted_copies
 from grok1.ops.derivatives import forward_only
 from grok1.ops.quantization import QuantizedWeight8bit, product
 
 DEPTH = 64  # inputs that a program multiplies at a time
 SHORTEST_PIECE = 3 * DEPTH  # a shorter one would write nearly as much as it reads
 FEW_ROWS = 64  # of all groups; a tile holds them all, so that they need not be sorted
+
+
+class Groups(NamedTuple):
+    """The group of each row: which matrix it is multiplied with.
+
+    group: int32 [M], E for a row of no group. order: int32 [M], the rows by group. starts: int32
+    [E + 1], the index in `order` of each group's first row, then the end of the last. The last two
+    are None for at most FEW_ROWS rows.
+    """
+
+    group: jax.Array
+    order: jax.Array | None = None
+    starts: jax.Array | None = None
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """What the kernel reads."""
+        if self.order is None or self.starts is None:
+            return [self.group]
+        return [self.order, self.starts]
+
+
+def groups_of(group: jax.Array, count: int) -> Groups:
+    """Return the `count` groups E of rows, for the group int32 [M] of each."""
+    if len(group) <= FEW_ROWS:
+        return Groups(group)
+    return Groups(group, *sorted_copies(group, count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +140,7 @@ class ProductLaunch:
         return plgpu.CompilerParams(num_warps=8 if large else 4, num_stages=stages)
 
 
-def plan_product(
-    x: jax.Array, weights: Sequence[QuantizedWeight8bit], rows: int, *, few: bool
-) -> ProductLaunch:
+def plan_product(x: jax.Array, weights: Sequence[QuantizedWeight8bit], rows: int) -> ProductLaunch:
     """Return the launch for M rows of x and one or two weights [L, E, I, O], from their shapes.
 
     Pieces depend only on the weight's shape, so a row's products are added in the same order for
@@ -125,6 +152,7 @@ def plan_product(
     most = max(1, inputs // scale_groups // SHORTEST_PIECE)
     piece = pl.cdiv(inputs // scale_groups, min(wanted, most))
     exact = x.dtype == jnp.float32  # without tensor cores: larger tiles do not help
+    few = rows <= FEW_ROWS
     share = rows if few else pl.cdiv(rows, groups)
     launch = ProductLaunch(
         rows=rows,
@@ -156,9 +184,8 @@ def grouped_product(
     x: jax.Array,
     weights: Sequence[QuantizedWeight8bit],
     layer: jax.Array,
+    groups: Groups | None = None,
     *,
-    starts: jax.Array | None = None,
-    group: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Multiply each row with the matrix of its group; the result is the sum over the first axis.
@@ -167,23 +194,22 @@ def grouped_product(
     [L, E, J, O] -> float32 [partial sums, M, O]. Or two of the same shape, a gate and a value ->
     `gelu(x @ gate) * (x @ value)`, [1, M, O] in the dtype of x.
 
-    x: bfloat16 or float32, M > 0 rows [M, I] that are sorted by group: starts, int32 [E + 1], the
-    first row of each, then the end of the last. Or [M / A, I], for at most `FEW_ROWS` results, A
-    consecutive ones from each row: group, int32 [M], the group of each. With neither, E = 1. Rows
-    outside all groups are not written.
+    x: bfloat16 or float32 [M / A, I], M > 0; A consecutive rows of the result are from one of x.
+    groups: of the M rows; None: all are multiplied with one matrix, E = 1. Rows of no group are not
+    written.
 
     A row's result does not depend on other rows. Its products are added in the same order for any
     M, but larger tiles use other tensor core instructions, which may round differently.
 
     int8 is exact in the dtype of x, sums are float32, and the scales multiply the sums. float32 is
-    multiplied without tensor cores: accurate, but slow. A group's rows and `layer` must be within x
-    and the stack, which is not checked. interpret: run on any device, for tests.
+    multiplied without tensor cores: accurate, but slow. `layer` must be within the stack, which is
+    not checked. interpret: run on any device, for tests.
 
     Raises ValueError if shapes or dtypes do not fit, or if the weight takes between 2 and 4 GiB.
     """
-    rows = len(x) if group is None else len(group)
-    _check_product(x, weights, rows, starts, group)
-    launch = plan_product(x, weights, rows, few=starts is None and rows <= FEW_ROWS)
+    rows = len(x) if groups is None else len(groups.group)
+    _check_product(x, weights, rows, groups)
+    launch = plan_product(x, weights, rows)
     dtype = jnp.float32 if launch.matrices == 1 else x.dtype
     call = pl.pallas_call(
         functools.partial(_product_kernel, launch),
@@ -193,9 +219,9 @@ def grouped_product(
         interpret=interpret,
         name="grouped_product",
     )
-    groups = [array for array in (starts, group) if array is not None]
+    indices = [] if groups is None else groups.arrays
     matrices = [array for weight in weights for array in (weight.weight, weight.scales)]
-    return forward_only(call)(layer, *groups, x, *matrices)
+    return forward_only(call)(layer, *indices, x, *matrices)
 
 
 def added(partial: jax.Array) -> jax.Array:
@@ -207,36 +233,33 @@ def _check_product(
     x: jax.Array,
     weights: Sequence[QuantizedWeight8bit],
     rows: int,
-    starts: jax.Array | None,
-    group: jax.Array | None,
+    groups: Groups | None,
 ) -> None:
     """Raise ValueError if the arguments of `grouped_product` do not fit each other."""
-    layers, groups, inputs, outputs = weights[0].shape
+    layers, count, inputs, outputs = weights[0].shape
     if x.ndim != 2 or x.shape[1] != inputs or x.shape[0] == 0:
         raise ValueError(f"x must be [M, {inputs}] with M > 0, got {x.shape}")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x must be bfloat16 or float32, got {x.dtype}")
-    if starts is not None and starts.shape != (groups + 1,):
-        raise ValueError(f"starts must be [{groups + 1}] for {groups} groups, got {starts.shape}")
-    if group is not None and (rows > FEW_ROWS or rows % len(x)):
-        raise ValueError(f"group must be [A * {len(x)}], at most {FEW_ROWS}, got {group.shape}")
-    if starts is None and group is None and groups != 1:
-        raise ValueError(f"starts or group must be given for {groups} groups")
+    if groups is None and count != 1:
+        raise ValueError(f"the groups of rows must be given for {count} matrices")
+    if rows % len(x):
+        raise ValueError(f"the number of groups' rows must be a multiple of {len(x)}, got {rows}")
     for weight in weights:
         scales = weight.scales.shape
-        if scales != (layers, groups, scales[-2], outputs) or inputs % scales[-2]:
+        if scales != (layers, count, scales[-2], outputs) or inputs % scales[-2]:
             raise ValueError(f"scales of shape {scales} do not fit a weight of {weight.shape}")
         check_addresses("a weight", weight.weight)
 
 
 def _product_kernel(launch: ProductLaunch, layer_ref: Ref, *refs: Ref) -> None:
     """Write one tile of outputs [R, columns]; only for one piece, if the launch is split."""
-    *groups_refs, x_ref = refs[: -2 * launch.matrices - 1]
+    *index_refs, x_ref = refs[: -2 * launch.matrices - 1]
     weight_refs, out_ref = refs[-2 * launch.matrices - 1 : -1], refs[-1]
     visit, column, part = (pl.program_id(axis) for axis in range(3))
     layer = plgpu.load(layer_ref)
-    group, first, inside = _find_rows(launch, groups_refs, visit)
-    row = lax.div(first + jnp.arange(launch.row_tile), jnp.int32(launch.copies))  # of x
+    group, row, inside = _find_rows(launch, index_refs, visit)
+    x_row = lax.div(row, jnp.int32(launch.copies))
     columns = pl.ds(column * launch.column_tile, launch.column_tile)
     number = column * launch.column_tile + jnp.arange(launch.column_tile)
     present = number < launch.outputs if launch.outputs % launch.column_tile else None  # None: all
@@ -251,7 +274,7 @@ def _product_kernel(launch: ProductLaunch, layer_ref: Ref, *refs: Ref) -> None:
             at = begin + i * DEPTH
             number = at + jnp.arange(DEPTH)
             left = number < stop if launch.group_inputs % DEPTH else None
-            x = load_tile(x_ref.at[row[:, None], number[None]], inside, left)  # [R, depth]
+            x = load_tile(x_ref.at[x_row[:, None], number[None]], inside, left)  # [R, depth]
             tile = layer, group, pl.ds(at, DEPTH), columns
             steps = [load_tile(ref.at[*tile], left, present) for ref in weight_refs[::2]]
             return [
@@ -279,27 +302,28 @@ def _product_kernel(launch: ProductLaunch, layer_ref: Ref, *refs: Ref) -> None:
         out = totals[0]
         if launch.matrices == 2:
             out = jax.nn.gelu(out, approximate=True) * totals[1]
-        rows = pl.ds(first, launch.row_tile)
         mask = outer_mask(tile, inside, present)
-        plgpu.store(out_ref.at[part, rows, columns], out.astype(out_ref.dtype), mask=mask)
+        where = out_ref.at[part, row[:, None], number[None]]
+        plgpu.store(where, out.astype(out_ref.dtype), mask=mask)
 
 
 def _find_rows(
-    launch: ProductLaunch, groups_refs: Sequence[Ref], visit: jax.Array
+    launch: ProductLaunch, index_refs: Sequence[Ref], visit: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the group of a visit, the first row of its tile, and which of the tile are its own."""
+    """Return the group of a visit, the rows of its tile [R], and which of them are the group's."""
     tile = jnp.arange(launch.row_tile)
-    if not groups_refs:  # one group
-        first = visit * launch.row_tile
-        return jnp.zeros_like(visit), first, first + tile < launch.rows
-    (ref,) = groups_refs
+    if not index_refs:  # one group
+        row = visit * launch.row_tile + tile
+        return jnp.zeros_like(visit), row, row < launch.rows
     if launch.few:
-        group = load_tile(ref.at[pl.ds(jnp.int32(0), launch.row_tile)], tile < launch.rows)
-        return visit, jnp.zeros_like(visit), (group == visit) & (tile < launch.rows)
+        exists = tile < launch.rows
+        group = load_tile(index_refs[0].at[tile], exists)
+        return visit, tile, exists & (group == visit)
+    order, starts = index_refs
 
     def step(g: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         before, group, first, end = found
-        begin, stop = plgpu.load(ref.at[g]), plgpu.load(ref.at[g + 1])
+        begin, stop = plgpu.load(starts.at[g]), plgpu.load(starts.at[g + 1])
         after = before + ceil_div(stop - begin, launch.row_tile)
         own = (visit >= before) & (visit < after)
         return (
@@ -311,4 +335,7 @@ def _find_rows(
 
     zero = jnp.int32(0)
     _, group, first, end = lax.fori_loop(0, launch.groups, step, (zero, zero, zero, zero))
-    return group, first, first + tile < end
+    inside = first + tile < end
+    row = load_tile(order.at[first + tile], inside)
+    # The interpreter stores a masked row as it was: not in row 0, which may be one of the others.
+    return group, jnp.where(inside, row, launch.rows), inside
