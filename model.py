@@ -688,7 +688,8 @@ class Transformer(hk.Module):
             decoder_layer = DecoderLayer(self.config, dtype=self.dtype, execution=execution)
             return decoder_layer(h, mask, padding_mask, memory)
 
-        return execution.scan_layers(layer, self.config.num_layers, h, memory)
+        fused = execution.fused_layer(self.config, self.dtype, mask, padding_mask)
+        return execution.scan_layers(layer, self.config.num_layers, h, memory, fused)
 
 
 # --------------------------------------------------------------------------- the language model

@@ -10,6 +10,7 @@ Dimension letters as in model.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,11 +25,13 @@ from grok1.checks import require, require_integers
 from grok1.kernels import dispatch
 from grok1.ops import mixture
 from grok1.ops.cache import CacheIndex, KVMemory, cache_index, caches, read_rows, with_caches
+from grok1.ops.decode_step import LAYER_NAMES, DecodeStep, LayerWeights, layer_weights
 from grok1.ops.derivatives import no_reverse
-from grok1.ops.layers import Layer, scan_layers
+from grok1.ops.layers import FusedLayer, Layer, scan_layers
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
     Parameter,
+    Params,
     QuantizedWeight8bit,
     Weight,
     Weights,
@@ -46,12 +49,13 @@ from grok1.parallel.sharding import (
     axis_size,
     constrain,
     local_groups,
+    match_rule,
     on_shards,
     sum_over,
 )
 
 if TYPE_CHECKING:
-    from model import LanguageModelConfig, Router
+    from model import LanguageModelConfig, Router, TransformerConfig
 
 Split = Literal["inputs", "outputs", "kv_outputs"]
 DISPATCH = "dynamic", "static", "all"
@@ -298,9 +302,17 @@ class Execution:
     # -------------------------------------------------------------------------------- the layers
 
     def scan_layers(
-        self, layer_fn: Layer, num_layers: int, h: jax.Array, memory: KVMemory | None
+        self,
+        layer_fn: Layer,
+        num_layers: int,
+        h: jax.Array,
+        memory: KVMemory | None,
+        choose_fused: Callable[[Params], FusedLayer | None],
     ) -> tuple[jax.Array, KVMemory | None]:
-        """Apply `layer_fn`, (h, memory) -> (h, memory), with each layer's parameters in turn."""
+        """Apply `layer_fn`, (h, memory) -> (h, memory), with each layer's parameters in turn.
+
+        choose_fused: as returned by `fused_layer`.
+        """
 
         def layer(h: jax.Array, memory: KVMemory | None) -> tuple[jax.Array, KVMemory | None]:
             h, memory = layer_fn(h, memory)
@@ -311,9 +323,73 @@ class Execution:
             memory = _recast(memory, self.operations.cache_dtype(stored))
         h, memory = scan_layers(
             layer, num_layers, self.block_input(h), memory,
-            keep_stacked=self._keeps_stacked, unroll=self.scan_unroll,
+            keep_stacked=self._keeps_stacked, unroll=self.scan_unroll, choose_fused=choose_fused,
         )  # fmt: skip
         return h, None if memory is None else _recast(memory, stored)
+
+    def fused_layer(
+        self, config: TransformerConfig, dtype: DTypeLike, mask: jax.Array, padding_mask: jax.Array
+    ) -> Callable[[Params], FusedLayer | None]:
+        """Return a function: a layer's parameters -> `Operations.decode_layer` for these, or None.
+
+        mask bool [B, T, S], padding_mask bool [B, T] and dtype: of the layer. It is None if kernels
+        have no such operation, or if this is not a decode step of a few sequences.
+        """
+        operations, (batch, rows) = self.operations, padding_mask.shape
+        few = rows == 1 and batch <= operations.most_rows * self.data_size
+        usual = self.router is None and not self.shard_activations and self._shared_axis is None
+
+        def choose(params: Params) -> FusedLayer | None:
+            weights = layer_weights(params)
+            if not (few and usual and weights is not None and weights.quantized):
+                return None
+            return lambda *own: self._decode_layer(config, dtype, mask, padding_mask, *own)
+
+        return choose
+
+    def _decode_layer(
+        self,
+        config: TransformerConfig,
+        dtype: DTypeLike,
+        mask: jax.Array,
+        padding_mask: jax.Array,
+        params: Weights,
+        h: jax.Array,
+        memory: KVMemory,
+    ) -> tuple[jax.Array, KVMemory]:
+        """Apply `Operations.decode_layer` to h [B, 1, D] on the mesh."""
+        compute, rules = self.operations.decode_layer, config.partition_rules(self.mesh)
+        found = layer_weights(params)
+        assert compute is not None and found is not None
+        split = [P(None, *match_rule(rules, f"/{name}")) for name in LAYER_NAMES]
+        pairs = [
+            local_groups(weight.stack, spec, self.mesh)
+            for weight, spec in zip(found, split, strict=True)
+        ]
+        weights, specs = (LayerWeights(*each) for each in zip(*pairs, strict=True))
+
+        def local(
+            weights: LayerWeights, h: jax.Array, caches: tuple[jax.Array, ...], step: DecodeStep
+        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            index = self._local(step.memory_index, caches[0])
+            if index.sequence is None:
+                index = index._replace(sequence=jnp.arange(len(h), dtype=jnp.int32))
+            add = functools.partial(sum_over, mesh=self.mesh, axes=self._all_model_axes)
+            return compute(
+                weights, h, caches, step._replace(memory_index=index), config, dtype, add
+            )
+
+        one: Any = P(self.data_axis)
+        step = DecodeStep(
+            cache_index(memory, 1),
+            jnp.broadcast_to(mask[:, 0], (len(h), memory.k.shape[-3])),
+            padding_mask[:, 0],
+        )
+        cache, _ = self._cache_specs
+        in_specs = specs, one, (cache, cache), DecodeStep(self._index_specs, one, one)
+        run = on_shards(local, self.mesh, in_specs, (one, (cache, cache)))
+        h, (k, v) = run(weights, h[:, 0], caches(memory), step)
+        return no_reverse(h)[:, None], with_caches(memory, k, v)
 
     def _keeps_stacked(self, module: str, weight: Parameter) -> bool:
         """Whether a layer reads a weight in its stack: slicing would copy eight experts to use two.

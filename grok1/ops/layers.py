@@ -16,6 +16,7 @@ Result = TypeVar("Result")
 Arrays = dict[str, jax.Array]
 Carry = tuple[jax.Array, Arrays, Arrays]  # h, the caches, and what is captured
 Layer = Callable[[jax.Array, KVMemory | None], tuple[jax.Array, KVMemory | None]]
+FusedLayer = Callable[[Weights, jax.Array, KVMemory], tuple[jax.Array, KVMemory]]
 
 
 def transform_stacked(
@@ -44,21 +45,27 @@ def scan_layers(
     *,
     keep_stacked: Callable[[str, Parameter], bool],
     unroll: int = 1,
+    choose_fused: Callable[[Params], FusedLayer | None] = lambda _: None,
 ) -> tuple[jax.Array, KVMemory | None]:
     """Apply `layer_fn`, a function of Haiku modules, `num_layers` times to h and the memory.
 
     layer_fn: (h, memory) -> (h, memory), where the memory's `layer` says which layer this is.
     memory: of all layers; its caches are updated in place, and its `step` is unchanged.
     keep_stacked: (module name, weight) -> whether a layer gets a weight as a StackedWeight of all
-    layers instead of its own slice. unroll: layers per iteration.
+    layers instead of its own slice. unroll: layers per iteration. choose_fused: parameters -> a
+    function that computes the same as `layer_fn` of weights that are all kept stacked, or None. It
+    is not asked with hooks, for a capture or without a memory.
 
     Captured arrays are stacked over all layers, or over those that the call selects.
     """
     params, apply = transform_stacked(layer_fn, num_layers, h, None)
     if hk.running_init():
         return h, memory
-    kept, own = _split(params, keep_stacked)
     probe = asked() or Probe()
+    fused = None if memory is None or probe.capture or probe.hooks else choose_fused(params)
+    if fused is not None:
+        apply, keep_stacked = fused, lambda *_: True
+    kept, own = _split(params, keep_stacked)
 
     def one_layer(index: jax.Array, own: Params, h: jax.Array, caches: Arrays) -> Carry:
         within = probe.within(index)

@@ -1,7 +1,7 @@
 """The operations that can have processor-specific implementations."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.typing import DTypeLike
@@ -21,6 +21,8 @@ class Operations(NamedTuple):
     cache_dtype: a cache's dtype -> the best dtype of that size for storing it; view: a cache stored
     that way -> its values.
     takes_stacked: whether `matmul` reads a StackedWeight of int8 without slicing it.
+    decode_layer: a decoder layer for up to `most_rows` tokens, each of another sequence, or None:
+    by the other operations. See `kernels.gpu.decode_layer`.
     """
 
     matmul: Callable[..., jax.Array] = quantization.matmul
@@ -31,3 +33,5 @@ class Operations(NamedTuple):
     cache_dtype: Callable[[DTypeLike], DTypeLike] = lambda dtype: dtype
     view: Callable[[jax.Array], jax.Array] = lambda cache: cache
     takes_stacked: bool = False
+    decode_layer: Callable[..., Any] | None = None
+    most_rows: int = 0

@@ -29,6 +29,7 @@ from grok1.default_files import ROOT
 from grok1.ops.quantization import Shapes
 from grok1.planning.accelerators import Accelerator
 from grok1.planning.sizes import mesh_of
+from grok1.planning.traffic import KERNELS
 from grok1.serving.steps import abstract_inputs, decode, prefill
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def inspect_kernels(dump: Path) -> dict[str, dict[str, Kernel]]:
     found: dict[str, dict[str, Kernel]] = {}
     for file in sorted(dump.glob("*.ptx")):
         text = file.read_text()
-        name = re.search(r"\.entry ((?:grouped_product|attend_cached)\w*)", text)
+        name = re.search(rf"\.entry ((?:{'|'.join(KERNELS)})\w*)", text)
         target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
         if name is None or target is None:
             continue

@@ -3,12 +3,13 @@
 Counted are the operands of each operation that is launched. Where an operation takes slices of an
 operand, such as one layer's weights in a loop over layers, only the slices count; what it
 overwrites in place does not. Our own kernels take the stacks of all layers and read a part of them,
-see `_KERNELS`.
+see KERNELS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 
 from grok1.planning.hlo import Operation, operations
 
@@ -39,7 +40,7 @@ class _Program:
         """Return the bytes that an operation reads when it runs once."""
         body = self.bodies[operation.computation]
         given = [body[name] for name in operation.operands]
-        for name, count in _KERNELS.items():
+        for name, count in KERNELS.items():
             if operation.opcode == "custom-call" and f"/{name}/" in operation.source:
                 return count(given, experts)
         if operation.opcode == "fusion":
@@ -70,24 +71,46 @@ def _taken_by(user: Operation, value: Operation) -> int:
 # ------------------------------------------------------------------------------ our own kernels
 
 
-def _product_bytes(given: Sequence[Operation], experts: float) -> float:
-    """Of int8 [L, E, I, O] and scales [L, E, J, O], one layer and the experts in use."""
-    x, *weights = (each for each in given if each.outputs[0][0] != "int32")
-    groups = weights[0].outputs[0][1][1]
-    share = experts if groups > 1 else 1
-    return x.nbytes + sum(share * w.nbytes / w.outputs[0][1][0] for w in weights)
+def _layer_bytes(given: Sequence[Operation], experts: float, stacks: Collection[int]) -> float:
+    """Of stacks [L, ...] one layer, and of those with experts [L, E, ...] the ones in use.
+
+    stacks: their positions among the operands that are not int32.
+    """
+    read = 0.0
+    operands = [each for each in given if each.outputs[0][0] != "int32"]
+    for position, each in enumerate(operands):
+        shape, share = each.outputs[0][1], 1.0
+        if position in stacks:
+            share = (experts if len(shape) == 4 and shape[1] > 1 else 1) / shape[0]
+        read += share * each.nbytes
+    return read
 
 
 def _attention_bytes(given: Sequence[Operation], experts: float) -> float:
     """Of keys and values [L, C, S, K, H], one layer and the sequences of the queries, all full."""
     del experts
-    _, _, _, rows, keys, values, mask = given
-    layers, sequences, *_ = keys.outputs[0][1]
-    share = rows.outputs[0][1][0] / (layers * sequences)
-    return rows.nbytes + mask.nbytes + share * (keys.nbytes + values.nbytes)
+    queries, *others = (each for each in given if each.outputs[0][0] != "int32")
+    read = float(queries.nbytes)
+    for each in others:
+        shape, share = each.outputs[0][1], 1.0
+        if len(shape) == 5:
+            share = queries.outputs[0][1][0] / (shape[0] * shape[1])
+        read += share * each.nbytes
+    return read
 
 
-_KERNELS: dict[str, Callable[[Sequence[Operation], float], float]] = {
-    "grouped_product": _product_bytes,
+def _stacks(*positions: int) -> Callable[[Sequence[Operation], float], float]:
+    """Return `_layer_bytes` for stacks at these positions."""
+    return functools.partial(_layer_bytes, stacks=positions)
+
+
+KERNELS: dict[str, Callable[[Sequence[Operation], float], float]] = {
+    "grouped_product": _stacks(1, 2, 3, 4),
+    "side_by_side": _stacks(1, 2, 3, 4, 5, 6),
+    "gated": _stacks(2, 3, 4, 5),
+    "expert_sum": _stacks(2, 3),
+    "normalize": _stacks(1),
+    "route": _stacks(2, 3, 4),
     "attend_cached": _attention_bytes,
+    "write_and_attend": _attention_bytes,
 }

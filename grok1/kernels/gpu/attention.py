@@ -171,6 +171,11 @@ def _check_attention(query: jax.Array, keys: jax.Array, values: jax.Array) -> No
         raise ValueError(
             f"queries of shape {query.shape} do not fit caches of {keys.shape} and {values.shape}"
         )
+    check_dtypes(query, keys, values)
+
+
+def check_dtypes(query: jax.Array, keys: jax.Array, values: jax.Array) -> None:
+    """Raise ValueError unless queries and cache have a dtype that the kernels take."""
     dtypes = {query.dtype, keys.dtype, values.dtype}
     if len(dtypes) > 1 or query.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"queries and cache must be all bfloat16 or all float32, got {dtypes}")

@@ -8,6 +8,8 @@ import numpy as np
 
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu.attention import attend_cached
+from grok1.kernels.gpu.decode_layer import decode_layer
+from grok1.kernels.gpu.few_rows import MOST_ROWS
 from grok1.kernels.gpu.product import added, grouped_product, groups_of
 from grok1.kernels.sorted_experts import is_int8
 from grok1.ops.mixture import chosen_experts, flat
@@ -75,4 +77,6 @@ OPERATIONS = Operations(
     mixture=_mixture,
     attend_cached=attend_cached,
     takes_stacked=True,
+    decode_layer=decode_layer,
+    most_rows=MOST_ROWS,
 )

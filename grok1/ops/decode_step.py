@@ -1,0 +1,79 @@
+"""What a decoder layer reads when it is one function, as `Operations.decode_layer` is.
+
+Dimension letters as in model.py.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from grok1.ops.cache import CacheIndex
+from grok1.ops.quantization import QuantizedWeight8bit, Weights
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of a decoder layer, of all layers: stacks, or a spec or anything else of each.
+
+    The norms [L, D] and the router [L, D, E] are float32; the others are int8 [L, I, O], those of
+    the experts [L, E, I, O].
+    """
+
+    rms_norm: Any
+    rms_norm_1: Any
+    rms_norm_2: Any
+    rms_norm_3: Any
+    query: Any
+    key: Any
+    value: Any
+    linear: Any
+    router: Any
+    expert_gate: Any
+    expert_value: Any
+    expert_out: Any
+
+    @property
+    def quantized(self) -> bool:
+        """Whether all matrices but the router are int8."""
+        matrices = *self[4:8], *self[9:]
+        return all(isinstance(weight, QuantizedWeight8bit) for weight in matrices)
+
+
+LAYER_NAMES = LayerWeights(
+    rms_norm="rms_norm/scale",
+    rms_norm_1="rms_norm_1/scale",
+    rms_norm_2="rms_norm_2/scale",
+    rms_norm_3="rms_norm_3/scale",
+    query="multi_head_attention/query/w",
+    key="multi_head_attention/key/w",
+    value="multi_head_attention/value/w",
+    linear="multi_head_attention/linear/w",
+    router="router/w",
+    expert_gate="moe/linear/w",
+    expert_value="moe/linear_v/w",
+    expert_out="moe/linear_1/w",
+)
+
+
+def layer_weights(params: Weights) -> LayerWeights | None:
+    """Return the parameters of a layer, or None if they are not those of a layer with experts."""
+    named = {
+        f"/{module}/{name}": leaf for module, own in params.items() for name, leaf in own.items()
+    }
+    found = [
+        [leaf for path, leaf in named.items() if path.endswith(f"/{end}")] for end in LAYER_NAMES
+    ]
+    if len(named) != len(found) or not all(found):
+        return None
+    return LayerWeights(*(leaf for (leaf,) in found))
+
+
+class DecodeStep(NamedTuple):
+    """What a layer of a decode step has to know in addition to its weights.
+
+    memory_index: where each sequence's token goes; nothing in it is None. mask: bool [B, S], the
+    positions that a token sees. valid: bool [B], False for a token that no expert processes.
+    """
+
+    memory_index: CacheIndex
+    mask: jax.Array
+    valid: jax.Array

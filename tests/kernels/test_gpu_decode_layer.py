@@ -1,0 +1,269 @@
+"""A decode step's layer in GPU kernels, interpreted on a CPU: results, and what is read.
+
+Dimension letters as in `grok1/kernels/gpu`. No GPU is needed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.execution import Execution
+from grok1.kernels.gpu import operations as gpu
+from grok1.kernels.gpu.decode_attention import write_and_attend
+from grok1.kernels.gpu.decode_layer import decode_layer
+from grok1.kernels.gpu.few_rows import MOST_ROWS, expert_sum, gated, side_by_side
+from grok1.kernels.gpu.norms import normalize, route
+from grok1.ops import cache
+from grok1.ops.cache import CacheIndex
+from grok1.parallel.sharding import make_mesh
+from grok1.serving import steps
+from model import LanguageModelConfig, TransformerConfig
+from small import exact_attention, exact_weight, normal, random_weight
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
+LAYER = jnp.int32(1)
+DTYPES = [jnp.bfloat16, jnp.float32]
+
+
+def interpreted(kernel, *static):
+    """Return a kernel, interpreted and compiled; `static`: the positions of what is no array."""
+    return jax.jit(functools.partial(kernel, interpret=True), static_argnums=static)
+
+
+def relative_error(found, exact):
+    """The norm of the difference over the norm of the exact values."""
+    difference = np.asarray(found, np.float64) - exact
+    return np.linalg.norm(difference) / np.linalg.norm(exact)
+
+
+def gates_of(rows, experts):
+    """Gates [M, E] of two experts for each row; the first row has chosen none, nobody expert 1."""
+    gates = np.random.default_rng(5).uniform(0.1, 1, (rows, experts)).astype(np.float32)
+    least = np.sort(gates, axis=1)[:, -2:-1]
+    gates = np.where(gates >= least, gates, 0)
+    gates[0], gates[:, 1] = 0, 0
+    return gates
+
+
+def gelu(x):
+    """The tanh approximation."""
+    return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+
+# -------------------------------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "inputs", "groups"), [(1, 768, 1), (17, 154, 2)], ids=str)
+def test_products_side_by_side_are_those_of_each_matrix(rows, inputs, groups, dtype):
+    weights = [random_weight((2,), inputs, n, groups, seed=n) for n in (96, 32, 40)]
+    x = normal(rows, inputs).astype(dtype)
+    parts = interpreted(side_by_side)(x, weights, LAYER)
+    assert len(parts) > groups and parts.dtype == jnp.float32
+    exact = [np.asarray(x, np.float64) @ exact_weight(w)[1] for w in weights]
+    assert relative_error(sum(parts), np.concatenate(exact, axis=1)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "inputs", "groups"), [(2, 64, 1), (19, 154, 7)], ids=str)
+def test_gated_products_are_those_of_the_chosen_experts(rows, inputs, groups, dtype):
+    gate, value = (random_weight((2, 4), inputs, 72, groups, seed=n) for n in range(2))
+    x, gates = normal(rows, inputs).astype(dtype), gates_of(rows, 4)
+    hidden = interpreted(gated)(x, gate, value, LAYER, gates)
+    assert hidden.shape == (4, rows, 72) and hidden.dtype == dtype
+    a, b = (
+        np.einsum("mi,eio->emo", x.astype(np.float64), exact_weight(w)[1]) for w in (gate, value)
+    )
+    chosen = gates.T > 0
+    error = relative_error(hidden[chosen], (gelu(a) * b)[chosen])
+    assert error < (1e-6 if dtype == jnp.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "inputs", "groups"), [(2, 64, 1), (19, 154, 7)], ids=str)
+def test_sums_over_experts_have_their_gates(rows, inputs, groups, dtype):
+    """An expert that no row has chosen is not read: its hidden rows were never written."""
+    weight, gates = random_weight((2, 4), inputs, 72, groups), gates_of(rows, 4)
+    x = normal(4, rows, inputs).astype(dtype)
+    x[1] = np.nan
+    y = interpreted(expert_sum)(x, weight, LAYER, gates)
+    assert np.all(y[0] == 0) and y.dtype == jnp.float32
+    own = np.nan_to_num(x.astype(np.float64))
+    exact = np.einsum("me,emi,eio->mo", gates, own, exact_weight(weight)[1])
+    assert relative_error(y, exact) < 1e-6
+
+
+def test_row_does_not_depend_on_the_others_in_its_batch():
+    weight, gates = random_weight((2, 4), 80, 72, 1), gates_of(5, 4)
+    x = normal(4, 5, 80).astype(jnp.bfloat16)
+    together = interpreted(expert_sum)(x, weight, LAYER, gates)
+    for row in range(1, 5):
+        own = slice(row, row + 1)
+        alone = interpreted(expert_sum)(x[:, own], weight, LAYER, gates[own])
+        assert np.array_equal(alone, together[own])
+
+
+def test_rows_that_do_not_fit_a_tile_are_refused():
+    weight = random_weight((2,), 80, 72, 1)
+    for shape in ((MOST_ROWS + 1, 80), (0, 80), (3, 81)):
+        with pytest.raises(
+            ValueError, match=r"x must be \[\.\.\., M, 80\] with M from 1 to 64, got"
+        ):
+            side_by_side(np.zeros(shape, np.float32), [weight], LAYER)
+
+
+# ----------------------------------------------------------------------------- norms and the router
+
+
+def exact_norm(x, scale):
+    """RMSNorm in float64."""
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
+
+
+@pytest.mark.parametrize("width", [64, 77])
+def test_normalized_rows_are_exact(width):
+    x, scale, h = 1e-2 * normal(3, width), normal(2, width, seed=1), normal(3, width, seed=2)
+    exact = exact_norm(x, scale[1])
+    assert relative_error(interpreted(normalize)(x, scale, LAYER), exact) < 1e-6
+    assert relative_error(interpreted(normalize)(x, scale, LAYER, h), h + exact) < 1e-6
+
+
+@pytest.mark.parametrize(("width", "experts", "count"), [(1024, 8, 2), (600, 5, 3), (77, 2, 1)])
+def test_route_normalizes_and_chooses_the_best_experts(width, experts, count):
+    h, attended = normal(4, width), normal(4, width, seed=1)
+    scales = normal(2, width, seed=2), normal(2, width, seed=3)
+    router = normal(2, width, experts, seed=4) / width**0.5
+    valid = np.array([True, True, False, True])
+    found, x, gates = interpreted(route, 6, 7)(
+        h, attended, scales, router, LAYER, valid, count, jnp.float32
+    )
+    exact_h = h + exact_norm(attended, scales[0][1])
+    exact_x = exact_norm(exact_h, scales[1][1])
+    assert relative_error(found, exact_h) < 1e-6 and relative_error(x, exact_x) < 1e-6
+    powers = np.exp(exact_x @ router[1].astype(np.float64))
+    probs = powers / powers.sum(axis=1, keepdims=True)
+    least = np.sort(probs, axis=1)[:, -count][:, None]
+    exact = np.where((probs >= least) & valid[:, None], probs, 0)
+    assert np.array_equal(np.asarray(gates) > 0, exact > 0) and np.all(gates[2] == 0)
+    assert relative_error(gates, exact) < 2e-6
+
+
+def test_ties_between_experts_go_to_the_lower_index():
+    zeros, ones = np.zeros([1, 64], np.float32), np.ones([2, 64], np.float32)
+    arrays = ones[:1], ones[:1], (ones, ones), np.zeros([2, 64, 4], np.float32)
+    gates = interpreted(route, 6, 7)(*arrays, LAYER, np.ones(1, bool), 2, jnp.float32)[2]
+    assert gates.tolist() == [[0.25, 0.25, 0, 0]] and zeros.sum() == 0
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("start", "length", "sequence"),
+    [
+        ((0,), (1,), (0,)),
+        ((70, 63, 64), (1, 1, 1), (2, 0, 1)),
+        ((5, 150, 149), (0, 1, 1), (0, 1, 2)),
+    ],
+    ids=["the first token", "some blocks, in another order", "nothing new, and a full cache"],
+)
+def test_new_rows_are_written_and_attended_to(start, length, sequence, dtype):
+    """What is beyond a sequence's length may be NaN."""
+    batch, kv_heads, group, width, size = len(start), 2, 3, 24, 150
+    start, length, sequence = (np.array(x, np.int32) for x in (start, length, sequence))
+    keys, values = (normal(2, batch, size, kv_heads, width, seed=n).astype(dtype) for n in (1, 2))
+    for b, own in enumerate(sequence):
+        keys[:, own, start[b] :], values[:, own, start[b] :] = np.nan, np.nan
+    heads = normal(batch, (group + 2) * kv_heads, width, seed=3).astype(dtype)
+    mask = np.random.default_rng(4).uniform(size=(batch, size)) < 0.8
+    mask[:, 0] = True
+    index = CacheIndex(LAYER, start, length, sequence)
+    out, *found = interpreted(write_and_attend, 4)(heads, keys, values, mask, 0.9, index)
+
+    query, key, value = np.split(heads, [group * kv_heads, (group + 1) * kv_heads], axis=1)
+    written = [
+        np.asarray(cache.write_rows(old, new[:, None], *index))
+        for old, new in ((keys, key), (values, value))
+    ]
+    for ours, theirs in zip(found, written, strict=True):
+        assert np.array_equal(ours, theirs, equal_nan=True)
+    there = np.arange(size) < np.minimum(start + length, size)[:, None]
+    query = query.reshape(batch, 1, kv_heads, group, width)
+    exact = exact_attention(
+        query,
+        *(np.nan_to_num(w[1, sequence].astype(float)) for w in written),
+        (mask & there)[:, None],
+        0.9,
+    )
+    exact = exact.reshape(batch, -1, width)
+    assert relative_error(out, exact) < (1e-6 if dtype == jnp.float32 else 4e-3)
+
+
+def test_sequence_alone_attends_as_in_a_batch():
+    start, ones = np.array([150, 3, 77], np.int32), np.ones(3, np.int32)
+    keys, values = (normal(2, 3, 160, 2, 16, seed=n).astype(jnp.bfloat16) for n in (1, 2))
+    heads, mask = normal(3, 10, 16).astype(jnp.bfloat16), np.ones([3, 160], bool)
+    index = CacheIndex(LAYER, start, ones, np.arange(3, dtype=np.int32))
+    attend = interpreted(write_and_attend, 4)
+    together = attend(heads, keys, values, mask, 1.0, index)[0]
+    for b in range(3):
+        own = slice(b, b + 1)
+        index = CacheIndex(LAYER, start[own], ones[own], np.zeros(1, np.int32))
+        alone = attend(heads[own], keys[:, own], values[:, own], mask[own], 1.0, index)[0]
+        assert np.array_equal(alone, together[own])
+
+
+# ------------------------------------------------------------------------------------- in a model
+
+
+@pytest.fixture
+def decode_of(monkeypatch):
+    """Return a function that decodes with interpreted kernels, or the plain forms."""
+    layer = functools.partial(decode_layer, interpret=True)
+    monkeypatch.setattr(gpu, "OPERATIONS", gpu.OPERATIONS._replace(decode_layer=layer))
+
+    def decode(config, execution, params, memory, tokens, length):
+        """Return the logits [B, 3, V] of three steps, and the memory."""
+        step = jax.jit(functools.partial(steps.apply_model, config, execution))
+        kernels = str(step.trace(params, tokens[:, :1], memory, length).jaxpr).count("name=route")
+        assert kernels == (execution.kernels == "gpu")
+        logits = []
+        for t in range(3):
+            output = step(params, tokens[:, t : t + 1], memory, length)
+            memory = output.model_state
+            logits.append(output.logits)
+        return np.concatenate(logits, axis=1), memory
+
+    return decode
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8), (2, 4)], ids=str)
+def test_decode_steps_equal_those_of_the_modules(mesh, decode_of):
+    """With a pad token, a slot at rest, and experts of one scale group for several devices."""
+    model = TransformerConfig(
+        emb_size=96, key_size=16, num_q_heads=16, num_kv_heads=8, num_layers=2, num_experts=5,
+        num_selected_experts=2, attn_output_multiplier=0.3,
+    )  # fmt: skip
+    config = LanguageModelConfig(model, vocab_size=64, sequence_len=80, fprop_dtype=jnp.float32)
+    params = config.init_params(0, quantized=True)
+    devices = None if mesh is None else make_mesh(mesh)
+    tokens = np.random.default_rng(0).integers(1, 64, (4, 6)).astype(np.int32)
+    tokens[1, 4] = 0
+    length = np.array([1, 1, 1, 0], np.int32)
+    read = jax.jit(functools.partial(steps.apply_model, config, Execution(devices)))
+    before = read(params, tokens[:, :3], config.model.init_memory(4, 80, jnp.float32)).model_state
+    (ours, memory), (plain, expected) = (
+        decode_of(config, Execution(devices, kernels=name), params, before, tokens[:, 3:], length)
+        for name in ("gpu", "plain")
+    )
+    assert relative_error(ours[:3], plain[:3].astype(np.float64)) < 2e-6
+    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, np.asarray(b, np.float64)) < 2e-6
