@@ -101,14 +101,15 @@ def decode(limits, running, count, until_free):
         row = CheckedRequest(request, TINY, None).slot()
         state = steps.start(state, np.int32(slot), row, np.int32(0), **how)
     given = np.array(running), np.int32(count), np.bool_(until_free)
-    return steps.decode(server().params, state, *given, **how, hook_args=())
+    rows, state = steps.decode(server().params, state, *given, **how, hook_args=())
+    return steps.unpack(np.asarray(rows)), state
 
 
 def test_decode_changes_only_active_running_slots():
     found, state = decode([40, 40], [True, False, True, True], 3, until_free=False)
     assert state.memory.layers.step.tolist() == state.slots.drawn.tolist() == [3, 0, 0, 0]
     assert found.drawn.sum(axis=0).tolist() == [3, 0, 0, 0]
-    assert not found.sample.token_id[:, 1:].any()
+    assert not found.token[:, 1:].any()
     assert state.slots.settings.active.tolist() == [True, True, False, False]
 
 

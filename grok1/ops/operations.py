@@ -21,6 +21,7 @@ class Operations(NamedTuple):
     cache_dtype: a cache's dtype -> the best dtype of that size for storing it; view: a cache stored
     that way -> its values.
     takes_stacked: whether `matmul` reads a StackedWeight of int8 without slicing it.
+    draw: a form of `sampling.draw_token`, or None.
     decode_layer: a decoder layer for up to `most_rows` tokens, each of another sequence, or None:
     by the other operations. See `kernels.gpu.decode_layer`.
     """
@@ -33,5 +34,6 @@ class Operations(NamedTuple):
     cache_dtype: Callable[[DTypeLike], DTypeLike] = lambda dtype: dtype
     view: Callable[[jax.Array], jax.Array] = lambda cache: cache
     takes_stacked: bool = False
+    draw: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     decode_layer: Callable[..., Any] | None = None
     most_rows: int = 0

@@ -111,6 +111,7 @@ KERNELS: dict[str, Callable[[Sequence[Operation], float], float]] = {
     "expert_sum": _stacks(2, 3),
     "normalize": _stacks(1),
     "route": _stacks(2, 3, 4),
+    "draw_token": _stacks(),
     "attend_cached": _attention_bytes,
     "write_and_attend": _attention_bytes,
 }

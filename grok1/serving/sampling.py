@@ -10,7 +10,7 @@ renormalised output of the previous one. A filter that no sequence uses is skipp
 Nothing is sorted: on a CPU, sorting a row of the full vocabulary (131,072) takes ten times as long
 as the bisection in `_shortest_prefix`, which needs only sums over the row, however it is sharded.
 The sums are in float64: in float32 the relative error of about 2e-7 exceeds the probability of most
-tokens, so the nucleus could gain or lose many of them.
+tokens, so the nucleus could gain or lose many of them. Kernels may have a form of their own.
 """
 
 import math
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from grok1.ops.numbers import ordered_bits, uniform_numbers
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY, MOST_LOGPROBS
 
 TOP_K = 8  # number of alternatives reported with each token
@@ -87,6 +88,9 @@ class SampleOutput(NamedTuple):
     logprob: jax.Array
     top_logprob_ids: jax.Array | None = None
     top_logprobs: jax.Array | None = None
+
+
+Draw = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]  # as `draw_token`
 
 
 class HasLogits(Protocol):
@@ -186,52 +190,78 @@ def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return _nucleus(logits, top_p, jnp.ones_like(top_p))
 
 
-def sample_token(rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSettings) -> SampleOutput:
+def sample_token(
+    rngs: jax.Array, lm_outputs: HasLogits, settings: SampleSettings, draw: Draw | None = None
+) -> SampleOutput:
     """Draw the next token of each sequence.
 
     rngs: one key per sequence, [B] typed or uint32 [B, 2] raw.
     lm_outputs: anything with `logits` [B, 1, V]. A token at -inf is drawn only if every allowed
         token is at -inf; NaN and +inf must not occur.
     settings: for a batch of B, with values that `validate_settings` accepts.
+    draw: a processor's form of filters and draw, as `Operations.draw`. It has the same
+        probabilities, but may draw another token for a key.
     """
     logits = lm_outputs.logits
     assert logits.ndim == 3 and logits.shape[1] == 1, f"{logits.shape=}, expected [B, 1, V]"
-    return sample_logits(rngs, logits[:, 0], settings)
+    return sample_logits(rngs, logits[:, 0], settings, draw)
 
 
-def sample_logits(rngs: jax.Array, logits: jax.Array, settings: SampleSettings) -> SampleOutput:
+def sample_logits(
+    rngs: jax.Array, logits: jax.Array, settings: SampleSettings, draw: Draw | None = None
+) -> SampleOutput:
     """`sample_token` for logits [B, V]."""
     logits = logits.astype(jnp.float32)
     active = settings.active[:, None]
-
     # Subnormal temperatures, which devices may flush to 0, count as 0.
     greedy = settings.temperature < jnp.finfo(jnp.float32).tiny
-    temperature = jnp.where(greedy, 1, settings.temperature)
+    temperature = jnp.where(greedy, 0, settings.temperature)
+    arrays = _penalised(logits, settings), settings.mask | ~active, settings, temperature
+    reported = min(TOP_K, logits.shape[-1])
+    token_id, top_ids, probs = (draw or draw_token)(rngs, *arrays, reported)
+    total = _log_total(logits)
+    output = SampleOutput(
+        token_id=token_id,
+        prob=probs[:, :1],
+        top_k_token_ids=top_ids,
+        top_k_probs=probs[:, 1:],
+        logprob=_log_probabilities(logits, total, token_id),
+    )
+    if settings.top_logprobs is not None:
+        asked = jnp.any((settings.top_logprobs > 0) & settings.active)
+        ids = lax.cond(asked, _first_ids, lambda x: jnp.zeros_like(_first_ids(x)), logits)
+        logprobs = jnp.where(asked, _log_probabilities(logits, total, ids), 0)
+        output = output._replace(top_logprob_ids=ids, top_logprobs=logprobs)
+    return jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros_like(x)), output)
 
-    allowed = settings.mask | ~active
-    filtered = jnp.where(allowed, _penalised(logits, settings), -jnp.inf)
+
+def draw_token(
+    rngs: jax.Array,
+    logits: jax.Array,
+    allowed: jax.Array,
+    settings: SampleSettings,
+    temperature: jax.Array,
+    reported: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Filter logits [B, V] at a temperature [B], 0 for the most probable token, and draw a token.
+
+    allowed: bool [B, V], the tokens that may be drawn; one at -inf is drawn only if all are.
+    Returns the token, int32 [B, 1]; the `reported` most probable ones, int32 [B, reported]; and the
+    probabilities of all these, float32 [B, 1 + reported].
+    """
+    greedy = temperature == 0
+    filtered = jnp.where(allowed, logits, -jnp.inf)
     # If all allowed tokens are at -inf, make them equally probable.
     stuck = jnp.max(filtered, axis=-1, keepdims=True) == -jnp.inf
     filtered = jnp.where(stuck & allowed, 0, filtered)
     first = jnp.argmax(filtered, axis=-1, keepdims=True)  # the lowest id on ties
     others = jnp.arange(logits.shape[-1]) != first
     filtered = jnp.where(greedy[:, None] & others, -jnp.inf, filtered)
+    temperature = jnp.where(greedy, 1, temperature)
     filtered = _filtered(filtered, settings, temperature, settings.active & ~greedy)
-
-    _, top_ids = lax.top_k(filtered, min(TOP_K, logits.shape[-1]))
+    top_ids = lax.top_k(filtered, reported)[1].astype(jnp.int32)
     token_id, probs = _draw(rngs, filtered, temperature, top_ids)
-    output = SampleOutput(
-        token_id=token_id,
-        prob=probs[:, :1],
-        top_k_token_ids=top_ids.astype(jnp.int32),
-        top_k_probs=probs[:, 1:],
-        logprob=log_probabilities(logits, token_id),
-    )
-    if settings.top_logprobs is not None:
-        asked = jnp.any((settings.top_logprobs > 0) & settings.active)
-        ids, logprobs = lax.cond(asked, first_choices, _no_choices, logits)
-        output = output._replace(top_logprob_ids=ids, top_logprobs=logprobs)
-    return jax.tree.map(lambda x: jnp.where(active, x, jnp.zeros_like(x)), output)
+    return token_id, top_ids, probs
 
 
 def _penalised(logits: jax.Array, settings: SampleSettings) -> jax.Array:
@@ -276,14 +306,12 @@ def _apply_if_any(
 
 def first_choices(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return ids and log-probabilities [B, min(TOP_LOGPROBS, V)] of the largest logits [B, V]."""
-    ids = lax.top_k(logits, min(TOP_LOGPROBS, logits.shape[-1]))[1].astype(jnp.int32)
+    ids = _first_ids(logits)
     return ids, log_probabilities(logits, ids)
 
 
-def _no_choices(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Zeros of the shapes that `first_choices` returns."""
-    shape = (logits.shape[0], min(TOP_LOGPROBS, logits.shape[-1]))
-    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+def _first_ids(logits: jax.Array) -> jax.Array:
+    return lax.top_k(logits, min(TOP_LOGPROBS, logits.shape[-1]))[1].astype(jnp.int32)
 
 
 def _weights(logits: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -305,15 +333,13 @@ def _draw(
     """
     batch, vocabulary = logits.shape
     size = math.isqrt(vocabulary - 1) + 1  # number of blocks, and tokens per block
-    bits = jax.vmap(lambda key: jax.random.bits(key, (2,)))(rngs)  # uint32 [B, 2]
+    uniform = uniform_numbers(rngs)
     with jax.enable_x64(True):
         weights = _weights(logits, temperature)
         weights = jnp.pad(weights, ((0, 0), (0, size * size - vocabulary)))
         blocks = weights.reshape(batch, size, size)
         sums = jnp.sum(blocks, axis=-1)
         total = jnp.sum(sums, axis=-1, keepdims=True)
-        high, low = jnp.split(bits.astype(jnp.float64), 2, axis=-1)
-        uniform = (high + low * 2.0**-32) * 2.0**-32  # in [0, 1]
         block, point = _locate(sums, uniform * total)
         inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
         token, _ = _locate(inside, point)
@@ -337,10 +363,21 @@ def _locate(weights: jax.Array, point: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def log_probabilities(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     """Log-softmax of logits [B, V] at token_ids int [B, n], summed in float64, float32 [B, n]."""
+    return _log_probabilities(logits, _log_total(logits), token_ids)
+
+
+def _log_total(logits: jax.Array) -> jax.Array:
+    """Return the logarithm of the sum of exponentials of logits [B, V], float64 [B, 1]."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
     with jax.enable_x64(True):
-        logits = logits.astype(jnp.float64)
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return (jnp.take_along_axis(logits, token_ids, axis=-1) - total).astype(jnp.float32)
+        shift = jnp.where(jnp.isfinite(largest), largest, 0).astype(jnp.float64)
+        return jnp.log(jnp.sum(jnp.exp(logits - shift), axis=-1, keepdims=True)) + shift
+
+
+def _log_probabilities(logits: jax.Array, total: jax.Array, token_ids: jax.Array) -> jax.Array:
+    with jax.enable_x64(True):
+        chosen = jnp.take_along_axis(logits, token_ids, axis=-1).astype(jnp.float64)
+        return (chosen - total).astype(jnp.float32)
 
 
 def min_p_filter(logits: jax.Array, min_p: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -373,7 +410,7 @@ def _shortest_prefix(logits: jax.Array, weights: jax.Array, target: jax.Array) -
     logits: float32 [B, V]. weights: [B, V], at least 0, equal where logits are. target: [B], of the
     weights' dtype. Returns bool [B, V]; all True in a row whose weights never reach the target.
     """
-    order = _ordered_bits(logits)  # [B, V]
+    order = ordered_bits(logits)  # [B, V]
 
     def add_bit(bit: jax.Array, last: jax.Array) -> jax.Array:
         trial = last | (jnp.uint32(1) << bit.astype(jnp.uint32))
@@ -388,11 +425,3 @@ def _shortest_prefix(logits: jax.Array, weights: jax.Array, target: jax.Array) -
     rank = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)  # 1 for the lowest id among ties
     before = jnp.sum(jnp.where(above, weights, 0), axis=-1, keepdims=True) + (rank - 1) * weights
     return above | (tied & (before < target[:, None]))
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 numbers above 0 in the same order as the float32 x, including -inf but not NaN."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    # The bits of negative numbers are in descending order, so they are inverted; the sign bit puts
-    # the others above, including -0, which is not less than 0.
-    return jnp.where(x < 0, ~bits, bits | jnp.uint32(1 << 31))

@@ -39,7 +39,6 @@ from grok1.serving.hooked import not_finite, with_hooks
 from grok1.serving.request import Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
-    Decoded,
     LoadedModel,
     PromptScores,
     State,
@@ -48,6 +47,7 @@ from grok1.serving.steps import (
     new_state,
     prefill,
     start,
+    unpack,
 )
 
 # Steps of all schedulers that are dispatched and not known to be done. XLA's CPU client has a limit
@@ -208,7 +208,7 @@ class _Tokens(NamedTuple):
     """
 
     number: int
-    found: Decoded
+    found: jax.Array
     most: int
     drawing: dict[int, _Sequence]
     first: bool
@@ -648,7 +648,7 @@ class Scheduler:
         return step(*inputs, config=self._config, execution=execution, **options)
 
     def _note(
-        self, found: Decoded, count: int, drawing: dict[int, _Sequence], *, first: bool
+        self, found: jax.Array, count: int, drawing: dict[int, _Sequence], *, first: bool
     ) -> None:
         for sequence in drawing.values():
             sequence.in_flight += count
@@ -666,19 +666,16 @@ class Scheduler:
         if all(sequence.finished for sequence in done.drawing.values()):
             return
         asked = any(s.answer.checked.request.top_logprobs for s in done.drawing.values())
-        sample = done.found.sample
-        wanted: list[Any] = [sample.token_id, sample.logprob, done.found.drawn]
-        if asked:
-            wanted += [sample.top_logprob_ids, sample.top_logprobs]
-        tokens, logprobs, drawn, *top = self._fetch(done.number, *wanted)
+        found = unpack(*self._fetch(done.number, done.found))
         if not done.first:
-            self.statistics.tokens += int(drawn.sum())
-            self.statistics.steps += int(drawn.any(axis=1).sum())
-        for i, slot in np.argwhere(drawn).tolist():
+            self.statistics.tokens += int(found.drawn.sum())
+            self.statistics.steps += int(found.drawn.any(axis=1).sum())
+        top = (found.top_logprob_ids, found.top_logprobs) if asked else ()
+        for i, slot in np.argwhere(found.drawn).tolist():
             sequence = done.drawing[slot]
             if sequence.finished:
                 continue
-            token, logprob = int(tokens[i, slot, 0]), float(logprobs[i, slot, 0])
+            token, logprob = int(found.token[i, slot]), float(found.logprob[i, slot])
             if math.isnan(logprob):
                 self._fail(sequence, not_finite(self._hooks))
             else:

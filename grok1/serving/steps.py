@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
@@ -38,7 +39,13 @@ from grok1.parallel.sharding import (
     readable,
 )
 from grok1.serving.hooked import Hooks, as_arguments, as_hooks, bind
-from grok1.serving.sampling import SampleOutput, SampleSettings, first_choices, sample_logits
+from grok1.serving.sampling import (
+    Draw,
+    SampleOutput,
+    SampleSettings,
+    first_choices,
+    sample_logits,
+)
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig, LanguageModelOutput
@@ -113,15 +120,40 @@ class State(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The tokens of one dispatch, in the order in which they were drawn.
+    """The tokens of one dispatch, in the order in which they were drawn, as arrays of NumPy.
 
-    sample: SampleOutput, each field with an additional leading axis: MOST_TOKENS in `decode`, 1 in
-    `first_token`. If the logits of a token are not all finite, its `logprob` is NaN and its id is
-    meaningless. drawn: bool [MOST_TOKENS or 1, B], True where a token was drawn.
+    n is MOST_TOKENS in `decode`, 1 in `first_token`. drawn: bool [n, B], True where a token was
+    drawn; the other fields are zero elsewhere. token: int32 [n, B]. logprob: float32 [n, B], as in
+    SampleOutput; NaN if the logits were not all finite, where the token is meaningless.
+    top_logprob_ids, top_logprobs: [n, B, min(TOP_LOGPROBS, V)], as in SampleOutput.
     """
 
-    sample: SampleOutput
-    drawn: jax.Array
+    drawn: np.ndarray
+    token: np.ndarray
+    logprob: np.ndarray
+    top_logprob_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+def unpack(rows: np.ndarray) -> Decoded:
+    """Return the tokens that `_pack` has put in int32 [n, B, 3 + 2 N], on the host."""
+    drawn, token, *_ = np.moveaxis(rows, -1, 0)
+    count = (rows.shape[-1] - 3) // 2
+    floats = rows[..., 2 + count :].view(np.float32)
+    ids = rows[..., 2 : 2 + count]
+    return Decoded(drawn.astype(bool), token, floats[..., 0], ids, floats[..., 1:])
+
+
+def _pack(sample: SampleOutput, drawn: jax.Array) -> jax.Array:
+    """Put what `decode` returns of each slot in one array, int32 [B, 3 + 2 N].
+
+    Several arrays would be written, and copied to the host, one after the other.
+    """
+    assert sample.top_logprob_ids is not None and sample.top_logprobs is not None
+    floats = jnp.concatenate([sample.logprob, sample.top_logprobs], axis=1)
+    floats = lax.bitcast_convert_type(floats, jnp.int32)
+    fields = drawn[:, None].astype(jnp.int32), sample.token_id, sample.top_logprob_ids, floats
+    return jnp.concatenate(fields, axis=1)
 
 
 class PromptScores(NamedTuple):
@@ -189,46 +221,45 @@ def _place_memory(memory: Memory, config: LanguageModelConfig, mesh: AnyMesh | N
     return jax.tree.map(lambda x, spec: constrain(x, mesh, *spec), memory, memory_specs(config))
 
 
-def _sample(
-    config: LanguageModelConfig, mesh: AnyMesh | None, logits: jax.Array, slots: Slots
-) -> tuple[SampleOutput, Slots]:
-    """Draw the next token of the active slots from logits [B, V]; other slots are unchanged."""
-    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
-        slots.seed, slots.drawn
-    )
-    # Each data shard draws for its own rows: by default, XLA gathered all rows for lax.top_k.
-    rows = P(config.model.data_axis)
-    draw = on_shards(sample_logits, mesh, rows, rows)
-    settings, active = slots.settings, slots.settings.active
-    early = (slots.drawn < slots.min_len)[:, None]
-    allowed = settings._replace(mask=settings.mask & ~(slots.ends & early))
-    sample = draw(keys, logits, allowed)
-    # bool [B, V], the token that each slot has drawn
-    drawn_token = active[:, None] & (jnp.arange(config.vocab_size) == sample.token_id)
-    drawn = slots.drawn + active
-    over = jnp.any(slots.ends & drawn_token, axis=-1) | (drawn >= slots.limit)
-    assert settings.in_answer is not None
-    settings = settings._replace(active=active & ~over, in_answer=settings.in_answer + drawn_token)
-    token = jnp.where(active[:, None], sample.token_id, slots.token)
-    return sample, slots._replace(token=token, drawn=drawn, settings=settings)
-
-
 def _draw(
     config: LanguageModelConfig,
-    mesh: AnyMesh | None,
+    execution: Execution,
     logits: jax.Array,
     slots: Slots,
     drawing: jax.Array,
-) -> tuple[Decoded, Slots]:
-    """`_sample` for the slots that are active and `drawing` bool [B]; others are unchanged."""
-    active = slots.settings.active
-    chosen = slots._replace(settings=slots.settings._replace(active=active & drawing))
-    sample, slots = _sample(config, mesh, logits, chosen)
-    settings = slots.settings
-    still = jnp.where(drawing, settings.active, active)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1, keepdims=True)
-    sample = sample._replace(logprob=jnp.where(finite, sample.logprob, jnp.nan))
-    return Decoded(sample, drawing), slots._replace(settings=settings._replace(active=still))
+) -> tuple[jax.Array, Slots]:
+    """Draw the next token of the slots that are active and `drawing` bool [B] -> `_pack`, slots.
+
+    logits: [B, V]. Other slots are unchanged.
+    """
+    # Each data shard draws for its own rows: by default, XLA gathered all rows for lax.top_k.
+    rows = P(config.model.data_axis)
+    draw = functools.partial(_draw_rows, form=execution.operations.draw)
+    return on_shards(draw, execution.mesh, rows, rows)(logits, slots, drawing)
+
+
+def _draw_rows(
+    logits: jax.Array, slots: Slots, drawing: jax.Array, form: Draw | None
+) -> tuple[jax.Array, Slots]:
+    """`_draw` on one device."""
+    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
+        slots.seed, slots.drawn
+    )
+    settings, active = slots.settings, slots.settings.active & drawing
+    early = (slots.drawn < slots.min_len)[:, None]
+    allowed = settings._replace(mask=settings.mask & ~(slots.ends & early), active=active)
+    sample = sample_logits(keys, logits, allowed, form)
+    finite = jnp.isfinite(jnp.max(jnp.abs(logits), axis=-1, keepdims=True))  # NaN is the maximum
+    packed = _pack(sample._replace(logprob=jnp.where(finite, sample.logprob, jnp.nan)), drawing)
+
+    row, token = jnp.arange(len(logits)), sample.token_id[:, 0]
+    drawn = slots.drawn + active
+    over = active & (slots.ends[row, token] | (drawn >= slots.limit))
+    assert settings.in_answer is not None
+    in_answer = settings.in_answer.at[row, token].add(active)
+    settings = settings._replace(active=settings.active & ~over, in_answer=in_answer)
+    token = jnp.where(active[:, None], sample.token_id, slots.token)
+    return packed, slots._replace(token=token, drawn=drawn, settings=settings)
 
 
 def _gather_rows(logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None) -> jax.Array:
@@ -388,20 +419,19 @@ def first_token(
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
-) -> tuple[Decoded, State]:
+) -> tuple[jax.Array, State]:
     """Draw the first token of the slots `drawing` bool [B], whose prompts have been read.
 
     source: int32 [B], the slot whose cache and logits of the prompt are copied: the slot itself,
     or another slot with the same prompt. length: int32 [B], the length of the prompt.
-    Returns one token for each, and the state.
+    Returns one token for each, for `unpack`, and the state.
     """
     memory, slots, logits = state
     logits = jnp.where(drawing[:, None], logits[source], logits)
     memory = _copy_cache(memory, drawing, source, length, config, execution.mesh)
-    decoded, slots = _draw(config, execution.mesh, logits, slots, drawing)
+    tokens, slots = _draw(config, execution, logits, slots, drawing)
     state = _placed(State(memory, slots, logits), config, execution.mesh)
-    decoded = jax.tree.map(lambda x: x[None], decoded)
-    return readable(decoded, execution.mesh), state
+    return readable(tokens[None], execution.mesh), state
 
 
 def _copy_cache(
@@ -460,23 +490,23 @@ def decode(
     execution: Execution = ONE_DEVICE,
     hooks: Hooks = (),
     hook_args: HookArgs = (),
-) -> tuple[Decoded, State]:
+) -> tuple[jax.Array, State]:
     """Draw the next tokens of the slots that are active and `running` bool [B], in one dispatch.
 
     count: int32 [], tokens per slot, up to MOST_TOKENS; fewer if an answer ends.
     until_free: bool [], stop after the first token that ends an answer, as a request is waiting.
-    Returns the drawn tokens and the state.
+    Returns the drawn tokens, for `unpack`, and the state.
     """
     running &= state.slots.settings.active
 
-    def more(carry: tuple[jax.Array, Decoded, State]) -> jax.Array:
+    def more(carry: tuple[jax.Array, jax.Array, State]) -> jax.Array:
         i, _, state = carry
         active = state.slots.settings.active
         ended = jnp.any(running & ~active)
         return (i < count) & jnp.any(running & active) & ~(until_free & ended)
 
-    def draw(carry: tuple[jax.Array, Decoded, State]) -> tuple[jax.Array, Decoded, State]:
-        i, decoded, state = carry
+    def draw(carry: tuple[jax.Array, jax.Array, State]) -> tuple[jax.Array, jax.Array, State]:
+        i, tokens, state = carry
         memory, slots, logits = state
         drawing = slots.settings.active & running
         length = drawing.astype(jnp.int32)
@@ -487,16 +517,16 @@ def decode(
             config, execution, own, token, memory, length, hooks=bind(hooks, hook_args)
         )
         rows = _gather_rows(output.logits, config, execution.mesh)
-        new, slots = _draw(config, execution.mesh, rows, slots, drawing)
+        new, slots = _draw(config, execution, rows, slots, drawing)
         state = _placed(State(output.model_state, slots, logits), config, execution.mesh)
-        return i + 1, jax.tree.map(lambda all, x: all.at[i].set(x), decoded, new), state
+        return i + 1, tokens.at[i].set(new), state
 
     one, _ = jax.eval_shape(
-        functools.partial(_draw, config, execution.mesh), state.logits, state.slots, running
+        functools.partial(_draw, config, execution), state.logits, state.slots, running
     )
-    nothing = jax.tree.map(lambda x: jnp.zeros((MOST_TOKENS, *x.shape), x.dtype), one)
-    _, decoded, state = lax.while_loop(more, draw, (jnp.int32(0), nothing, state))
-    return readable(decoded, execution.mesh), state
+    nothing = jnp.zeros((MOST_TOKENS, *one.shape), one.dtype)
+    _, tokens, state = lax.while_loop(more, draw, (jnp.int32(0), nothing, state))
+    return readable(tokens, execution.mesh), state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames=("memory",))

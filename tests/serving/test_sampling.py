@@ -1,5 +1,6 @@
 """Sampling is compared with a separate float64 version, and its draws with the probabilities."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grok1.kernels.gpu import draw as gpu_draw
 from grok1.parallel.sharding import auto
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY
 from grok1.serving.sampling import (
@@ -22,7 +24,10 @@ from grok1.serving.sampling import (
 
 FULL_VOCABULARY = 131_072
 ROWS, VOCABULARY = 256, 48  # of most batches, which share a compiled function
-jitted_sample = jax.jit(sample_token)
+sample_by_bisection = jax.jit(sample_token)
+sample_by_sorting = jax.jit(
+    functools.partial(sample_token, draw=functools.partial(gpu_draw.draw_token, interpret=True))
+)
 jitted_top_p = jax.jit(top_p_filter)
 
 
@@ -62,7 +67,26 @@ def make_settings(logits: np.ndarray, **changes: Any) -> SampleSettings:
     return SampleSettings(**fields)
 
 
-def draw(logits: np.ndarray, seed: int = 0, **changes: Any) -> SampleOutput:
+@pytest.fixture(params=["bisection", "sorting"])
+def sample(request: pytest.FixtureRequest) -> Any:
+    """`sample_token` in each form."""
+    if request.param == "bisection":
+        return sample_by_bisection
+
+    def sample(*arrays: Any) -> SampleOutput:
+        with jax.enable_x64(True):  # for the interpreter, which traces the kernel again
+            return sample_by_sorting(*arrays)
+
+    return sample
+
+
+@pytest.fixture
+def draw(sample: Any) -> Any:
+    """Return `draw_padded` of each form."""
+    return functools.partial(draw_padded, sample)
+
+
+def draw_padded(sample: Any, logits: np.ndarray, seed: int = 0, **changes: Any) -> SampleOutput:
     """Sample each row of logits [B, V] once; the output's fields as NumPy arrays [B, ...].
 
     The batch is padded with inactive slots to a multiple of ROWS.
@@ -73,7 +97,7 @@ def draw(logits: np.ndarray, seed: int = 0, **changes: Any) -> SampleOutput:
     settings = jax.tree.map(lambda field: np.pad(field, padding[: field.ndim]), settings)
     logits = np.pad(logits, padding)
     keys = jax.random.split(jax.random.key(seed), len(logits))
-    output = jitted_sample(keys, ModelOutput(logits[:, None]), settings)
+    output = sample(keys, ModelOutput(logits[:, None]), settings)
     return jax.tree.map(lambda field: np.asarray(field)[:rows], output)
 
 
@@ -191,6 +215,20 @@ def test_nucleus_is_exact_over_the_full_vocabulary() -> None:
     assert_keeps(jitted_top_p(logits, top_p), logits, expected)
 
 
+def test_sorted_nucleus_is_exact_over_the_full_vocabulary() -> None:
+    """Every token that is kept is reported, and has a probability."""
+    logits = np.random.default_rng(0).normal(size=(2, FULL_VOCABULARY)).astype(np.float32)
+    settings = make_settings(logits, nucleus_p=[0.99, 1 - 2**-24])
+    keys, even = jax.random.split(jax.random.key(0), 2), np.ones(2, np.float32)
+    with jax.enable_x64(True):
+        _, ids, probs = gpu_draw.draw_token(
+            keys, logits, settings.mask, settings, even, FULL_VOCABULARY, interpret=True
+        )
+    for row, p in enumerate(settings.nucleus_p):
+        kept = np.asarray(ids[row])[np.asarray(probs)[row, 1:] > 0]
+        np.testing.assert_array_equal(kept, exact_nucleus(logits[row], p))
+
+
 def test_min_p_keeps_tokens_by_share_of_the_largest() -> None:
     weights = np.array([[8, 4, 4, 2, 1, 0]] * 4, np.float64)
     with np.errstate(divide="ignore"):
@@ -201,7 +239,7 @@ def test_min_p_keeps_tokens_by_share_of_the_largest() -> None:
     assert_keeps(jax.jit(min_p_filter)(logits, min_p, np.ones(4)), logits, expected)
 
 
-def test_reported_probabilities_are_after_all_filters() -> None:
+def test_reported_probabilities_are_after_all_filters(draw: Any) -> None:
     logits, settings = random_batch(3)
     output = draw(logits, **settings)
     del settings["top_logprobs"]
@@ -228,7 +266,7 @@ def test_reported_probabilities_are_after_all_filters() -> None:
     ],
     ids=("plain", "filters", "penalties"),
 )
-def test_tokens_are_drawn_with_their_probabilities(changes: dict[str, Any]) -> None:
+def test_tokens_are_drawn_with_their_probabilities(changes: dict[str, Any], draw: Any) -> None:
     """Of a vocabulary that is smaller than TOP_K."""
     draws = 20_000
     row = np.array([1.5, 1.0, 0.3, 0.3, 0.0, -0.5, -1.0], np.float32)
@@ -243,22 +281,22 @@ def test_tokens_are_drawn_with_their_probabilities(changes: dict[str, Any]) -> N
     assert statistic < freedom + 3 * np.sqrt(2 * freedom)
 
 
-def test_sequence_gets_the_same_bits_in_any_batch() -> None:
+def test_sequence_gets_the_same_bits_in_any_batch(sample: Any) -> None:
     """In any slot, and also if a filter is skipped because no other sequence uses it."""
     logits, fields = random_batch(4)
     keys = jax.random.split(jax.random.key(4), ROWS)
-    first = jitted_sample(keys, ModelOutput(logits[:, None]), make_settings(logits, **fields))
+    first = sample(keys, ModelOutput(logits[:, None]), make_settings(logits, **fields))
     plain = (fields["nucleus_p"] == 1) & (fields["top_k"] == 0) & (fields["min_p"] == 0)
     drawing = (fields["temperature"] > 0) & (fields["top_logprobs"] > 0)
     alone = np.flatnonzero(plain & drawing)[:1]
     for slots in (np.random.default_rng(5).permutation(ROWS), alone):
         moved = make_settings(logits[slots], **{name: fields[name][slots] for name in fields})
-        second = jitted_sample(keys[slots], ModelOutput(logits[slots][:, None]), moved)
+        second = sample(keys[slots], ModelOutput(logits[slots][:, None]), moved)
         for name, before, after in zip(SampleOutput._fields, first, second, strict=True):
             np.testing.assert_array_equal(np.asarray(before)[slots], after, err_msg=name)
 
 
-def test_logprobs_are_the_models_own_before_filters() -> None:
+def test_logprobs_are_the_models_own_before_filters(draw: Any) -> None:
     logits, settings = random_batch(12)
     logits = logits + 0.0  # no -0, which lax.top_k puts below 0
     asked = draw(logits, **settings)
@@ -274,7 +312,7 @@ def test_logprobs_are_the_models_own_before_filters() -> None:
     assert not np.any(unasked.top_logprob_ids) and not np.any(unasked.top_logprobs)
 
 
-def test_tiny_temperature_takes_the_best_token() -> None:
+def test_tiny_temperature_takes_the_best_token(draw: Any) -> None:
     temperature = np.repeat(np.array([1e-2, 1e-6, 1e-30, 1.2e-38, 1e-42], np.float32), 8)
     logits = np.random.default_rng(7).normal(size=(40, VOCABULARY)).astype(np.float32) * 1000
     logits[1::8] = -1e30
@@ -288,7 +326,7 @@ def test_tiny_temperature_takes_the_best_token() -> None:
 
 
 @pytest.mark.parametrize("largest", [30, 1e30, 3.4e38])
-def test_extreme_settings_of_finite_logits_give_no_nan(largest: float) -> None:
+def test_extreme_settings_of_finite_logits_give_no_nan(largest: float, draw: Any) -> None:
     rng = np.random.default_rng(14)
     tiny, half = np.finfo(np.float32).tiny, ROWS // 2
     logits = rng.uniform(-1, 1, (ROWS, VOCABULARY)) * largest
@@ -322,7 +360,7 @@ def test_extreme_settings_of_finite_logits_give_no_nan(largest: float) -> None:
     assert (output.top_k_probs >= 0).all() and (output.top_logprobs <= 0).all()
 
 
-def test_inactive_slot_has_zeros_and_changes_no_other() -> None:
+def test_inactive_slot_has_zeros_and_changes_no_other(draw: Any) -> None:
     logits = np.random.default_rng(9).normal(size=(3, VOCABULARY)).astype(np.float32)
     alone = draw(logits)
     logits[1] = -np.inf
@@ -341,7 +379,7 @@ def test_inactive_slot_has_zeros_and_changes_no_other() -> None:
         np.testing.assert_array_equal(field[[0, 2]], lone[[0, 2]], err_msg=name)
 
 
-def test_minus_infinity_is_drawn_only_if_unavoidable() -> None:
+def test_minus_infinity_is_drawn_only_if_unavoidable(draw: Any) -> None:
     logits = np.full((64, VOCABULARY), -np.inf, np.float32)
     logits[:, [2, 4]] = 1, 0
     mask = np.ones(logits.shape, bool)
@@ -354,11 +392,11 @@ def test_minus_infinity_is_drawn_only_if_unavoidable() -> None:
     np.testing.assert_allclose(output.prob[32:], 1 / 3)
 
 
-def test_omitted_settings_and_raw_keys_change_nothing() -> None:
+def test_omitted_settings_and_raw_keys_change_nothing(draw: Any, sample: Any) -> None:
     logits = np.random.default_rng(10).normal(size=(ROWS, VOCABULARY)).astype(np.float32)
     settings = SampleSettings(*make_settings(logits, temperature=1.5, nucleus_p=0.95)[:4])
     raw_keys = jax.random.key_data(jax.random.split(jax.random.key(11), ROWS))
-    without = jitted_sample(raw_keys, ModelOutput(logits[:, None]), settings)
+    without = sample(raw_keys, ModelOutput(logits[:, None]), settings)
     unchanged = draw(logits, seed=11, temperature=1.5, nucleus_p=0.95)
     assert without.top_logprobs is None and without.top_logprob_ids is None
     for name, one, other in zip(SampleOutput._fields, without, unchanged, strict=True):
@@ -367,14 +405,14 @@ def test_omitted_settings_and_raw_keys_change_nothing() -> None:
     assert len(np.unique(unchanged.token_id)) > 20
 
 
-def test_vocabulary_split_over_devices_draws_the_same() -> None:
+def test_vocabulary_split_over_devices_draws_the_same(sample: Any) -> None:
     logits, changes = random_batch(13)
     keys, settings = jax.random.split(jax.random.key(13), ROWS), make_settings(logits, **changes)
-    whole = jitted_sample(keys, ModelOutput(logits[:, None]), settings)
+    whole = sample(keys, ModelOutput(logits[:, None]), settings)
     mesh = Mesh(np.array(jax.devices()[:4]), ("model",), axis_types=auto(["model"]))
     split = NamedSharding(mesh, PartitionSpec(None, None, "model"))
     outputs = ModelOutput(jax.device_put(logits[:, None], split))
-    parted = jitted_sample(keys, outputs, settings)
+    parted = sample(keys, outputs, settings)
     np.testing.assert_array_equal(whole.token_id, parted.token_id)
     np.testing.assert_array_equal(whole.top_k_token_ids, parted.top_k_token_ids)
     np.testing.assert_allclose(whole.prob, parted.prob, rtol=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu.attention import attend_cached
 from grok1.kernels.gpu.decode_layer import decode_layer
+from grok1.kernels.gpu.draw import draw_token
 from grok1.kernels.gpu.few_rows import MOST_ROWS
 from grok1.kernels.gpu.product import added, grouped_product, groups_of
 from grok1.kernels.sorted_experts import is_int8
@@ -77,6 +78,7 @@ OPERATIONS = Operations(
     mixture=_mixture,
     attend_cached=attend_cached,
     takes_stacked=True,
+    draw=draw_token,
     decode_layer=decode_layer,
     most_rows=MOST_ROWS,
 )

@@ -1,0 +1,143 @@
+"""The draw of a token from the sorted vocabulary, which a GPU sorts fast.
+
+Dimension letters: `B` sequences, `V` vocabulary, `N` blocks of it, `S` tokens of a block.
+
+In the sorted vocabulary every filter keeps the first tokens, up to some number. XLA sorts, and sums
+the weights of each block; a kernel then finds the last token kept, and the token drawn: first their
+blocks, then their places in these.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from grok1.kernels.gpu.tiles import Ref, load_tile, power_of_two
+from grok1.ops.numbers import from_ordered_bits, ordered_bits, uniform_numbers
+
+if TYPE_CHECKING:
+    from grok1.serving.sampling import SampleSettings
+
+
+def draw_token(
+    rngs: jax.Array,
+    logits: jax.Array,
+    allowed: jax.Array,
+    settings: SampleSettings,
+    temperature: jax.Array,
+    reported: int,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`sampling.draw_token` by sorting: another token for a key, with the same probabilities."""
+    batch = len(logits)
+    uniform = uniform_numbers(rngs)
+    # A token that is not allowed comes last, and becomes NaN.
+    order = jnp.where(allowed, ordered_bits(logits), 0)
+    inverted, ids = lax.sort((~order, lax.broadcasted_iota(jnp.int32, order.shape, 1)), num_keys=1)
+    min_p = jnp.zeros_like(temperature) if settings.min_p is None else settings.min_p
+    shape = batch, 1 + reported
+    with jax.enable_x64(True):
+        weights = _weights(from_ordered_bits(~inverted), settings.top_k, temperature)
+        blocks = _blocks(weights)
+        call = pl.pallas_call(
+            functools.partial(_draw_kernel, blocks.shape[2]),
+            grid=(batch,),
+            out_shape=(
+                jax.ShapeDtypeStruct(shape, jnp.int32),
+                jax.ShapeDtypeStruct(shape, jnp.float32),
+            ),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+            name="draw_token",
+        )
+        padded, sums = blocks.reshape(batch, -1), jnp.sum(blocks, axis=-1)
+        chosen, probs = call(sums, padded, ids, uniform[:, 0], settings.nucleus_p, min_p)
+    return chosen[:, :1], chosen[:, 1:], probs
+
+
+def _weights(logits: jax.Array, top_k: jax.Array | None, temperature: jax.Array) -> jax.Array:
+    """Return what is proportional to the probabilities of sorted logits [B, V] after top-k.
+
+    They are float64 and descending; the first is 1.
+    """
+    vocabulary = logits.shape[-1]
+    limit = jnp.full_like(temperature, vocabulary, jnp.int32)
+    if top_k is not None:
+        limit = jnp.where(top_k > 0, top_k, limit)
+    limit = jnp.where(temperature == 0, 1, limit)[:, None]
+    best = logits[:, :1].astype(jnp.float64)
+    scaled = (logits - best) / jnp.where(temperature == 0, 1, temperature)[:, None]
+    weights = jnp.where(logits == best, 1, jnp.exp(scaled))  # also if all are -inf
+    return jnp.where((jnp.arange(vocabulary) < limit) & ~jnp.isnan(logits), weights, 0)
+
+
+def _blocks(weights: jax.Array) -> jax.Array:
+    """Pad weights [B, V] with zeros -> [B, N, S], with about as many blocks as tokens in each."""
+    length = weights.shape[-1]
+    size = 1 << (length.bit_length() + 1) // 2
+    padded = jnp.pad(weights, ((0, 0), (0, -length % size)))
+    return padded.reshape(len(weights), -1, size)
+
+
+def _draw_kernel(
+    size: int,
+    sums_ref: Ref,
+    weights_ref: Ref,
+    ids_ref: Ref,
+    uniform_ref: Ref,
+    nucleus_ref: Ref,
+    min_p_ref: Ref,
+    chosen_ref: Ref,
+    probs_ref: Ref,
+) -> None:
+    """Write the tokens of one row, the drawn one first, and their probabilities."""
+    row, count = pl.program_id(0), chosen_ref.shape[1]
+    block = jnp.arange(power_of_two(sums_ref.shape[1]), dtype=jnp.int32)
+    exists = block < sums_ref.shape[1]
+    place = jnp.arange(size, dtype=jnp.int32)
+    nucleus, min_p = (plgpu.load(ref.at[row]) for ref in (nucleus_ref, min_p_ref))
+    sums = load_tile(sums_ref.at[row, block], exists)
+    before = jnp.cumsum(sums) - sums
+    everything = jnp.sum(sums)
+    mass = jnp.where(nucleus < 1, nucleus.astype(everything.dtype) * everything, jnp.inf)
+
+    def kept(before: jax.Array, weights: jax.Array) -> jax.Array:
+        """Which tokens are kept, by the sum of the weights before each: always the first."""
+        return ((before < mass) | (before == 0)) & (weights >= min_p) & (weights > 0)
+
+    def within(own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the weights of a block, and the sums up to each."""
+        weights = plgpu.load(weights_ref.at[row, own * size + place])
+        return weights, jnp.sum(jnp.where(block == own, before, 0)) + jnp.cumsum(weights)
+
+    firsts = load_tile(weights_ref.at[row, block * size], exists)
+    last = _count(kept(before, firsts)) - 1  # the block of the last token kept
+    weights, ends = within(last)
+    in_last = kept(ends - weights, weights)
+    number = last * size + _count(in_last)  # of tokens kept
+    total = jnp.max(jnp.where(in_last, ends, 0))
+
+    point = plgpu.load(uniform_ref.at[row]) * total
+    own = _count(exists & (before <= point)) - 1
+    index = own * size + _count(within(own)[1] <= point)
+    index = jnp.minimum(index, number - 1)  # rounding may put the point beyond the total
+
+    result = jnp.arange(power_of_two(count), dtype=jnp.int32)
+    chosen = jnp.where(result == 0, index, result - 1)
+    weights = load_tile(weights_ref.at[row, chosen], chosen < number)
+    ids = load_tile(ids_ref.at[row, chosen], result < count)
+    plgpu.store(chosen_ref.at[row, result], ids, mask=result < count)
+    probs = (weights / total).astype(jnp.float32)
+    plgpu.store(probs_ref.at[row, result], probs, mask=result < count)
+
+
+def _count(x: jax.Array) -> jax.Array:
+    """Return the number of True values."""
+    return jnp.sum(x.astype(jnp.int32), dtype=jnp.int32)
