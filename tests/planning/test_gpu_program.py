@@ -90,9 +90,12 @@ def test_grok_1_on_eight_h100s_fits_and_reads_little_more_than_it_must(decode):
     found, directory = decode
     assert found.fits and found.peak < 45 * 2**30
     step, prefill = found.gpu["decode"], found.gpu["prefill"]
-    assert step.layer.exchanges["all-reduce"]["count"] == 2
-    assert 25 < step.layer.launches < 33 and step.layer.conditionals == 0
+    assert step.layer.exchanged == step.layer.exchanges["all-reduce"]["count"] == 2
+    assert 8 < step.layer.launches <= 14 and step.layer.conditionals == 0
+    assert 20 < step.outside.launches <= 40 and step.outside.conditionals == 1
+    assert all(each["bytes"] <= 2**21 for each in step.outside.exchanges.values())
     assert 1 < step.read / step.must_read < 1.05 and step.temporaries < 0.01 * 2**30
+    assert step.projection.total < 1 / 155
     assert 40 < prefill.layer.launches < 50 and prefill.layer.exchanged == 8
     assert all(k.spilled == 0 < k.registers for s in (step, prefill) for k in s.kernels.values())
     assert len(step.kernels) > 3 and len(prefill.kernels) > 3
@@ -114,7 +117,7 @@ def test_the_projection_of_batch_1_is_the_sum_of_its_parts(decode):
     gathered = outside.exchanges["all-gather"]["bytes"] * 7 / 8
     exchanges = (64 * 2 + outside.exchanged) * 8e-6 + (reduced + gathered) / 450e9
     assert step.read / 3.35232e12 > 180.4e9 / 8 / 989e12  # computing takes less than reading
-    total = reading + launches + exchanges + 4 * 15e-6
+    total = reading + launches + exchanges + 15e-6
     assert step.projection.total == pytest.approx(total, rel=1e-9)
 
 
@@ -125,8 +128,8 @@ def test_eight_sequences_take_the_launches_of_one(decode):
     program = gpu_program.compile_for(job)["decode"]
     work = least_work(grok_1(), (1, 8), 8, 8, None)
     alone, together = decode[0].gpu["decode"], inspect_step(program, H100, 64, work)
-    assert alone.layer.launches <= together.layer.launches <= alone.layer.launches + 5
-    assert together.layer.loops == 0 and together.layer.exchanges["all-reduce"]["count"] == 2
+    assert alone.layer.launches <= together.layer.launches <= 16 and together.layer.loops == 0
+    assert together.layer.exchanged == together.layer.exchanges["all-reduce"]["count"] == 2
     assert 3 * alone.read < together.read < 1.1 * together.must_read
 
 
@@ -164,7 +167,8 @@ def test_fewer_partial_sums_are_fewer_bytes(monkeypatch):
     """A kernel's tiles decide how many partial sums are written, and read again."""
     job = gpu_program.Job(TINY, (1, 1), H100, 1, 128, "gpu", False, None, ("decode",))
     usual = bytes_read(gpu_program.compile_for(job)["decode"].text, 0.25)
-    changed = "from grok1.kernels.gpu import attention; attention.PARTS = 4; " + gpu_program.CHILD
+    changed = "from grok1.kernels.gpu import decode_attention as own; own.PARTS = 4; "
+    changed += gpu_program.CHILD
     monkeypatch.setattr(gpu_program, "CHILD", changed)
     fewer = bytes_read(gpu_program.compile_for(job)["decode"].text, 0.25)
     # Of each layer and query head, 12 sums of the values and one of the weights, in float32.
@@ -222,6 +226,9 @@ def test_grok_1_is_compiled_for_other_gpus_and_meshes(name, mesh, batch, kernels
     found = plan.make_plan(grok_1(), mesh, batch=batch, gpus=gpus)
     assert found.gpu is not None, found.note
     for step in found.gpu.values():
-        assert step.layer.launches > 20 and step.projection.total > 0
+        assert step.layer.launches > 8 and step.projection.total > 0
         assert bool(step.kernels) == (kernels == "gpu")
-    assert found.gpu["decode"].layer.exchanges["all-reduce"]["count"] == 2
+        assert all(kernel.spilled == 0 for kernel in step.kernels.values())
+    decode = found.gpu["decode"]
+    assert decode.layer.exchanges["all-reduce"]["count"] == 2
+    assert kernels == "plain" or (decode.layer.launches <= 16 and decode.layer.loops == 0)

@@ -59,7 +59,7 @@ def write_and_attend(
             kept,
         ),
         input_output_aliases={6: 2, 7: 3},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="write_and_attend",
     )
