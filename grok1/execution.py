@@ -24,9 +24,17 @@ from jax.typing import DTypeLike
 from grok1.checks import require, require_integers
 from grok1.kernels import dispatch
 from grok1.ops import mixture
-from grok1.ops.cache import CacheIndex, KVMemory, cache_index, caches, read_rows, with_caches
-from grok1.ops.decode_step import LAYER_NAMES, DecodeStep, LayerWeights, layer_weights
+from grok1.ops.cache import (
+    CacheIndex,
+    KVMemory,
+    cache_index,
+    caches,
+    last_seen,
+    read_rows,
+    with_caches,
+)
 from grok1.ops.derivatives import no_reverse
+from grok1.ops.fused_layer import LAYER_NAMES, LayerStep, LayerWeights, layer_weights
 from grok1.ops.layers import FusedLayer, Layer, scan_layers
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
@@ -330,66 +338,59 @@ class Execution:
     def fused_layer(
         self, config: TransformerConfig, dtype: DTypeLike, mask: jax.Array, padding_mask: jax.Array
     ) -> Callable[[Params], FusedLayer | None]:
-        """Return a function: a layer's parameters -> `Operations.decode_layer` for these, or None.
+        """Return a function: a layer's parameters -> `Operations.fused_layer` for these, or None.
 
         mask bool [B, T, S], padding_mask bool [B, T] and dtype: of the layer. It is None if kernels
-        have no such operation, or if this is not a decode step of a few sequences.
+        have no such operation, or if the weights, the router or the layout are others than its own.
         """
-        operations, (batch, rows) = self.operations, padding_mask.shape
-        few = rows == 1 and batch <= operations.most_rows * self.data_size
-        usual = self.router is None and not self.shard_activations and self._shared_axis is None
+        has_one = self.operations.fused_layer is not None
+        usual = has_one and self.router is None and not self.shard_activations
+        last = last_seen(mask)  # once, not in each layer
 
         def choose(params: Params) -> FusedLayer | None:
             weights = layer_weights(params)
-            if not (few and usual and weights is not None and weights.quantized):
+            if not (usual and weights is not None and weights.quantized):
                 return None
-            return lambda *own: self._decode_layer(config, dtype, mask, padding_mask, *own)
+            return functools.partial(self._fused_layer, config, dtype, (mask, last, padding_mask))
 
         return choose
 
-    def _decode_layer(
+    def _fused_layer(
         self,
         config: TransformerConfig,
         dtype: DTypeLike,
-        mask: jax.Array,
-        padding_mask: jax.Array,
+        masks: tuple[jax.Array, ...],
         params: Weights,
         h: jax.Array,
         memory: KVMemory,
     ) -> tuple[jax.Array, KVMemory]:
-        """Apply `Operations.decode_layer` to h [B, 1, D] on the mesh."""
-        compute, rules = self.operations.decode_layer, config.partition_rules(self.mesh)
+        """Apply `Operations.fused_layer` on the mesh; masks: the last three fields of LayerStep."""
+        compute, rules = self.operations.fused_layer, config.partition_rules(self.mesh)
         found = layer_weights(params)
         assert compute is not None and found is not None
-        split = [P(None, *match_rule(rules, f"/{name}")) for name in LAYER_NAMES]
         pairs = [
-            local_groups(weight.stack, spec, self.mesh)
-            for weight, spec in zip(found, split, strict=True)
+            local_groups(weight.stack, P(None, *match_rule(rules, f"/{name}")), self.mesh)
+            for weight, name in zip(found, LAYER_NAMES, strict=True)
         ]
         weights, specs = (LayerWeights(*each) for each in zip(*pairs, strict=True))
 
         def local(
-            weights: LayerWeights, h: jax.Array, caches: tuple[jax.Array, ...], step: DecodeStep
+            weights: LayerWeights, h: jax.Array, caches: tuple[jax.Array, ...], step: LayerStep
         ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             index = self._local(step.memory_index, caches[0])
             if index.sequence is None:
                 index = index._replace(sequence=jnp.arange(len(h), dtype=jnp.int32))
             add = functools.partial(sum_over, mesh=self.mesh, axes=self._all_model_axes)
-            return compute(
-                weights, h, caches, step._replace(memory_index=index), config, dtype, add
-            )
+            step = step._replace(memory_index=index)
+            return compute(weights, h, caches, step, config, dtype, add)
 
-        one: Any = P(self.data_axis)
-        step = DecodeStep(
-            cache_index(memory, 1),
-            jnp.broadcast_to(mask[:, 0], (len(h), memory.k.shape[-3])),
-            padding_mask[:, 0],
-        )
+        rows: Any = P(self.data_axis)
         cache, _ = self._cache_specs
-        in_specs = specs, one, (cache, cache), DecodeStep(self._index_specs, one, one)
-        run = on_shards(local, self.mesh, in_specs, (one, (cache, cache)))
-        h, (k, v) = run(weights, h[:, 0], caches(memory), step)
-        return no_reverse(h)[:, None], with_caches(memory, k, v)
+        in_specs = specs, rows, (cache, cache), LayerStep(self._index_specs, rows, rows, rows)
+        run = on_shards(local, self.mesh, in_specs, (rows, (cache, cache)))
+        step = LayerStep(cache_index(memory, h.shape[1]), *masks)
+        h, (k, v) = run(weights, h, caches(memory), step)
+        return no_reverse(h), with_caches(memory, k, v)
 
     def _keeps_stacked(self, module: str, weight: Parameter) -> bool:
         """Whether a layer reads a weight in its stack: slicing would copy eight experts to use two.
@@ -428,8 +429,9 @@ def fastest(config: LanguageModelConfig, mesh: AnyMesh | None, *, compiled: bool
 
     compiled: use compiled kernels, which must have been loaded. Decoding exchanges so little data
     that the number of exchanges matters: a split residual stream needs eight per layer instead of
-    two.
+    two. GPUs exchange fast, and their kernels compute a layer whose residual stream is not split.
     """
     kernels = dispatch.fastest(compiled=compiled)
     prefill = dataclasses.replace(config.model.execution(mesh), kernels=kernels)
-    return Executions(prefill, dataclasses.replace(prefill, shard_activations=False))
+    decode = dataclasses.replace(prefill, shard_activations=False)
+    return Executions(decode if kernels == "gpu" else prefill, decode)

@@ -486,7 +486,7 @@ def add_plan(parser: Parser) -> None:
     add(
         "--shard-activations",
         action="store_true",
-        help="with --accelerator, plan decode steps that split the residual stream, as published",
+        help="with --accelerator, plan steps that split the residual stream, as published",
     )
     add(
         "--save-programs",

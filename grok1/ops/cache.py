@@ -234,6 +234,11 @@ def attend_cached(
     return jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
 
 
+def last_seen(mask: jax.Array) -> jax.Array:
+    """Return how many positions there are up to the last that a query sees: [B, T, S] -> [B, T]."""
+    return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[-1] + 1), 0), axis=-1)
+
+
 def _read_block(
     cache: jax.Array, layer: jax.Array, start: jax.Array, block: int, sequence: jax.Array | None
 ) -> jax.Array:

@@ -22,8 +22,8 @@ class Operations(NamedTuple):
     that way -> its values.
     takes_stacked: whether `matmul` reads a StackedWeight of int8 without slicing it.
     draw: a form of `sampling.draw_token`, or None.
-    decode_layer: a decoder layer for up to `most_rows` tokens, each of another sequence, or None:
-    by the other operations. See `kernels.gpu.decode_layer`.
+    fused_layer: a decoder layer with int8 weights and a cache, see kernels/gpu/layer.py; or None:
+    by the other operations.
     """
 
     matmul: Callable[..., jax.Array] = quantization.matmul
@@ -35,5 +35,4 @@ class Operations(NamedTuple):
     view: Callable[[jax.Array], jax.Array] = lambda cache: cache
     takes_stacked: bool = False
     draw: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
-    decode_layer: Callable[..., Any] | None = None
-    most_rows: int = 0
+    fused_layer: Callable[..., Any] | None = None

@@ -49,7 +49,8 @@ class UnavailableError(Exception):
 class Job(NamedTuple):
     """What to compile: prefill of a chunk of one prompt, and a decode step of a batch; see `steps`.
 
-    kernels: "gpu" or "plain". shard_activations: in decode steps; prefill does as configured.
+    kernels: "gpu" or "plain". shard_activations: as in Execution; prefill by plain forms does as
+    configured.
     """
 
     config: LanguageModelConfig
@@ -180,7 +181,7 @@ def mesh_of_gpus(job: Job) -> Mesh:
 def lower_step(job: Job, mesh: Mesh, name: str) -> jax.stages.Lowered:
     """Return a step, ready to be compiled for the GPUs of a mesh."""
     execution = dataclasses.replace(job.config.model.execution(mesh), kernels=job.kernels)
-    if name == "decode":
+    if name == "decode" or job.kernels == "gpu":  # as `execution.fastest` chooses
         execution = dataclasses.replace(execution, shard_activations=job.shard_activations)
     everywhere = NamedSharding(mesh, P())
     chunk = job.chunk if name == "prefill" else None

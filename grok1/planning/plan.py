@@ -69,8 +69,8 @@ PREALLOCATED = 0.75
 class Gpus(NamedTuple):
     """The GPUs to compile for.
 
-    kernels: "gpu" or "plain". shard_activations: split the residual stream in decode steps, as
-    published. save: a directory for the texts of the compiled programs, or None.
+    kernels: "gpu" or "plain". shard_activations: split the residual stream, as published. save: a
+    directory for the texts of the compiled programs, or None.
     """
 
     accelerator: Accelerator

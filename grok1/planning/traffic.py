@@ -109,6 +109,7 @@ KERNELS: dict[str, Callable[[Sequence[Operation], float], float]] = {
     "side_by_side": _stacks(1, 2, 3, 4, 5, 6),
     "gated": _stacks(2, 3, 4, 5),
     "expert_sum": _stacks(2, 3),
+    "by_expert": _stacks(),
     "normalize": _stacks(1),
     "route": _stacks(2, 3, 4),
     "draw_token": _stacks(),

@@ -6,226 +6,134 @@ Dimension letters as in `grok1/kernels/gpu`. No GPU is needed.
 import collections
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
-from test_cpu_kernels import exact_product, plain_product, random_rows, random_weight
 
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels.error import KernelError
-from grok1.kernels.gpu import attention, product
 from grok1.kernels.gpu import operations as gpu
-from grok1.kernels.gpu.product import (
-    FEW_ROWS,
-    Groups,
-    added,
-    grouped_product,
-    groups_of,
-    plan_product,
-)
+from grok1.kernels.gpu.experts import by_expert, mix, multiply
+from grok1.kernels.gpu.products import side_by_side
+from grok1.kernels.gpu.tiles import PROCESSORS
 from grok1.ops import cache
-from grok1.ops.mixture import chosen_experts
-from grok1.ops.quantization import QuantizedWeight8bit, dequantize
+from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
-from small import exact_attention
+from small import exact_attention, exact_weight, normal, random_weight
+
+LAYER = jnp.int32(1)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
 
 
-def interpreted_product():
-    """Return the interpreted kernel, traced anew."""
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def call(x, weight, group, count):
-        groups = groups_of(group, count)
-        return added(grouped_product(x, [weight], jnp.int32(1), groups, interpret=True))
-
-    return lambda x, weight, group: np.asarray(call(x, weight, group, weight.shape[1]))
+def interpreted(kernel, *static):
+    """Return a kernel, interpreted and compiled; `static`: the positions of what is no array."""
+    return jax.jit(functools.partial(kernel, interpret=True), static_argnums=static)
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """The shapes of a product: how many rows each group has, and how many are in no group."""
-
-    counts: tuple[int, ...]
-    inputs: int = 40
-    outputs: int = 24
-    scale_groups: int = 1
-    none: int = 0
-
-    def arrays(self, dtype):
-        """Return x, weight, and the group of each row, in random order."""
-        groups = len(self.counts)
-        weight = random_weight(groups, self.inputs, self.outputs, self.scale_groups)
-        x, _ = random_rows(self.counts, self.inputs, spare=self.none)
-        group = np.repeat(np.arange(groups + 1), (*self.counts, self.none)).astype(np.int32)
-        return x.astype(dtype), weight, np.random.default_rng(3).permutation(group)
+def choices(tokens, experts, masked=0):
+    """Gates [M, E]: two of the experts but the second for each token, none for the last ones."""
+    gates = np.random.default_rng(5).uniform(0.1, 1, (tokens, experts)).astype(np.float32)
+    gates[:, 1] = 0
+    gates = np.where(gates >= np.sort(gates, axis=1)[:, -2:-1], gates, 0)
+    gates[len(gates) - masked :] = 0
+    return gates
 
 
-PRODUCTS = {
-    "one row, a contracted axis in equal pieces": Product((1,), inputs=768, outputs=32),
-    "odd shapes": Product((3, 4, 2), inputs=77, outputs=67, scale_groups=7),
-    "scale groups in pieces": Product((4,), inputs=2 * 450, outputs=128, scale_groups=2),
-    "a few rows, some in no group": Product((0, 3, 0, 2), none=3),
-    # Of one shape, so that they are compiled once.
-    "empty groups": Product((0, 3, 0, 2), none=65),
-    "no row in any group": Product((0, 0, 0, 0), none=70),
-    "groups of several tiles": Product((0, 33, 0, 37)),
-    "groups that end within a tile": Product((17, 0, 18, 0), none=35),
-}
+def exact_mix(x, weights, gates):
+    """Return the sum of the experts' outputs in float64, of layer 1."""
+    gate, value, out = (exact_weight(w)[1] for w in weights)
+    a, b = (np.einsum("mi,eio->emo", x.astype(np.float64), w) for w in (gate, value))
+    hidden = a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * b
+    return np.einsum("me,emi,eio->mo", gates, hidden, out)
 
 
-@pytest.fixture(scope="module")
-def product_kernel():
-    """Return the interpreted kernel, compiled once for each shape."""
-    return interpreted_product()
+def relative_error(found, exact):
+    """The norm of the difference over the norm of the exact values."""
+    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
 
 
-def assert_exact(y, x, weight, group):
-    """The rows of all groups are those in float64, and no less exact than the plain form's."""
-    order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], np.arange(weight.shape[1] + 1)).astype(np.int32)
-    exact, plain = (f(x[order], weight, starts, 1) for f in (exact_product, plain_product))
-    assert y.dtype == np.float32 and y.shape == exact.shape
-    error = np.linalg.norm((y[order] - exact)[: starts[-1]])
-    assert error <= 1e-6 * np.linalg.norm(exact)
-    assert error <= 2 * np.linalg.norm(plain - exact) + 1e-8 * np.linalg.norm(exact)
-
-
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        *((case, jnp.bfloat16) for case in PRODUCTS.values()),
-        # Without tensor cores, so seldom used.
-        pytest.param(PRODUCTS["odd shapes"], jnp.float32, marks=pytest.mark.exhaustive),
-    ],
-    ids=[*PRODUCTS, "odd shapes in float32"],
+    ("rows", "inputs", "outputs", "groups"),
+    [(1, 768, 32, 1), (3, 77, 67, 7), (70, 154, 67, 7), (150, 600, 40, 2)],
+    ids=str,
 )
-def test_each_row_is_multiplied_by_matrix_of_its_group(case, dtype, product_kernel):
-    x, weight, group = case.arrays(dtype)
-    y = product_kernel(x, weight, group)
-    assert_exact(y, x, weight, group)
-    if len(case.counts) == 1:  # which is the same without groups
-        one = added(grouped_product(x, [weight], jnp.int32(1), interpret=True))
-        assert np.array_equal(one, y)
+def test_products_of_few_and_many_rows_are_exact(rows, inputs, outputs, groups, dtype):
+    weight = random_weight((2,), inputs, outputs, groups)
+    x = normal(rows, inputs).astype(dtype)
+    y = interpreted(multiply)(x, weight, LAYER)
+    assert y.shape == (rows, outputs) and y.dtype == jnp.float32
+    assert relative_error(y, x.astype(np.float64) @ exact_weight(weight)[1]) < 1e-6
 
 
-def test_one_group_may_have_several_tiles():
-    x, weight, group = Product((150,)).arrays(jnp.bfloat16)
-    y = added(grouped_product(x, [weight], jnp.int32(1), interpret=True))
-    assert_exact(np.asarray(y), x, weight, group)
+@pytest.mark.parametrize("tokens", [7, 70])
+@pytest.mark.parametrize("groups", [1, 7])
+def test_mixture_of_few_and_many_tokens_is_exact(tokens, groups):
+    """With an expert that nobody has chosen, and tokens that have chosen none."""
+    weights = [random_weight((2, 4), 77, 70, 7, seed=n) for n in range(2)]
+    weights.append(random_weight((2, 4), 70, 77, groups, seed=2))
+    x, gates = normal(tokens, 77), choices(tokens, 4, masked=2)
+    y = interpreted(mix, 4)(x, weights, LAYER, gates, 2)
+    assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
+    assert relative_error(y, exact_mix(x, weights, gates)) < 1e-6
+    y = interpreted(mix, 4)(x.astype(jnp.bfloat16), weights, LAYER, gates, 2)
+    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, gates)) < 5e-3
 
 
-@pytest.mark.parametrize("counts", [(3, 0, 4), (40, 0, 43)], ids=["few", "sorted"])
-def test_gated_products_are_those_of_an_expert(counts):
-    """`gelu(x @ gate) * (x @ value)`, two results of each row of x."""
-    x, gate, group = Product(counts, 77, 67, scale_groups=7).arrays(jnp.bfloat16)
-    value = jax.tree.map(lambda w: w[:, ::-1], gate)
-    group = np.stack([group, (group + 1) % 3], axis=1).reshape(-1)
-    (y,) = grouped_product(
-        x, [gate, value], jnp.int32(1), groups_of(jnp.asarray(group), 3), interpret=True
-    )
-    assert y.shape == (2 * len(x), 67) and y.dtype == jnp.bfloat16
-    matrices = (np.asarray(dequantize(w), np.float64)[1, group] for w in (gate, value))
-    a, b = (np.einsum("ri,rio->ro", np.repeat(x, 2, 0).astype(np.float64), w) for w in matrices)
-    exact = a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * b
-    assert np.linalg.norm(np.asarray(y, np.float64) - exact) <= 2.5e-3 * np.linalg.norm(exact)
+def test_all_tokens_may_choose_the_same_expert():
+    weights = [random_weight((2, 4), 80, 80, 1, seed=n) for n in range(3)]
+    x, gates = normal(140, 80), np.zeros((140, 4), np.float32)
+    gates[:, 2] = np.linspace(0.1, 1, 140)
+    y = interpreted(mix, 4)(x, weights, LAYER, gates, 2)
+    assert relative_error(y, exact_mix(x, weights, gates)) < 1e-6
 
 
-@pytest.mark.parametrize("few", [FEW_ROWS, 0])
-def test_the_mixture_equals_the_plain_one(few, monkeypatch):
-    """With a masked token, whose rows are not written; without and with sorting."""
-    rng, widths = np.random.default_rng(4), {"linear": (32, 48), "linear_v": (32, 48)}
-    shapes = {**widths, "linear_1": (48, 32)}
-    weights = {name: random_weight(4, *shape, 1) for name, shape in shapes.items()}
-    params = {name: {"w": jax.tree.map(lambda w: w[1], w)} for name, w in weights.items()}
-    x = jnp.asarray(rng.standard_normal((2, 3, 32)), jnp.bfloat16)
-    index = np.argsort(rng.uniform(size=(2, 3, 4)))[..., :2].astype(np.int32)
-    gates = rng.uniform(size=index.shape).astype(np.float32)
-    gates[1, 2], index[1, 2] = 0, 4
-    monkeypatch.setattr(gpu, "grouped_product", functools.partial(grouped_product, interpret=True))
-    monkeypatch.setattr(product, "FEW_ROWS", few)
-    found = gpu.OPERATIONS.mixture(params, x, gates, index)
-    plain = chosen_experts(params, x, gates, index)
-    assert found.dtype == jnp.float32 and np.all(found[1, 2] == 0) and np.all(plain[0, 0] != 0)
-    assert np.linalg.norm(found - plain) <= 2e-3 * np.linalg.norm(plain)
+def test_copies_are_ordered_by_expert():
+    gates = choices(90, 5, masked=3)
+    order, starts = interpreted(by_expert, 1)(gates, 2)
+    earlier = np.cumsum(gates > 0, axis=1) - 1
+    expected = [
+        np.flatnonzero(own) * 2 + a[own] for own, a in zip(gates.T > 0, earlier.T, strict=True)
+    ]
+    assert starts.tolist() == [0, *np.cumsum([len(each) for each in expected])]
+    assert order[: starts[-1]].tolist() == np.concatenate(expected).tolist()
 
 
-def test_products_of_many_rows_are_not_split(monkeypatch):
-    monkeypatch.setattr(product, "PROCESSORS", 2)  # few enough for these shapes to occupy
-    for rows, tile in ((100, 64), (150, 128)):
-        x, weight, group = Product((rows,), 800, 16, scale_groups=2).arrays(jnp.bfloat16)
-        launch = plan_product(x, [weight], rows)
-        assert launch.row_tile == tile and launch.pieces == 4 and not launch.split
-    assert_exact(interpreted_product()(x, weight, group), x, weight, group)
-
-
-@pytest.mark.parametrize(
-    "case", [Product((6, 13, 11), 400, none=3), Product((25, 13, 20), 400, none=9)], ids=str
-)
-def test_row_does_not_depend_on_other_rows(case):
-    x, weight, group = case.arrays(jnp.bfloat16)
-    multiply = interpreted_product()
-    y = multiply(x, weight, group)
-    for own in (np.argmax(group == g) for g in range(3)):
-        others = np.arange(len(x)) != own
-        changed = x.copy()
-        changed[others] = np.nan
-        z = multiply(changed, weight, group)
+@pytest.mark.parametrize("tokens", [6, 80])
+def test_token_does_not_depend_on_other_tokens(tokens):
+    weights = [random_weight((2, 3), 80, 80, 1, seed=n) for n in range(3)]
+    x, gates = normal(tokens, 80).astype(jnp.bfloat16), choices(tokens, 3)
+    run = interpreted(mix, 4)
+    y = run(x, weights, LAYER, gates, 2)
+    for own in (0, tokens - 1):
+        changed = np.where(np.arange(tokens)[:, None] == own, x, np.nan).astype(x.dtype)
+        z = run(changed, weights, LAYER, gates, 2)
         assert np.array_equal(z[own], y[own])
-        assert np.all(np.isnan(z[others & (group < 3)]))
-
-
-def test_pieces_of_a_sum_are_independent_of_row_count():
-    for groups, inputs, outputs, scale_groups in (
-        (8, 6144, 4096, 1), (8, 32768, 6144, 8), (1, 6144, 768, 1), (1, 768, 6144, 1)
-    ):  # fmt: skip
-        launches = [
-            plan_product(
-                *product_shapes(rows, groups, inputs, outputs, scale_groups),
-                rows,
-            )
-            for rows in (1, 2, 16, 32, 500, 2048, 16384)
-        ]
-        assert len({(launch.piece, launch.pieces) for launch in launches}) == 1
-
-
-def test_single_token_occupies_all_processors():
-    for groups, *widths in ((8, 6144, 4096), (8, 4096, 6144), (1, 6144, 768), (1, 768, 6144)):
-        for matrices in (1, 2) if groups > 1 else (1,):
-            x, [weight] = product_shapes(2, groups, *widths)
-            _, columns, pieces = plan_product(x, [weight] * matrices, 2).grid
-            # Two experts of eight.
-            assert min(groups, 2) * columns * pieces >= 0.95 * product.PROCESSORS
+        assert np.all(np.isnan(np.delete(z, own, axis=0)))
 
 
 def test_product_shapes_that_do_not_fit_are_rejected():
-    x, weight, group = Product((2, 1)).arrays(jnp.bfloat16)
-    scales = QuantizedWeight8bit(weight.weight, weight.scales[:1])
-    groups = groups_of(group, 2)
-    for match, x_given, weight_given, given in (
-        ("x must be", x[:, :8], weight, groups),
-        ("x must be", x[:0], weight, groups),
-        ("x must be bfloat16", x.astype(np.float16), weight, groups),
-        ("must be a multiple of 3, got 2", x, weight, Groups(group[:2])),
-        ("must be given for 2 matrices", x, weight, None),
-        ("scales of shape", x, scales, groups),
-    ):
-        with pytest.raises(ValueError, match=match):
-            grouped_product(x_given, [weight_given], jnp.int32(0), given)
-    x, weights = product_shapes(1, 8, 32768, 6144, 8, layers=2)  # 3.2e9 elements of one byte
-    layer, group = indices(1)
+    weight = random_weight((2,), 80, 72, 1)
+    for shape in ((0, 80), (3, 81)):
+        with pytest.raises(ValueError, match=r"x must be \[\.\.\., M, 80\] with M > 0, got"):
+            multiply(np.zeros(shape, np.float32), weight, LAYER)
+    with pytest.raises(ValueError, match="x must be bfloat16 or float32, got float16"):
+        multiply(np.zeros((3, 80), np.float16), weight, LAYER)
+    x, weights, gates = mixture_shapes(1, layers=2, devices=1)  # 3.2e9 elements of one byte
     with pytest.raises(ValueError, match="between"):
-        jax.eval_shape(grouped_product, x, weights, layer, Groups(group))
+        jax.eval_shape(mix, x, weights, LAYER, gates, 2)
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -278,7 +186,7 @@ ATTENTIONS = {
     "blocks that are filled in part": Attention((1, 63, 64, 65, 129), mask="none"),
     "nothing visible": Attention((90,), mask="nothing visible"),
     "several queries of selected sequences": Attention((20, 140), queries=5, sequence=(2, 0)),
-    "more blocks than parts": Attention((1300,), positions=1400),
+    "many blocks": Attention((1300,), positions=1400),
     "several tiles of queries": Attention((150, 60, 0), queries=30, mask="causal"),
     "one mask for all sequences": Attention((150, 60), queries=3, mask="one sequence's"),
     "one mask for all queries": Attention((150, 60), queries=3, mask="one query's"),
@@ -385,61 +293,62 @@ def moved(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("counts", [(0, 3, 0, 2), (65, 0, 130)], ids=["few", "sorted"])
-def test_a_product_reads_the_matrices_in_use(counts, moved):
-    """Once for each tile of their rows, and no row twice for one tile of columns."""
-    x, weight, group = Product(counts, 400, 300, scale_groups=2).arrays(jnp.bfloat16)
-    groups = groups_of(jnp.asarray(group), len(counts))
-    jax.block_until_ready(grouped_product(x, [weight], jnp.int32(1), groups, interpret=True))
+@pytest.mark.parametrize("tokens", [5, 80])
+def test_a_mixture_reads_the_matrices_in_use(tokens, moved):
+    """Once for each tile of their tokens; those of the second expert not at all."""
+    weights = [
+        random_weight((2, 4), 48 + 16 * (n > 1), 64 - 16 * (n > 1), 1, seed=n) for n in range(3)
+    ]
+    gates = choices(tokens, 4)
+    x = normal(tokens, 48).astype(jnp.bfloat16)
+    jax.block_until_ready(mix(x, weights, LAYER, gates, 2, interpret=True))
     jax.effects_barrier()
-    launch = plan_product(x, [weight], len(x))
-    tiles = sum(-(-count // launch.row_tile) for count in counts)
-    assert launch.few == (tiles == 2)
-    assert moved["load", weight.weight.shape] == tiles * 400 * 300
-    assert moved["load", weight.scales.shape] == tiles * launch.pieces * 300 * 2
-    assert moved["load", x.shape] == launch.columns * x.nbytes
-    assert moved["store", (launch.partials, len(x), 300)] == launch.partials * len(x) * 300 * 4
+    counts = np.sum(gates > 0, axis=0)
+    tiles = 3 if tokens <= 64 else sum(-(-int(count) // 64) for count in counts)
+    assert counts.min() == 0 < tiles
+    assert moved["load", weights[0].weight.shape] == 2 * tiles * 48 * 64
+    assert moved["load", weights[2].weight.shape] == tiles * 64 * 48
 
 
 @pytest.mark.parametrize(
     "name",
     ["one query and a mask with holes", "several tiles of queries", "one mask for all sequences"],
 )
-def test_attention_reads_the_filled_positions(name, moved):
-    arrays = query, keys, values, mask, _, filled, _ = ATTENTIONS[name].arrays(jnp.bfloat16)
-    mask = np.broadcast_to(mask, (*mask.shape[:-1], keys.shape[2]))
-    launch = attention.plan_attention(query, keys, values, mask)
-    reach = attention._visible_lengths(launch, jnp.asarray(mask), jnp.asarray(filled))
+def test_attention_reads_the_visible_positions(name, moved):
+    """Of each tile of 64 queries, up to the last that one of them sees."""
+    case = ATTENTIONS[name]
+    arrays = query, keys, values, mask, _, filled, _ = case.arrays(jnp.bfloat16)
     jax.block_until_ready(attend(*arrays))
     jax.effects_barrier()
-    rows = launch.batch, launch.kv_heads, launch.rows
-    assert moved["load", (*rows, launch.width)] == launch.parts * query.nbytes
-    seen = int(np.sum(reach)) * launch.kv_heads * 2
-    assert moved["load", keys.shape] == seen * launch.width
-    assert moved["load", values.shape] == seen * launch.value_width
-
-
-def test_tile_reads_up_to_its_last_visible_position():
-    query, keys, values, mask, *_ = Attention((150, 60), queries=30, mask="causal").arrays(
-        jnp.bfloat16
-    )
-    launch = attention.plan_attention(query, keys, values, mask)
-    reach = attention._visible_lengths(launch, jnp.asarray(mask), jnp.array([150, 60]))
-    # 90 rows, three a query, in tiles of 64: queries 0 to 21, and 21 to 29.
-    assert reach.tolist() == [[142, 150], [52, 60]]
+    batch, queries, kv_heads, group, width = query.shape
+    mask = np.broadcast_to(mask, (batch, queries, keys.shape[2]))
+    last = np.max(np.where(mask, np.arange(1, keys.shape[2] + 1), 0), axis=2)
+    last = np.repeat(last, group, axis=1)  # [B, T * G]
+    tiles = [np.max(last[:, i : i + 64], axis=1) for i in range(0, last.shape[1], 64)]
+    seen = int(sum(np.minimum(tile, filled).sum() for tile in tiles)) * kv_heads * 2
+    assert moved["load", (batch, queries, kv_heads * group, width)] == query.nbytes
+    assert moved["load", keys.shape] == seen * width
+    assert moved["load", values.shape] == seen * values.shape[-1]
 
 
 # -------------------------------------------------------------------------------- lowering
 
 
-def product_shapes(rows, groups, inputs, outputs, scale_groups=1, dtype=jnp.bfloat16, layers=64):
-    """Return x and a list of one weight as shapes."""
-    shape = jax.ShapeDtypeStruct
-    weight = QuantizedWeight8bit(
-        shape((layers, groups, inputs, outputs), jnp.int8),
-        shape((layers, groups, scale_groups, outputs), jnp.bfloat16),
+def weight_shapes(*shape, scale_groups=1):
+    """Return an int8 weight [..., I, O] as shapes."""
+    scales = (*shape[:-2], scale_groups, shape[-1])
+    return QuantizedWeight8bit(
+        jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(scales, jnp.bfloat16)
     )
-    return shape((rows, inputs), dtype), [weight]
+
+
+def mixture_shapes(tokens, dtype=jnp.bfloat16, layers=64, devices=8):
+    """Return x, the weights of experts and gates of the full model, on one of `devices`."""
+    hidden = 32768 // devices
+    gate = weight_shapes(layers, 8, 6144, hidden)
+    out = weight_shapes(layers, 8, hidden, 6144, scale_groups=8 // devices)
+    gates = jax.ShapeDtypeStruct((tokens, 8), jnp.float32)
+    return jax.ShapeDtypeStruct((tokens, 6144), dtype), (gate, gate, out), gates
 
 
 def attention_shapes(batch, queries, kv_heads=1, dtype=jnp.bfloat16, stored=None):
@@ -462,23 +371,34 @@ def lower(function, *shapes):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        (2, 8, 6144, 4096), (2048, 8, 6144, 4096), (2, 8, 32768, 6144, 8), (16, 1, 6144, 128),
-        (3, 5, 77, 67, 7), (2, 8, 6144, 4096, 1, jnp.float32),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_products_of_the_full_model_lower_for_cuda(shapes):
-    x, weights = product_shapes(*shapes)
-    layer, group = indices(shapes[0])
+@pytest.mark.parametrize("tokens", [1, 33, 1024])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_mixtures_of_the_full_model_lower_for_cuda(tokens, dtype):
+    def call(x, weights, gates):
+        return mix(x, weights, LAYER, gates, 2)
 
-    def call(x, weights, layer, group):
-        return grouped_product(x, weights, layer, groups_of(group, shapes[1]))
+    count = 2 if tokens <= 64 else 3
+    assert lower(call, *mixture_shapes(tokens, dtype)).count("xla.gpu.triton") == count
 
-    for count in (1, 2):
-        assert lower(call, x, weights * count, layer, group).count("xla.gpu.triton") == 1
+
+def test_single_token_occupies_all_processors(monkeypatch):
+    """Of the programs of a gated product, two experts of eight have work."""
+    grids = {}
+    original = pl.pallas_call
+
+    def note(*arguments, grid, name, **options):
+        grids[name] = grid
+        return original(*arguments, grid=grid, name=name, **options)
+
+    monkeypatch.setattr(pl, "pallas_call", note)
+    x, weights, gates = mixture_shapes(1)
+    jax.eval_shape(lambda *arrays: mix(*arrays[:2], LAYER, arrays[2], 2), x, weights, gates)
+    attention = [weight_shapes(64, 6144, width) for width in (768, 128, 128)]
+    jax.eval_shape(lambda *arrays: side_by_side(*arrays, LAYER), x, attention)
+    columns, experts = grids["gated"]
+    least = 0.95 * PROCESSORS
+    assert experts == 8 and 2 * columns >= least
+    assert math.prod(grids["expert_sum"]) >= least and math.prod(grids["side_by_side"]) >= least
 
 
 @pytest.mark.parametrize(
@@ -498,16 +418,14 @@ def test_attention_of_the_full_model_lowers_for_cuda(shapes):
 
 def test_scan_over_layers_passes_the_whole_stack():
     """Slicing a layer out first would copy eight experts, of which two are read."""
-    x, weights = product_shapes(2, 8, 6144, 6144)
 
-    def step(x, weights, group):
+    def step(x, weights, gates):
         def body(x, layer):
-            y = added(grouped_product(x, weights, layer, Groups(group)))
-            return y.astype(x.dtype), None
+            return mix(x, weights, layer, gates, 2).astype(x.dtype), None
 
         return lax.scan(body, x, jnp.arange(64))[0]
 
-    text = lower(step, x, weights, indices(2)[1])
+    text = lower(step, *mixture_shapes(1))
     made = [line for line in text.splitlines() if "=" in line and "xi8>" in line.split("->")[-1]]
     copies = [line for line in made if "slice" in line or "gather" in line]
     assert "xla.gpu.triton" in text and not copies
@@ -515,8 +433,6 @@ def test_scan_over_layers_passes_the_whole_stack():
 
 def test_prefill_makes_no_queries_by_positions_array():
     query, keys, values, mask = attention_shapes(1, 8192)
-    launch = attention.plan_attention(query, keys, values, mask)
-    assert launch.parts == 1
     shapes = (query, keys, values, mask, *indices(1))
 
     def call(query, keys, values, mask, *where):
@@ -532,35 +448,41 @@ def test_prefill_makes_no_queries_by_positions_array():
 
 def interpret(monkeypatch):
     """Use the GPU kernels on this platform, interpreted."""
-    for name in ("grouped_product", "attend_cached"):
-        kernel = functools.partial(getattr(gpu, name), interpret=True)
-        monkeypatch.setattr(gpu, name, kernel)
-    operations = gpu.OPERATIONS._replace(attend_cached=gpu.attend_cached)
+    for name in ("multiply", "mix", "attend_cached", "fused_layer"):
+        monkeypatch.setattr(gpu, name, functools.partial(getattr(gpu, name), interpret=True))
+    operations = gpu.OPERATIONS._replace(
+        attend_cached=gpu.attend_cached, fused_layer=gpu.fused_layer
+    )
     monkeypatch.setattr(gpu, "OPERATIONS", operations)
     monkeypatch.setattr(kernels, "fastest", lambda **_: "gpu")
     gpu.load.cache_clear()
 
 
-def test_model_with_gpu_kernels_equals_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("capture", [(), ("hidden_states",)], ids=["fused layer", "modules"])
+def test_model_with_gpu_kernels_equals_the_plain_one(capture, monkeypatch):
+    """In chunks of many tokens and of few, which attend to the first, and a token."""
     model = TransformerConfig(
         emb_size=64, key_size=16, num_q_heads=4, num_kv_heads=2, num_layers=2, num_experts=4,
         num_selected_experts=2,
     )  # fmt: skip
-    config = LanguageModelConfig(model, vocab_size=32, sequence_len=16)
+    config = LanguageModelConfig(model, vocab_size=32, sequence_len=96)
     params = config.init_params(0, quantized=True)
     interpret(monkeypatch)
-    tokens = np.random.default_rng(0).integers(1, 32, (1, 6)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(1, 32, (2, 45)).astype(np.int32)
     outputs = []
     for name in ("gpu", "plain"):
         execution = Execution(kernels=name)
-        read = jax.jit(functools.partial(steps.apply_model, config, execution))
-        used = str(read.trace(params, tokens[:, :3], None).jaxpr).count("pallas_call")
-        assert (used > 0) == (name == "gpu")
-        # In two chunks, of which the second attends to the first.
-        memory = config.model.init_memory(1, 16, jnp.bfloat16)
-        first = read(params, tokens[:, :3], memory)
-        second = read(params, tokens[:, 3:], first.model_state)
-        outputs.append(np.concatenate([first.logits, second.logits], axis=1))
+        read = jax.jit(functools.partial(steps.apply_model, config, execution, capture=capture))
+        memory, logits = config.model.init_memory(2, 96, jnp.bfloat16), []
+        used = str(read.trace(params, tokens[:, :40], memory).jaxpr)
+        assert ("pallas_call" in used) == (name == "gpu")
+        assert ("name=by_expert" in used) == (name == "gpu")
+        assert ("name=route" in used) == (name == "gpu" and not capture)
+        for chunk in np.split(tokens, [40, 44], axis=1):
+            found = read(params, chunk, memory)
+            memory = found.model_state
+            logits.append(found.logits)
+        outputs.append(np.concatenate(logits, axis=1))
     error = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
     assert error < 0.02
 

@@ -96,7 +96,7 @@ def test_grok_1_on_eight_h100s_fits_and_reads_little_more_than_it_must(decode):
     assert all(each["bytes"] <= 2**21 for each in step.outside.exchanges.values())
     assert 1 < step.read / step.must_read < 1.05 and step.temporaries < 0.01 * 2**30
     assert step.projection.total < 1 / 155
-    assert 40 < prefill.layer.launches < 50 and prefill.layer.exchanged == 8
+    assert 16 < prefill.layer.launches <= 24 and prefill.layer.exchanged == 2
     assert all(k.spilled == 0 < k.registers for s in (step, prefill) for k in s.kernels.values())
     assert len(step.kernels) > 3 and len(prefill.kernels) > 3
     for name in ("decode", "prefill"):
@@ -182,7 +182,7 @@ def test_weights_that_the_kernels_cannot_address_are_one_sentence():
     job = gpu_program.Job(grok_1(), (1, 1), ACCELERATORS["b200"], 1, 1024, "gpu", False, None)
     with pytest.raises(gpu_program.UnavailableError) as error:
         gpu_program.compile_for(job)
-    said = "the compiler failed: a weight of shape (64, 1, 6144, 6144): the GPU kernels take"
+    said = "the compiler failed: a weight of shape (64, 6144, 6144): the GPU kernels take"
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
 
 

@@ -14,13 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from grok1.kernels.gpu.attention import check_dtypes
+from grok1.kernels.gpu.attention import BLOCK, attend_block, check_dtypes, columns
 from grok1.kernels.gpu.tiles import LEAST_TILE, Ref, ceil_div, load_tile, outer_mask, power_of_two
-from grok1.ops.cache import SOFT_CAP, CacheIndex
+from grok1.ops.cache import CacheIndex
 from grok1.ops.derivatives import forward_only
-from grok1.ops.quantization import product
 
-BLOCK = 64  # positions of the cache that are attended to at a time
 PARTS = 16  # programs that share the blocks of a sequence's key/value head
 
 
@@ -90,8 +88,8 @@ def _attention_kernel(
     start, length = plgpu.load(start_ref.at[b]), plgpu.load(length_ref.at[b])
     size, kv_heads, width = keys_ref.shape[2:]
     group = out_ref.shape[3]
-    row, column = jnp.arange(power_of_two(group, LEAST_TILE)), jnp.arange(power_of_two(width, 16))
-    own, present = row < group, column < width
+    row, (column, present) = jnp.arange(power_of_two(group, LEAST_TILE)), columns(width)
+    own = row < group
     query = load_tile(heads_ref.at[b, (head * group + row)[:, None], column[None]], own, present)
     first = kv_heads * group + head
     new_key = load_tile(heads_ref.at[b, first, column], present)
@@ -99,7 +97,6 @@ def _attention_kernel(
     filled = jnp.minimum(start + length, size)
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out, total = sums
         position = (part + i * PARTS) * BLOCK + jnp.arange(BLOCK)
         # The new row may not be in the cache yet.
         old = position < jnp.minimum(start, size)
@@ -108,11 +105,7 @@ def _attention_kernel(
         key = jnp.where(new, new_key[None], load_tile(keys_ref.at[*at], old, present))
         value = jnp.where(new, new_value[None], load_tile(values_ref.at[*at], old, present))
         seen = load_tile(mask_ref.at[b, position], position < filled)[None]  # [1, block]
-        scores = product("rh,sh->rs", query, key) * multiplier  # [R, block]
-        scores = SOFT_CAP * jnp.tanh(scores / SOFT_CAP)
-        weights = jnp.where(seen, jnp.exp(scores), 0.0)
-        out += product("rs,sh->rh", weights.astype(value.dtype), value)
-        return out, total + jnp.sum(weights, axis=1)
+        return attend_block(query, key, value, seen, multiplier, sums)
 
     blocks = ceil_div(filled, BLOCK)
     zeros = jnp.zeros([row.size, column.size], jnp.float32)

@@ -8,12 +8,11 @@ import numpy as np
 
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu.attention import attend_cached
-from grok1.kernels.gpu.decode_layer import decode_layer
 from grok1.kernels.gpu.draw import draw_token
-from grok1.kernels.gpu.few_rows import MOST_ROWS
-from grok1.kernels.gpu.product import added, grouped_product, groups_of
+from grok1.kernels.gpu.experts import mix, multiply
+from grok1.kernels.gpu.layer import fused_layer
 from grok1.kernels.sorted_experts import is_int8
-from grok1.ops.mixture import chosen_experts, flat
+from grok1.ops.mixture import chosen_experts, expert_count, flat
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
     QuantizedWeight8bit,
@@ -29,12 +28,12 @@ from grok1.ops.quantization import (
 def load() -> None:
     """Test the grouped product on this device. Raises KernelError if it fails or is wrong."""
     rng = np.random.default_rng(0)
-    steps = rng.integers(-127, 128, [1, 1, 64, 128]).astype(np.int8)
-    weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 1, 128], 0.01, jnp.bfloat16))
+    steps = rng.integers(-127, 128, [1, 64, 128]).astype(np.int8)
+    weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 128], 0.01, jnp.bfloat16))
     x = jnp.asarray(rng.standard_normal([2, 64]), jnp.bfloat16)
     try:
         y = jax.jit(multiply)(x, weight, jnp.int32(0))
-        expected = np.asarray(matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0, 0]), weight)))
+        expected = np.asarray(matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0]), weight)))
         wrong = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
     except Exception as error:  # a compiler or driver may raise anything
         raise KernelError(str(error).strip().splitlines()[0]) from error
@@ -42,30 +41,20 @@ def load() -> None:
         raise KernelError(f"a test product is wrong by {wrong:.0%}")
 
 
-def multiply(x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array) -> jax.Array:
-    """Return `x [M, I] @ weight [L, 1, I, O]`, of one layer -> float32 [M, O]."""
-    return added(grouped_product(x, [weight], layer))
-
-
 def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    """`mixture.chosen_experts` for int8 weights, by two products of the copies of each token."""
-    weights = [stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1")]
-    (gate, value, out), layer = [w.stack for w in weights], weights[0].layer
-    group, count = index.reshape(-1), gate.shape[1]  # [M * A], E
-    groups = groups_of(group, count)
-    (hidden,) = grouped_product(flat(x), [gate, value], layer, groups)
-    y = added(grouped_product(hidden, [out], layer, groups))
-    # The copies of a masked token are not written.
-    y = jnp.where((group < count)[:, None], y, 0) * gates.reshape(-1, 1)
-    mixed = jnp.sum(y.reshape(-1, index.shape[-1], y.shape[-1]), axis=1)
-    return mixed.reshape(*index.shape[:2], -1)
+    """`mixture.chosen_experts` for int8 weights."""
+    gate, value, out = (stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1"))
+    chosen = jax.nn.one_hot(flat(index), expert_count(params))  # [M, A, E]
+    each = jnp.sum(chosen * flat(gates)[..., None], axis=1)
+    weights = gate.stack, value.stack, out.stack
+    mixed = mix(flat(x), weights, gate.layer, each, index.shape[-1])
+    return mixed.reshape(x.shape)
 
 
 def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
     if not (isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight8bit)):
         return matmul(x, weight)
-    stack = jax.tree.map(lambda w: w[:, None], weight.stack)  # [L, 1, I, O]
-    y = multiply(x.reshape(-1, x.shape[-1]), stack, weight.layer)
+    y = multiply(x.reshape(-1, x.shape[-1]), weight.stack, weight.layer)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -79,6 +68,5 @@ OPERATIONS = Operations(
     attend_cached=attend_cached,
     takes_stacked=True,
     draw=draw_token,
-    decode_layer=decode_layer,
-    most_rows=MOST_ROWS,
+    fused_layer=fused_layer,
 )

@@ -1,4 +1,4 @@
-"""A decode step's layer in GPU kernels, interpreted on a CPU: results, and what is read.
+"""A decoder layer in GPU kernels, interpreted on a CPU: results, and what is read.
 
 Dimension letters as in `grok1/kernels/gpu`. No GPU is needed.
 """
@@ -13,9 +13,9 @@ import pytest
 from grok1.execution import Execution
 from grok1.kernels.gpu import operations as gpu
 from grok1.kernels.gpu.decode_attention import write_and_attend
-from grok1.kernels.gpu.decode_layer import decode_layer
-from grok1.kernels.gpu.few_rows import MOST_ROWS, expert_sum, gated, side_by_side
+from grok1.kernels.gpu.layer import fused_layer
 from grok1.kernels.gpu.norms import normalize, route
+from grok1.kernels.gpu.products import expert_sum, gated, side_by_side
 from grok1.ops import cache
 from grok1.ops.cache import CacheIndex
 from grok1.parallel.sharding import make_mesh
@@ -65,7 +65,7 @@ def test_products_side_by_side_are_those_of_each_matrix(rows, inputs, groups, dt
     weights = [random_weight((2,), inputs, n, groups, seed=n) for n in (96, 32, 40)]
     x = normal(rows, inputs).astype(dtype)
     parts = interpreted(side_by_side)(x, weights, LAYER)
-    assert len(parts) > groups and parts.dtype == jnp.float32
+    assert len(parts) == max(groups, inputs // 256) and parts.dtype == jnp.float32
     exact = [np.asarray(x, np.float64) @ exact_weight(w)[1] for w in weights]
     assert relative_error(sum(parts), np.concatenate(exact, axis=1)) < 1e-6
 
@@ -97,25 +97,6 @@ def test_sums_over_experts_have_their_gates(rows, inputs, groups, dtype):
     own = np.nan_to_num(x.astype(np.float64))
     exact = np.einsum("me,emi,eio->mo", gates, own, exact_weight(weight)[1])
     assert relative_error(y, exact) < 1e-6
-
-
-def test_row_does_not_depend_on_the_others_in_its_batch():
-    weight, gates = random_weight((2, 4), 80, 72, 1), gates_of(5, 4)
-    x = normal(4, 5, 80).astype(jnp.bfloat16)
-    together = interpreted(expert_sum)(x, weight, LAYER, gates)
-    for row in range(1, 5):
-        own = slice(row, row + 1)
-        alone = interpreted(expert_sum)(x[:, own], weight, LAYER, gates[own])
-        assert np.array_equal(alone, together[own])
-
-
-def test_rows_that_do_not_fit_a_tile_are_refused():
-    weight = random_weight((2,), 80, 72, 1)
-    for shape in ((MOST_ROWS + 1, 80), (0, 80), (3, 81)):
-        with pytest.raises(
-            ValueError, match=r"x must be \[\.\.\., M, 80\] with M from 1 to 64, got"
-        ):
-            side_by_side(np.zeros(shape, np.float32), [weight], LAYER)
 
 
 # ----------------------------------------------------------------------------- norms and the router
@@ -224,46 +205,34 @@ def test_sequence_alone_attends_as_in_a_batch():
 # ------------------------------------------------------------------------------------- in a model
 
 
-@pytest.fixture
-def decode_of(monkeypatch):
-    """Return a function that decodes with interpreted kernels, or the plain forms."""
-    layer = functools.partial(decode_layer, interpret=True)
-    monkeypatch.setattr(gpu, "OPERATIONS", gpu.OPERATIONS._replace(decode_layer=layer))
-
-    def decode(config, execution, params, memory, tokens, length):
-        """Return the logits [B, 3, V] of three steps, and the memory."""
-        step = jax.jit(functools.partial(steps.apply_model, config, execution))
-        kernels = str(step.trace(params, tokens[:, :1], memory, length).jaxpr).count("name=route")
-        assert kernels == (execution.kernels == "gpu")
-        logits = []
-        for t in range(3):
-            output = step(params, tokens[:, t : t + 1], memory, length)
-            memory = output.model_state
-            logits.append(output.logits)
-        return np.concatenate(logits, axis=1), memory
-
-    return decode
-
-
-@pytest.mark.parametrize("mesh", [None, (1, 8), (2, 4)], ids=str)
-def test_decode_steps_equal_those_of_the_modules(mesh, decode_of):
-    """With a pad token, a slot at rest, and experts of one scale group for several devices."""
+@pytest.mark.parametrize(
+    ("mesh", "kv_heads"), [(None, 8), ((1, 8), 8), ((2, 4), 8), ((1, 8), 4)], ids=str
+)
+def test_a_layer_on_a_mesh_equals_the_modules(mesh, kv_heads, monkeypatch):
+    """In a chunk of many tokens, and single ones: with a pad token, and a slot at rest."""
+    layer = functools.partial(fused_layer, interpret=True)
+    monkeypatch.setattr(gpu, "OPERATIONS", gpu.OPERATIONS._replace(fused_layer=layer))
     model = TransformerConfig(
-        emb_size=96, key_size=16, num_q_heads=16, num_kv_heads=8, num_layers=2, num_experts=5,
-        num_selected_experts=2, attn_output_multiplier=0.3,
+        emb_size=96, key_size=16, num_q_heads=16, num_kv_heads=kv_heads, num_layers=2,
+        num_experts=5, num_selected_experts=2, attn_output_multiplier=0.3,
     )  # fmt: skip
     config = LanguageModelConfig(model, vocab_size=64, sequence_len=80, fprop_dtype=jnp.float32)
     params = config.init_params(0, quantized=True)
-    devices = None if mesh is None else make_mesh(mesh)
-    tokens = np.random.default_rng(0).integers(1, 64, (4, 6)).astype(np.int32)
-    tokens[1, 4] = 0
-    length = np.array([1, 1, 1, 0], np.int32)
-    read = jax.jit(functools.partial(steps.apply_model, config, Execution(devices)))
-    before = read(params, tokens[:, :3], config.model.init_memory(4, 80, jnp.float32)).model_state
-    (ours, memory), (plain, expected) = (
-        decode_of(config, Execution(devices, kernels=name), params, before, tokens[:, 3:], length)
-        for name in ("gpu", "plain")
-    )
-    assert relative_error(ours[:3], plain[:3].astype(np.float64)) < 2e-6
-    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(expected), strict=True):
-        assert relative_error(a, np.asarray(b, np.float64)) < 2e-6
+    devices = None if mesh is None else make_mesh(mesh, num_kv_heads=kv_heads)
+    tokens = np.random.default_rng(0).integers(1, 64, (4, 42)).astype(np.int32)
+    tokens[1, [4, 41]] = 0
+    found = []
+    for name in ("gpu", "plain"):
+        execution = Execution(devices, kernels=name)
+        step = jax.jit(functools.partial(steps.apply_model, config, execution, every_position=True))
+        memory, logits = config.model.init_memory(4, 80, jnp.float32), []
+        for chunk in np.split(tokens, [40, 41], axis=1):
+            length = np.array([chunk.shape[1]] * 3 + [chunk.shape[1] // 2], np.int32)
+            kernels = str(step.trace(params, chunk, memory, length).jaxpr).count("name=route")
+            assert kernels == (name == "gpu")
+            output = step(params, chunk, memory, length)
+            memory = output.model_state
+            logits.append(output.logits[:3])
+        found.append((np.concatenate(logits, axis=1), memory))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        assert relative_error(a, np.asarray(b, np.float64)) < 3e-6

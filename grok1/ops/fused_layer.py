@@ -1,4 +1,4 @@
-"""What a decoder layer reads when it is one function, as `Operations.decode_layer` is.
+"""What a decoder layer reads when it is one function, as `Operations.fused_layer` is.
 
 Dimension letters as in model.py.
 """
@@ -67,13 +67,15 @@ def layer_weights(params: Weights) -> LayerWeights | None:
     return LayerWeights(*(leaf for (leaf,) in found))
 
 
-class DecodeStep(NamedTuple):
-    """What a layer of a decode step has to know in addition to its weights.
+class LayerStep(NamedTuple):
+    """What a layer has to know of a step, in addition to its weights.
 
-    memory_index: where each sequence's token goes; nothing in it is None. mask: bool [B, S], the
-    positions that a token sees. valid: bool [B], False for a token that no expert processes.
+    memory_index: where each sequence's new tokens go; nothing in it is None. mask: bool [B, T, S],
+    the positions that a token sees. last: int32 [B, T], how many there are up to the last of them.
+    valid: bool [B, T], False for a token that no expert processes.
     """
 
     memory_index: CacheIndex
     mask: jax.Array
+    last: jax.Array
     valid: jax.Array

@@ -1,0 +1,104 @@
+"""A decoder layer in few kernels.
+
+It computes the same as `model.DecoderLayer`, which is easier to read. Dimension letters as in
+model.py, with `M` = B * T tokens; on a mesh, all sizes are those of one device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from grok1.kernels.gpu.attention import attend_cached
+from grok1.kernels.gpu.decode_attention import write_and_attend
+from grok1.kernels.gpu.experts import mix, multiply
+from grok1.kernels.gpu.norms import normalize, route
+from grok1.kernels.gpu.products import added, side_by_side
+from grok1.ops.cache import write_rows
+from grok1.ops.fused_layer import LayerStep, LayerWeights
+
+if TYPE_CHECKING:
+    from model import TransformerConfig
+
+Caches = tuple[jax.Array, ...]
+
+
+def fused_layer(
+    weights: LayerWeights,
+    h: jax.Array,
+    caches: Caches,
+    step: LayerStep,
+    config: TransformerConfig,
+    dtype: DTypeLike,
+    add: Callable[[jax.Array], jax.Array],
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, Caches]:
+    """Apply a layer to the residual stream h, float32 [B, T, D] -> h and the caches.
+
+    caches: of keys and values, [L, C, S, K, H] of `dtype`, that of the activations. add: sums the
+    partial results [M, D] of the devices that share the layer. interpret: run on any device, for
+    tests.
+    """
+    layer, shape = step.memory_index.layer, h.shape
+    run: Any = functools.partial(functools.partial, interpret=interpret)
+    norm, h = run(normalize), h.reshape(-1, shape[-1])
+
+    x = norm(h, weights.rms_norm, layer, dtype=dtype)
+    parts = run(side_by_side)(x, [weights.query, weights.key, weights.value], layer)
+    heads = added(parts).reshape(*shape[:2], -1, config.key_size)
+    heads = _rotate(heads, step.memory_index.start, caches[0].shape[-2]).astype(dtype)
+    attended, caches = _attend(run, heads, caches, step, config.attn_output_multiplier)
+    attended = attended.astype(dtype).reshape(len(h), -1)
+    attended = add(run(multiply)(attended, weights.linear, layer))
+
+    norms = weights.rms_norm_1, weights.rms_norm_2
+    chosen, valid = config.num_selected_experts, step.valid.reshape(-1)
+    h, x, gates = run(route)(h, attended, norms, weights.router, layer, valid, chosen, dtype)
+    experts = weights.expert_gate, weights.expert_value, weights.expert_out
+    mixed = add(run(mix)(x, experts, layer, gates, chosen))
+    return norm(mixed, weights.rms_norm_3, layer, h).reshape(shape), caches
+
+
+def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:
+    """Apply `model.RotaryEmbedding` to all heads but the last ones, which are values.
+
+    x: float32 [B, T, N + 2 K, H]. start: int32 [B], the position of each sequence's first token.
+    """
+    batch, rows, count, width = x.shape
+    exponents = np.arange(0, width, 2) / width
+    frequencies = np.tile(10000**-exponents, 2).astype(np.float32)  # [H]
+    position = start[:, None] + jnp.arange(rows)
+    phase = position.astype(jnp.float32)[..., None] * frequencies
+    phase = phase.reshape(batch, rows, 1, 2, width // 2)
+    halves = x.reshape(batch, rows, count, 2, width // 2)
+    other = halves[..., ::-1, :] * np.array([[-1], [1]], np.float32)  # [a, b] -> [-b, a]
+    turned = halves * jnp.cos(phase) + other * jnp.sin(phase)
+    is_value = jnp.arange(count) >= count - kv_heads
+    return jnp.where(is_value[:, None, None], halves, turned).reshape(x.shape)
+
+
+def _attend(
+    run: Any, heads: jax.Array, caches: Caches, step: LayerStep, multiplier: float
+) -> tuple[jax.Array, Caches]:
+    """Write the keys and values of heads [B, T, N + 2 K, H], and attend -> [B, T, ...], caches."""
+    index, kv_heads = step.memory_index, caches[0].shape[-2]
+    if heads.shape[1] == 1:
+        arrays = heads[:, 0], *caches, step.mask[:, 0], multiplier
+        out, *caches = run(write_and_attend)(*arrays, index)
+        return out, tuple(caches)
+    queries = heads.shape[2] - 2 * kv_heads
+    query, key, value = jnp.split(heads, [queries, queries + kv_heads], axis=2)
+    layer, start, length, sequence = index
+    caches = tuple(
+        write_rows(cache, new, *index) for cache, new in zip(caches, (key, value), strict=True)
+    )
+    query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
+    arrays = query, *caches, step.mask, multiplier, layer, start + length, sequence
+    return run(attend_cached)(*arrays, last=step.last), caches
