@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
+import golden
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels.error import KernelError
@@ -485,6 +486,38 @@ def test_model_with_gpu_kernels_equals_the_plain_one(capture, monkeypatch):
         outputs.append(np.concatenate(logits, axis=1))
     error = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
     assert error < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "allowed"),
+    [
+        pytest.param("three-layers", "float32", 1e-5, marks=pytest.mark.slow),
+        *(
+            pytest.param(*row, marks=pytest.mark.exhaustive)
+            for row in (
+                ("three-layers", "bfloat16", 0.013),
+                ("twelve-layers", "float32", 1e-5),
+                ("twelve-layers", "bfloat16", 0.03),
+            )
+        ),
+    ],
+)
+def test_golden_logits_are_exact_with_the_fused_layer(name, dtype, allowed, monkeypatch):
+    """In a chunk of many tokens and of few, and a token: the errors that the README states."""
+    files, server = golden.recorded(name), golden.runner(name, dtype)
+    interpret(monkeypatch)
+    config = server.config
+    read = jax.jit(functools.partial(steps.apply_model, config, Execution(kernels="gpu")))
+    memory, logits = config.model.init_memory(3, 48, config.fprop_dtype), []
+    for chunk in np.split(files.tokens, [40, 47], axis=1):
+        found = read(server.params, chunk, memory)
+        memory = found.model_state
+        logits.append(found.logits)
+    error = golden.relative_error(np.concatenate(logits, axis=1), files.exact)
+    if dtype == "float32":
+        assert error[files.real & (files.margin > 1e-4)].max() <= allowed
+    else:
+        assert 1e-3 < np.median(error[files.real]) <= allowed
 
 
 def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
