@@ -27,7 +27,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     # Ctrl-C during the imports below ends the process without a traceback.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from grok1 import default_files
+from grok1 import default_files, gpu_settings
 from grok1.cli import interactive, prompts
 from grok1.cli.console import (
     READING,
@@ -377,6 +377,7 @@ def main() -> int:
     try:
         try:
             check_surroundings(ROOT)
+            gpu_settings.prepare(os.environ)
             options = parse_arguments()
             if options.distributed:
                 signal.signal(multihost.WAKE, signal.default_int_handler)

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grok1 import gpu_settings
 from grok1.default_files import ROOT
 from grok1.ops.quantization import Shapes
 from grok1.planning.accelerators import Accelerator
@@ -146,6 +147,7 @@ def compile_for(job: Job) -> dict[str, Program]:
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} "
             "--xla_dump_emitter_re=ptx",
         }
+        gpu_settings.add_flags(environment)
         done = subprocess.run(
             [sys.executable, "-P", "-c", CHILD, dump],  # -P: not the files of this directory
             input=pickle.dumps(job),
