@@ -10,7 +10,15 @@ from paths import ROOT
 MODULES = ("checkpoint", "model", "run", "runner")
 # Within grok1, a module imports those of its own layer and of the layers before it.
 LAYERS = (
-    {"backend", "cache_directory", "checks", "inspection", "interrupts", "strict_json"},
+    {
+        "backend",
+        "cache_directory",
+        "checks",
+        "gpu_settings",
+        "inspection",
+        "interrupts",
+        "strict_json",
+    },
     {"ops"},
     {"config_checks", "kernels", "parallel"},
     {"compile_cache", "default_files", "execution", "formats", "parameters", "reference"},
