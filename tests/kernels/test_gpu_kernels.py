@@ -27,6 +27,7 @@ from grok1.kernels.gpu.products import side_by_side
 from grok1.kernels.gpu.tiles import PROCESSORS
 from grok1.ops import cache
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.parallel.sharding import auto
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
 from small import exact_attention, exact_weight, normal, random_weight
@@ -368,7 +369,9 @@ def indices(count):
 def lower(function, *shapes):
     """Return the text that jax passes to the compiler of an H100."""
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("model",), abstract_device=device)):
+    axes = ["model"]
+    mesh = AbstractMesh((1,), tuple(axes), axis_types=auto(axes), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
