@@ -29,6 +29,7 @@ from grok1.ops.cache import (
     KVMemory,
     cache_index,
     caches,
+    check_room,
     last_seen,
     read_rows,
     with_caches,
@@ -209,12 +210,7 @@ class Execution:
 
         Raises ValueError if they do not fit the memory's length.
         """
-        size = memory.k.shape[-3]
-        if k.shape[1] > size:
-            raise ValueError(
-                f"{k.shape[1]} new positions do not fit a memory of {size}; "
-                "prefill in smaller chunks"
-            )
+        check_room(memory, k.shape[1])
 
         def local(cache: jax.Array, new: jax.Array, index: CacheIndex) -> jax.Array:
             return self.operations.write_rows(cache, new, *self._local(index, cache))
@@ -365,6 +361,7 @@ class Execution:
         memory: KVMemory,
     ) -> tuple[jax.Array, KVMemory]:
         """Apply `Operations.fused_layer` on the mesh; masks: the last three fields of LayerStep."""
+        check_room(memory, h.shape[1])
         compute, rules = self.operations.fused_layer, config.partition_rules(self.mesh)
         found = layer_weights(params)
         assert compute is not None and found is not None

@@ -68,6 +68,15 @@ def cache_index(memory: KVMemory, rows: int) -> CacheIndex:
     return CacheIndex(layer, memory.step, length, memory.sequence)
 
 
+def check_room(memory: KVMemory, rows: int) -> None:
+    """Raise ValueError if `rows` new positions do not fit the memory's length."""
+    size = memory.k.shape[-3]
+    if rows > size:
+        raise ValueError(
+            f"{rows} new positions do not fit a memory of {size}; prefill in smaller chunks"
+        )
+
+
 def caches(memory: KVMemory) -> tuple[jax.Array, jax.Array]:
     """Return keys and values as stacks [L, C, S, K, H], with L = 1 for a single layer."""
     k, v = memory.k, memory.v

@@ -379,6 +379,17 @@ def test_inactive_slot_has_zeros_and_changes_no_other(draw: Any) -> None:
         np.testing.assert_array_equal(field[[0, 2]], lone[[0, 2]], err_msg=name)
 
 
+def test_nan_draws_a_token_of_the_vocabulary_and_changes_no_other(draw: Any) -> None:
+    """A kernel must not read beyond its arrays, and the server reports such logits."""
+    logits = np.random.default_rng(9).normal(size=(4, VOCABULARY)).astype(np.float32)
+    alone = draw(logits)
+    logits[1], logits[2, 5] = np.nan, np.nan
+    output = draw(logits)
+    assert np.all((output.token_id >= 0) & (output.token_id < VOCABULARY))
+    for name, one, other in zip(SampleOutput._fields, alone, output, strict=True):
+        np.testing.assert_array_equal(one[[0, 3]], other[[0, 3]], err_msg=name)
+
+
 def test_minus_infinity_is_drawn_only_if_unavoidable(draw: Any) -> None:
     logits = np.full((64, VOCABULARY), -np.inf, np.float32)
     logits[:, [2, 4]] = 1, 0

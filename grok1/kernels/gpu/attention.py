@@ -29,7 +29,14 @@ from grok1.ops.cache import SOFT_CAP, last_seen
 from grok1.ops.derivatives import forward_only
 from grok1.ops.quantization import product
 
-BLOCK = 64  # positions of the cache that are attended to at a time
+
+def block_of(keys: jax.Array) -> int:
+    """Return how many positions of a cache [..., H] are attended to at a time.
+
+    A few blocks of keys and values must fit the memory of a processor, 99 KiB on some GPUs.
+    """
+    width = power_of_two(keys.shape[-1], LEAST_TILE) * keys.dtype.itemsize
+    return max(LEAST_TILE, min(64, 1 << 14 >> (width - 1).bit_length()))
 
 
 def attend_cached(
@@ -65,13 +72,14 @@ def attend_cached(
         last = last_seen(mask)
     if sequence is None:
         sequence = jnp.arange(batch, dtype=jnp.int32)
+    block = block_of(keys)
     height = min(64, power_of_two(queries * group, LEAST_TILE))
     out = batch, queries, kv_heads * group, values.shape[-1]
     call = pl.pallas_call(
-        functools.partial(_attention_kernel, group, height, multiplier),
+        functools.partial(_attention_kernel, group, height, block, multiplier),
         grid=(pl.cdiv(queries * group, height), kv_heads, batch),
         out_shape=jax.ShapeDtypeStruct(out, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if block == 64 else 2),
         interpret=interpret,
         name="attend_cached",
     )
@@ -108,6 +116,7 @@ class Axis(NamedTuple):
 def _attention_kernel(
     group: int,
     height: int,
+    block: int,
     multiplier: float,
     layer_ref: Ref,
     sequence_ref: Ref,
@@ -131,29 +140,28 @@ def _attention_kernel(
     query = load_tile(query_ref.at[*at], inside, keys_axis.exist)
     last = load_tile(last_ref.at[b, token], inside)
     reach = jnp.minimum(jnp.max(last), jnp.minimum(plgpu.load(filled_ref.at[b]), keys_ref.shape[2]))
-    own_mask, one = jnp.minimum(b, mask_ref.shape[0] - 1), mask_ref.shape[1] == 1
+    # One mask may be for all sequences, or all queries.
+    of = jnp.minimum(b, mask_ref.shape[0] - 1), jnp.minimum(token, mask_ref.shape[1] - 1)[:, None]
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        position = i * BLOCK + jnp.arange(BLOCK)
+        position = i * block + jnp.arange(block)
         present = position < reach
         where = layer, sequence, position[:, None], head
         key = load_tile(keys_ref.at[*where, keys_axis.number[None]], present, keys_axis.exist)
         value = load_tile(
             values_ref.at[*where, values_axis.number[None]], present, values_axis.exist
         )
-        of = jnp.zeros_like(token) if one else token  # one mask may be for all queries
-        at = own_mask, of[:, None], position[None]
-        seen = load_tile(mask_ref.at[*at], inside, present)  # [R, block]
+        seen = load_tile(mask_ref.at[*of, position[None]], inside, present)  # [R, block]
         return attend_block(query, key, value, seen, multiplier, sums)
 
     zeros = jnp.zeros([height, values_axis.number.size], jnp.float32)
     sums = zeros, jnp.zeros([height], jnp.float32)
-    out, total = lax.fori_loop(0, ceil_div(reach, BLOCK), add, sums)
+    out, total = lax.fori_loop(0, ceil_div(reach, block), add, sums)
     total = total[:, None]
     out = jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
-    at = b, token[:, None], own_head[:, None], values_axis.number[None]
-    # The interpreter stores what is masked as it was: where nothing else is stored.
-    at = b, jnp.where(inside, token, out_ref.shape[1])[:, None], *at[2:]
+    # The interpreter stores the old value where the mask is False: not in a row of this tile.
+    stored = jnp.where(inside, token, out_ref.shape[1])
+    at = b, stored[:, None], own_head[:, None], values_axis.number[None]
     plgpu.store(out_ref.at[*at], out, mask=outer_mask(out.shape, inside, values_axis.exist))
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from grok1.kernels.gpu.attention import BLOCK, attend_block, check_dtypes, columns
+from grok1.kernels.gpu.attention import attend_block, block_of, check_dtypes, columns
 from grok1.kernels.gpu.tiles import LEAST_TILE, Ref, ceil_div, load_tile, outer_mask, power_of_two
 from grok1.ops.cache import CacheIndex
 from grok1.ops.derivatives import forward_only
@@ -48,7 +48,7 @@ def write_and_attend(
     sums = PARTS, batch, kv_heads, group
     kept = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
     call = pl.pallas_call(
-        functools.partial(_attention_kernel, multiplier),
+        functools.partial(_decode_kernel, block_of(keys), multiplier),
         grid=(PARTS, kv_heads, batch),
         out_shape=(
             jax.ShapeDtypeStruct((*sums, width), jnp.float32),
@@ -67,7 +67,8 @@ def write_and_attend(
     return out.reshape(batch, -1, width), keys, values
 
 
-def _attention_kernel(
+def _decode_kernel(
+    block: int,
     multiplier: float,
     layer_ref: Ref,
     start_ref: Ref,
@@ -94,20 +95,20 @@ def _attention_kernel(
     first = kv_heads * group + head
     new_key = load_tile(heads_ref.at[b, first, column], present)
     new_value = load_tile(heads_ref.at[b, first + kv_heads, column], present)
-    filled = jnp.minimum(start + length, size)
+    # The result of a sequence at rest, with length 0, is not used.
+    filled = jnp.where(length > 0, jnp.minimum(start + length, size), 0)
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        position = (part + i * PARTS) * BLOCK + jnp.arange(BLOCK)
-        # The new row may not be in the cache yet.
-        old = position < jnp.minimum(start, size)
-        new = ((position == start) & (length > 0))[:, None]
+        position = (part + i * PARTS) * block + jnp.arange(block)
+        # Another program writes the new row to the cache, at any time.
+        old, new = position < jnp.minimum(start, size), (position == start)[:, None]
         at = layer, sequence, position[:, None], head, column[None]
         key = jnp.where(new, new_key[None], load_tile(keys_ref.at[*at], old, present))
         value = jnp.where(new, new_value[None], load_tile(values_ref.at[*at], old, present))
         seen = load_tile(mask_ref.at[b, position], position < filled)[None]  # [1, block]
         return attend_block(query, key, value, seen, multiplier, sums)
 
-    blocks = ceil_div(filled, BLOCK)
+    blocks = ceil_div(filled, block)
     zeros = jnp.zeros([row.size, column.size], jnp.float32)
     own_blocks = ceil_div(jnp.maximum(blocks - part, 0), PARTS)
     out, total = lax.fori_loop(0, own_blocks, add, (zeros, jnp.zeros_like(row, jnp.float32)))

@@ -118,16 +118,17 @@ def _draw_kernel(
         return weights, jnp.sum(jnp.where(block == own, before, 0)) + jnp.cumsum(weights)
 
     firsts = load_tile(weights_ref.at[row, block * size], exists)
-    last = _count(kept(before, firsts)) - 1  # the block of the last token kept
+    last = _last(kept(before, firsts))  # the block of the last token kept
     weights, ends = within(last)
     in_last = kept(ends - weights, weights)
     number = last * size + _count(in_last)  # of tokens kept
     total = jnp.max(jnp.where(in_last, ends, 0))
 
     point = plgpu.load(uniform_ref.at[row]) * total
-    own = _count(exists & (before <= point)) - 1
+    own = _last(exists & (before <= point))
     index = own * size + _count(within(own)[1] <= point)
-    index = jnp.minimum(index, number - 1)  # rounding may put the point beyond the total
+    # Rounding may put the point beyond the total.
+    index = jnp.maximum(jnp.minimum(index, number - 1), 0)
 
     result = jnp.arange(power_of_two(count), dtype=jnp.int32)
     chosen = jnp.where(result == 0, index, result - 1)
@@ -136,6 +137,11 @@ def _draw_kernel(
     plgpu.store(chosen_ref.at[row, result], ids, mask=result < count)
     probs = (weights / total).astype(jnp.float32)
     plgpu.store(probs_ref.at[row, result], probs, mask=result < count)
+
+
+def _last(x: jax.Array) -> jax.Array:
+    """Return the place of the last True value, if all are in front; 0 if NaN made none True."""
+    return jnp.maximum(_count(x) - 1, 0)
 
 
 def _count(x: jax.Array) -> jax.Array:

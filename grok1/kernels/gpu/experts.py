@@ -4,7 +4,6 @@ Dimension letters as there, with `D` for the model width and `F` for that of an 
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,8 @@ from grok1.kernels.gpu.products import (
 from grok1.kernels.gpu.tiles import Ref, load_tile, power_of_two
 from grok1.ops.derivatives import forward_only
 from grok1.ops.quantization import QuantizedWeight8bit
+
+TOKENS = 4096  # that a program orders at a time
 
 
 def multiply(
@@ -53,14 +54,13 @@ def mix(
     where a token has not chosen an expert; of each token at most `count` are not. Returns float32
     [M, D].
     """
-    run: Any = functools.partial(functools.partial, interpret=interpret)
     gate, value, out = weights
     if len(x) <= FEW:
-        hidden = run(gated)(x, gate, value, layer, gates)
-        return run(expert_sum)(hidden, out, layer, gates)
-    copies = run(by_expert)(gates, count)
-    hidden = run(grouped_product)(x, [gate, value], layer, copies)
-    y = run(grouped_product)(hidden, [out], layer, copies).reshape(len(x), count, -1)
+        hidden = gated(x, gate, value, layer, gates, interpret=interpret)
+        return expert_sum(hidden, out, layer, gates, interpret=interpret)
+    copies = by_expert(gates, count, interpret=interpret)
+    multiplied = functools.partial(grouped_product, copies=copies, interpret=interpret)
+    y = multiplied(multiplied(x, [gate, value], layer), [out], layer).reshape(len(x), count, -1)
     own = _compact(gates, count)[..., None]
     return jnp.sum(jnp.where(own != 0, y, 0) * own, axis=1)  # what was not written does not count
 
@@ -93,24 +93,29 @@ def by_expert(gates: jax.Array, count: int, *, interpret: bool = False) -> Copie
 def _by_expert_kernel(count: int, gates_ref: Ref, order_ref: Ref, starts_ref: Ref) -> None:
     """Write the copies of one expert, and where they start."""
     expert, (tokens, experts) = pl.program_id(0), gates_ref.shape
-    token = jnp.arange(power_of_two(tokens))
+    tile = jnp.arange(min(TOKENS, power_of_two(tokens)))
+    blocks = pl.cdiv(tokens, tile.size)
 
-    def chosen_by(e: jax.Array) -> jax.Array:
+    def chosen_by(e: jax.Array, block: jax.Array) -> jax.Array:
+        token = block * tile.size + tile
         return (load_tile(gates_ref.at[token, e], token < tokens) != 0).astype(jnp.int32)
 
-    def add(e: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        chosen = chosen_by(e)
-        return sums[0] + jnp.sum(chosen), sums[1] + chosen
+    def earlier(block: jax.Array) -> jax.Array:
+        """Return how many copies of each token belong to earlier experts."""
+        zeros = jnp.zeros_like(tile)
+        return lax.fori_loop(0, expert, lambda e, sums: sums + chosen_by(e, block), zeros)
 
-    # Copies of earlier experts, of all tokens and of each.
-    start, copies = lax.fori_loop(0, expert, add, (jnp.int32(0), jnp.zeros_like(token)))
-    chosen = chosen_by(expert)
-    end = jnp.cumsum(chosen)
-    # The interpreter stores what is masked as it was: where nothing else is stored.
-    place = jnp.where(chosen > 0, start + end - 1, tokens * count)
-    plgpu.store(order_ref.at[place], token * count + copies, mask=chosen > 0)
+    def write(block: jax.Array, first: jax.Array) -> jax.Array:
+        token, chosen = block * tile.size + tile, chosen_by(expert, block)
+        # The interpreter stores the old value where the mask is False: beyond the array.
+        place = jnp.where(chosen > 0, first + jnp.cumsum(chosen) - 1, tokens * count)
+        plgpu.store(order_ref.at[place], token * count + earlier(block), mask=chosen > 0)
+        return first + jnp.sum(chosen)
+
+    start = lax.fori_loop(0, blocks, lambda i, n: n + jnp.sum(earlier(i)), jnp.int32(0))
+    end = lax.fori_loop(0, blocks, write, start)
     plgpu.store(starts_ref.at[expert], start)
 
     @pl.when(expert == experts - 1)
     def _() -> None:
-        plgpu.store(starts_ref.at[expert + 1], start + jnp.sum(chosen))
+        plgpu.store(starts_ref.at[expert + 1], end)

@@ -47,8 +47,10 @@ def fused_layer(
     tests.
     """
     layer, shape = step.memory_index.layer, h.shape
-    run: Any = functools.partial(functools.partial, interpret=interpret)
-    norm, h = run(normalize), h.reshape(-1, shape[-1])
+    norm, h = functools.partial(normalize, interpret=interpret), h.reshape(-1, shape[-1])
+
+    def run(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(kernel, interpret=interpret)
 
     x = norm(h, weights.rms_norm, layer, dtype=dtype)
     parts = run(side_by_side)(x, [weights.query, weights.key, weights.value], layer)

@@ -26,7 +26,7 @@ from grok1.ops.quantization import (
 
 @functools.cache
 def load() -> None:
-    """Test the grouped product on this device. Raises KernelError if it fails or is wrong."""
+    """Test a product on this device. Raises KernelError if it fails or is wrong."""
     rng = np.random.default_rng(0)
     steps = rng.integers(-127, 128, [1, 64, 128]).astype(np.int8)
     weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 128], 0.01, jnp.bfloat16))
@@ -44,8 +44,8 @@ def load() -> None:
 def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     """`mixture.chosen_experts` for int8 weights."""
     gate, value, out = (stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1"))
-    chosen = jax.nn.one_hot(flat(index), expert_count(params))  # [M, A, E]
-    each = jnp.sum(chosen * flat(gates)[..., None], axis=1)
+    chosen = jax.nn.one_hot(flat(index), expert_count(params), dtype=bool)  # [M, A, E]
+    each = jnp.sum(jnp.where(chosen, flat(gates)[..., None], 0), axis=1)  # also if one is NaN
     weights = gate.stack, value.stack, out.stack
     mixed = mix(flat(x), weights, gate.layer, each, index.shape[-1])
     return mixed.reshape(x.shape)

@@ -104,6 +104,14 @@ def _tile(x: jax.Array, weight: QuantizedWeight8bit, shape: tuple[int, int]) -> 
     return Tile(rows, inputs, outputs, weight.scales.shape[-2], height, columns)
 
 
+def _check_pair(gate: QuantizedWeight8bit, value: QuantizedWeight8bit) -> None:
+    if (gate.shape, gate.scales.shape) != (value.shape, value.scales.shape):
+        raise ValueError(
+            f"gate and value must have the same shapes, got {gate.shape} and {value.shape} with "
+            f"scales {gate.scales.shape} and {value.scales.shape}"
+        )
+
+
 # ------------------------------------------------------------------- matrices of the same inputs
 
 
@@ -125,6 +133,8 @@ def side_by_side(
     """
     shape = (FEW, 64) if len(x) <= 2 * FEW else (128, 128)
     tiles = [_tile(x, weight, shape) for weight in weights]
+    if len({tile.scale_groups for tile in tiles}) > 1:
+        raise ValueError("the matrices must have the same number of scale groups")
     first, across = tiles[0], sum(tile.across for tile in tiles)
     # Shorter pieces would write nearly as much as they read.
     pieces = min(pl.cdiv(PROCESSORS, across * first.down), pl.cdiv(first.group_inputs, 256))
@@ -188,6 +198,7 @@ def gated(
     [M, E], zero where a token has not chosen an expert. Returns [E, M, O] in the dtype of x; what
     belongs to an expert that no token has chosen is not written.
     """
+    _check_pair(gate, value)
     tile, count = _tile(x, gate, (FEW, 64)), gate.shape[1]
     call = pl.pallas_call(
         functools.partial(_gated_kernel, tile),
@@ -283,6 +294,7 @@ def grouped_product(
     int8 [L, E, I, O] -> float32 [M * A, O]; or two of the same shape, a gate and a value ->
     `gelu(x @ gate) * (x @ value)`, in the dtype of x. What belongs to no expert is not written.
     """
+    _check_pair(weights[0], weights[-1])
     rows, (_, count, _, outputs) = len(copies.order), weights[0].shape
     share = power_of_two(pl.cdiv(rows, count), LEAST_TILE)
     tile = _tile(x, weights[0], (min(128, share), 64 if len(weights) > 1 else 128))
@@ -455,7 +467,7 @@ def _store(
     """Store a tile [R, C] in the result [..., M, O]; `first`: the first column of the product."""
     number, present = _columns(tile, column)
     mask = outer_mask(tile.shape, rows.exist, present)
-    # The interpreter stores what is masked as it was: where nothing else is stored.
+    # The interpreter stores the old value where the mask is False: not in a row of this tile.
     row = jnp.where(rows.exist, rows.number, ref.shape[-2])
     where = *at, row[:, None], first + number[None]
     plgpu.store(ref.at[*where], out.astype(ref.dtype), mask=mask)
