@@ -21,6 +21,7 @@ import golden
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels.error import KernelError
+from grok1.kernels.gpu import experts as gpu_experts
 from grok1.kernels.gpu import operations as gpu
 from grok1.kernels.gpu.experts import by_expert, mix, multiply
 from grok1.kernels.gpu.products import side_by_side
@@ -102,7 +103,9 @@ def test_all_tokens_may_choose_the_same_expert():
     assert relative_error(y, exact_mix(x, weights, gates)) < 1e-6
 
 
-def test_copies_are_ordered_by_expert():
+@pytest.mark.parametrize("at_a_time", [32, 4096])
+def test_copies_are_ordered_by_expert(at_a_time, monkeypatch):
+    monkeypatch.setattr(gpu_experts, "TOKENS", at_a_time)
     gates = choices(90, 5, masked=3)
     order, starts = interpreted(by_expert, 1)(gates, 2)
     earlier = np.cumsum(gates > 0, axis=1) - 1
