@@ -15,6 +15,9 @@ FLAGS = {
     # Nothing else can run while a layer waits for a sum over the devices. An exchange in the
     # background would only have to be waited for.
     "xla_gpu_disable_async_collectives": "ALLREDUCE,ALLGATHER,REDUCESCATTER",
+    # Where the weights nearly fill the memory, XLA computes small arrays again rather than keep
+    # them: on a mesh of 2,4 every layer's index four times, and the sorted vocabulary twice.
+    "xla_disable_hlo_passes": "rematerialization",
 }
 # The share of a GPU's memory that jax reserves, 0.75 by default; the rest is for the driver and the
 # library of the exchanges.

@@ -12,7 +12,10 @@ def test_what_is_set_in_the_environment_wins(monkeypatch):
     gpu_settings.prepare(environment)
     assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     added = environment["XLA_FLAGS"].removeprefix(own)
-    assert added == " --xla_gpu_disable_async_collectives=ALLREDUCE,ALLGATHER,REDUCESCATTER"
+    assert added == (
+        " --xla_gpu_disable_async_collectives=ALLREDUCE,ALLGATHER,REDUCESCATTER"
+        " --xla_disable_hlo_passes=rematerialization"
+    )
     empty = {}
     gpu_settings.prepare(empty)
     assert empty["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"

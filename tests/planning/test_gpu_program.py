@@ -231,4 +231,4 @@ def test_grok_1_is_compiled_for_other_gpus_and_meshes(name, mesh, batch, kernels
         assert all(kernel.spilled == 0 for kernel in step.kernels.values())
     decode = found.gpu["decode"]
     assert decode.layer.exchanges["all-reduce"]["count"] == 2
-    assert kernels == "plain" or (decode.layer.launches <= 16 and decode.layer.loops == 0)
+    assert kernels == "plain" or (decode.layer.launches <= 14 and decode.layer.loops == 0)
