@@ -341,13 +341,13 @@ class Execution:
         """
         has_one = self.operations.fused_layer is not None
         usual = has_one and self.router is None and not self.shard_activations
-        last = last_seen(mask)  # once, not in each layer
 
         def choose(params: Params) -> FusedLayer | None:
             weights = layer_weights(params)
             if not (usual and weights is not None and weights.quantized):
                 return None
-            return functools.partial(self._fused_layer, config, dtype, (mask, last, padding_mask))
+            masks = mask, last_seen(mask), padding_mask  # once, not in each layer
+            return functools.partial(self._fused_layer, config, dtype, masks)
 
         return choose
 
