@@ -261,6 +261,30 @@ def test_statistics_count_what_was_decoded():
     assert 0 < found.waiting < found.seconds and 0 < found.host_share < 1
 
 
+@pytest.mark.parametrize("ended_by", ["stop", "length"])
+def test_nothing_is_drawn_after_the_end_of_an_answer(monkeypatch, ended_by):
+    """The devices find the end: steps of several tokens draw no more than the answer has."""
+    drain()
+    drawn, unpack = [], scheduler.unpack
+
+    def counted(rows):
+        found = unpack(rows)
+        drawn.append(found.drawn.sum())
+        return found
+
+    request = Request([5], max_len=8, ignore_eos=True)
+    tokens = alone(request)[0].token_ids
+    assert tokens[3] not in tokens[:3]
+    ends = {"max_len": 4} if ended_by == "length" else {"stop_tokens": (tokens[3],)}
+    monkeypatch.setattr(scheduler, "unpack", counted)
+    handle = server().submit(dataclasses.replace(request, **ends))
+    while not handle.finished:
+        server().step(8)
+    assert handle.completion.token_ids == tokens[:4]
+    assert handle.completion.finish_reason == ended_by
+    assert sum(drawn) == 4
+
+
 # ---------------------------------------------------------------------- one prompt, several answers
 
 
