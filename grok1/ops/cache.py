@@ -238,9 +238,12 @@ def attend_cached(
     total = jnp.zeros([batch, *heads, rows], jnp.float32)
     blocks = (jnp.max(filled) + block - 1) // block
     out, total = lax.fori_loop(0, blocks, add, (out, total))
-    total = jnp.moveaxis(total, -1, 1)[..., None]  # [B, T, K, G, 1]
-    # NaN is kept.
-    return jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
+    return mean(out, jnp.moveaxis(total, -1, 1)[..., None])
+
+
+def mean(sums: jax.Array, total: jax.Array) -> jax.Array:
+    """Divide weighted sums by the total of the weights; zero if that is zero. NaN is kept."""
+    return jnp.where(total == 0, 0, sums / jnp.where(total == 0, 1, total))
 
 
 def last_seen(mask: jax.Array) -> jax.Array:

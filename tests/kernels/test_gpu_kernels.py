@@ -25,7 +25,7 @@ from grok1.kernels.gpu import experts as gpu_experts
 from grok1.kernels.gpu import operations as gpu
 from grok1.kernels.gpu.experts import by_expert, mix, multiply
 from grok1.kernels.gpu.products import side_by_side
-from grok1.kernels.gpu.tiles import PROCESSORS
+from grok1.kernels.gpu.tiles import PROCESSORS, interpreted_kernels
 from grok1.ops import cache
 from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import auto
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def interpreted(kernel, *static):
     """Return a kernel, interpreted and compiled; `static`: the positions of what is no array."""
-    return jax.jit(functools.partial(kernel, interpret=True), static_argnums=static)
+    return jax.jit(interpreted_kernels()(kernel), static_argnums=static)
 
 
 def choices(tokens, experts, masked=0):
@@ -204,7 +204,8 @@ def interpreted_attention():
 
     @jax.jit
     def call(query, keys, values, mask, *where):
-        return gpu.attend_cached(query, keys, values, mask, MULTIPLIER, *where, interpret=True)
+        with interpreted_kernels():
+            return gpu.attend_cached(query, keys, values, mask, MULTIPLIER, *where)
 
     return lambda *arrays: np.asarray(call(*arrays))
 
@@ -306,7 +307,8 @@ def test_a_mixture_reads_the_matrices_in_use(tokens, moved):
     ]
     gates = choices(tokens, 4)
     x = normal(tokens, 48).astype(jnp.bfloat16)
-    jax.block_until_ready(mix(x, weights, LAYER, gates, 2, interpret=True))
+    with interpreted_kernels():
+        jax.block_until_ready(mix(x, weights, LAYER, gates, 2))
     jax.effects_barrier()
     counts = np.sum(gates > 0, axis=0)
     tiles = 3 if tokens <= 64 else sum(-(-int(count) // 64) for count in counts)
@@ -331,7 +333,7 @@ def test_attention_reads_the_visible_positions(name, moved):
     last = np.repeat(last, group, axis=1)  # [B, T * G]
     tiles = [np.max(last[:, i : i + 64], axis=1) for i in range(0, last.shape[1], 64)]
     seen = int(sum(np.minimum(tile, filled).sum() for tile in tiles)) * kv_heads * 2
-    assert moved["load", (batch, queries, kv_heads * group, width)] == query.nbytes
+    assert moved["load", (batch, queries * kv_heads * group, width)] == query.nbytes
     assert moved["load", keys.shape] == seen * width
     assert moved["load", values.shape] == seen * values.shape[-1]
 
@@ -456,7 +458,7 @@ def test_prefill_makes_no_queries_by_positions_array():
 def interpret(monkeypatch):
     """Use the GPU kernels on this platform, interpreted."""
     for name in ("multiply", "mix", "attend_cached", "fused_layer"):
-        monkeypatch.setattr(gpu, name, functools.partial(getattr(gpu, name), interpret=True))
+        monkeypatch.setattr(gpu, name, interpreted_kernels()(getattr(gpu, name)))
     operations = gpu.OPERATIONS._replace(
         attend_cached=gpu.attend_cached, fused_layer=gpu.fused_layer
     )

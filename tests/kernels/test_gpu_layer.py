@@ -16,6 +16,7 @@ from grok1.kernels.gpu.decode_attention import write_and_attend
 from grok1.kernels.gpu.layer import fused_layer
 from grok1.kernels.gpu.norms import normalize, route
 from grok1.kernels.gpu.products import expert_sum, gated, side_by_side
+from grok1.kernels.gpu.tiles import interpreted_kernels
 from grok1.ops import cache
 from grok1.ops.cache import CacheIndex
 from grok1.parallel.sharding import make_mesh
@@ -33,7 +34,7 @@ DTYPES = [jnp.bfloat16, jnp.float32]
 
 def interpreted(kernel, *static):
     """Return a kernel, interpreted and compiled; `static`: the positions of what is no array."""
-    return jax.jit(functools.partial(kernel, interpret=True), static_argnums=static)
+    return jax.jit(interpreted_kernels()(kernel), static_argnums=static)
 
 
 def relative_error(found, exact):
@@ -210,7 +211,7 @@ def test_sequence_alone_attends_as_in_a_batch():
 )
 def test_a_layer_on_a_mesh_equals_the_modules(mesh, kv_heads, monkeypatch):
     """In a chunk of many tokens, and single ones: with a pad token, and a slot at rest."""
-    layer = functools.partial(fused_layer, interpret=True)
+    layer = interpreted_kernels()(fused_layer)
     monkeypatch.setattr(gpu, "OPERATIONS", gpu.OPERATIONS._replace(fused_layer=layer))
     model = TransformerConfig(
         emb_size=96, key_size=16, num_q_heads=16, num_kv_heads=kv_heads, num_layers=2,

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok1.kernels.gpu import draw as gpu_draw
+from grok1.kernels.gpu.tiles import interpreted_kernels
 from grok1.parallel.sharding import auto
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY
 from grok1.serving.sampling import (
@@ -25,9 +26,8 @@ from grok1.serving.sampling import (
 FULL_VOCABULARY = 131_072
 ROWS, VOCABULARY = 256, 48  # of most batches, which share a compiled function
 sample_by_bisection = jax.jit(sample_token)
-sample_by_sorting = jax.jit(
-    functools.partial(sample_token, draw=functools.partial(gpu_draw.draw_token, interpret=True))
-)
+draw_by_sorting = interpreted_kernels()(gpu_draw.draw_token)
+sample_by_sorting = jax.jit(functools.partial(sample_token, draw=draw_by_sorting))
 jitted_top_p = jax.jit(top_p_filter)
 
 
@@ -221,9 +221,8 @@ def test_sorted_nucleus_is_exact_over_the_full_vocabulary() -> None:
     settings = make_settings(logits, nucleus_p=[0.99, 1 - 2**-24])
     keys, even = jax.random.split(jax.random.key(0), 2), np.ones(2, np.float32)
     with jax.enable_x64(True):
-        _, ids, probs = gpu_draw.draw_token(
-            keys, logits, settings.mask, settings, even, FULL_VOCABULARY, interpret=True
-        )
+        arrays = keys, logits, settings.mask, settings, even
+        _, ids, probs = draw_by_sorting(*arrays, FULL_VOCABULARY)
     for row, p in enumerate(settings.nucleus_p):
         kept = np.asarray(ids[row])[np.asarray(probs)[row, 1:] > 0]
         np.testing.assert_array_equal(kept, exact_nucleus(logits[row], p))

@@ -8,25 +8,25 @@ The kernel takes the full stack of layers and the index of one, and reads only w
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from grok1.kernels.gpu.tiles import (
     LEAST_TILE,
+    Axis,
     Ref,
+    axis,
     ceil_div,
     check_addresses,
-    load_tile,
-    outer_mask,
+    load,
     power_of_two,
+    run_kernel,
+    store,
 )
-from grok1.ops.cache import SOFT_CAP, last_seen
-from grok1.ops.derivatives import forward_only
+from grok1.ops.cache import SOFT_CAP, last_seen, mean
 from grok1.ops.quantization import product
 
 
@@ -50,7 +50,6 @@ def attend_cached(
     sequence: jax.Array | None = None,
     *,
     last: jax.Array | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """`cache.attend_cached` in one kernel, which reads only the filled part of a cache.
 
@@ -59,8 +58,7 @@ def attend_cached(
     [B, T, S]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
     [B], the index of each query's sequence among the C of the cache; None: B = C, in order. Returns
     float32 [B, T, K, G, H], zero where a query sees no key. `layer` and `sequence` must be within
-    the cache, which is not checked. last: `cache.last_seen` of the mask. interpret: run on any
-    device, for tests.
+    the cache, which is not checked. last: `cache.last_seen` of the mask.
 
     Raises ValueError if shapes or dtypes do not fit, or if the mask takes between 2 and 4 GiB.
     """
@@ -74,18 +72,17 @@ def attend_cached(
         sequence = jnp.arange(batch, dtype=jnp.int32)
     block = block_of(keys)
     height = min(64, power_of_two(queries * group, LEAST_TILE))
-    out = batch, queries, kv_heads * group, values.shape[-1]
-    call = pl.pallas_call(
-        functools.partial(_attention_kernel, group, height, block, multiplier),
-        grid=(pl.cdiv(queries * group, height), kv_heads, batch),
-        out_shape=jax.ShapeDtypeStruct(out, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if block == 64 else 2),
-        interpret=interpret,
-        name="attend_cached",
-    )
+    rows = query.reshape(batch, -1, width)
     last = jnp.broadcast_to(last, (batch, queries))
-    rows = query.reshape(batch, queries, -1, width)
-    y = forward_only(call)(layer, sequence, filled, last, rows, keys, values, mask)
+    (y,) = run_kernel(
+        functools.partial(_attention_kernel, group, height, block, multiplier),
+        (pl.cdiv(queries * group, height), kv_heads, batch),
+        [((*rows.shape[:2], values.shape[-1]), jnp.float32)],
+        (layer, sequence, filled, last, rows, keys, values, mask),
+        name="attend_cached",
+        warps=4,
+        stages=3 if block == 64 else 2,
+    )
     return y.reshape(*query.shape[:-1], -1)
 
 
@@ -106,13 +103,6 @@ def check_dtypes(query: jax.Array, keys: jax.Array, values: jax.Array) -> None:
         raise ValueError(f"queries and cache must be all bfloat16 or all float32, got {dtypes}")
 
 
-class Axis(NamedTuple):
-    """The places along an axis of a tile, and which of them exist; None: all."""
-
-    number: jax.Array
-    exist: jax.Array | None
-
-
 def _attention_kernel(
     group: int,
     height: int,
@@ -129,40 +119,34 @@ def _attention_kernel(
     out_ref: Ref,
 ) -> None:
     """Write the results of a tile of the T x G queries of a sequence's key/value head: [R, H']."""
-    tile, head, b = (pl.program_id(axis) for axis in range(3))
-    layer, sequence = plgpu.load(layer_ref), plgpu.load(sequence_ref.at[b])
-    row = tile * height + jnp.arange(height)
-    inside = row < query_ref.shape[1] * group
-    token = lax.div(jnp.minimum(row, query_ref.shape[1] * group - 1), jnp.int32(group))
-    own_head = head * group + lax.rem(row, jnp.int32(group))
-    keys_axis, values_axis = (columns(ref.shape[-1]) for ref in (keys_ref, values_ref))
-    at = b, token[:, None], own_head[:, None], keys_axis.number[None]
-    query = load_tile(query_ref.at[*at], inside, keys_axis.exist)
-    last = load_tile(last_ref.at[b, token], inside)
-    reach = jnp.minimum(jnp.max(last), jnp.minimum(plgpu.load(filled_ref.at[b]), keys_ref.shape[2]))
+    tile, head, b = (pl.program_id(n) for n in range(3))
+    layer, sequence = load(layer_ref), load(sequence_ref, b)
+    own = axis(height, last_ref.shape[1] * group, tile * height)
+    token = own._replace(indices=lax.div(own.indices, jnp.int32(group)))
+    in_group = lax.rem(own.indices, jnp.int32(group))
+    row = own._replace(indices=(token.indices * keys_ref.shape[3] + head) * group + in_group)
+    column, out_column = (columns(ref.shape[-1]) for ref in (keys_ref, values_ref))
+    query = load(query_ref, b, row, column)
+    reach = jnp.minimum(jnp.max(load(last_ref, b, token)), load(filled_ref, b))
+    reach = jnp.minimum(reach, keys_ref.shape[2])
     # One mask may be for all sequences, or all queries.
-    of = jnp.minimum(b, mask_ref.shape[0] - 1), jnp.minimum(token, mask_ref.shape[1] - 1)[:, None]
+    masked = jnp.minimum(b, mask_ref.shape[0] - 1)
+    masked_token = token._replace(indices=jnp.minimum(token.indices, mask_ref.shape[1] - 1))
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         position = i * block + jnp.arange(block)
-        present = position < reach
-        where = layer, sequence, position[:, None], head
-        key = load_tile(keys_ref.at[*where, keys_axis.number[None]], present, keys_axis.exist)
-        value = load_tile(
-            values_ref.at[*where, values_axis.number[None]], present, values_axis.exist
-        )
-        seen = load_tile(mask_ref.at[*of, position[None]], inside, present)  # [R, block]
+        present = Axis(position, position < reach)
+        key = load(keys_ref, layer, sequence, present, head, column)
+        value = load(values_ref, layer, sequence, present, head, out_column)
+        seen = load(mask_ref, masked, masked_token, present)
         return attend_block(query, key, value, seen, multiplier, sums)
 
-    zeros = jnp.zeros([height, values_axis.number.size], jnp.float32)
-    sums = zeros, jnp.zeros([height], jnp.float32)
+    sums = (
+        jnp.zeros([height, out_column.indices.size], jnp.float32),
+        jnp.zeros([height], jnp.float32),
+    )
     out, total = lax.fori_loop(0, ceil_div(reach, block), add, sums)
-    total = total[:, None]
-    out = jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
-    # The interpreter stores the old value where the mask is False: not in a row of this tile.
-    stored = jnp.where(inside, token, out_ref.shape[1])
-    at = b, stored[:, None], own_head[:, None], values_axis.number[None]
-    plgpu.store(out_ref.at[*at], out, mask=outer_mask(out.shape, inside, values_axis.exist))
+    store(out_ref, mean(out, total[:, None]), b, row, out_column)
 
 
 def attend_block(
@@ -186,5 +170,4 @@ def attend_block(
 
 def columns(width: int) -> Axis:
     """Return the columns of a head, as many as Triton takes."""
-    number = jnp.arange(power_of_two(width, LEAST_TILE))
-    return Axis(number, None if number.size == width else number < width)
+    return axis(power_of_two(width, LEAST_TILE), width)

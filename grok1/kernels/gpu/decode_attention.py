@@ -7,17 +7,26 @@ a tile.
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from grok1.kernels.gpu.attention import attend_block, block_of, check_dtypes, columns
-from grok1.kernels.gpu.tiles import LEAST_TILE, Ref, ceil_div, load_tile, outer_mask, power_of_two
-from grok1.ops.cache import CacheIndex
-from grok1.ops.derivatives import forward_only
+from grok1.kernels.gpu.tiles import (
+    LEAST_TILE,
+    Axis,
+    Ref,
+    axis,
+    ceil_div,
+    load,
+    power_of_two,
+    run_kernel,
+    store,
+)
+from grok1.ops.cache import CacheIndex, mean
 
 PARTS = 16  # programs that share the blocks of a sequence's key/value head
 
@@ -29,8 +38,6 @@ def write_and_attend(
     mask: jax.Array,
     multiplier: float,
     index: CacheIndex,
-    *,
-    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`cache.write_rows` of a key and a value, and `cache.attend_cached`, in one kernel.
 
@@ -46,25 +53,24 @@ def write_and_attend(
     batch, kv_heads, width = len(heads), *keys.shape[3:]
     group = heads.shape[1] // kv_heads - 2
     sums = PARTS, batch, kv_heads, group
-    kept = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
-    call = pl.pallas_call(
+    arrays: tuple[Any, ...] = (*index, heads, mask, keys, values)
+    out, total, keys, values = run_kernel(
         functools.partial(_decode_kernel, block_of(keys), multiplier),
-        grid=(PARTS, kv_heads, batch),
-        out_shape=(
-            jax.ShapeDtypeStruct((*sums, width), jnp.float32),
-            jax.ShapeDtypeStruct(sums, jnp.float32),
-            kept,
-            kept,
-        ),
-        input_output_aliases={6: 2, 7: 3},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
+        (PARTS, kv_heads, batch),
+        [
+            ((*sums, width), jnp.float32),
+            (sums, jnp.float32),
+            (keys.shape, keys.dtype),
+            (values.shape, values.dtype),
+        ],
+        arrays,
+        aliases={6: 2, 7: 3},
         name="write_and_attend",
+        warps=4,
+        stages=2,
     )
-    out, total, keys, values = forward_only(call)(*index, heads, mask, keys, values)
     out, total = (functools.reduce(operator.add, each) for each in (out, total[..., None]))
-    out = jnp.where(total == 0, 0, out / jnp.where(total == 0, 1, total))
-    return out.reshape(batch, -1, width), keys, values
+    return mean(out, total).reshape(batch, -1, width), keys, values
 
 
 def _decode_kernel(
@@ -84,40 +90,36 @@ def _decode_kernel(
     new_values_ref: Ref,
 ) -> None:
     """Write the sums of a part of the positions: [R, H] and [R]; and the new rows [H]."""
-    part, head, b = (pl.program_id(axis) for axis in range(3))
-    layer, sequence = plgpu.load(layer_ref), plgpu.load(sequence_ref.at[b])
-    start, length = plgpu.load(start_ref.at[b]), plgpu.load(length_ref.at[b])
+    part, head, b = (pl.program_id(n) for n in range(3))
+    layer, sequence = load(layer_ref), load(sequence_ref, b)
+    start, length = load(start_ref, b), load(length_ref, b)
     size, kv_heads, width = keys_ref.shape[2:]
     group = out_ref.shape[3]
-    row, (column, present) = jnp.arange(power_of_two(group, LEAST_TILE)), columns(width)
-    own = row < group
-    query = load_tile(heads_ref.at[b, (head * group + row)[:, None], column[None]], own, present)
+    row, column = axis(power_of_two(group, LEAST_TILE), group), columns(width)
+    query = load(heads_ref, b, row._replace(indices=head * group + row.indices), column)
     first = kv_heads * group + head
-    new_key = load_tile(heads_ref.at[b, first, column], present)
-    new_value = load_tile(heads_ref.at[b, first + kv_heads, column], present)
+    new_key, new_value = (load(heads_ref, b, n, column) for n in (first, first + kv_heads))
     # The result of a sequence at rest, with length 0, is not used.
     filled = jnp.where(length > 0, jnp.minimum(start + length, size), 0)
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         position = (part + i * PARTS) * block + jnp.arange(block)
         # Another program writes the new row to the cache, at any time.
-        old, new = position < jnp.minimum(start, size), (position == start)[:, None]
-        at = layer, sequence, position[:, None], head, column[None]
-        key = jnp.where(new, new_key[None], load_tile(keys_ref.at[*at], old, present))
-        value = jnp.where(new, new_value[None], load_tile(values_ref.at[*at], old, present))
-        seen = load_tile(mask_ref.at[b, position], position < filled)[None]  # [1, block]
+        old, new = Axis(position, position < jnp.minimum(start, size)), (position == start)[:, None]
+        at = layer, sequence, old, head, column
+        key = jnp.where(new, new_key[None], load(keys_ref, *at))
+        value = jnp.where(new, new_value[None], load(values_ref, *at))
+        seen = load(mask_ref, b, Axis(position, position < filled))[None]  # [1, block]
         return attend_block(query, key, value, seen, multiplier, sums)
 
     blocks = ceil_div(filled, block)
-    zeros = jnp.zeros([row.size, column.size], jnp.float32)
     own_blocks = ceil_div(jnp.maximum(blocks - part, 0), PARTS)
-    out, total = lax.fori_loop(0, own_blocks, add, (zeros, jnp.zeros_like(row, jnp.float32)))
-    at = part, b, head, row[:, None], column[None]
-    plgpu.store(out_ref.at[*at], out, mask=outer_mask(out.shape, own, present))
-    plgpu.store(total_ref.at[part, b, head, row], total, mask=own)
+    sums = jnp.zeros(query.shape, jnp.float32), jnp.zeros_like(row.indices, jnp.float32)
+    out, total = lax.fori_loop(0, own_blocks, add, sums)
+    store(out_ref, out, part, b, head, row, column)
+    store(total_ref, total, part, b, head, row)
 
     @pl.when((part == 0) & (length > 0) & (start < size))
     def _() -> None:
-        at = layer, sequence, start, head, column
-        plgpu.store(new_keys_ref.at[*at], new_key, mask=present)
-        plgpu.store(new_values_ref.at[*at], new_value, mask=present)
+        store(new_keys_ref, new_key, layer, sequence, start, head, column)
+        store(new_values_ref, new_value, layer, sequence, start, head, column)

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from grok1.kernels.gpu.tiles import Ref, load_tile, power_of_two
+from grok1.kernels.gpu.tiles import Axis, Ref, axis, load, power_of_two, run_kernel, store
 from grok1.ops.numbers import from_ordered_bits, ordered_bits, uniform_numbers
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ def draw_token(
     settings: SampleSettings,
     temperature: jax.Array,
     reported: int,
-    *,
-    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`sampling.draw_token` by sorting: another token for a key, with the same probabilities."""
     batch = len(logits)
@@ -46,19 +43,22 @@ def draw_token(
     with jax.enable_x64(True):
         weights = _weights(from_ordered_bits(~inverted), settings.top_k, temperature)
         blocks = _blocks(weights)
-        call = pl.pallas_call(
+        chosen, probs = run_kernel(
             functools.partial(_draw_kernel, blocks.shape[2]),
-            grid=(batch,),
-            out_shape=(
-                jax.ShapeDtypeStruct(shape, jnp.int32),
-                jax.ShapeDtypeStruct(shape, jnp.float32),
-            ),
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
+            (batch,),
+            [(shape, jnp.int32), (shape, jnp.float32)],
+            [
+                jnp.sum(blocks, axis=-1),
+                blocks.reshape(batch, -1),
+                ids,
+                uniform[:, 0],
+                settings.nucleus_p,
+                min_p,
+            ],
             name="draw_token",
+            warps=4,
+            stages=1,
         )
-        padded, sums = blocks.reshape(batch, -1), jnp.sum(blocks, axis=-1)
-        chosen, probs = call(sums, padded, ids, uniform[:, 0], settings.nucleus_p, min_p)
     return chosen[:, :1], chosen[:, 1:], probs
 
 
@@ -98,49 +98,45 @@ def _draw_kernel(
     probs_ref: Ref,
 ) -> None:
     """Write the tokens of one row, the drawn one first, and their probabilities."""
-    row, count = pl.program_id(0), chosen_ref.shape[1]
-    block = jnp.arange(power_of_two(sums_ref.shape[1]), dtype=jnp.int32)
-    exists = block < sums_ref.shape[1]
-    place = jnp.arange(size, dtype=jnp.int32)
-    nucleus, min_p = (plgpu.load(ref.at[row]) for ref in (nucleus_ref, min_p_ref))
-    sums = load_tile(sums_ref.at[row, block], exists)
-    before = jnp.cumsum(sums) - sums
-    everything = jnp.sum(sums)
+    row, blocks = pl.program_id(0), sums_ref.shape[1]
+    result = axis(power_of_two(chosen_ref.shape[1]), chosen_ref.shape[1])
+    block = axis(power_of_two(blocks), blocks)
+    nucleus, min_p = load(nucleus_ref, row), load(min_p_ref, row)
+    sums = load(sums_ref, row, block)
+    before, everything = jnp.cumsum(sums) - sums, jnp.sum(sums)
     mass = jnp.where(nucleus < 1, nucleus.astype(everything.dtype) * everything, jnp.inf)
 
     def kept(before: jax.Array, weights: jax.Array) -> jax.Array:
         """Which tokens are kept, by the sum of the weights before each: always the first."""
         return ((before < mass) | (before == 0)) & (weights >= min_p) & (weights > 0)
 
-    def within(own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the weights of a block, and the sums up to each."""
-        weights = plgpu.load(weights_ref.at[row, own * size + place])
-        return weights, jnp.sum(jnp.where(block == own, before, 0)) + jnp.cumsum(weights)
+    def tokens_of(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the weights of a block's tokens, and the sums of all weights up to each."""
+        weights = load(weights_ref, row, axis(size, size, number * size))
+        return weights, jnp.sum(jnp.where(block.indices == number, before, 0)) + jnp.cumsum(weights)
 
-    firsts = load_tile(weights_ref.at[row, block * size], exists)
-    last = _last(kept(before, firsts))  # the block of the last token kept
-    weights, ends = within(last)
+    firsts = load(weights_ref, row, block._replace(indices=block.indices * size))
+    last_block = _last(kept(before, firsts))  # that keeps a token
+    weights, ends = tokens_of(last_block)
     in_last = kept(ends - weights, weights)
-    number = last * size + _count(in_last)  # of tokens kept
+    count = last_block * size + _count(in_last)  # of tokens kept
     total = jnp.max(jnp.where(in_last, ends, 0))
 
-    point = plgpu.load(uniform_ref.at[row]) * total
-    own = _last(exists & (before <= point))
-    index = own * size + _count(within(own)[1] <= point)
+    # A token is drawn if the sum of the weights passes this point with it.
+    point = load(uniform_ref, row) * total
+    drawn_block = jnp.minimum(_last(before <= point), blocks - 1)
+    drawn = drawn_block * size + _count(tokens_of(drawn_block)[1] <= point)
     # Rounding may put the point beyond the total.
-    index = jnp.maximum(jnp.minimum(index, number - 1), 0)
+    drawn = jnp.maximum(jnp.minimum(drawn, count - 1), 0)
 
-    result = jnp.arange(power_of_two(count), dtype=jnp.int32)
-    chosen = jnp.where(result == 0, index, result - 1)
-    weights = load_tile(weights_ref.at[row, chosen], chosen < number)
-    ids = load_tile(ids_ref.at[row, chosen], result < count)
-    plgpu.store(chosen_ref.at[row, result], ids, mask=result < count)
-    probs = (weights / total).astype(jnp.float32)
-    plgpu.store(probs_ref.at[row, result], probs, mask=result < count)
+    chosen = jnp.where(result.indices == 0, drawn, result.indices - 1)
+    store(chosen_ref, load(ids_ref, row, Axis(chosen, result.exist)), row, result)
+    probs = load(weights_ref, row, Axis(chosen, chosen < count)) / total
+    store(probs_ref, probs, row, result)
 
 
 def _last(x: jax.Array) -> jax.Array:
-    """Return the place of the last True value, if all are in front; 0 if NaN made none True."""
+    """Return the index of the last True value, if all come first; 0 if NaN made none True."""
     return jnp.maximum(_count(x) - 1, 0)
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from grok1.kernels.gpu.products import (
     FEW,
@@ -21,22 +20,19 @@ from grok1.kernels.gpu.products import (
     grouped_product,
     side_by_side,
 )
-from grok1.kernels.gpu.tiles import Ref, load_tile, power_of_two
-from grok1.ops.derivatives import forward_only
+from grok1.kernels.gpu.tiles import Axis, Ref, axis, load, power_of_two, run_kernel, store
 from grok1.ops.quantization import QuantizedWeight8bit
 
 TOKENS = 4096  # that a program orders at a time
 
 
-def multiply(
-    x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array, *, interpret: bool = False
-) -> jax.Array:
+def multiply(x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array) -> jax.Array:
     """Return `x [M, I] @ weight [L, I, O]`, of one layer -> float32 [M, O]."""
     if len(x) > FEW:
-        return added(side_by_side(x, [weight], layer, interpret=interpret))
+        return added(side_by_side(x, [weight], layer))
     one_expert = jax.tree.map(lambda w: w[:, None], weight)
     gates = jnp.ones([len(x), 1], jnp.float32)
-    return expert_sum(x[None], one_expert, layer, gates, interpret=interpret)
+    return expert_sum(x[None], one_expert, layer, gates)
 
 
 def mix(
@@ -45,8 +41,6 @@ def mix(
     layer: jax.Array,
     gates: jax.Array,
     count: int,
-    *,
-    interpret: bool = False,
 ) -> jax.Array:
     """Return `sum_e gates[:, e] * expert_e(x)` for x [M, D], as `mixture.chosen_experts`.
 
@@ -56,11 +50,11 @@ def mix(
     """
     gate, value, out = weights
     if len(x) <= FEW:
-        hidden = gated(x, gate, value, layer, gates, interpret=interpret)
-        return expert_sum(hidden, out, layer, gates, interpret=interpret)
-    copies = by_expert(gates, count, interpret=interpret)
-    multiplied = functools.partial(grouped_product, copies=copies, interpret=interpret)
-    y = multiplied(multiplied(x, [gate, value], layer), [out], layer).reshape(len(x), count, -1)
+        hidden = gated(x, gate, value, layer, gates)
+        return expert_sum(hidden, out, layer, gates)
+    copies = by_expert(gates, count)
+    hidden = grouped_product(x, [gate, value], layer, copies)
+    y = grouped_product(hidden, [out], layer, copies).reshape(len(x), count, -1)
     own = _compact(gates, count)[..., None]
     return jnp.sum(jnp.where(own != 0, y, 0) * own, axis=1)  # what was not written does not count
 
@@ -73,49 +67,46 @@ def _compact(gates: jax.Array, count: int) -> jax.Array:
     return jnp.sum(jnp.where(own, gates[:, None], 0), axis=-1)
 
 
-def by_expert(gates: jax.Array, count: int, *, interpret: bool = False) -> Copies:
+def by_expert(gates: jax.Array, count: int) -> Copies:
     """Return the copies of tokens with gates [M, E], of up to `count` experts each, by expert."""
     tokens, experts = gates.shape
-    call = pl.pallas_call(
+    order, starts = run_kernel(
         functools.partial(_by_expert_kernel, count),
-        grid=(experts,),
-        out_shape=(
-            jax.ShapeDtypeStruct((tokens * count,), jnp.int32),
-            jax.ShapeDtypeStruct((experts + 1,), jnp.int32),
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
-        interpret=interpret,
+        (experts,),
+        [((tokens * count,), jnp.int32), ((experts + 1,), jnp.int32)],
+        [gates],
         name="by_expert",
+        warps=8,
+        stages=1,
     )
-    return Copies(*forward_only(call)(gates))
+    return Copies(order, starts)
 
 
 def _by_expert_kernel(count: int, gates_ref: Ref, order_ref: Ref, starts_ref: Ref) -> None:
     """Write the copies of one expert, and where they start."""
     expert, (tokens, experts) = pl.program_id(0), gates_ref.shape
-    tile = jnp.arange(min(TOKENS, power_of_two(tokens)))
-    blocks = pl.cdiv(tokens, tile.size)
+    size = min(TOKENS, power_of_two(tokens))
+    blocks = pl.cdiv(tokens, size)
 
     def chosen_by(e: jax.Array, block: jax.Array) -> jax.Array:
-        token = block * tile.size + tile
-        return (load_tile(gates_ref.at[token, e], token < tokens) != 0).astype(jnp.int32)
+        return (load(gates_ref, axis(size, tokens, block * size), e) != 0).astype(jnp.int32)
 
     def earlier(block: jax.Array) -> jax.Array:
         """Return how many copies of each token belong to earlier experts."""
-        zeros = jnp.zeros_like(tile)
+        zeros = jnp.zeros([size], jnp.int32)
         return lax.fori_loop(0, expert, lambda e, sums: sums + chosen_by(e, block), zeros)
 
     def write(block: jax.Array, first: jax.Array) -> jax.Array:
-        token, chosen = block * tile.size + tile, chosen_by(expert, block)
-        # The interpreter stores the old value where the mask is False: beyond the array.
+        chosen = chosen_by(expert, block)
         place = jnp.where(chosen > 0, first + jnp.cumsum(chosen) - 1, tokens * count)
-        plgpu.store(order_ref.at[place], token * count + earlier(block), mask=chosen > 0)
+        copy = (block * size + jnp.arange(size)) * count + earlier(block)
+        store(order_ref, copy, Axis(place, chosen > 0))
         return first + jnp.sum(chosen)
 
     start = lax.fori_loop(0, blocks, lambda i, n: n + jnp.sum(earlier(i)), jnp.int32(0))
     end = lax.fori_loop(0, blocks, write, start)
-    plgpu.store(starts_ref.at[expert], start)
+    store(starts_ref, start, expert)
 
     @pl.when(expert == experts - 1)
     def _() -> None:
-        plgpu.store(starts_ref.at[expert + 1], end)
+        store(starts_ref, end, expert + 1)

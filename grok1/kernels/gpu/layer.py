@@ -6,9 +6,8 @@ model.py, with `M` = B * T tokens; on a mesh, all sizes are those of one device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -37,35 +36,28 @@ def fused_layer(
     config: TransformerConfig,
     dtype: DTypeLike,
     add: Callable[[jax.Array], jax.Array],
-    *,
-    interpret: bool = False,
 ) -> tuple[jax.Array, Caches]:
     """Apply a layer to the residual stream h, float32 [B, T, D] -> h and the caches.
 
     caches: of keys and values, [L, C, S, K, H] of `dtype`, that of the activations. add: sums the
-    partial results [M, D] of the devices that share the layer. interpret: run on any device, for
-    tests.
+    partial results [M, D] of the devices that share the layer.
     """
     layer, shape = step.memory_index.layer, h.shape
-    norm, h = functools.partial(normalize, interpret=interpret), h.reshape(-1, shape[-1])
-
-    def run(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(kernel, interpret=interpret)
-
-    x = norm(h, weights.rms_norm, layer, dtype=dtype)
-    parts = run(side_by_side)(x, [weights.query, weights.key, weights.value], layer)
-    heads = added(parts).reshape(*shape[:2], -1, config.key_size)
+    h = h.reshape(-1, shape[-1])
+    x = normalize(h, weights.rms_norm, layer, dtype=dtype)
+    heads = added(side_by_side(x, [weights.query, weights.key, weights.value], layer))
+    heads = heads.reshape(*shape[:2], -1, config.key_size)
     heads = _rotate(heads, step.memory_index.start, caches[0].shape[-2]).astype(dtype)
-    attended, caches = _attend(run, heads, caches, step, config.attn_output_multiplier)
+    attended, caches = _attend(heads, caches, step, config.attn_output_multiplier)
     attended = attended.astype(dtype).reshape(len(h), -1)
-    attended = add(run(multiply)(attended, weights.linear, layer))
+    attended = add(multiply(attended, weights.linear, layer))
 
     norms = weights.rms_norm_1, weights.rms_norm_2
     chosen, valid = config.num_selected_experts, step.valid.reshape(-1)
-    h, x, gates = run(route)(h, attended, norms, weights.router, layer, valid, chosen, dtype)
+    h, x, gates = route(h, attended, norms, weights.router, layer, valid, chosen, dtype)
     experts = weights.expert_gate, weights.expert_value, weights.expert_out
-    mixed = add(run(mix)(x, experts, layer, gates, chosen))
-    return norm(mixed, weights.rms_norm_3, layer, h).reshape(shape), caches
+    mixed = add(mix(x, experts, layer, gates, chosen))
+    return normalize(mixed, weights.rms_norm_3, layer, h).reshape(shape), caches
 
 
 def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:
@@ -87,20 +79,21 @@ def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _attend(
-    run: Any, heads: jax.Array, caches: Caches, step: LayerStep, multiplier: float
+    heads: jax.Array, caches: Caches, step: LayerStep, multiplier: float
 ) -> tuple[jax.Array, Caches]:
     """Write the keys and values of heads [B, T, N + 2 K, H], and attend -> [B, T, ...], caches."""
-    index, kv_heads = step.memory_index, caches[0].shape[-2]
+    index, (keys, values), kv_heads = step.memory_index, caches, caches[0].shape[-2]
     if heads.shape[1] == 1:
-        arrays = heads[:, 0], *caches, step.mask[:, 0], multiplier
-        out, *caches = run(write_and_attend)(*arrays, index)
-        return out, tuple(caches)
+        new, mask = heads[:, 0], step.mask[:, 0]
+        out, keys, values = write_and_attend(new, keys, values, mask, multiplier, index)
+        return out, (keys, values)
     queries = heads.shape[2] - 2 * kv_heads
     query, key, value = jnp.split(heads, [queries, queries + kv_heads], axis=2)
     layer, start, length, sequence = index
-    caches = tuple(
-        write_rows(cache, new, *index) for cache, new in zip(caches, (key, value), strict=True)
-    )
+    keys, values = write_rows(keys, key, *index), write_rows(values, value, *index)
     query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
-    arrays = query, *caches, step.mask, multiplier, layer, start + length, sequence
-    return run(attend_cached)(*arrays, last=step.last), caches
+    filled = start + length
+    out = attend_cached(
+        query, keys, values, step.mask, multiplier, layer, filled, sequence, last=step.last
+    )
+    return out, (keys, values)

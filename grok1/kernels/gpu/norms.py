@@ -6,21 +6,18 @@ Parameters are stacks of all layers, of which the kernels take the index of one.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from grok1.kernels.gpu.tiles import Ref, load_tile, power_of_two
-from grok1.ops.derivatives import forward_only
+from grok1.kernels.gpu.tiles import Axis, Ref, axis, load, power_of_two, run_kernel, store
 
 EPSILON = 1e-5  # as in model.RMSNorm
 DEPTH = 512  # of the model width, which a program multiplies at a time
-COMPILER = plgpu.CompilerParams(num_warps=16, num_stages=2)
+WARPS, STAGES = 16, 2
 
 
 def normalize(
@@ -29,33 +26,32 @@ def normalize(
     layer: jax.Array,
     add_to: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
-    *,
-    interpret: bool = False,
 ) -> jax.Array:
     """`model.RMSNorm`, or its sum with `add_to`: x, add_to float32 [M, D] -> `dtype` [M, D].
 
     scale: float32 [L, D], of which `layer` int32 [] is used.
     """
-    call = pl.pallas_call(
+    arrays = [layer, x, scale, *([] if add_to is None else [add_to])]
+    (y,) = run_kernel(
         _normalize_kernel,
-        grid=(len(x),),
-        out_shape=jax.ShapeDtypeStruct(x.shape, dtype),
-        compiler_params=COMPILER,
-        interpret=interpret,
+        (len(x),),
+        [(x.shape, dtype)],
+        arrays,
         name="normalize",
+        warps=WARPS,
+        stages=STAGES,
     )
-    return forward_only(call)(layer, x, scale, *([] if add_to is None else [add_to]))
+    return y
 
 
 def _normalize_kernel(layer_ref: Ref, x_ref: Ref, scale_ref: Ref, *refs: Ref) -> None:
     """Write the row of one token."""
-    token, layer = pl.program_id(0), plgpu.load(layer_ref)
-    row = _columns(x_ref.shape[1])
-    x = _load(x_ref, token, row)
-    out = x * _inverse_rms(x, x_ref.shape[1]) * _load(scale_ref, layer, row)
+    token, columns = pl.program_id(0), _all_columns(x_ref.shape[1])
+    x = load(x_ref, token, columns)
+    out = x * _inverse_rms(x, x_ref.shape[1]) * load(scale_ref, load(layer_ref), columns)
     if len(refs) > 1:
-        out += _load(refs[0], token, row)
-    _store(refs[-1], token, row, out)
+        out += load(refs[0], token, columns)
+    store(refs[-1], out, token, columns)
 
 
 def route(
@@ -67,8 +63,6 @@ def route(
     valid: jax.Array,
     count: int,
     dtype: DTypeLike,
-    *,
-    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Add the normalized output of attention to the residual stream, and choose experts.
 
@@ -79,20 +73,17 @@ def route(
     Returns the new h; its norm, the experts' input, in `dtype`; and gates float32 [M, E], the
     router's probabilities of the chosen experts, zero for the others and for a masked token.
     """
-    experts = router.shape[-1]
-    call = pl.pallas_call(
+    out = (h.shape, jnp.float32), (h.shape, dtype), ((len(h), router.shape[-1]), jnp.float32)
+    h, x, gates = run_kernel(
         functools.partial(_route_kernel, count),
-        grid=(len(h),),
-        out_shape=(
-            jax.ShapeDtypeStruct(h.shape, jnp.float32),
-            jax.ShapeDtypeStruct(h.shape, dtype),
-            jax.ShapeDtypeStruct((len(h), experts), jnp.float32),
-        ),
-        compiler_params=COMPILER,
-        interpret=interpret,
+        (len(h),),
+        out,
+        [layer, h, attended, *scales, router, valid],
         name="route",
+        warps=WARPS,
+        stages=STAGES,
     )
-    return forward_only(call)(layer, h, attended, *scales, router, valid)
+    return h, x, gates
 
 
 def _route_kernel(
@@ -100,40 +91,41 @@ def _route_kernel(
     layer_ref: Ref,
     h_ref: Ref,
     attended_ref: Ref,
-    after_ref: Ref,
-    before_ref: Ref,
+    attended_scale_ref: Ref,
+    experts_scale_ref: Ref,
     router_ref: Ref,
     valid_ref: Ref,
-    *out_refs: Ref,
+    h_out: Ref,
+    x_out: Ref,
+    gates_out: Ref,
 ) -> None:
     """Write the rows of one token."""
-    token, layer = pl.program_id(0), plgpu.load(layer_ref)
+    token, layer = pl.program_id(0), load(layer_ref)
     width, experts = router_ref.shape[1:]
-    expert = jnp.arange(power_of_two(experts))
-    h_out, x_out, gates_out = out_refs
-    row = _columns(width)
-    after = _inverse_rms(_load(attended_ref, token, row), width)
+    columns, expert = _all_columns(width), axis(power_of_two(experts), experts)
+    attended_rms = _inverse_rms(load(attended_ref, token, columns), width)
 
-    def new_h(columns: Columns) -> jax.Array:
-        attended = _load(attended_ref, token, columns) * after
-        return _load(h_ref, token, columns) + attended * _load(after_ref, layer, columns)
+    def new_h(columns: Axis) -> jax.Array:
+        normalized = load(attended_ref, token, columns) * attended_rms
+        normalized *= load(attended_scale_ref, layer, columns)
+        return load(h_ref, token, columns) + normalized
 
-    h = new_h(row)
-    before = _inverse_rms(h, width)
-    _store(h_out, token, row, h)
-    _store(x_out, token, row, h * before * _load(before_ref, layer, row))
+    h = new_h(columns)
+    h_rms = _inverse_rms(h, width)
+    store(h_out, h, token, columns)
+    store(x_out, h * h_rms * load(experts_scale_ref, layer, columns), token, columns)
 
     def add(i: jax.Array, logits: jax.Array) -> jax.Array:
-        columns = _columns(width, i * DEPTH, DEPTH)
-        x = new_h(columns) * before * _load(before_ref, layer, columns)
-        at = layer, columns.number[:, None], expert[None]
-        weights = load_tile(router_ref.at[*at], columns.inside, expert < experts)  # [columns, E]
-        return logits + jnp.sum(x[:, None] * weights, axis=0)
+        # A part of a row cannot be taken out of the whole, which is spread over the threads: it is
+        # computed again.
+        part = axis(DEPTH, width, i * DEPTH)
+        x = new_h(part) * h_rms * load(experts_scale_ref, layer, part)
+        return logits + jnp.sum(x[:, None] * load(router_ref, layer, part, expert), axis=0)
 
-    logits = lax.fori_loop(0, pl.cdiv(width, DEPTH), add, jnp.zeros_like(expert, jnp.float32))
+    logits = jnp.zeros_like(expert.indices, jnp.float32)
+    logits = lax.fori_loop(0, pl.cdiv(width, DEPTH), add, logits)
     gates = _chosen(logits, experts, count)
-    gates = jnp.where(plgpu.load(valid_ref.at[token]), gates, 0)
-    plgpu.store(gates_out.at[token, expert], gates, mask=expert < experts)
+    store(gates_out, jnp.where(load(valid_ref, token), gates, 0), token, expert)
 
 
 def _chosen(logits: jax.Array, experts: int, count: int) -> jax.Array:
@@ -153,28 +145,11 @@ def _chosen(logits: jax.Array, experts: int, count: int) -> jax.Array:
     return gates
 
 
+def _all_columns(width: int) -> Axis:
+    """Return the columns of a row, as many as Triton takes."""
+    return axis(power_of_two(width), width)
+
+
 def _inverse_rms(x: jax.Array, width: int) -> jax.Array:
     """Return `1 / sqrt(mean(x^2) + 1e-5)` of a row, which is padded with zeros."""
     return lax.rsqrt(jnp.sum(x * x) / width + EPSILON)
-
-
-class Columns(NamedTuple):
-    """Columns of a row, and which of them exist; None: all."""
-
-    number: jax.Array
-    inside: jax.Array | None
-
-
-def _columns(width: int, start: jax.Array | int = 0, size: int | None = None) -> Columns:
-    """Return `size` columns of a row of `width`; None: all, with padding to a power of two."""
-    size = power_of_two(width) if size is None else size
-    number = start + jnp.arange(size)
-    return Columns(number, number < width if width % size else None)
-
-
-def _load(ref: Ref, row: jax.Array, columns: Columns) -> jax.Array:
-    return load_tile(ref.at[row, columns.number], columns.inside)
-
-
-def _store(ref: Ref, row: jax.Array, columns: Columns, x: jax.Array) -> None:
-    plgpu.store(ref.at[row, columns.number], x.astype(ref.dtype), mask=columns.inside)

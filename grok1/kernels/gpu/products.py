@@ -12,96 +12,89 @@ needs is not read. With many tokens an expert multiplies its own ones, found by 
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from grok1.kernels.gpu.tiles import (
     LEAST_TILE,
     PROCESSORS,
+    Axis,
     Ref,
+    axis,
     ceil_div,
     check_addresses,
-    load_tile,
-    outer_mask,
+    load,
     power_of_two,
+    run_kernel,
+    store,
 )
-from grok1.ops.derivatives import forward_only
 from grok1.ops.quantization import QuantizedWeight8bit, product
 
 FEW = 64  # tokens, which fit in one tile
-Index = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A tile of the product of rows with a matrix [I, O] that has J scale groups.
+    """A tile [height, width] of a product of rows with a matrix [I, O] that has J scale groups.
 
-    height: R. columns: C. pieces: P, into which the inputs of each scale group are divided. rows:
-    how many there are.
+    pieces: P, into which the inputs of each scale group are divided.
     """
 
-    rows: int
+    height: int
+    width: int
     inputs: int
     outputs: int
     scale_groups: int
-    height: int
-    columns: int
     pieces: int = 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape [R, C]."""
-        return self.height, self.columns
 
     @property
     def across(self) -> int:
         """The number of tiles, one beside the other."""
-        return pl.cdiv(self.outputs, self.columns)
-
-    @property
-    def down(self) -> int:
-        """The number of tiles, one below the other."""
-        return pl.cdiv(self.rows, self.height)
+        return pl.cdiv(self.outputs, self.width)
 
     @property
     def depth(self) -> int:
         """Inputs that are multiplied at a time; large tiles leave registers for fewer."""
         return 64 if self.height <= 64 else 32
 
-    @property
-    def group_inputs(self) -> int:
-        """Inputs that share a scale, I / J."""
-        return self.inputs // self.scale_groups
-
-    @property
-    def piece(self) -> int:
-        """Inputs in a piece, a multiple of `depth`; the last piece may have fewer."""
-        return pl.cdiv(pl.cdiv(self.group_inputs, self.pieces), self.depth) * self.depth
-
-    @property
-    def compiler(self) -> plgpu.CompilerParams:
-        """The compiler options; several blocks of inputs are loaded while one is multiplied."""
-        return plgpu.CompilerParams(num_warps=8 if self.height > 64 else 4, num_stages=4)
+    def columns(self, number: jax.Array) -> Axis:
+        """Return the columns of a tile."""
+        return axis(self.width, self.outputs, number * self.width)
 
 
-def _tile(x: jax.Array, weight: QuantizedWeight8bit, shape: tuple[int, int]) -> Tile:
-    """Return the tile, of at most this shape, for rows x [..., M, I] and a weight [..., I, O]."""
+def _tile(x: jax.Array, weight: QuantizedWeight8bit, height: int, width: int) -> Tile:
+    """Return a tile, of at most this size, for rows x [..., M, I] and a weight [..., I, O]."""
     (rows, inputs), outputs = x.shape[-2:], weight.shape[-1]
     if rows < 1 or inputs != weight.shape[-2]:
         raise ValueError(f"x must be [..., M, {weight.shape[-2]}] with M > 0, got {x.shape}")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x must be bfloat16 or float32, got {x.dtype}")
     check_addresses("a weight", weight.weight)
-    exact = x.dtype == jnp.float32 and rows > FEW  # without tensor cores: large tiles do not help
-    height = power_of_two(min(rows, 32 if exact else shape[0]), LEAST_TILE)
-    columns = min(shape[1], power_of_two(outputs, LEAST_TILE))
-    return Tile(rows, inputs, outputs, weight.scales.shape[-2], height, columns)
+    if x.dtype == jnp.float32 and rows > FEW:  # without tensor cores: large tiles do not help
+        height = min(height, 32)
+    height = power_of_two(min(rows, height), LEAST_TILE)
+    width = min(width, power_of_two(outputs, LEAST_TILE))
+    return Tile(height, width, inputs, outputs, weight.scales.shape[-2])
+
+
+def _run(
+    kernel: Callable[..., None],
+    tile: Tile,
+    grid: tuple[int, ...],
+    out: tuple[tuple[int, ...], Any],
+    arrays: Sequence[jax.Array],
+    weights: Sequence[QuantizedWeight8bit],
+    name: str,
+) -> jax.Array:
+    """Run a kernel on arrays, and on weights, each a matrix and its scales."""
+    arrays = [*arrays, *(array for weight in weights for array in (weight.weight, weight.scales))]
+    warps = 8 if tile.height > 64 else 4
+    return run_kernel(kernel, grid, [out], arrays, name=name, warps=warps, stages=4)[0]
 
 
 def _check_pair(gate: QuantizedWeight8bit, value: QuantizedWeight8bit) -> None:
@@ -116,11 +109,7 @@ def _check_pair(gate: QuantizedWeight8bit, value: QuantizedWeight8bit) -> None:
 
 
 def side_by_side(
-    x: jax.Array,
-    weights: Sequence[QuantizedWeight8bit],
-    layer: jax.Array,
-    *,
-    interpret: bool = False,
+    x: jax.Array, weights: Sequence[QuantizedWeight8bit], layer: jax.Array
 ) -> jax.Array:
     """Multiply rows with several matrices; the result is the sum over the first axis.
 
@@ -131,25 +120,20 @@ def side_by_side(
 
     Raises ValueError if shapes or dtypes do not fit, or if a weight takes between 2 and 4 GiB.
     """
-    shape = (FEW, 64) if len(x) <= 2 * FEW else (128, 128)
-    tiles = [_tile(x, weight, shape) for weight in weights]
+    size = (FEW, 64) if len(x) <= 2 * FEW else (128, 128)
+    tiles = [_tile(x, weight, *size) for weight in weights]
     if len({tile.scale_groups for tile in tiles}) > 1:
         raise ValueError("the matrices must have the same number of scale groups")
     first, across = tiles[0], sum(tile.across for tile in tiles)
+    down = pl.cdiv(len(x), first.height)
     # Shorter pieces would write nearly as much as they read.
-    pieces = min(pl.cdiv(PROCESSORS, across * first.down), pl.cdiv(first.group_inputs, 256))
+    longest = pl.cdiv(first.inputs // first.scale_groups, 256)
+    pieces = min(pl.cdiv(PROCESSORS, across * down), longest)
     tiles = [dataclasses.replace(tile, pieces=pieces) for tile in tiles]
-    partials, outputs = first.scale_groups * pieces, sum(tile.outputs for tile in tiles)
-    call = pl.pallas_call(
-        functools.partial(_side_by_side_kernel, tiles),
-        grid=(across, first.down, partials),
-        out_shape=jax.ShapeDtypeStruct((partials, len(x), outputs), jnp.float32),
-        compiler_params=first.compiler,
-        interpret=interpret,
-        name="side_by_side",
-    )
-    arrays = [array for weight in weights for array in (weight.weight, weight.scales)]
-    return forward_only(call)(layer, x, *arrays)
+    partials = first.scale_groups * pieces
+    out = (partials, len(x), sum(tile.outputs for tile in tiles)), jnp.float32
+    kernel = functools.partial(_side_by_side_kernel, tiles)
+    return _run(kernel, first, (across, down, partials), out, [layer, x], weights, "side_by_side")
 
 
 def added(partial: jax.Array) -> jax.Array:
@@ -159,25 +143,22 @@ def added(partial: jax.Array) -> jax.Array:
 
 def _side_by_side_kernel(tiles: Sequence[Tile], layer_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
     """Write a piece's sums of one tile of one matrix: [R, C]."""
-    place, down, partial = (pl.program_id(axis) for axis in range(3))
-    layer, out_ref = plgpu.load(layer_ref), refs[-1]
-    rows = _rows(tiles[0], down)
-    first_tile, first_column = 0, 0
+    number, down, piece = (pl.program_id(n) for n in range(3))
+    layer, height = load(layer_ref), tiles[0].height
+    rows = axis(height, x_ref.shape[0], down * height)
+
+    def write(tile: Tile, weight: Sequence[Ref], number: jax.Array, first_column: int) -> None:
+        columns = tile.columns(number)
+        factors = Factors((x_ref, *weight), (rows,), (layer,))
+        (sums,) = _scaled_sums(tile, factors, columns, piece)
+        place = columns._replace(indices=first_column + columns.indices)
+        store(refs[-1], sums, piece, rows, place)
+
+    first_column = 0
     for tile, *weight in zip(tiles, refs[:-1:2], refs[1:-1:2], strict=True):
-        column = place - first_tile
-
-        def multiply(
-            tile: Tile = tile,
-            weight: Sequence[Ref] = weight,
-            column: jax.Array = column,
-            first: int = first_column,
-        ) -> None:
-            at = (), (layer,)
-            (sums,) = _scaled_sums(tile, (x_ref, *weight), at, rows, column, partial)
-            _store(tile, out_ref, (partial,), rows, column, sums, first)
-
-        pl.when((column >= 0) & (column < tile.across))(multiply)
-        first_tile, first_column = first_tile + tile.across, first_column + tile.outputs
+        own = functools.partial(write, tile, weight, number, first_column)
+        pl.when((number >= 0) & (number < tile.across))(own)
+        number, first_column = number - tile.across, first_column + tile.outputs
 
 
 # --------------------------------------------------------------------------- experts, few tokens
@@ -189,8 +170,6 @@ def gated(
     value: QuantizedWeight8bit,
     layer: jax.Array,
     gates: jax.Array,
-    *,
-    interpret: bool = False,
 ) -> jax.Array:
     """`gelu(x @ gate) * (x @ value)` for each expert that a token has chosen.
 
@@ -199,70 +178,54 @@ def gated(
     belongs to an expert that no token has chosen is not written.
     """
     _check_pair(gate, value)
-    tile, count = _tile(x, gate, (FEW, 64)), gate.shape[1]
-    call = pl.pallas_call(
-        functools.partial(_gated_kernel, tile),
-        grid=(tile.across, count),
-        out_shape=jax.ShapeDtypeStruct((count, len(x), tile.outputs), x.dtype),
-        compiler_params=tile.compiler,
-        interpret=interpret,
-        name="gated",
-    )
-    arrays = gate.weight, gate.scales, value.weight, value.scales
-    return forward_only(call)(layer, gates, x, *arrays)
+    tile, count = _tile(x, gate, FEW, 64), gate.shape[1]
+    out = (count, len(x), tile.outputs), x.dtype
+    kernel = functools.partial(_gated_kernel, tile)
+    arrays = layer, gates, x
+    return _run(kernel, tile, (tile.across, count), out, arrays, (gate, value), "gated")
 
 
 def _gated_kernel(tile: Tile, layer_ref: Ref, gates_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
     """Write one tile of one expert: [R, C]."""
-    column, expert = pl.program_id(0), pl.program_id(1)
-    at, rows = ((), (plgpu.load(layer_ref), expert)), _rows(tile, 0)
+    columns, expert = tile.columns(pl.program_id(0)), pl.program_id(1)
+    rows = axis(tile.height, x_ref.shape[0])
+    factors = Factors((x_ref, *refs[:-1]), (rows,), (load(layer_ref), expert))
 
-    @pl.when(_any(_gates_of(rows, gates_ref, expert)) > 0)
+    @pl.when(_any(load(gates_ref, rows, expert)) > 0)
     def _() -> None:
-        gate, value = _products(tile, (x_ref, *refs[:-1]), at, rows, column)
-        _store(tile, refs[-1], (expert,), rows, column, _gelu(gate) * value)
+        gate, value = _products(tile, factors, columns)
+        store(refs[-1], _gelu(gate) * value, expert, rows, columns)
 
 
 def expert_sum(
-    x: jax.Array,
-    weight: QuantizedWeight8bit,
-    layer: jax.Array,
-    gates: jax.Array,
-    *,
-    interpret: bool = False,
+    x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array, gates: jax.Array
 ) -> jax.Array:
     """Return `sum_e gates[:, e] * (x[e] @ weight[e])`, float32 [M, O].
 
     x: bfloat16 or float32 [E, M, I]; not read where no token has chosen an expert. weight: int8
     [L, E, I, O]. gates: as in `gated`.
     """
-    tile = _tile(x, weight, (FEW, 32))
-    call = pl.pallas_call(
-        functools.partial(_expert_sum_kernel, tile, len(x)),
-        grid=(tile.across,),
-        out_shape=jax.ShapeDtypeStruct((tile.rows, tile.outputs), jnp.float32),
-        compiler_params=tile.compiler,
-        interpret=interpret,
-        name="expert_sum",
-    )
-    return forward_only(call)(layer, gates, x, weight.weight, weight.scales)
+    tile = _tile(x, weight, FEW, 32)
+    out = (x.shape[1], tile.outputs), jnp.float32
+    kernel = functools.partial(_expert_sum_kernel, tile)
+    return _run(kernel, tile, (tile.across,), out, (layer, gates, x), [weight], "expert_sum")
 
 
-def _expert_sum_kernel(
-    tile: Tile, count: int, layer_ref: Ref, gates_ref: Ref, x_ref: Ref, *refs: Ref
-) -> None:
+def _expert_sum_kernel(tile: Tile, layer_ref: Ref, gates_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
     """Write one tile of the sum over all experts: [R, C]."""
-    column, layer, rows = pl.program_id(0), plgpu.load(layer_ref), _rows(tile, 0)
+    columns, layer = tile.columns(pl.program_id(0)), load(layer_ref)
+    rows = axis(tile.height, x_ref.shape[1])
 
     def add(expert: jax.Array, total: jax.Array) -> jax.Array:
-        gates = _gates_of(rows, gates_ref, expert)
-        chosen = _any(gates)  # if none, no piece is read
-        at = (expert,), (layer, expert)
-        (out,) = _products(tile, (x_ref, *refs[:-1]), at, rows, column, chosen)
+        gates = load(gates_ref, rows, expert)
+        factors = Factors((x_ref, *refs[:-1]), (expert, rows), (layer, expert))
+        (out,) = _products(tile, factors, columns, _any(gates))
+        gates = gates[:, None]
         return total + jnp.where(gates != 0, out, 0) * gates
 
-    total = lax.fori_loop(0, count, add, jnp.zeros(tile.shape, jnp.float32))
-    _store(tile, refs[-1], (), rows, column, total)
+    total = jnp.zeros([tile.height, tile.width], jnp.float32)
+    total = lax.fori_loop(0, x_ref.shape[0], add, total)
+    store(refs[-1], total, rows, columns)
 
 
 # -------------------------------------------------------------------------- experts, many tokens
@@ -281,12 +244,7 @@ class Copies(NamedTuple):
 
 
 def grouped_product(
-    x: jax.Array,
-    weights: Sequence[QuantizedWeight8bit],
-    layer: jax.Array,
-    copies: Copies,
-    *,
-    interpret: bool = False,
+    x: jax.Array, weights: Sequence[QuantizedWeight8bit], layer: jax.Array, copies: Copies
 ) -> jax.Array:
     """Multiply each copy with the matrix of its expert.
 
@@ -296,85 +254,115 @@ def grouped_product(
     """
     _check_pair(weights[0], weights[-1])
     rows, (_, count, _, outputs) = len(copies.order), weights[0].shape
-    share = power_of_two(pl.cdiv(rows, count), LEAST_TILE)
-    tile = _tile(x, weights[0], (min(128, share), 64 if len(weights) > 1 else 128))
-    visits = min(rows, (rows + count * (tile.height - 1)) // tile.height)  # tiles of all experts
-    call = pl.pallas_call(
-        functools.partial(_grouped_kernel, tile, count, rows // len(x)),
-        grid=(visits, tile.across),
-        out_shape=jax.ShapeDtypeStruct(
-            (rows, outputs), jnp.float32 if len(weights) == 1 else x.dtype
-        ),
-        compiler_params=tile.compiler,
-        interpret=interpret,
-        name="grouped_product",
-    )
-    arrays = [array for weight in weights for array in (weight.weight, weight.scales)]
-    return forward_only(call)(layer, *copies, x, *arrays)
+    height = min(128, power_of_two(pl.cdiv(rows, count), LEAST_TILE))
+    tile = _tile(x, weights[0], height, 64 if len(weights) > 1 else 128)
+    tiles = min(rows, (rows + count * (tile.height - 1)) // tile.height)  # of all experts
+    out = (rows, outputs), jnp.float32 if len(weights) == 1 else x.dtype
+    kernel = functools.partial(_grouped_kernel, tile, rows // len(x))
+    arrays = layer, *copies, x
+    return _run(kernel, tile, (tiles, tile.across), out, arrays, weights, "grouped_product")
 
 
 def _grouped_kernel(
     tile: Tile,
-    count: int,
-    share: int,
+    repeats: int,
     layer_ref: Ref,
     order_ref: Ref,
     starts_ref: Ref,
     x_ref: Ref,
     *refs: Ref,
 ) -> None:
-    """Write one tile of one expert: [R, C]. share: how many copies are of one row of x."""
-    visit, column = pl.program_id(0), pl.program_id(1)
-    expert, first, end = _find_expert(tile, count, starts_ref, visit)
-    number = first + jnp.arange(tile.height)
-    copy = load_tile(order_ref.at[number], number < end)
-    at = (), (plgpu.load(layer_ref), expert)
-    rows = Rows(lax.div(copy, jnp.int32(share)), number < end)
+    """Write one tile of one expert: [R, C]. repeats: how many copies are of one row of x."""
+    number, columns = pl.program_id(0), tile.columns(pl.program_id(1))
+    expert, first, end = _find_expert(tile, starts_ref, number)
+    place = first + jnp.arange(tile.height)
+    exists = place < end
+    copy = jnp.where(exists, load(order_ref, Axis(place, exists)), order_ref.shape[0])
+    rows = Axis(lax.div(copy, jnp.int32(repeats)), exists)
+    factors = Factors((x_ref, *refs[:-1]), (rows,), (load(layer_ref), expert))
 
     @pl.when(first < end)
     def _() -> None:
-        out, *value = _products(tile, (x_ref, *refs[:-1]), at, rows, column)
+        out, *value = _products(tile, factors, columns)
         if value:
             out = _gelu(out) * value[0]
-        _store(tile, refs[-1], (), Rows(copy, rows.exist), column, out)
+        store(refs[-1], out, Axis(copy, exists), columns)
 
 
 def _find_expert(
-    tile: Tile, count: int, starts_ref: Ref, visit: jax.Array
+    tile: Tile, starts_ref: Ref, number: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the expert of a tile, and the range of its copies in the order; empty if none."""
 
     def step(e: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        before, *old = found
-        begin, stop = plgpu.load(starts_ref.at[e]), plgpu.load(starts_ref.at[e + 1])
+        before, *old = found  # tiles of the experts before e
+        begin, stop = load(starts_ref, e), load(starts_ref, e + 1)
         after = before + ceil_div(stop - begin, tile.height)
-        own = (visit >= before) & (visit < after)
-        new = e, begin + (visit - before) * tile.height, stop
+        own = (number >= before) & (number < after)
+        new = e, begin + (number - before) * tile.height, stop
         return after, *(jnp.where(own, a, b) for a, b in zip(new, old, strict=True))
 
-    zero = jnp.int32(0)
-    _, expert, first, end = lax.fori_loop(0, count, step, (zero, zero, zero, zero))
+    experts = starts_ref.shape[0] - 1
+    _, expert, first, end = lax.fori_loop(0, experts, step, (jnp.int32(0),) * 4)
     return expert, first, end
 
 
 # ------------------------------------------------------------------------------- parts of kernels
 
 
-class Rows(NamedTuple):
-    """The rows of a tile [R], and which of them exist."""
+class Factors(NamedTuple):
+    """Rows of x and one or two matrices, to be multiplied.
 
-    number: jax.Array
-    exist: jax.Array
+    refs: x [..., M, I]; for each matrix, a weight [..., I, O] and scales [..., J, O]. rows: where
+    the rows are in x. matrix: where the matrices are.
+    """
+
+    refs: Sequence[Ref]
+    rows: tuple[jax.Array | Axis, ...]
+    matrix: tuple[jax.Array, ...]
 
 
-def _rows(tile: Tile, down: jax.Array | int) -> Rows:
-    number = down * tile.height + jnp.arange(tile.height)
-    return Rows(number, number < tile.rows)
+def _products(
+    tile: Tile, factors: Factors, columns: Axis, repeat: jax.Array | int = 1
+) -> list[jax.Array]:
+    """Return the product of rows and each matrix, float32 [R, C].
+
+    repeat: 0 to read nothing and return zeros.
+    """
+
+    def add(piece: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+        sums = _scaled_sums(tile, factors, columns, piece)
+        return [total + y for total, y in zip(totals, sums, strict=True)]
+
+    zeros = [jnp.zeros([tile.height, tile.width], jnp.float32) for _ in factors.refs[1::2]]
+    return lax.fori_loop(0, tile.scale_groups * tile.pieces * repeat, add, zeros)
 
 
-def _gates_of(rows: Rows, gates_ref: Ref, expert: jax.Array) -> jax.Array:
-    """Return one expert's gate for each row, float32 [R, 1]."""
-    return load_tile(gates_ref.at[rows.number, expert], rows.exist)[:, None]
+def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) -> list[jax.Array]:
+    """Return the product of one piece of the inputs and each matrix, scaled, float32 [R, C].
+
+    int8 is exact in the dtype of x, sums are float32, and the scales multiply the sums. float32 is
+    multiplied without tensor cores: accurate, but slow.
+    """
+    (x_ref, *refs), rows, matrix = factors
+    group = lax.div(piece, jnp.int32(tile.pieces))
+    inputs = tile.inputs // tile.scale_groups
+    length = pl.cdiv(pl.cdiv(inputs, tile.pieces), tile.depth) * tile.depth
+    begin = group * inputs + (piece - group * tile.pieces) * length
+    stop = jnp.minimum(begin + length, (group + 1) * inputs)
+
+    def add(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+        number = begin + i * tile.depth + jnp.arange(tile.depth)
+        block = Axis(number, number < stop if inputs % tile.depth else None)
+        x = load(x_ref, *rows, block)
+        weights = [load(ref, *matrix, block, columns).astype(x.dtype) for ref in refs[::2]]
+        return [y + product("ri,io->ro", x, w) for y, w in zip(sums, weights, strict=True)]
+
+    blocks = ceil_div(jnp.maximum(stop - begin, 0), tile.depth)
+    zeros = [jnp.zeros([tile.height, tile.width], jnp.float32) for _ in refs[::2]]
+    sums = lax.fori_loop(0, blocks, add, zeros)
+    scales = [load(ref, *matrix, group, columns) for ref in refs[1::2]]
+    return [y * scale.astype(jnp.float32)[None] for y, scale in zip(sums, scales, strict=True)]
 
 
 def _any(gates: jax.Array) -> jax.Array:
@@ -384,90 +372,3 @@ def _any(gates: jax.Array) -> jax.Array:
 
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
-
-
-def _products(
-    tile: Tile,
-    refs: Sequence[Ref],
-    at: tuple[Index, Index],
-    rows: Rows,
-    column: jax.Array,
-    repeat: jax.Array | int = 1,
-) -> list[jax.Array]:
-    """Return the products of rows with a tile of each matrix, float32 [R, C].
-
-    refs, at: as in `_scaled_sums`. repeat: 0 to read nothing and return zeros.
-    """
-
-    def add(piece: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
-        sums = _scaled_sums(tile, refs, at, rows, column, piece)
-        return [total + y for total, y in zip(totals, sums, strict=True)]
-
-    zeros = [jnp.zeros(tile.shape, jnp.float32) for _ in refs[1::2]]
-    return lax.fori_loop(0, tile.scale_groups * tile.pieces * repeat, add, zeros)
-
-
-def _scaled_sums(
-    tile: Tile,
-    refs: Sequence[Ref],
-    at: tuple[Index, Index],
-    rows: Rows,
-    column: jax.Array,
-    piece: jax.Array,
-) -> list[jax.Array]:
-    """Return the products of one piece of the inputs, scaled, float32 [R, C].
-
-    refs: the rows x [..., M, I], and for each matrix a weight [..., I, O] and scales [..., J, O].
-    at: the leading indices of the rows, and those of weights and scales. int8 is exact in the dtype
-    of x, sums are float32, and the scales multiply the sums. float32 is multiplied without tensor
-    cores: accurate, but slow.
-    """
-    (x_ref, *weight_refs), (own, matrix) = refs, at
-    group = lax.div(piece, jnp.int32(tile.pieces))
-    begin = group * tile.group_inputs + (piece - group * tile.pieces) * tile.piece
-    stop = jnp.minimum(begin + tile.piece, (group + 1) * tile.group_inputs)
-    columns = pl.ds(column * tile.columns, tile.columns)
-    _, present = _columns(tile, column)
-
-    def add(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-        start = begin + i * tile.depth
-        number = start + jnp.arange(tile.depth)
-        left = number < stop if tile.group_inputs % tile.depth else None
-        x = load_tile(x_ref.at[*own, rows.number[:, None], number[None]], rows.exist, left)
-        place = *matrix, pl.ds(start, tile.depth), columns
-        steps = [load_tile(ref.at[*place], left, present) for ref in weight_refs[::2]]
-        return [
-            total + product("ri,io->ro", x, w.astype(x.dtype))
-            for total, w in zip(sums, steps, strict=True)
-        ]
-
-    blocks = ceil_div(jnp.maximum(stop - begin, 0), tile.depth)
-    zeros = [jnp.zeros(tile.shape, jnp.float32) for _ in weight_refs[::2]]
-    sums = lax.fori_loop(0, blocks, add, zeros)
-    place = *matrix, group, columns
-    scales = [load_tile(ref.at[*place], present) for ref in weight_refs[1::2]]
-    return [y * scale.astype(jnp.float32)[None] for y, scale in zip(sums, scales, strict=True)]
-
-
-def _columns(tile: Tile, column: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Return the columns of a tile [C], and which of them exist; None: all."""
-    number = column * tile.columns + jnp.arange(tile.columns)
-    return number, number < tile.outputs if tile.outputs % tile.columns else None
-
-
-def _store(
-    tile: Tile,
-    ref: Ref,
-    at: Index,
-    rows: Rows,
-    column: jax.Array,
-    out: jax.Array,
-    first: int = 0,
-) -> None:
-    """Store a tile [R, C] in the result [..., M, O]; `first`: the first column of the product."""
-    number, present = _columns(tile, column)
-    mask = outer_mask(tile.shape, rows.exist, present)
-    # The interpreter stores the old value where the mask is False: not in a row of this tile.
-    row = jnp.where(rows.exist, rows.number, ref.shape[-2])
-    where = *at, row[:, None], first + number[None]
-    plgpu.store(ref.at[*where], out.astype(ref.dtype), mask=mask)
