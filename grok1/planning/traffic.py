@@ -110,7 +110,6 @@ KERNELS: dict[str, Callable[[Sequence[Operation], float], float]] = {
     "gated": _stacks(2, 3, 4, 5),
     "expert_sum": _stacks(2, 3),
     "by_expert": _stacks(),
-    "normalize": _stacks(1),
     "route": _stacks(2, 3, 4),
     "draw_token": _stacks(),
     "attend_cached": _attention_bytes,

@@ -14,8 +14,8 @@ from grok1.execution import Execution
 from grok1.kernels.gpu import operations as gpu
 from grok1.kernels.gpu.decode_attention import write_and_attend
 from grok1.kernels.gpu.layer import fused_layer
-from grok1.kernels.gpu.norms import normalize, route
 from grok1.kernels.gpu.products import expert_sum, gated, side_by_side
+from grok1.kernels.gpu.router import route
 from grok1.kernels.gpu.tiles import interpreted_kernels
 from grok1.ops import cache
 from grok1.ops.cache import CacheIndex
@@ -100,21 +100,13 @@ def test_sums_over_experts_have_their_gates(rows, inputs, groups, dtype):
     assert relative_error(y, exact) < 1e-6
 
 
-# ----------------------------------------------------------------------------- norms and the router
+# -------------------------------------------------------------------------------- the router
 
 
 def exact_norm(x, scale):
     """RMSNorm in float64."""
     x = np.asarray(x, np.float64)
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
-
-
-@pytest.mark.parametrize("width", [64, 77])
-def test_normalized_rows_are_exact(width):
-    x, scale, h = 1e-2 * normal(3, width), normal(2, width, seed=1), normal(3, width, seed=2)
-    exact = exact_norm(x, scale[1])
-    assert relative_error(interpreted(normalize)(x, scale, LAYER), exact) < 1e-6
-    assert relative_error(interpreted(normalize)(x, scale, LAYER, h), h + exact) < 1e-6
 
 
 @pytest.mark.parametrize(("width", "experts", "count"), [(1024, 8, 2), (600, 5, 3), (77, 2, 1)])

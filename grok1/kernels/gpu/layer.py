@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from grok1.kernels.gpu.attention import attend_cached
 from grok1.kernels.gpu.decode_attention import write_and_attend
 from grok1.kernels.gpu.experts import mix, multiply
-from grok1.kernels.gpu.norms import normalize, route
 from grok1.kernels.gpu.products import added, side_by_side
+from grok1.kernels.gpu.router import EPSILON, route
 from grok1.ops.cache import write_rows
 from grok1.ops.fused_layer import LayerStep, LayerWeights
 
@@ -44,7 +45,7 @@ def fused_layer(
     """
     layer, shape = step.memory_index.layer, h.shape
     h = h.reshape(-1, shape[-1])
-    x = normalize(h, weights.rms_norm, layer, dtype=dtype)
+    x = _normalize(h, weights.rms_norm[layer]).astype(dtype)
     heads = added(side_by_side(x, [weights.query, weights.key, weights.value], layer))
     heads = heads.reshape(*shape[:2], -1, config.key_size)
     heads = _rotate(heads, step.memory_index.start, caches[0].shape[-2]).astype(dtype)
@@ -57,7 +58,12 @@ def fused_layer(
     h, x, gates = route(h, attended, norms, weights.router, layer, valid, chosen, dtype)
     experts = weights.expert_gate, weights.expert_value, weights.expert_out
     mixed = add(mix(x, experts, layer, gates, chosen))
-    return normalize(mixed, weights.rms_norm_3, layer, h).reshape(shape), caches
+    return (h + _normalize(mixed, weights.rms_norm_3[layer])).reshape(shape), caches
+
+
+def _normalize(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`model.RMSNorm` of x [M, D]."""
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON) * scale
 
 
 def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Normalization, and the choice of experts, of each token in one program.
+"""The choice of experts, and what comes before it: the residual stream and its norm.
 
 Dimension letters: `M` tokens, `D` model width, `E` experts, `A` experts used per token, `L` layers.
 
@@ -17,41 +17,6 @@ from grok1.kernels.gpu.tiles import Axis, Ref, axis, load, power_of_two, run_ker
 
 EPSILON = 1e-5  # as in model.RMSNorm
 DEPTH = 512  # of the model width, which a program multiplies at a time
-WARPS, STAGES = 16, 2
-
-
-def normalize(
-    x: jax.Array,
-    scale: jax.Array,
-    layer: jax.Array,
-    add_to: jax.Array | None = None,
-    dtype: DTypeLike = jnp.float32,
-) -> jax.Array:
-    """`model.RMSNorm`, or its sum with `add_to`: x, add_to float32 [M, D] -> `dtype` [M, D].
-
-    scale: float32 [L, D], of which `layer` int32 [] is used.
-    """
-    arrays = [layer, x, scale, *([] if add_to is None else [add_to])]
-    (y,) = run_kernel(
-        _normalize_kernel,
-        (len(x),),
-        [(x.shape, dtype)],
-        arrays,
-        name="normalize",
-        warps=WARPS,
-        stages=STAGES,
-    )
-    return y
-
-
-def _normalize_kernel(layer_ref: Ref, x_ref: Ref, scale_ref: Ref, *refs: Ref) -> None:
-    """Write the row of one token."""
-    token, columns = pl.program_id(0), _all_columns(x_ref.shape[1])
-    x = load(x_ref, token, columns)
-    out = x * _inverse_rms(x, x_ref.shape[1]) * load(scale_ref, load(layer_ref), columns)
-    if len(refs) > 1:
-        out += load(refs[0], token, columns)
-    store(refs[-1], out, token, columns)
 
 
 def route(
@@ -80,8 +45,8 @@ def route(
         out,
         [layer, h, attended, *scales, router, valid],
         name="route",
-        warps=WARPS,
-        stages=STAGES,
+        warps=16,
+        stages=2,
     )
     return h, x, gates
 
@@ -102,7 +67,7 @@ def _route_kernel(
     """Write the rows of one token."""
     token, layer = pl.program_id(0), load(layer_ref)
     width, experts = router_ref.shape[1:]
-    columns, expert = _all_columns(width), axis(power_of_two(experts), experts)
+    columns, expert = (axis(power_of_two(n), n) for n in (width, experts))
     attended_rms = _inverse_rms(load(attended_ref, token, columns), width)
 
     def new_h(columns: Axis) -> jax.Array:
@@ -143,11 +108,6 @@ def _chosen(logits: jax.Array, experts: int, count: int) -> jax.Array:
         gates = jnp.where(expert == first, probs, gates)
         rest = jnp.where(expert == first, -1, rest)
     return gates
-
-
-def _all_columns(width: int) -> Axis:
-    """Return the columns of a row, as many as Triton takes."""
-    return axis(power_of_two(width), width)
 
 
 def _inverse_rms(x: jax.Array, width: int) -> jax.Array:
