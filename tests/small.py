@@ -160,3 +160,16 @@ def refusal(directory: pathlib.Path, shapes: Any = None) -> str:
     assert re.fullmatch(r"[^\n]+: expected [^\n]+, got [^\n]+; [^\n]+[^.\n]", message), message
     assert len(message) < 1000
     return message
+
+
+def choices(tokens, experts, masked=0):
+    """Gates and index [M, 2]: of the experts but the second; none for the last tokens."""
+    rng = np.random.default_rng(5)
+    index = np.stack([rng.permutation(np.delete(np.arange(experts), 1))[:2] for _ in range(tokens)])
+    index[tokens - masked :] = experts
+    return rng.uniform(0.1, 1, (tokens, 2)).astype(np.float32), index.astype(np.int32)
+
+
+def dense_gates(gates, index, experts):
+    """Return gates [M, E], zero where a token has not chosen an expert."""
+    return np.sum(gates[..., None] * (index[..., None] == np.arange(experts)), axis=1)

@@ -22,8 +22,7 @@ def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Ar
     """
     flat = index.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    counts = jnp.sum(jax.nn.one_hot(flat, num_experts, dtype=jnp.int32), axis=0)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    starts = jnp.sum(flat < jnp.arange(num_experts + 1)[:, None], axis=1, dtype=jnp.int32)
     return order, starts
 
 

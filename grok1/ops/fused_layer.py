@@ -12,7 +12,7 @@ from grok1.ops.quantization import QuantizedWeight8bit, Weights
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of a decoder layer, of all layers: stacks, or a spec or anything else of each.
+    """The parameters of all decoder layers, each a stack; or something of each, such as its spec.
 
     The norms [L, D] and the router [L, D, E] are float32; the others are int8 [L, I, O], those of
     the experts [L, E, I, O].

@@ -107,9 +107,8 @@ def _stacks(*positions: int) -> Callable[[Sequence[Operation], float], float]:
 KERNELS: dict[str, Callable[[Sequence[Operation], float], float]] = {
     "grouped_product": _stacks(1, 2, 3, 4),
     "side_by_side": _stacks(1, 2, 3, 4, 5, 6),
-    "gated": _stacks(2, 3, 4, 5),
+    "gated": _stacks(1, 2, 3, 4),
     "expert_sum": _stacks(2, 3),
-    "by_expert": _stacks(),
     "route": _stacks(2, 3, 4),
     "draw_token": _stacks(),
     "attend_cached": _attention_bytes,

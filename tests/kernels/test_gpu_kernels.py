@@ -21,9 +21,8 @@ import golden
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels.error import KernelError
-from grok1.kernels.gpu import experts as gpu_experts
 from grok1.kernels.gpu import operations as gpu
-from grok1.kernels.gpu.experts import by_expert, mix, multiply
+from grok1.kernels.gpu.experts import mix, multiply
 from grok1.kernels.gpu.products import side_by_side
 from grok1.kernels.gpu.tiles import PROCESSORS, interpreted_kernels
 from grok1.ops import cache
@@ -31,7 +30,7 @@ from grok1.ops.quantization import QuantizedWeight8bit
 from grok1.parallel.sharding import auto
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
-from small import exact_attention, exact_weight, normal, random_weight
+from small import choices, dense_gates, exact_attention, exact_weight, normal, random_weight
 
 LAYER = jnp.int32(1)
 
@@ -45,17 +44,9 @@ def interpreted(kernel, *static):
     return jax.jit(interpreted_kernels()(kernel), static_argnums=static)
 
 
-def choices(tokens, experts, masked=0):
-    """Gates [M, E]: two of the experts but the second for each token, none for the last ones."""
-    gates = np.random.default_rng(5).uniform(0.1, 1, (tokens, experts)).astype(np.float32)
-    gates[:, 1] = 0
-    gates = np.where(gates >= np.sort(gates, axis=1)[:, -2:-1], gates, 0)
-    gates[len(gates) - masked :] = 0
-    return gates
-
-
-def exact_mix(x, weights, gates):
+def exact_mix(x, weights, gates, index):
     """Return the sum of the experts' outputs in float64, of layer 1."""
+    gates = dense_gates(gates, index, weights[0].shape[1])
     gate, value, out = (exact_weight(w)[1] for w in weights)
     a, b = (np.einsum("mi,eio->emo", x.astype(np.float64), w) for w in (gate, value))
     hidden = a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2 * b
@@ -87,44 +78,31 @@ def test_mixture_of_few_and_many_tokens_is_exact(tokens, groups):
     """With an expert that nobody has chosen, and tokens that have chosen none."""
     weights = [random_weight((2, 4), 77, 70, 7, seed=n) for n in range(2)]
     weights.append(random_weight((2, 4), 70, 77, groups, seed=2))
-    x, gates = normal(tokens, 77), choices(tokens, 4, masked=2)
-    y = interpreted(mix, 4)(x, weights, LAYER, gates, 2)
+    x, chosen = normal(tokens, 77), choices(tokens, 4, masked=2)
+    y = interpreted(mix)(x, weights, LAYER, *chosen)
     assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
-    assert relative_error(y, exact_mix(x, weights, gates)) < 1e-6
-    y = interpreted(mix, 4)(x.astype(jnp.bfloat16), weights, LAYER, gates, 2)
-    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, gates)) < 5e-3
+    assert relative_error(y, exact_mix(x, weights, *chosen)) < 1e-6
+    y = interpreted(mix)(x.astype(jnp.bfloat16), weights, LAYER, *chosen)
+    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, *chosen)) < 5e-3
 
 
 def test_all_tokens_may_choose_the_same_expert():
     weights = [random_weight((2, 4), 80, 80, 1, seed=n) for n in range(3)]
-    x, gates = normal(140, 80), np.zeros((140, 4), np.float32)
-    gates[:, 2] = np.linspace(0.1, 1, 140)
-    y = interpreted(mix, 4)(x, weights, LAYER, gates, 2)
-    assert relative_error(y, exact_mix(x, weights, gates)) < 1e-6
-
-
-@pytest.mark.parametrize("at_a_time", [32, 4096])
-def test_copies_are_ordered_by_expert(at_a_time, monkeypatch):
-    monkeypatch.setattr(gpu_experts, "TOKENS", at_a_time)
-    gates = choices(90, 5, masked=3)
-    order, starts = interpreted(by_expert, 1)(gates, 2)
-    earlier = np.cumsum(gates > 0, axis=1) - 1
-    expected = [
-        np.flatnonzero(own) * 2 + a[own] for own, a in zip(gates.T > 0, earlier.T, strict=True)
-    ]
-    assert starts.tolist() == [0, *np.cumsum([len(each) for each in expected])]
-    assert order[: starts[-1]].tolist() == np.concatenate(expected).tolist()
+    x, index = normal(140, 80), np.full((140, 1), 2, np.int32)
+    gates = np.linspace(0.1, 1, 140, dtype=np.float32)[:, None]
+    y = interpreted(mix)(x, weights, LAYER, gates, index)
+    assert relative_error(y, exact_mix(x, weights, gates, index)) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [6, 80])
 def test_token_does_not_depend_on_other_tokens(tokens):
     weights = [random_weight((2, 3), 80, 80, 1, seed=n) for n in range(3)]
-    x, gates = normal(tokens, 80).astype(jnp.bfloat16), choices(tokens, 3)
-    run = interpreted(mix, 4)
-    y = run(x, weights, LAYER, gates, 2)
+    x, chosen = normal(tokens, 80).astype(jnp.bfloat16), choices(tokens, 3)
+    run = interpreted(mix)
+    y = run(x, weights, LAYER, *chosen)
     for own in (0, tokens - 1):
         changed = np.where(np.arange(tokens)[:, None] == own, x, np.nan).astype(x.dtype)
-        z = run(changed, weights, LAYER, gates, 2)
+        z = run(changed, weights, LAYER, *chosen)
         assert np.array_equal(z[own], y[own])
         assert np.all(np.isnan(np.delete(z, own, axis=0)))
 
@@ -136,9 +114,9 @@ def test_product_shapes_that_do_not_fit_are_rejected():
             multiply(np.zeros(shape, np.float32), weight, LAYER)
     with pytest.raises(ValueError, match="x must be bfloat16 or float32, got float16"):
         multiply(np.zeros((3, 80), np.float16), weight, LAYER)
-    x, weights, gates = mixture_shapes(1, layers=2, devices=1)  # 3.2e9 elements of one byte
+    x, weights, *chosen = mixture_shapes(1, layers=2, devices=1)  # 3.2e9 elements of one byte
     with pytest.raises(ValueError, match="between"):
-        jax.eval_shape(mix, x, weights, LAYER, gates, 2)
+        jax.eval_shape(mix, x, weights, LAYER, *chosen)
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -305,12 +283,12 @@ def test_a_mixture_reads_the_matrices_in_use(tokens, moved):
     weights = [
         random_weight((2, 4), 48 + 16 * (n > 1), 64 - 16 * (n > 1), 1, seed=n) for n in range(3)
     ]
-    gates = choices(tokens, 4)
+    gates, index = choices(tokens, 4)
     x = normal(tokens, 48).astype(jnp.bfloat16)
     with interpreted_kernels():
-        jax.block_until_ready(mix(x, weights, LAYER, gates, 2))
+        jax.block_until_ready(mix(x, weights, LAYER, gates, index))
     jax.effects_barrier()
-    counts = np.sum(gates > 0, axis=0)
+    counts = np.sum(dense_gates(gates, index, 4) > 0, axis=0)
     tiles = 3 if tokens <= 64 else sum(-(-int(count) // 64) for count in counts)
     assert counts.min() == 0 < tiles
     assert moved["load", weights[0].weight.shape] == 2 * tiles * 48 * 64
@@ -350,12 +328,12 @@ def weight_shapes(*shape, scale_groups=1):
 
 
 def mixture_shapes(tokens, dtype=jnp.bfloat16, layers=64, devices=8):
-    """Return x, the weights of experts and gates of the full model, on one of `devices`."""
+    """Return x, the weights of experts, gates and index of the full model, on one of `devices`."""
     hidden = 32768 // devices
     gate = weight_shapes(layers, 8, 6144, hidden)
     out = weight_shapes(layers, 8, hidden, 6144, scale_groups=8 // devices)
-    gates = jax.ShapeDtypeStruct((tokens, 8), jnp.float32)
-    return jax.ShapeDtypeStruct((tokens, 6144), dtype), (gate, gate, out), gates
+    gates, index = (jax.ShapeDtypeStruct((tokens, 2), each) for each in (jnp.float32, jnp.int32))
+    return jax.ShapeDtypeStruct((tokens, 6144), dtype), (gate, gate, out), gates, index
 
 
 def attention_shapes(batch, queries, kv_heads=1, dtype=jnp.bfloat16, stored=None):
@@ -383,11 +361,10 @@ def lower(function, *shapes):
 @pytest.mark.parametrize("tokens", [1, 33, 1024])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_mixtures_of_the_full_model_lower_for_cuda(tokens, dtype):
-    def call(x, weights, gates):
-        return mix(x, weights, LAYER, gates, 2)
+    def call(x, weights, gates, index):
+        return mix(x, weights, LAYER, gates, index)
 
-    count = 2 if tokens <= 64 else 3
-    assert lower(call, *mixture_shapes(tokens, dtype)).count("xla.gpu.triton") == count
+    assert lower(call, *mixture_shapes(tokens, dtype)).count("xla.gpu.triton") == 2
 
 
 def test_single_token_occupies_all_processors(monkeypatch):
@@ -400,8 +377,8 @@ def test_single_token_occupies_all_processors(monkeypatch):
         return original(*arguments, grid=grid, name=name, **options)
 
     monkeypatch.setattr(pl, "pallas_call", note)
-    x, weights, gates = mixture_shapes(1)
-    jax.eval_shape(lambda *arrays: mix(*arrays[:2], LAYER, arrays[2], 2), x, weights, gates)
+    x, weights, *chosen = mixture_shapes(1)
+    jax.eval_shape(mix, x, weights, LAYER, *chosen)
     attention = [weight_shapes(64, 6144, width) for width in (768, 128, 128)]
     jax.eval_shape(lambda *arrays: side_by_side(*arrays, LAYER), x, attention)
     columns, experts = grids["gated"]
@@ -428,9 +405,9 @@ def test_attention_of_the_full_model_lowers_for_cuda(shapes):
 def test_scan_over_layers_passes_the_whole_stack():
     """Slicing a layer out first would copy eight experts, of which two are read."""
 
-    def step(x, weights, gates):
+    def step(x, weights, gates, index):
         def body(x, layer):
-            return mix(x, weights, layer, gates, 2).astype(x.dtype), None
+            return mix(x, weights, layer, gates, index).astype(x.dtype), None
 
         return lax.scan(body, x, jnp.arange(64))[0]
 
@@ -485,7 +462,7 @@ def test_model_with_gpu_kernels_equals_the_plain_one(capture, monkeypatch):
         memory, logits = config.model.init_memory(2, 96, jnp.bfloat16), []
         used = str(read.trace(params, tokens[:, :40], memory).jaxpr)
         assert ("pallas_call" in used) == (name == "gpu")
-        assert ("name=by_expert" in used) == (name == "gpu")
+        assert ("name=grouped_product" in used) == (name == "gpu")
         assert ("name=route" in used) == (name == "gpu" and not capture)
         for chunk in np.split(tokens, [40, 44], axis=1):
             found = read(params, chunk, memory)

@@ -22,7 +22,7 @@ from grok1.ops.cache import CacheIndex
 from grok1.parallel.sharding import make_mesh
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
-from small import exact_attention, exact_weight, normal, random_weight
+from small import choices, dense_gates, exact_attention, exact_weight, normal, random_weight
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -41,15 +41,6 @@ def relative_error(found, exact):
     """The norm of the difference over the norm of the exact values."""
     difference = np.asarray(found, np.float64) - exact
     return np.linalg.norm(difference) / np.linalg.norm(exact)
-
-
-def gates_of(rows, experts):
-    """Gates [M, E] of two experts for each row; the first row has chosen none, nobody expert 1."""
-    gates = np.random.default_rng(5).uniform(0.1, 1, (rows, experts)).astype(np.float32)
-    least = np.sort(gates, axis=1)[:, -2:-1]
-    gates = np.where(gates >= least, gates, 0)
-    gates[0], gates[:, 1] = 0, 0
-    return gates
 
 
 def gelu(x):
@@ -75,13 +66,13 @@ def test_products_side_by_side_are_those_of_each_matrix(rows, inputs, groups, dt
 @pytest.mark.parametrize(("rows", "inputs", "groups"), [(2, 64, 1), (19, 154, 7)], ids=str)
 def test_gated_products_are_those_of_the_chosen_experts(rows, inputs, groups, dtype):
     gate, value = (random_weight((2, 4), inputs, 72, groups, seed=n) for n in range(2))
-    x, gates = normal(rows, inputs).astype(dtype), gates_of(rows, 4)
-    hidden = interpreted(gated)(x, gate, value, LAYER, gates)
+    x, chosen = normal(rows, inputs).astype(dtype), choices(rows, 4, masked=1)
+    hidden = interpreted(gated)(x, gate, value, LAYER, chosen[1])
     assert hidden.shape == (4, rows, 72) and hidden.dtype == dtype
     a, b = (
         np.einsum("mi,eio->emo", x.astype(np.float64), exact_weight(w)[1]) for w in (gate, value)
     )
-    chosen = gates.T > 0
+    chosen = dense_gates(*chosen, 4).T > 0
     error = relative_error(hidden[chosen], (gelu(a) * b)[chosen])
     assert error < (1e-6 if dtype == jnp.float32 else 3e-3)
 
@@ -90,12 +81,13 @@ def test_gated_products_are_those_of_the_chosen_experts(rows, inputs, groups, dt
 @pytest.mark.parametrize(("rows", "inputs", "groups"), [(2, 64, 1), (19, 154, 7)], ids=str)
 def test_sums_over_experts_have_their_gates(rows, inputs, groups, dtype):
     """An expert that no row has chosen is not read: its hidden rows were never written."""
-    weight, gates = random_weight((2, 4), inputs, 72, groups), gates_of(rows, 4)
+    weight, chosen = random_weight((2, 4), inputs, 72, groups), choices(rows, 4, masked=1)
     x = normal(4, rows, inputs).astype(dtype)
     x[1] = np.nan
-    y = interpreted(expert_sum)(x, weight, LAYER, gates)
-    assert np.all(y[0] == 0) and y.dtype == jnp.float32
+    y = interpreted(expert_sum)(x, weight, LAYER, *chosen)
+    assert np.all(y[-1] == 0) and y.dtype == jnp.float32
     own = np.nan_to_num(x.astype(np.float64))
+    gates = dense_gates(*chosen, 4)
     exact = np.einsum("me,emi,eio->mo", gates, own, exact_weight(weight)[1])
     assert relative_error(y, exact) < 1e-6
 
@@ -115,7 +107,7 @@ def test_route_normalizes_and_chooses_the_best_experts(width, experts, count):
     scales = normal(2, width, seed=2), normal(2, width, seed=3)
     router = normal(2, width, experts, seed=4) / width**0.5
     valid = np.array([True, True, False, True])
-    found, x, gates = interpreted(route, 6, 7)(
+    found, x, gates, index = interpreted(route, 6, 7)(
         h, attended, scales, router, LAYER, valid, count, jnp.float32
     )
     exact_h = h + exact_norm(attended, scales[0][1])
@@ -123,17 +115,16 @@ def test_route_normalizes_and_chooses_the_best_experts(width, experts, count):
     assert relative_error(found, exact_h) < 1e-6 and relative_error(x, exact_x) < 1e-6
     powers = np.exp(exact_x @ router[1].astype(np.float64))
     probs = powers / powers.sum(axis=1, keepdims=True)
-    least = np.sort(probs, axis=1)[:, -count][:, None]
-    exact = np.where((probs >= least) & valid[:, None], probs, 0)
-    assert np.array_equal(np.asarray(gates) > 0, exact > 0) and np.all(gates[2] == 0)
-    assert relative_error(gates, exact) < 2e-6
+    best = np.argsort(-probs, axis=1)[:, :count]
+    assert np.array_equal(index, np.where(valid[:, None], best, experts))
+    assert relative_error(gates, np.take_along_axis(probs, best, axis=1)) < 2e-6
 
 
 def test_ties_between_experts_go_to_the_lower_index():
     ones = np.ones([2, 64], np.float32)
     arrays = ones[:1], ones[:1], (ones, ones), np.zeros([2, 64, 4], np.float32)
-    gates = interpreted(route, 6, 7)(*arrays, LAYER, np.ones(1, bool), 2, jnp.float32)[2]
-    assert gates.tolist() == [[0.25, 0.25, 0, 0]]
+    gates, index = interpreted(route, 6, 7)(*arrays, LAYER, np.ones(1, bool), 2, jnp.float32)[2:]
+    assert gates.tolist() == [[0.25, 0.25]] and index.tolist() == [[0, 1]]
 
 
 # ------------------------------------------------------------------------------------- attention

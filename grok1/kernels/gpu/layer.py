@@ -55,9 +55,9 @@ def fused_layer(
 
     norms = weights.rms_norm_1, weights.rms_norm_2
     chosen, valid = config.num_selected_experts, step.valid.reshape(-1)
-    h, x, gates = route(h, attended, norms, weights.router, layer, valid, chosen, dtype)
+    h, x, gates, index = route(h, attended, norms, weights.router, layer, valid, chosen, dtype)
     experts = weights.expert_gate, weights.expert_value, weights.expert_out
-    mixed = add(mix(x, experts, layer, gates, chosen))
+    mixed = add(mix(x, experts, layer, gates, index))
     return (h + _normalize(mixed, weights.rms_norm_3[layer])).reshape(shape), caches
 
 

@@ -12,7 +12,7 @@ from grok1.kernels.gpu.draw import draw_token
 from grok1.kernels.gpu.experts import mix, multiply
 from grok1.kernels.gpu.layer import fused_layer
 from grok1.kernels.sorted_experts import is_int8
-from grok1.ops.mixture import chosen_experts, expert_count, flat
+from grok1.ops.mixture import chosen_experts, flat
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
     QuantizedWeight8bit,
@@ -44,11 +44,8 @@ def load() -> None:
 def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     """`mixture.chosen_experts` for int8 weights."""
     gate, value, out = (stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1"))
-    chosen = jax.nn.one_hot(flat(index), expert_count(params), dtype=bool)  # [M, A, E]
-    each = jnp.sum(jnp.where(chosen, flat(gates)[..., None], 0), axis=1)  # also if one is NaN
     weights = gate.stack, value.stack, out.stack
-    mixed = mix(flat(x), weights, gate.layer, each, index.shape[-1])
-    return mixed.reshape(x.shape)
+    return mix(flat(x), weights, gate.layer, flat(gates), flat(index)).reshape(x.shape)
 
 
 def _matmul(x: jax.Array, weight: Weight) -> jax.Array:

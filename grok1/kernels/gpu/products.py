@@ -127,8 +127,8 @@ def side_by_side(
     first, across = tiles[0], sum(tile.across for tile in tiles)
     down = pl.cdiv(len(x), first.height)
     # Shorter pieces would write nearly as much as they read.
-    longest = pl.cdiv(first.inputs // first.scale_groups, 256)
-    pieces = min(pl.cdiv(PROCESSORS, across * down), longest)
+    most = pl.cdiv(first.inputs // first.scale_groups, 256)
+    pieces = min(max(1, PROCESSORS // (across * down)), most)
     tiles = [dataclasses.replace(tile, pieces=pieces) for tile in tiles]
     partials = first.scale_groups * pieces
     out = (partials, len(x), sum(tile.outputs for tile in tiles)), jnp.float32
@@ -169,59 +169,67 @@ def gated(
     gate: QuantizedWeight8bit,
     value: QuantizedWeight8bit,
     layer: jax.Array,
-    gates: jax.Array,
+    index: jax.Array,
 ) -> jax.Array:
     """`gelu(x @ gate) * (x @ value)` for each expert that a token has chosen.
 
-    x: bfloat16 or float32 [M, I], M up to FEW. gate, value: int8 [L, E, I, O]. gates: float32
-    [M, E], zero where a token has not chosen an expert. Returns [E, M, O] in the dtype of x; what
+    x: bfloat16 or float32 [M, I], M up to FEW. gate, value: int8 [L, E, I, O]. index: int32 [M, A],
+    the experts that a token has chosen, E for none. Returns [E, M, O] in the dtype of x; what
     belongs to an expert that no token has chosen is not written.
     """
     _check_pair(gate, value)
     tile, count = _tile(x, gate, FEW, 64), gate.shape[1]
     out = (count, len(x), tile.outputs), x.dtype
     kernel = functools.partial(_gated_kernel, tile)
-    arrays = layer, gates, x
+    arrays = layer, index, x
     return _run(kernel, tile, (tile.across, count), out, arrays, (gate, value), "gated")
 
 
-def _gated_kernel(tile: Tile, layer_ref: Ref, gates_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
+def _gated_kernel(tile: Tile, layer_ref: Ref, index_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
     """Write one tile of one expert: [R, C]."""
     columns, expert = tile.columns(pl.program_id(0)), pl.program_id(1)
     rows = axis(tile.height, x_ref.shape[0])
     factors = Factors((x_ref, *refs[:-1]), (rows,), (load(layer_ref), expert))
 
-    @pl.when(_any(load(gates_ref, rows, expert)) > 0)
+    @pl.when(_any(_chosen(index_ref, rows, expert)) > 0)
     def _() -> None:
         gate, value = _products(tile, factors, columns)
         store(refs[-1], _gelu(gate) * value, expert, rows, columns)
 
 
 def expert_sum(
-    x: jax.Array, weight: QuantizedWeight8bit, layer: jax.Array, gates: jax.Array
+    x: jax.Array,
+    weight: QuantizedWeight8bit,
+    layer: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
 ) -> jax.Array:
-    """Return `sum_e gates[:, e] * (x[e] @ weight[e])`, float32 [M, O].
+    """Return `sum_a gates[:, a] * (x[index[:, a]] @ weight[index[:, a]])`, float32 [M, O].
 
     x: bfloat16 or float32 [E, M, I]; not read where no token has chosen an expert. weight: int8
-    [L, E, I, O]. gates: as in `gated`.
+    [L, E, I, O]. gates: float32 [M, A]. index: as in `gated`.
     """
     tile = _tile(x, weight, FEW, 32)
     out = (x.shape[1], tile.outputs), jnp.float32
     kernel = functools.partial(_expert_sum_kernel, tile)
-    return _run(kernel, tile, (tile.across,), out, (layer, gates, x), [weight], "expert_sum")
+    return _run(kernel, tile, (tile.across,), out, (layer, gates, index, x), [weight], "expert_sum")
 
 
-def _expert_sum_kernel(tile: Tile, layer_ref: Ref, gates_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
+def _expert_sum_kernel(
+    tile: Tile, layer_ref: Ref, gates_ref: Ref, index_ref: Ref, x_ref: Ref, *refs: Ref
+) -> None:
     """Write one tile of the sum over all experts: [R, C]."""
     columns, layer = tile.columns(pl.program_id(0)), load(layer_ref)
     rows = axis(tile.height, x_ref.shape[1])
 
     def add(expert: jax.Array, total: jax.Array) -> jax.Array:
-        gates = load(gates_ref, rows, expert)
+        chosen = _chosen(index_ref, rows, expert)
         factors = Factors((x_ref, *refs[:-1]), (expert, rows), (layer, expert))
-        (out,) = _products(tile, factors, columns, _any(gates))
-        gates = gates[:, None]
-        return total + jnp.where(gates != 0, out, 0) * gates
+        (out,) = _products(tile, factors, columns, _any(chosen))
+        for a, own in enumerate(chosen):
+            gates = load(gates_ref, rows, jnp.int32(a))[:, None]
+            total += jnp.where(own[:, None], out * gates, 0)
+        return total
 
     total = jnp.zeros([tile.height, tile.width], jnp.float32)
     total = lax.fori_loop(0, x_ref.shape[0], add, total)
@@ -231,35 +239,28 @@ def _expert_sum_kernel(tile: Tile, layer_ref: Ref, gates_ref: Ref, x_ref: Ref, *
 # -------------------------------------------------------------------------- experts, many tokens
 
 
-class Copies(NamedTuple):
-    """The copies of all tokens, A of each, by expert.
-
-    order: int32 [M * A], the copies m * A + a of the first expert, then of the next ones; copies
-    that no expert processes are missing, and the rest is meaningless. starts: int32 [E + 1], the
-    index in `order` of each expert's first copy, then the end of the last.
-    """
-
-    order: jax.Array
-    starts: jax.Array
-
-
 def grouped_product(
-    x: jax.Array, weights: Sequence[QuantizedWeight8bit], layer: jax.Array, copies: Copies
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight8bit],
+    layer: jax.Array,
+    order: jax.Array,
+    starts: jax.Array,
 ) -> jax.Array:
-    """Multiply each copy with the matrix of its expert.
+    """Multiply each copy of a token with the matrix of its expert.
 
-    x: bfloat16 or float32 [M, I], a row for each token, or [M * A, I], for each copy. weights: one,
-    int8 [L, E, I, O] -> float32 [M * A, O]; or two of the same shape, a gate and a value ->
-    `gelu(x @ gate) * (x @ value)`, in the dtype of x. What belongs to no expert is not written.
+    x: bfloat16 or float32 [M, I], a row for each token, or [M * A, I], for each copy m * A + a.
+    weights: one, int8 [L, E, I, O] -> float32 [M * A, O]; or two of the same shape, a gate and a
+    value -> `gelu(x @ gate) * (x @ value)`, in the dtype of x. order, starts: the copies by expert,
+    as returned by `sorted_copies`. What belongs to no expert is not written.
     """
     _check_pair(weights[0], weights[-1])
-    rows, (_, count, _, outputs) = len(copies.order), weights[0].shape
+    rows, (_, count, _, outputs) = len(order), weights[0].shape
     height = min(128, power_of_two(pl.cdiv(rows, count), LEAST_TILE))
     tile = _tile(x, weights[0], height, 64 if len(weights) > 1 else 128)
     tiles = min(rows, (rows + count * (tile.height - 1)) // tile.height)  # of all experts
     out = (rows, outputs), jnp.float32 if len(weights) == 1 else x.dtype
     kernel = functools.partial(_grouped_kernel, tile, rows // len(x))
-    arrays = layer, *copies, x
+    arrays = layer, order, starts, x
     return _run(kernel, tile, (tiles, tile.across), out, arrays, weights, "grouped_product")
 
 
@@ -365,9 +366,16 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
     return [y * scale.astype(jnp.float32)[None] for y, scale in zip(sums, scales, strict=True)]
 
 
-def _any(gates: jax.Array) -> jax.Array:
-    """Return 1 if there is a gate other than zero, else 0."""
-    return jnp.max((gates != 0).astype(jnp.int32))
+def _chosen(index_ref: Ref, rows: Axis, expert: jax.Array) -> list[jax.Array]:
+    """Return for each of the A choices whether it is this expert, of the rows, bool [R]."""
+    tokens, count = index_ref.shape
+    rows = Axis(jnp.minimum(rows.indices, tokens - 1))  # those that do not exist change nothing
+    return [load(index_ref, rows, jnp.int32(a)) == expert for a in range(count)]
+
+
+def _any(chosen: Sequence[jax.Array]) -> jax.Array:
+    """Return 1 if a value is True, else 0."""
+    return jnp.max(functools.reduce(operator.or_, chosen).astype(jnp.int32))
 
 
 def _gelu(x: jax.Array) -> jax.Array:

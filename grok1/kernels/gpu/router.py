@@ -5,8 +5,6 @@ Dimension letters: `M` tokens, `D` model width, `E` experts, `A` experts used pe
 Parameters are stacks of all layers, of which the kernels take the index of one.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,31 +26,30 @@ def route(
     valid: jax.Array,
     count: int,
     dtype: DTypeLike,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Add the normalized output of attention to the residual stream, and choose experts.
 
     h: the residual stream, float32 [M, D]. attended: float32 [M, D]. scales: of the norms after
     attention and before the experts, float32 [L, D]. router: float32 [L, D, E]. valid: bool [M],
     False for a masked token. count: A.
 
-    Returns the new h; its norm, the experts' input, in `dtype`; and gates float32 [M, E], the
-    router's probabilities of the chosen experts, zero for the others and for a masked token.
+    Returns the new h; its norm, the experts' input, in `dtype`; gates float32 [M, A], the router's
+    largest probabilities; and their experts int32 [M, A], E for a masked token.
     """
-    out = (h.shape, jnp.float32), (h.shape, dtype), ((len(h), router.shape[-1]), jnp.float32)
-    h, x, gates = run_kernel(
-        functools.partial(_route_kernel, count),
+    shape = len(h), count
+    h, x, gates, index = run_kernel(
+        _route_kernel,
         (len(h),),
-        out,
+        [(h.shape, jnp.float32), (h.shape, dtype), (shape, jnp.float32), (shape, jnp.int32)],
         [layer, h, attended, *scales, router, valid],
         name="route",
         warps=16,
         stages=2,
     )
-    return h, x, gates
+    return h, x, gates, index
 
 
 def _route_kernel(
-    count: int,
     layer_ref: Ref,
     h_ref: Ref,
     attended_ref: Ref,
@@ -63,6 +60,7 @@ def _route_kernel(
     h_out: Ref,
     x_out: Ref,
     gates_out: Ref,
+    index_out: Ref,
 ) -> None:
     """Write the rows of one token."""
     token, layer = pl.program_id(0), load(layer_ref)
@@ -89,25 +87,32 @@ def _route_kernel(
 
     logits = jnp.zeros_like(expert.indices, jnp.float32)
     logits = lax.fori_loop(0, pl.cdiv(width, DEPTH), add, logits)
-    gates = _chosen(logits, experts, count)
-    store(gates_out, jnp.where(load(valid_ref, token), gates, 0), token, expert)
+    probs = _softmax(jnp.where(expert.indices < experts, logits, -jnp.inf))
+    choice = axis(power_of_two(gates_out.shape[1]), gates_out.shape[1])
+    gates, index = _largest(probs, choice.indices)
+    store(gates_out, gates, token, choice)
+    store(index_out, jnp.where(load(valid_ref, token), index, experts), token, choice)
 
 
-def _chosen(logits: jax.Array, experts: int, count: int) -> jax.Array:
-    """Return the softmax of the `count` largest logits, zero for the others.
+def _softmax(x: jax.Array) -> jax.Array:
+    powers = jnp.exp(x - jnp.max(x))
+    return powers / jnp.sum(powers)
+
+
+def _largest(probs: jax.Array, choice: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the largest probabilities, as many as choices, and their indices, in this order.
 
     Ties go to the lower index, as in `mixture.top_k`.
     """
-    expert = jnp.arange(logits.size)
-    logits = jnp.where(expert < experts, logits, -jnp.inf)
-    powers = jnp.exp(logits - jnp.max(logits))
-    probs = powers / jnp.sum(powers)
-    gates, rest = jnp.zeros_like(probs), jnp.where(expert < experts, probs, -1)
-    for _ in range(count):
-        first = jnp.min(jnp.where(rest == jnp.max(rest), expert, logits.size))
-        gates = jnp.where(expert == first, probs, gates)
-        rest = jnp.where(expert == first, -1, rest)
-    return gates
+    number, rest = jnp.arange(probs.size), probs
+    values, indices = jnp.zeros_like(choice, jnp.float32), jnp.zeros_like(choice)
+    for n in range(choice.size):
+        value = jnp.max(rest)
+        index = jnp.min(jnp.where(rest < value, probs.size, number))  # a valid one, also if NaN
+        values = jnp.where(choice == n, value, values)
+        indices = jnp.where(choice == n, index, indices)
+        rest = jnp.where(number == index, -1, rest)
+    return values, indices
 
 
 def _inverse_rms(x: jax.Array, width: int) -> jax.Array:
