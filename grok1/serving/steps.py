@@ -502,8 +502,9 @@ def decode(
     def more(carry: tuple[jax.Array, jax.Array, State]) -> jax.Array:
         i, _, state = carry
         active = state.slots.settings.active
-        ended = jnp.any(running & ~active)
-        return (i < count) & jnp.any(running & active) & ~(until_free & ended)
+        # Both at once, so that the devices need one exchange.
+        going, ended = jnp.any(running & jnp.stack([active, ~active]), axis=1)
+        return (i < count) & going & ~(until_free & ended)
 
     def draw(carry: tuple[jax.Array, jax.Array, State]) -> tuple[jax.Array, jax.Array, State]:
         i, tokens, state = carry

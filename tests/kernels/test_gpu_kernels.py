@@ -434,7 +434,7 @@ def test_prefill_makes_no_queries_by_positions_array():
 
 def interpret(monkeypatch):
     """Use the GPU kernels on this platform, interpreted."""
-    for name in ("multiply", "mix", "attend_cached", "fused_layer"):
+    for name in ("multiply", "mix", "attend_cached", "write_and_attend", "fused_layer"):
         monkeypatch.setattr(gpu, name, interpreted_kernels()(getattr(gpu, name)))
     operations = gpu.OPERATIONS._replace(
         attend_cached=gpu.attend_cached, fused_layer=gpu.fused_layer
@@ -509,9 +509,13 @@ def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
     interpret(monkeypatch)
     kernels.load()
     gpu.load.cache_clear()
-    right = gpu.multiply
-    monkeypatch.setattr(gpu, "multiply", lambda *arrays: 1.1 * right(*arrays))
-    with pytest.raises(KernelError, match="wrong by 10%"):
+    product, attention = gpu.multiply, gpu.write_and_attend
+    monkeypatch.setattr(gpu, "multiply", lambda *arrays: 1.1 * product(*arrays))
+    with pytest.raises(KernelError, match="^a test product is wrong by 10%$"):
+        kernels.load()
+    monkeypatch.setattr(gpu, "multiply", product)
+    monkeypatch.setattr(gpu, "write_and_attend", lambda *arrays: (0.8 * attention(*arrays)[0],))
+    with pytest.raises(KernelError, match="^test attention is wrong by 20%$"):
         kernels.load()
 
     def refuse(*_):

@@ -8,10 +8,12 @@ import numpy as np
 
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu.attention import attend_cached
+from grok1.kernels.gpu.decode_attention import write_and_attend
 from grok1.kernels.gpu.draw import draw_token
 from grok1.kernels.gpu.experts import mix, multiply
 from grok1.kernels.gpu.layer import fused_layer
 from grok1.kernels.sorted_experts import is_int8
+from grok1.ops.cache import CacheIndex
 from grok1.ops.mixture import chosen_experts, flat
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
@@ -26,19 +28,32 @@ from grok1.ops.quantization import (
 
 @functools.cache
 def load() -> None:
-    """Test a product on this device. Raises KernelError if it fails or is wrong."""
+    """Test a product and attention on this device. Raises KernelError if one fails or is wrong."""
     rng = np.random.default_rng(0)
     steps = rng.integers(-127, 128, [1, 64, 128]).astype(np.int8)
     weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 128], 0.01, jnp.bfloat16))
     x = jnp.asarray(rng.standard_normal([2, 64]), jnp.bfloat16)
+    zero, none = jnp.int32(0), jnp.zeros([1], jnp.int32)
+    heads = jnp.asarray(rng.standard_normal([1, 3, 64]), jnp.bfloat16)  # a query, key and value
+    cache, mask = jnp.zeros([1, 1, 4, 1, 64], jnp.bfloat16), jnp.ones([1, 4], bool)
+    index = CacheIndex(zero, none, none + 1, none)
     try:
-        y = jax.jit(multiply)(x, weight, jnp.int32(0))
-        expected = np.asarray(matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0]), weight)))
-        wrong = np.linalg.norm(np.asarray(y) - expected) / np.linalg.norm(expected)
+        y = jax.jit(multiply)(x, weight, zero)
+        expected = matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0]), weight))
+        _check("a test product", y, expected)
+        attend = jax.jit(write_and_attend, static_argnums=4)
+        _check("test attention", attend(heads, cache, cache, mask, 1.0, index)[0][0], heads[0, 2:])
+    except KernelError:
+        raise
     except Exception as error:  # a compiler or driver may raise anything
         raise KernelError(str(error).strip().splitlines()[0]) from error
+
+
+def _check(name: str, found: jax.Array, expected: jax.Array) -> None:
+    difference = np.asarray(found, np.float32) - np.asarray(expected, np.float32)
+    wrong = np.linalg.norm(difference) / np.linalg.norm(np.asarray(expected, np.float32))
     if not wrong < 1e-3:
-        raise KernelError(f"a test product is wrong by {wrong:.0%}")
+        raise KernelError(f"{name} is wrong by {wrong:.0%}")
 
 
 def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
