@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import compiling
+import gpu
+import gpu_kernels
+import gpu_parts
 import limits
 import random_models
 import speed
@@ -243,3 +247,129 @@ def test_importing_the_model_takes_little_time() -> None:
         )
         seconds.append(float(done.stdout))
     assert min(seconds) < 1.5
+
+
+# ------------------------------------------------------------------------------------------- gpu.py
+
+KERNELS = {
+    *("attend_cached", "draw_token", "expert_sum", "fused_layer", "gated", "grouped_gated"),
+    *("grouped_product", "mix", "multiply", "route", "side_by_side", "write_and_attend"),
+}
+
+
+def run_gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run gpu.py on a CPU."""
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu.py", *arguments],
+        env=os.environ | {"XLA_FLAGS": compiling.FLAGS} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_every_gpu_kernel_is_compared_with_its_plain_form(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "gpu.json"
+    done = run_gpu("--tiny", "--output", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(file.read_text())
+    assert found.keys() == {"tiny", *gpu.PARTS, "bandwidth", "wrong"} and found["wrong"] == []
+    assert all("error" not in found[part] for part in gpu.PARTS)
+    kernels = {name: row for name, row in found["kernels"].items() if isinstance(row, dict)}
+    rows = {name: row for name, row in kernels.items() if "limit" in row}
+    assert {name.partition(",")[0] for name in rows} == KERNELS and len(rows) == 17
+    for row in [*rows.values(), found["golden"]["three-layers, float32, mesh 1,2"]]:
+        assert row["error"] <= row["limit"] <= 0.01
+    assert {"LAUNCH_S", "CONDITIONAL_S", "all-reduce of [1, 6144]"} <= found["constants"].keys()
+    for part in (name for name in gpu.PARTS if name != "machine"):
+        graphs = gpu.NO_GRAPHS not in found[part]["settings"]["XLA_FLAGS"]
+        assert graphs == ("no command buffers" not in part)
+
+
+FAKES = {
+    "machine": """print('{"platform": "gpu", "device": "NVIDIA H200 141GB HBM3e"}')""",
+    "golden": """
+print('{"right": {"error": 1, "limit": 1}, "wrong": {"error": 1.1, "limit": 1}}')
+""",
+    "kernels": """
+print('{"limits": {"bandwidth": 3.6e12}}')
+print('{"mix": {"error": 0, "limit": 1, "share": 0.8}, "route": {"limit": 1, "failed": "why"}}')
+raise ValueError("no memory")
+""",
+    "rank": "import time; time.sleep(60)",
+    "constants": "pass",
+}
+
+
+def fake_parts(monkeypatch: pytest.MonkeyPatch, **changed: str) -> None:
+    """Let small programs stand for the parts of gpu.py."""
+    fakes = FAKES | changed
+    parts = {name: gpu.Part(2 if name == "rank" else 60) for name in fakes}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "command", lambda name, _: [sys.executable, "-c", fakes[name]])
+
+
+def test_a_part_that_fails_leaves_the_results_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_parts(monkeypatch)
+    file = tmp_path / "gpu.json"
+    assert gpu.measure_all(gpu.Run(tiny=False), str(file)) == 1
+    found = json.loads(file.read_text())
+    assert found["kernels"]["mix"]["share"] == 0.8
+    assert found["bandwidth"]["of the memory"] == {
+        "read share": 0.75, "kernel share": pytest.approx(0.6), "kernel": "mix"
+    }  # fmt: skip
+    assert found["wrong"] == [
+        "golden: wrong: error 1.1e+00, limit 1.0e+00",
+        "kernels: ValueError: no memory",
+        "kernels: route: why",
+        "rank: stopped after 2 s",
+        "constants: it printed no results",
+    ]
+    assert capsys.readouterr().err == "".join(f"error: {line}\n" for line in found["wrong"])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_results_that_are_not_numbers_are_wrong(bad: float) -> None:
+    """Also beside right ones."""
+    case = gpu_kernels.Case(abs, abs, (), (), limit=1.0)
+    right = jnp.ones(3)
+    assert gpu_parts.relative_error(case, (right, 1.5 * right), (right, right)) == 0.5
+    with pytest.raises(ValueError, match="the result is not a number"):
+        gpu_parts.relative_error(case, (right, right.at[1].set(bad)), (right, right))
+
+
+def test_without_a_gpu_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_parts(monkeypatch, machine="""print('{"platform": "cpu", "device": "AMD EPYC"}')""")
+    file = tmp_path / "gpu.json"
+    assert gpu.measure_all(gpu.Run(tiny=False), str(file)) == 1
+    said = "error: expected a GPU, got AMD EPYC; use --tiny to check the command on a CPU\n"
+    assert capsys.readouterr() == ("", said) and not file.exists()
+
+
+def test_results_that_cannot_be_written_are_refused(tmp_path: pathlib.Path) -> None:
+    """Before anything is measured, and without jax."""
+    done = run_gpu("--output", str(tmp_path))
+    said = f"error: --output: {tmp_path} cannot be written (it is not a file)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: pathlib.Path) -> None:
+    """The first process does not import jax, which would reserve the GPU's memory."""
+    file = tmp_path / "gpu.json"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "benchmarks/gpu.py", "--tiny", "--output", file],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert "jaxlib" not in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"interrupted\n")
+    assert json.loads(file.read_text())["machine"]["platform"] == "cpu"
