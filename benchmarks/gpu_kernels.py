@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok1.execution import Execution
-from grok1.kernels.gpu import attention, decode_attention, draw, experts, products, router
+from grok1.kernels.gpu import attention, decode_attention, draw, products, router
 from grok1.kernels.gpu import layer as gpu_layer
 from grok1.kernels.sorted_experts import sorted_copies
 from grok1.ops import cache, mixture
@@ -125,7 +125,7 @@ def _of_experts(stack: jax.Array) -> bool:
 
 def cases(own: Sizes, batches: tuple[int, ...], prompt: int) -> Iterator[tuple[str, int, Case]]:
     """Yield each kernel's name, number of tokens and case: of each batch, and of a prompt."""
-    both = route, side_by_side, multiply, mix, fused_layer
+    both = route, side_by_side, output_product, mix, fused_layer
     few = gated, expert_sum, write_and_attend, draw_token
     many = grouped_gated, grouped_product, attend_cached
     for tokens, others in (*((batch, few) for batch in batches), (prompt, many)):
@@ -202,7 +202,7 @@ def side_by_side(own: Sizes, tokens: int) -> Case:
         return jnp.concatenate([matmul(x, StackedWeight(w, layer)) for w in weights], axis=1)
 
     return Case(
-        kernel=lambda layer, x, weights: products.added(products.side_by_side(x, weights, layer)),
+        kernel=lambda layer, x, weights: products.side_by_side(x, weights, layer),
         plain=plain,
         inputs=(normal(tokens, own.config.model.emb_size),),
         weights=[own.stack(f"multi_head_attention/{name}") for name in ("query", "key", "value")],
@@ -210,11 +210,11 @@ def side_by_side(own: Sizes, tokens: int) -> Case:
     )
 
 
-def multiply(own: Sizes, tokens: int) -> Case:
+def output_product(own: Sizes, tokens: int) -> Case:
     """The output product of attention."""
     weight = own.stack("multi_head_attention/linear")
     return Case(
-        kernel=lambda layer, x, weight: experts.multiply(x, weight, layer),
+        kernel=lambda layer, x, weight: products.side_by_side(x, [weight], layer),
         plain=lambda layer, x, weight: matmul(x, StackedWeight(weight, layer)),
         inputs=(normal(tokens, weight.shape[1]),),
         weights=weight,
@@ -227,7 +227,7 @@ def mix(own: Sizes, tokens: int) -> Case:
     gates, index = choices(own, tokens)
 
     def kernel(layer: Any, x: Any, gates: Any, index: Any, weights: Any) -> Any:
-        return experts.mix(x, weights, layer, gates, index)
+        return products.mix(x, weights, layer, gates, index)
 
     def plain(layer: Any, x: Any, gates: Any, index: Any, weights: Any) -> Any:
         params = {n: {"w": StackedWeight(w, layer)} for n, w in zip(MOE, weights, strict=True)}

@@ -30,7 +30,14 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from gpu_kernels import Caches, Case, Sizes, cases  # noqa: E402
 from grok1.execution import Execution  # noqa: E402
 from grok1.kernels import dispatch  # noqa: E402
-from grok1.kernels.gpu.tiles import Ref, axis, interpreted_kernels, load, run_kernel, store  # noqa: E402  # noqa: E402
+from grok1.kernels.gpu.tiles import (  # noqa: E402
+    Ref,
+    interpreted_kernels,
+    load,
+    run_kernel,
+    store,
+    whole,
+)
 from grok1.planning import projection  # noqa: E402
 from grok1.serving.steps import apply_model, new_memory  # noqa: E402
 from limits import Limits, Machine  # noqa: E402
@@ -240,7 +247,7 @@ def small_kernel(x: jax.Array, added: jax.Array | float = 1.0) -> jax.Array:
     """Add a number to x, float32 [128], in a kernel, which the compiler cannot join to another."""
 
     def kernel(x_ref: Ref, added_ref: Ref, out_ref: Ref) -> None:
-        columns = axis(128, 128)
+        columns = whole(128)
         store(out_ref, load(x_ref, columns) + load(added_ref), columns)
 
     arrays = [x, jnp.asarray(added, jnp.float32)]

@@ -253,7 +253,7 @@ def test_importing_the_model_takes_little_time() -> None:
 
 KERNELS = {
     *("attend_cached", "draw_token", "expert_sum", "fused_layer", "gated", "grouped_gated"),
-    *("grouped_product", "mix", "multiply", "route", "side_by_side", "write_and_attend"),
+    *("grouped_product", "mix", "output_product", "route", "side_by_side", "write_and_attend"),
 }
 
 

@@ -22,8 +22,7 @@ from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
 from grok1.kernels.error import KernelError
 from grok1.kernels.gpu import operations as gpu
-from grok1.kernels.gpu.experts import mix, multiply
-from grok1.kernels.gpu.products import side_by_side
+from grok1.kernels.gpu.products import mix, side_by_side
 from grok1.kernels.gpu.tiles import PROCESSORS, interpreted_kernels
 from grok1.ops import cache
 from grok1.ops.quantization import QuantizedWeight8bit
@@ -67,7 +66,7 @@ def relative_error(found, exact):
 def test_products_of_few_and_many_rows_are_exact(rows, inputs, outputs, groups, dtype):
     weight = random_weight((2,), inputs, outputs, groups)
     x = normal(rows, inputs).astype(dtype)
-    y = interpreted(multiply)(x, weight, LAYER)
+    y = interpreted(side_by_side)(x, [weight], LAYER)
     assert y.shape == (rows, outputs) and y.dtype == jnp.float32
     assert relative_error(y, x.astype(np.float64) @ exact_weight(weight)[1]) < 1e-6
 
@@ -111,9 +110,9 @@ def test_product_shapes_that_do_not_fit_are_rejected():
     weight = random_weight((2,), 80, 72, 1)
     for shape in ((0, 80), (3, 81)):
         with pytest.raises(ValueError, match=r"x must be \[\.\.\., M, 80\] with M > 0, got"):
-            multiply(np.zeros(shape, np.float32), weight, LAYER)
+            side_by_side(np.zeros(shape, np.float32), [weight], LAYER)
     with pytest.raises(ValueError, match="x must be bfloat16 or float32, got float16"):
-        multiply(np.zeros((3, 80), np.float16), weight, LAYER)
+        side_by_side(np.zeros((3, 80), np.float16), [weight], LAYER)
     x, weights, *chosen = mixture_shapes(1, layers=2, devices=1)  # 3.2e9 elements of one byte
     with pytest.raises(ValueError, match="between"):
         jax.eval_shape(mix, x, weights, LAYER, *chosen)
@@ -434,7 +433,7 @@ def test_prefill_makes_no_queries_by_positions_array():
 
 def interpret(monkeypatch):
     """Use the GPU kernels on this platform, interpreted."""
-    for name in ("multiply", "mix", "attend_cached", "write_and_attend", "fused_layer"):
+    for name in ("side_by_side", "mix", "attend_cached", "write_and_attend", "fused_layer"):
         monkeypatch.setattr(gpu, name, interpreted_kernels()(getattr(gpu, name)))
     operations = gpu.OPERATIONS._replace(
         attend_cached=gpu.attend_cached, fused_layer=gpu.fused_layer
@@ -509,19 +508,24 @@ def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
     interpret(monkeypatch)
     kernels.load()
     gpu.load.cache_clear()
-    product, attention = gpu.multiply, gpu.write_and_attend
-    monkeypatch.setattr(gpu, "multiply", lambda *arrays: 1.1 * product(*arrays))
+    product, attention = gpu.side_by_side, gpu.write_and_attend
+    monkeypatch.setattr(gpu, "side_by_side", lambda *arrays: 1.1 * product(*arrays))
     with pytest.raises(KernelError, match="^a test product is wrong by 10%$"):
         kernels.load()
-    monkeypatch.setattr(gpu, "multiply", product)
+    monkeypatch.setattr(gpu, "side_by_side", product)
     monkeypatch.setattr(gpu, "write_and_attend", lambda *arrays: (0.8 * attention(*arrays)[0],))
     with pytest.raises(KernelError, match="^test attention is wrong by 20%$"):
         kernels.load()
 
-    def refuse(*_):
-        raise RuntimeError("unknown device\nand more")
+    for error, said in (
+        (RuntimeError("unknown device\nand more"), "unknown device"),
+        (NotImplementedError(), r"NotImplementedError\(\)"),
+    ):
 
-    monkeypatch.setattr(gpu, "multiply", refuse)
-    with pytest.raises(KernelError, match="^unknown device$"):
-        kernels.load()
+        def refuse(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(gpu, "side_by_side", refuse)
+        with pytest.raises(KernelError, match=f"^{said}$"):
+            kernels.load()
     gpu.load.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok1.kernels.gpu import draw as gpu_draw
-from grok1.kernels.gpu.tiles import interpreted_kernels
+from grok1.kernels.gpu.tiles import interpreted_kernels, run_kernel
 from grok1.parallel.sharding import auto
 from grok1.serving.request_limits import LARGEST_BIAS, LARGEST_PENALTY
 from grok1.serving.sampling import (
@@ -226,6 +226,27 @@ def test_sorted_nucleus_is_exact_over_the_full_vocabulary() -> None:
     for row, p in enumerate(settings.nucleus_p):
         kept = np.asarray(ids[row])[np.asarray(probs)[row, 1:] > 0]
         np.testing.assert_array_equal(kept, exact_nucleus(logits[row], p))
+
+
+def test_sorted_draw_is_finite_if_rounding_empties_a_block() -> None:
+    """(b + 1/2) - 1/2 is more than b, so that of the last block found no token is kept."""
+    ulp = 2.0**-52
+    sums = np.array([[1.5 + 3 * ulp, 1.5 + 5 * ulp]])  # before the second block, less than half
+    weights = np.array([[1, 0.5 + 3 * ulp, 0.5, 0.5]])
+    ids = np.arange(4, dtype=np.int32)[None]
+    uniform, nucleus, min_p = np.array([[0.9], [0.5], [0]], np.float32)
+    with jax.enable_x64(True), interpreted_kernels():
+        chosen, probs = run_kernel(
+            functools.partial(gpu_draw._draw_kernel, 2),
+            (1,),
+            [((1, 3), np.int32), ((1, 3), np.float32)],
+            [sums, weights, ids, uniform, nucleus, min_p],
+            name="draw_token",
+            warps=4,
+            stages=1,
+        )
+    assert chosen.tolist() == [[1, 0, 1]]
+    np.testing.assert_allclose(probs, [[1 / 3, 2 / 3, 1 / 3]], rtol=1e-6)
 
 
 def test_min_p_keeps_tokens_by_share_of_the_largest() -> None:

@@ -1,10 +1,10 @@
 """Attention over the cache.
 
 Dimension letters: `B` sequences, `C` sequences of a cache, `T` query positions, `S` positions of a
-cache, `N` query heads, `K` key/value heads, `G` queries per key/value head, `H` head width, `L`
+cache, `K` key/value heads, `G` queries per key/value head, `H` head width (`H'` of values), `L`
 layers, `R` rows of a tile.
 
-The kernel takes the full stack of layers and the index of one, and reads only what is filled.
+The kernel takes all layers and the index of one, and reads only what is filled.
 """
 
 import functools
@@ -18,13 +18,13 @@ from grok1.kernels.gpu.tiles import (
     LEAST_TILE,
     Axis,
     Ref,
-    axis,
-    ceil_div,
     check_addresses,
     load,
     power_of_two,
     run_kernel,
+    span,
     store,
+    whole,
 )
 from grok1.ops.cache import SOFT_CAP, last_seen, mean
 from grok1.ops.quantization import product
@@ -54,8 +54,8 @@ def attend_cached(
     """`cache.attend_cached` in one kernel, which reads only the filled part of a cache.
 
     query [B, T, K, G, H]. keys, values: [L, C, S, K, H], of which `layer` int32 [] is read. All are
-    bfloat16, or float32, which is multiplied without tensor cores. mask: bool, broadcast to
-    [B, T, S]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
+    bfloat16, or float32, which is multiplied without tensor cores. mask: bool [1 or B, 1 or T, S or
+    1]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
     [B], the index of each query's sequence among the C of the cache; None: B = C, in order. Returns
     float32 [B, T, K, G, H], zero where a query sees no key. `layer` and `sequence` must be within
     the cache, which is not checked. last: `cache.last_seen` of the mask.
@@ -121,11 +121,12 @@ def _attention_kernel(
     """Write the results of a tile of the T x G queries of a sequence's key/value head: [R, H']."""
     tile, head, b = (pl.program_id(n) for n in range(3))
     layer, sequence = load(layer_ref), load(sequence_ref, b)
-    own = axis(height, last_ref.shape[1] * group, tile * height)
-    token = own._replace(indices=lax.div(own.indices, jnp.int32(group)))
-    in_group = lax.rem(own.indices, jnp.int32(group))
+    own = span(height, last_ref.shape[1] * group, tile * height)
+    token = own._replace(indices=lax.div(own.indices, group))
+    in_group = lax.rem(own.indices, group)
+    # A row is a token, a key/value head, and a query of its group.
     row = own._replace(indices=(token.indices * keys_ref.shape[3] + head) * group + in_group)
-    column, out_column = (columns(ref.shape[-1]) for ref in (keys_ref, values_ref))
+    column, out_column = (whole(ref.shape[-1], LEAST_TILE) for ref in (keys_ref, values_ref))
     query = load(query_ref, b, row, column)
     reach = jnp.minimum(jnp.max(load(last_ref, b, token)), load(filled_ref, b))
     reach = jnp.minimum(reach, keys_ref.shape[2])
@@ -145,7 +146,7 @@ def _attention_kernel(
         jnp.zeros([height, out_column.indices.size], jnp.float32),
         jnp.zeros([height], jnp.float32),
     )
-    out, total = lax.fori_loop(0, ceil_div(reach, block), add, sums)
+    out, total = lax.fori_loop(0, pl.cdiv(reach, block), add, sums)
     store(out_ref, mean(out, total[:, None]), b, row, out_column)
 
 
@@ -166,8 +167,3 @@ def attend_block(
     weights = jnp.where(seen, jnp.exp(scores), 0.0)
     out = product("rs,sh->rh", weights.astype(value.dtype), value)
     return sums[0] + out, sums[1] + jnp.sum(weights, axis=1)
-
-
-def columns(width: int) -> Axis:
-    """Return the columns of a head, as many as Triton takes."""
-    return axis(power_of_two(width, LEAST_TILE), width)

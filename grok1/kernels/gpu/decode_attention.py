@@ -6,7 +6,6 @@ a tile.
 """
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -14,17 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from grok1.kernels.gpu.attention import attend_block, block_of, check_dtypes, columns
+from grok1.kernels.gpu.attention import attend_block, block_of, check_dtypes
 from grok1.kernels.gpu.tiles import (
     LEAST_TILE,
     Axis,
     Ref,
-    axis,
-    ceil_div,
+    added,
     load,
-    power_of_two,
     run_kernel,
     store,
+    whole,
 )
 from grok1.ops.cache import CacheIndex, mean
 
@@ -43,10 +41,12 @@ def write_and_attend(
 
     heads: [B, N + 2 K, H], each sequence's queries, keys and values, after the rotary embedding.
     keys, values: [L, C, S, K, H] of the same dtype, bfloat16 or float32; updated in place. mask:
-    bool [B, S]. index: without None; must be within the cache, which is not checked.
+    bool [B, S]. index: without None; of each sequence one row is written, or none, if its length is
+    0 or the cache is full. Layer and sequences must be within the cache, which is not checked.
 
-    Returns float32 [B, N, H], zero for a query that sees no key; keys; and values. The blocks of a
-    sequence are distributed to PARTS programs, whose sums are added in the same order in any batch.
+    Returns float32 [B, N, H], zero for a query that sees no key or has length 0; keys; and values.
+    The blocks of a sequence are distributed to PARTS programs, whose sums are added in the same
+    order in any batch.
     Raises ValueError if the dtypes do not fit.
     """
     check_dtypes(heads, keys, values)
@@ -64,13 +64,12 @@ def write_and_attend(
             (values.shape, values.dtype),
         ],
         arrays,
-        aliases={6: 2, 7: 3},
+        aliases={len(arrays) - 2: 2, len(arrays) - 1: 3},
         name="write_and_attend",
         warps=4,
         stages=2,
     )
-    out, total = (functools.reduce(operator.add, each) for each in (out, total[..., None]))
-    return mean(out, total).reshape(batch, -1, width), keys, values
+    return mean(added(out), added(total)[..., None]).reshape(batch, -1, width), keys, values
 
 
 def _decode_kernel(
@@ -95,11 +94,10 @@ def _decode_kernel(
     start, length = load(start_ref, b), load(length_ref, b)
     size, kv_heads, width = keys_ref.shape[2:]
     group = out_ref.shape[3]
-    row, column = axis(power_of_two(group, LEAST_TILE), group), columns(width)
+    row, column = whole(group, LEAST_TILE), whole(width, LEAST_TILE)
     query = load(heads_ref, b, row._replace(indices=head * group + row.indices), column)
     first = kv_heads * group + head
     new_key, new_value = (load(heads_ref, b, n, column) for n in (first, first + kv_heads))
-    # The result of a sequence at rest, with length 0, is not used.
     filled = jnp.where(length > 0, jnp.minimum(start + length, size), 0)
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -112,8 +110,7 @@ def _decode_kernel(
         seen = load(mask_ref, b, Axis(position, position < filled))[None]  # [1, block]
         return attend_block(query, key, value, seen, multiplier, sums)
 
-    blocks = ceil_div(filled, block)
-    own_blocks = ceil_div(jnp.maximum(blocks - part, 0), PARTS)
+    own_blocks = pl.cdiv(jnp.maximum(pl.cdiv(filled, block) - part, 0), PARTS)
     sums = jnp.zeros(query.shape, jnp.float32), jnp.zeros_like(row.indices, jnp.float32)
     out, total = lax.fori_loop(0, own_blocks, add, sums)
     store(out_ref, out, part, b, head, row, column)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from grok1.kernels.gpu.tiles import Axis, Ref, axis, load, power_of_two, run_kernel, store
+from grok1.kernels.gpu.tiles import Axis, Ref, load, run_kernel, span, store, whole
 from grok1.ops.numbers import from_ordered_bits, ordered_bits, uniform_numbers
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def draw_token(
     temperature: jax.Array,
     reported: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`sampling.draw_token` by sorting: another token for a key, with the same probabilities."""
+    """`sampling.draw_token` by sorting: the same probabilities, but not always the same token."""
     batch = len(logits)
     uniform = uniform_numbers(rngs)
     # A token that is not allowed comes last, and becomes NaN.
@@ -99,28 +99,28 @@ def _draw_kernel(
 ) -> None:
     """Write the tokens of one row, the drawn one first, and their probabilities."""
     row, blocks = pl.program_id(0), sums_ref.shape[1]
-    result = axis(power_of_two(chosen_ref.shape[1]), chosen_ref.shape[1])
-    block = axis(power_of_two(blocks), blocks)
+    block, result = whole(blocks), whole(chosen_ref.shape[1])
     nucleus, min_p = load(nucleus_ref, row), load(min_p_ref, row)
     sums = load(sums_ref, row, block)
     before, everything = jnp.cumsum(sums) - sums, jnp.sum(sums)
     mass = jnp.where(nucleus < 1, nucleus.astype(everything.dtype) * everything, jnp.inf)
 
     def kept(before: jax.Array, weights: jax.Array) -> jax.Array:
-        """Which tokens are kept, by the sum of the weights before each: always the first."""
+        """Which tokens are kept, by the sum of the weights before each: always the first of all."""
         return ((before < mass) | (before == 0)) & (weights >= min_p) & (weights > 0)
 
     def tokens_of(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the weights of a block's tokens, and the sums of all weights up to each."""
-        weights = load(weights_ref, row, axis(size, size, number * size))
+        weights = load(weights_ref, row, span(size, size, number * size))
         return weights, jnp.sum(jnp.where(block.indices == number, before, 0)) + jnp.cumsum(weights)
 
     firsts = load(weights_ref, row, block._replace(indices=block.indices * size))
-    last_block = _last(kept(before, firsts))  # that keeps a token
+    last_block = _last(kept(before, firsts))  # with a token that is kept
     weights, ends = tokens_of(last_block)
     in_last = kept(ends - weights, weights)
     count = last_block * size + _count(in_last)  # of tokens kept
-    total = jnp.max(jnp.where(in_last, ends, 0))
+    # Rounding may leave none in this block: then those before it are kept.
+    total = jnp.max(jnp.where(in_last, ends, jnp.min(ends - weights)))
 
     # A token is drawn if the sum of the weights passes this point with it.
     point = load(uniform_ref, row) * total
@@ -136,7 +136,7 @@ def _draw_kernel(
 
 
 def _last(x: jax.Array) -> jax.Array:
-    """Return the index of the last True value, if all come first; 0 if NaN made none True."""
+    """Return the index of the last True value, where all come first; 0 if there is none (NaN)."""
     return jnp.maximum(_count(x) - 1, 0)
 
 

@@ -17,8 +17,7 @@ from jax.typing import DTypeLike
 
 from grok1.kernels.gpu.attention import attend_cached
 from grok1.kernels.gpu.decode_attention import write_and_attend
-from grok1.kernels.gpu.experts import mix, multiply
-from grok1.kernels.gpu.products import added, side_by_side
+from grok1.kernels.gpu.products import mix, side_by_side
 from grok1.kernels.gpu.router import EPSILON, route
 from grok1.ops.cache import write_rows
 from grok1.ops.fused_layer import LayerStep, LayerWeights
@@ -46,12 +45,12 @@ def fused_layer(
     layer, shape = step.memory_index.layer, h.shape
     h = h.reshape(-1, shape[-1])
     x = _normalize(h, weights.rms_norm[layer]).astype(dtype)
-    heads = added(side_by_side(x, [weights.query, weights.key, weights.value], layer))
+    heads = side_by_side(x, [weights.query, weights.key, weights.value], layer)
     heads = heads.reshape(*shape[:2], -1, config.key_size)
     heads = _rotate(heads, step.memory_index.start, caches[0].shape[-2]).astype(dtype)
     attended, caches = _attend(heads, caches, step, config.attn_output_multiplier)
     attended = attended.astype(dtype).reshape(len(h), -1)
-    attended = add(multiply(attended, weights.linear, layer))
+    attended = add(side_by_side(attended, [weights.linear], layer))
 
     norms = weights.rms_norm_1, weights.rms_norm_2
     chosen, valid = config.num_selected_experts, step.valid.reshape(-1)
@@ -87,7 +86,7 @@ def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:
 def _attend(
     heads: jax.Array, caches: Caches, step: LayerStep, multiplier: float
 ) -> tuple[jax.Array, Caches]:
-    """Write the keys and values of heads [B, T, N + 2 K, H], and attend -> [B, T, ...], caches."""
+    """Write the keys and values of heads [B, T, N + 2 K, H], and attend -> [B, ..., H], caches."""
     index, (keys, values), kv_heads = step.memory_index, caches, caches[0].shape[-2]
     if heads.shape[1] == 1:
         new, mask = heads[:, 0], step.mask[:, 0]

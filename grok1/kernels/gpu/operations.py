@@ -10,8 +10,8 @@ from grok1.kernels.error import KernelError
 from grok1.kernels.gpu.attention import attend_cached
 from grok1.kernels.gpu.decode_attention import write_and_attend
 from grok1.kernels.gpu.draw import draw_token
-from grok1.kernels.gpu.experts import mix, multiply
 from grok1.kernels.gpu.layer import fused_layer
+from grok1.kernels.gpu.products import mix, side_by_side
 from grok1.kernels.sorted_experts import is_int8
 from grok1.ops.cache import CacheIndex
 from grok1.ops.mixture import chosen_experts, flat
@@ -28,7 +28,7 @@ from grok1.ops.quantization import (
 
 @functools.cache
 def load() -> None:
-    """Test a product and attention on this device. Raises KernelError if one fails or is wrong."""
+    """Test two of the kernels on this device. Raises KernelError if one fails or is wrong."""
     rng = np.random.default_rng(0)
     steps = rng.integers(-127, 128, [1, 64, 128]).astype(np.int8)
     weight = QuantizedWeight8bit(steps, jnp.full([1, 1, 128], 0.01, jnp.bfloat16))
@@ -38,7 +38,7 @@ def load() -> None:
     cache, mask = jnp.zeros([1, 1, 4, 1, 64], jnp.bfloat16), jnp.ones([1, 4], bool)
     index = CacheIndex(zero, none, none + 1, none)
     try:
-        y = jax.jit(multiply)(x, weight, zero)
+        y = jax.jit(side_by_side)(x, [weight], zero)
         expected = matmul(x, jax.tree.map(lambda w: jnp.asarray(w[0]), weight))
         _check("a test product", y, expected)
         attend = jax.jit(write_and_attend, static_argnums=4)
@@ -46,7 +46,7 @@ def load() -> None:
     except KernelError:
         raise
     except Exception as error:  # a compiler or driver may raise anything
-        raise KernelError(str(error).strip().splitlines()[0]) from error
+        raise KernelError((str(error).strip() or repr(error)).splitlines()[0]) from error
 
 
 def _check(name: str, found: jax.Array, expected: jax.Array) -> None:
@@ -56,8 +56,9 @@ def _check(name: str, found: jax.Array, expected: jax.Array) -> None:
         raise KernelError(f"{name} is wrong by {wrong:.0%}")
 
 
-def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    """`mixture.chosen_experts` for int8 weights."""
+def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+    if not is_int8(params):
+        return chosen_experts(params, x, gates, index)
     gate, value, out = (stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1"))
     weights = gate.stack, value.stack, out.stack
     return mix(flat(x), weights, gate.layer, flat(gates), flat(index)).reshape(x.shape)
@@ -66,12 +67,8 @@ def experts(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -
 def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
     if not (isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight8bit)):
         return matmul(x, weight)
-    y = multiply(x.reshape(-1, x.shape[-1]), weight.stack, weight.layer)
+    y = side_by_side(x.reshape(-1, x.shape[-1]), [weight.stack], weight.layer)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    return (experts if is_int8(params) else chosen_experts)(params, x, gates, index)
 
 
 OPERATIONS = Operations(

@@ -1,12 +1,13 @@
-"""Products with int8 matrices, of which a layer has three kinds.
+"""Products with int8 matrices, and the mixture of experts made of them.
 
-Dimension letters: `M` tokens, `E` experts, `A` experts used per token, `I` inputs, `O` outputs, `J`
-scale groups, `L` layers, `R` rows and `C` columns of a tile, `P` pieces.
+Dimension letters: `M` tokens, `D` model width, `F` width of an expert, `E` experts, `A` experts
+used per token, `I` inputs, `O` outputs, `J` scale groups, `L` layers, `R` rows and `C` columns of a
+tile, `P` pieces.
 
-Weights are stacks of all layers, of which the kernels take the index of one. With few tokens, as in
-a decode step, reading the matrices is what takes time. So a tile holds all tokens, and every
-program multiplies them with its own columns, which are read once, as int8; a matrix that no token
-needs is not read. With many tokens an expert multiplies its own ones, found by a list.
+Weights are stacks of all layers; the kernels take a layer's index. With few tokens, as in a decode
+step, reading the matrices is what takes time. So a tile holds all tokens, and every program
+multiplies them with its own columns, which are read once, as int8; a matrix that no token needs is
+not read. With many tokens each expert multiplies only its own, which a sorted list gives.
 """
 
 import dataclasses
@@ -25,14 +26,15 @@ from grok1.kernels.gpu.tiles import (
     PROCESSORS,
     Axis,
     Ref,
-    axis,
-    ceil_div,
+    added,
     check_addresses,
     load,
     power_of_two,
     run_kernel,
+    span,
     store,
 )
+from grok1.kernels.sorted_experts import sorted_copies
 from grok1.ops.quantization import QuantizedWeight8bit, product
 
 FEW = 64  # tokens, which fit in one tile
@@ -40,9 +42,10 @@ FEW = 64  # tokens, which fit in one tile
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A tile [height, width] of a product of rows with a matrix [I, O] that has J scale groups.
+    """A tile [height, width] of a product of rows with a matrix.
 
-    pieces: P, into which the inputs of each scale group are divided.
+    inputs, outputs, scale_groups: I, O and J of the matrix. pieces: P, into which the inputs of
+    each scale group are divided.
     """
 
     height: int
@@ -59,12 +62,12 @@ class Tile:
 
     @property
     def depth(self) -> int:
-        """Inputs that are multiplied at a time; large tiles leave registers for fewer."""
+        """Inputs that are multiplied at a time: fewer for large tiles, which need the registers."""
         return 64 if self.height <= 64 else 32
 
     def columns(self, number: jax.Array) -> Axis:
         """Return the columns of a tile."""
-        return axis(self.width, self.outputs, number * self.width)
+        return span(self.width, self.outputs, number * self.width)
 
 
 def _tile(x: jax.Array, weight: QuantizedWeight8bit, height: int, width: int) -> Tile:
@@ -111,12 +114,13 @@ def _check_pair(gate: QuantizedWeight8bit, value: QuantizedWeight8bit) -> None:
 def side_by_side(
     x: jax.Array, weights: Sequence[QuantizedWeight8bit], layer: jax.Array
 ) -> jax.Array:
-    """Multiply rows with several matrices; the result is the sum over the first axis.
+    """Return the products of rows with several matrices, float32 [M, sum of O].
 
-    x: bfloat16 or float32 [M, I]. weights: int8 [L, I, O], of which `layer` int32 [] is used; O may
-    differ, I and the number of scale groups not. Returns float32 [J * P, M, sum of O]: if the tiles
-    are too few for all processors, these share the inputs of each. A row's result does not depend
-    on the others. `layer` must be within the stack, which is not checked.
+    x: bfloat16 or float32 [M, I]. weights: int8 [L, I, O], of which `layer` int32 [] is used; they
+    may differ in O, but not in I or J. If the tiles are too few for all processors, these share the
+    inputs of each: the kernel returns P partial sums for each scale group. A row's result does not
+    depend on the other rows, but above FEW on their number. `layer` must be within the stack, which
+    is not checked.
 
     Raises ValueError if shapes or dtypes do not fit, or if a weight takes between 2 and 4 GiB.
     """
@@ -133,19 +137,15 @@ def side_by_side(
     partials = first.scale_groups * pieces
     out = (partials, len(x), sum(tile.outputs for tile in tiles)), jnp.float32
     kernel = functools.partial(_side_by_side_kernel, tiles)
-    return _run(kernel, first, (across, down, partials), out, [layer, x], weights, "side_by_side")
-
-
-def added(partial: jax.Array) -> jax.Array:
-    """Add partial sums, in their order: [partial sums, ...] -> [...]."""
-    return functools.reduce(operator.add, partial)
+    grid = across, down, partials
+    return added(_run(kernel, first, grid, out, [layer, x], weights, "side_by_side"))
 
 
 def _side_by_side_kernel(tiles: Sequence[Tile], layer_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
     """Write a piece's sums of one tile of one matrix: [R, C]."""
     number, down, piece = (pl.program_id(n) for n in range(3))
     layer, height = load(layer_ref), tiles[0].height
-    rows = axis(height, x_ref.shape[0], down * height)
+    rows = span(height, x_ref.shape[0], down * height)
 
     def write(tile: Tile, weight: Sequence[Ref], number: jax.Array, first_column: int) -> None:
         columns = tile.columns(number)
@@ -161,7 +161,33 @@ def _side_by_side_kernel(tiles: Sequence[Tile], layer_ref: Ref, x_ref: Ref, *ref
         number, first_column = number - tile.across, first_column + tile.outputs
 
 
-# --------------------------------------------------------------------------- experts, few tokens
+# ---------------------------------------------------------------------------------------- experts
+
+
+def mix(
+    x: jax.Array,
+    weights: tuple[QuantizedWeight8bit, ...],
+    layer: jax.Array,
+    gates: jax.Array,
+    index: jax.Array,
+) -> jax.Array:
+    """Return `sum_a gates[:, a] * expert_{index[:, a]}(x)` for x [M, D], float32 [M, D].
+
+    weights: int8 [L, E, D, F] twice, gate and value, and [L, E, F, D]. gates: float32 [M, A].
+    index: int32 [M, A], E for a masked token.
+    """
+    (gate, value, out), (tokens, chosen) = weights, index.shape
+    if tokens <= FEW:
+        hidden = gated(x, gate, value, layer, index)
+        return expert_sum(hidden, out, layer, gates, index)
+    copies = sorted_copies(index, gate.shape[1])
+    hidden = grouped_product(x, [gate, value], layer, *copies)
+    y = grouped_product(hidden, [out], layer, *copies).reshape(tokens, chosen, -1)
+    processed = index < gate.shape[1]  # others were not written
+    return jnp.sum(jnp.where(processed[..., None], y * gates[..., None], 0), axis=1)
+
+
+# ---------------------------------------------------------------------------- of few tokens
 
 
 def gated(
@@ -188,13 +214,13 @@ def gated(
 def _gated_kernel(tile: Tile, layer_ref: Ref, index_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
     """Write one tile of one expert: [R, C]."""
     columns, expert = tile.columns(pl.program_id(0)), pl.program_id(1)
-    rows = axis(tile.height, x_ref.shape[0])
+    rows = span(tile.height, x_ref.shape[0])
     factors = Factors((x_ref, *refs[:-1]), (rows,), (load(layer_ref), expert))
 
     @pl.when(_any(_chosen(index_ref, rows, expert)) > 0)
     def _() -> None:
         gate, value = _products(tile, factors, columns)
-        store(refs[-1], _gelu(gate) * value, expert, rows, columns)
+        store(refs[-1], jax.nn.gelu(gate) * value, expert, rows, columns)
 
 
 def expert_sum(
@@ -220,14 +246,14 @@ def _expert_sum_kernel(
 ) -> None:
     """Write one tile of the sum over all experts: [R, C]."""
     columns, layer = tile.columns(pl.program_id(0)), load(layer_ref)
-    rows = axis(tile.height, x_ref.shape[1])
+    rows = span(tile.height, x_ref.shape[1])
 
     def add(expert: jax.Array, total: jax.Array) -> jax.Array:
         chosen = _chosen(index_ref, rows, expert)
         factors = Factors((x_ref, *refs[:-1]), (expert, rows), (layer, expert))
         (out,) = _products(tile, factors, columns, _any(chosen))
         for a, own in enumerate(chosen):
-            gates = load(gates_ref, rows, jnp.int32(a))[:, None]
+            gates = load(gates_ref, rows, a)[:, None]
             total += jnp.where(own[:, None], out * gates, 0)
         return total
 
@@ -236,7 +262,7 @@ def _expert_sum_kernel(
     store(refs[-1], total, rows, columns)
 
 
-# -------------------------------------------------------------------------- experts, many tokens
+# --------------------------------------------------------------------------- of many tokens
 
 
 def grouped_product(
@@ -253,11 +279,12 @@ def grouped_product(
     value -> `gelu(x @ gate) * (x @ value)`, in the dtype of x. order, starts: the copies by expert,
     as returned by `sorted_copies`. What belongs to no expert is not written.
     """
-    _check_pair(weights[0], weights[-1])
+    _check_pair(weights[0], weights[-1])  # the same one, if it is alone
     rows, (_, count, _, outputs) = len(order), weights[0].shape
     height = min(128, power_of_two(pl.cdiv(rows, count), LEAST_TILE))
     tile = _tile(x, weights[0], height, 64 if len(weights) > 1 else 128)
-    tiles = min(rows, (rows + count * (tile.height - 1)) // tile.height)  # of all experts
+    # Of all experts, each of which may have a tile that is partly empty.
+    tiles = min(rows, (rows + count * (tile.height - 1)) // tile.height)
     out = (rows, outputs), jnp.float32 if len(weights) == 1 else x.dtype
     kernel = functools.partial(_grouped_kernel, tile, rows // len(x))
     arrays = layer, order, starts, x
@@ -278,15 +305,16 @@ def _grouped_kernel(
     expert, first, end = _find_expert(tile, starts_ref, number)
     place = first + jnp.arange(tile.height)
     exists = place < end
+    # Beyond the array if it does not exist, for `store`.
     copy = jnp.where(exists, load(order_ref, Axis(place, exists)), order_ref.shape[0])
-    rows = Axis(lax.div(copy, jnp.int32(repeats)), exists)
+    rows = Axis(lax.div(copy, repeats), exists)
     factors = Factors((x_ref, *refs[:-1]), (rows,), (load(layer_ref), expert))
 
     @pl.when(first < end)
     def _() -> None:
         out, *value = _products(tile, factors, columns)
         if value:
-            out = _gelu(out) * value[0]
+            out = jax.nn.gelu(out) * value[0]
         store(refs[-1], out, Axis(copy, exists), columns)
 
 
@@ -298,7 +326,7 @@ def _find_expert(
     def step(e: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         before, *old = found  # tiles of the experts before e
         begin, stop = load(starts_ref, e), load(starts_ref, e + 1)
-        after = before + ceil_div(stop - begin, tile.height)
+        after = before + pl.cdiv(stop - begin, tile.height)
         own = (number >= before) & (number < after)
         new = e, begin + (number - before) * tile.height, stop
         return after, *(jnp.where(own, a, b) for a, b in zip(new, old, strict=True))
@@ -314,8 +342,8 @@ def _find_expert(
 class Factors(NamedTuple):
     """Rows of x and one or two matrices, to be multiplied.
 
-    refs: x [..., M, I]; for each matrix, a weight [..., I, O] and scales [..., J, O]. rows: where
-    the rows are in x. matrix: where the matrices are.
+    refs: x [..., M, I]; for each matrix, a weight [..., I, O] and scales [..., J, O]. rows: the
+    index of the rows in x, without the inputs. matrix: that of the matrices in their stacks.
     """
 
     refs: Sequence[Ref]
@@ -324,11 +352,11 @@ class Factors(NamedTuple):
 
 
 def _products(
-    tile: Tile, factors: Factors, columns: Axis, repeat: jax.Array | int = 1
+    tile: Tile, factors: Factors, columns: Axis, wanted: jax.Array | int = 1
 ) -> list[jax.Array]:
     """Return the product of rows and each matrix, float32 [R, C].
 
-    repeat: 0 to read nothing and return zeros.
+    wanted: 0 to read nothing and return zeros.
     """
 
     def add(piece: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
@@ -336,7 +364,7 @@ def _products(
         return [total + y for total, y in zip(totals, sums, strict=True)]
 
     zeros = [jnp.zeros([tile.height, tile.width], jnp.float32) for _ in factors.refs[1::2]]
-    return lax.fori_loop(0, tile.scale_groups * tile.pieces * repeat, add, zeros)
+    return lax.fori_loop(0, tile.scale_groups * tile.pieces * wanted, add, zeros)
 
 
 def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) -> list[jax.Array]:
@@ -346,7 +374,7 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
     multiplied without tensor cores: accurate, but slow.
     """
     (x_ref, *refs), rows, matrix = factors
-    group = lax.div(piece, jnp.int32(tile.pieces))
+    group = lax.div(piece, tile.pieces)
     inputs = tile.inputs // tile.scale_groups
     length = pl.cdiv(pl.cdiv(inputs, tile.pieces), tile.depth) * tile.depth
     begin = group * inputs + (piece - group * tile.pieces) * length
@@ -359,7 +387,7 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
         weights = [load(ref, *matrix, block, columns).astype(x.dtype) for ref in refs[::2]]
         return [y + product("ri,io->ro", x, w) for y, w in zip(sums, weights, strict=True)]
 
-    blocks = ceil_div(jnp.maximum(stop - begin, 0), tile.depth)
+    blocks = pl.cdiv(jnp.maximum(stop - begin, 0), tile.depth)
     zeros = [jnp.zeros([tile.height, tile.width], jnp.float32) for _ in refs[::2]]
     sums = lax.fori_loop(0, blocks, add, zeros)
     scales = [load(ref, *matrix, group, columns) for ref in refs[1::2]]
@@ -369,14 +397,11 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
 def _chosen(index_ref: Ref, rows: Axis, expert: jax.Array) -> list[jax.Array]:
     """Return for each of the A choices whether it is this expert, of the rows, bool [R]."""
     tokens, count = index_ref.shape
-    rows = Axis(jnp.minimum(rows.indices, tokens - 1))  # those that do not exist change nothing
-    return [load(index_ref, rows, jnp.int32(a)) == expert for a in range(count)]
+    # A row that does not exist repeats the last one: loaded as 0, it would have chosen an expert.
+    rows = Axis(jnp.minimum(rows.indices, tokens - 1))
+    return [load(index_ref, rows, a) == expert for a in range(count)]
 
 
 def _any(chosen: Sequence[jax.Array]) -> jax.Array:
-    """Return 1 if a value is True, else 0."""
+    """Return 1 if a value is True, else 0; Triton has no reduction of bool."""
     return jnp.max(functools.reduce(operator.or_, chosen).astype(jnp.int32))
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)

@@ -2,7 +2,7 @@
 
 Dimension letters: `M` tokens, `D` model width, `E` experts, `A` experts used per token, `L` layers.
 
-Parameters are stacks of all layers, of which the kernels take the index of one.
+Parameters are stacks of all layers; the kernel takes a layer's index.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from grok1.kernels.gpu.tiles import Axis, Ref, axis, load, power_of_two, run_kernel, store
+from grok1.kernels.gpu.tiles import Axis, Ref, load, run_kernel, span, store, whole
 
 EPSILON = 1e-5  # as in model.RMSNorm
 DEPTH = 512  # of the model width, which a program multiplies at a time
@@ -34,7 +34,8 @@ def route(
     False for a masked token. count: A.
 
     Returns the new h; its norm, the experts' input, in `dtype`; gates float32 [M, A], the router's
-    largest probabilities; and their experts int32 [M, A], E for a masked token.
+    largest probabilities; and their experts int32 [M, A], E for a masked token, whose gates are not
+    zero.
     """
     shape = len(h), count
     h, x, gates, index = run_kernel(
@@ -65,7 +66,7 @@ def _route_kernel(
     """Write the rows of one token."""
     token, layer = pl.program_id(0), load(layer_ref)
     width, experts = router_ref.shape[1:]
-    columns, expert = (axis(power_of_two(n), n) for n in (width, experts))
+    columns, expert, choice = (whole(n) for n in (width, experts, gates_out.shape[1]))
     attended_rms = _inverse_rms(load(attended_ref, token, columns), width)
 
     def new_h(columns: Axis) -> jax.Array:
@@ -81,22 +82,16 @@ def _route_kernel(
     def add(i: jax.Array, logits: jax.Array) -> jax.Array:
         # A part of a row cannot be taken out of the whole, which is spread over the threads: it is
         # computed again.
-        part = axis(DEPTH, width, i * DEPTH)
+        part = span(DEPTH, width, i * DEPTH)
         x = new_h(part) * h_rms * load(experts_scale_ref, layer, part)
         return logits + jnp.sum(x[:, None] * load(router_ref, layer, part, expert), axis=0)
 
     logits = jnp.zeros_like(expert.indices, jnp.float32)
     logits = lax.fori_loop(0, pl.cdiv(width, DEPTH), add, logits)
-    probs = _softmax(jnp.where(expert.indices < experts, logits, -jnp.inf))
-    choice = axis(power_of_two(gates_out.shape[1]), gates_out.shape[1])
+    probs = jax.nn.softmax(jnp.where(expert.indices < experts, logits, -jnp.inf))
     gates, index = _largest(probs, choice.indices)
     store(gates_out, gates, token, choice)
     store(index_out, jnp.where(load(valid_ref, token), index, experts), token, choice)
-
-
-def _softmax(x: jax.Array) -> jax.Array:
-    powers = jnp.exp(x - jnp.max(x))
-    return powers / jnp.sum(powers)
 
 
 def _largest(probs: jax.Array, choice: jax.Array) -> tuple[jax.Array, jax.Array]:

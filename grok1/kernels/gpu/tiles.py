@@ -1,12 +1,13 @@
 """What the kernels for NVIDIA GPUs share, in Pallas with its Triton backend."""
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -66,56 +67,63 @@ class Axis(NamedTuple):
     exist: jax.Array | None = None
 
 
-def axis(size: int, end: int, start: jax.Array | int = 0) -> Axis:
-    """Return `size` indices from `start`, a multiple of `size`; those below `end` exist."""
+Place = Axis | jax.Array | int  # along one axis of an array
+
+
+def span(size: int, end: int, start: jax.Array | int = 0) -> Axis:
+    """Return `size` indices from `start`; those below `end` exist.
+
+    start: a multiple of `size`, and below `end`.
+    """
     indices = start + jnp.arange(size, dtype=jnp.int32)
     return Axis(indices, indices < end if end % size else None)
 
 
-def load(ref: Ref, *at: jax.Array | Axis) -> jax.Array:
+def whole(n: int, least: int = 1) -> Axis:
+    """Return the indices below n; more are added, up to `least` and a power of two for Triton."""
+    return span(power_of_two(n, least), n)
+
+
+def load(ref: Ref, *at: Place) -> jax.Array:
     """Load a tile, of the axes among `at`; zero where an index does not exist."""
-    if not at:
-        return plgpu.load(ref)
     index, mask = _index(at)
-    if mask is None:
-        return plgpu.load(ref.at[index])
-    return plgpu.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+    other = None if mask is None else jnp.zeros((), ref.dtype)
+    return plgpu.load(ref.at[index], mask=mask, other=other)
 
 
-def store(ref: Ref, tile: jax.Array, *at: jax.Array | Axis) -> None:
+def store(ref: Ref, tile: jax.Array, *at: Place) -> None:
     """Store a tile of the axes among `at`, where all indices exist, in the dtype of the array.
 
-    The interpreter stores the old value where an index does not exist: it must be beyond the array.
+    The interpreter stores the old value at an index that does not exist, so that this must not be
+    equal to one that does.
     """
     index, mask = _index(at)
     plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
 
 
-def _index(at: Sequence[jax.Array | Axis]) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+def _index(at: Sequence[Place]) -> tuple[tuple[Place, ...], jax.Array | None]:
     """Return an index whose axes are those among `at`, and its mask; None: all exist."""
-    axes = [each for each in at if isinstance(each, Axis)]
+    axes = {n: each for n, each in enumerate(at) if isinstance(each, Axis)}
 
-    def aligned(x: jax.Array, own: Axis) -> jax.Array:
-        return jnp.expand_dims(x, [n for n, each in enumerate(axes) if each is not own])
+    def along(x: jax.Array, own: int) -> jax.Array:
+        return jnp.expand_dims(x, [place for place, n in enumerate(axes) if n != own])
 
-    index = tuple(aligned(each.indices, each) if isinstance(each, Axis) else each for each in at)
-    masks = [aligned(each.exist, each) for each in axes if each.exist is not None]
+    index = tuple(along(axes[n].indices, n) if n in axes else at[n] for n in range(len(at)))
+    masks = [along(each.exist, n) for n, each in axes.items() if each.exist is not None]
     if not masks:
         return index, None
-    mask = masks[0]
-    for other in masks[1:]:
-        mask = mask & other
-    return index, jnp.broadcast_to(mask, [each.indices.size for each in axes])
+    shape = [each.indices.size for each in axes.values()]
+    return index, jnp.broadcast_to(functools.reduce(operator.and_, masks), shape)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
     """Return the smallest power of two >= n and >= `least`, which is one."""
-    return max(least, 1 << (n - 1).bit_length())
+    return max(least, pl.next_power_of_2(n))
 
 
-def ceil_div(n: jax.Array, divisor: int) -> jax.Array:
-    """Divide n >= 0 in a kernel, rounding up; `//` would be several operations there."""
-    return lax.div(n + (divisor - 1), jnp.int32(divisor))
+def added(partial: jax.Array) -> jax.Array:
+    """Add partial sums, in their order: [partial sums, ...] -> [...]."""
+    return functools.reduce(operator.add, partial)
 
 
 def check_addresses(name: str, array: jax.Array) -> None:
