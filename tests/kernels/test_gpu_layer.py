@@ -198,7 +198,10 @@ def test_sequence_alone_attends_as_in_a_batch():
     ],
 )
 def test_a_layer_on_a_mesh_equals_the_modules(mesh, kv_heads, monkeypatch):
-    """In a chunk of many tokens, and single ones: with a pad token, and a slot at rest."""
+    """In a chunk of many tokens, and single ones: with a pad token, and a slot at rest.
+
+    Rows belong to sequences in another order.
+    """
     layer = interpreted_kernels()(fused_layer)
     monkeypatch.setattr(gpu, "OPERATIONS", gpu.OPERATIONS._replace(fused_layer=layer))
     model = TransformerConfig(
@@ -210,6 +213,7 @@ def test_a_layer_on_a_mesh_equals_the_modules(mesh, kv_heads, monkeypatch):
     devices = None if mesh is None else make_mesh(mesh, num_kv_heads=kv_heads)
     tokens = np.random.default_rng(0).integers(1, 64, (4, 42)).astype(np.int32)
     tokens[1, [4, 41]] = 0
+    sequence = np.array([1, 0, 3, 2], np.int32)
     found = []
     for name in ("gpu", "plain"):
         execution = Execution(devices, kernels=name)
@@ -217,9 +221,10 @@ def test_a_layer_on_a_mesh_equals_the_modules(mesh, kv_heads, monkeypatch):
         memory, logits = config.model.init_memory(4, 80, jnp.float32), []
         for chunk in np.split(tokens, [40, 41], axis=1):
             length = np.array([chunk.shape[1]] * 3 + [chunk.shape[1] // 2], np.int32)
-            kernels = str(step.trace(params, chunk, memory, length).jaxpr).count("name=route")
+            arguments = params, chunk, memory, length
+            kernels = str(step.trace(*arguments, sequence=sequence).jaxpr).count("name=route")
             assert kernels == (name == "gpu")
-            output = step(params, chunk, memory, length)
+            output = step(*arguments, sequence=sequence)
             memory = output.model_state
             logits.append(output.logits[:3])
         found.append((np.concatenate(logits, axis=1), memory))
