@@ -15,7 +15,8 @@ constants: what the time model assumes (grok1/planning/projection.py): the secon
 conditional and, with several GPUs, of all-reduces.
 
 The last two are measured with CUDA graphs ("command buffers") for all operations, as run.py asks
-for them, and without. --tiny checks the command on a CPU: small sizes, interpreted kernels.
+for them, and without. --tiny checks the command on a CPU: small sizes, interpreted kernels, and the
+last two once.
 """
 
 import contextlib
@@ -228,7 +229,7 @@ def measure_all(run: Run, output: str) -> int:
     machine["driver"] = driver()
     run.save()
     wrong = []
-    for name in PARTS:
+    for name in (n for n, part in PARTS.items() if part.graphs or not run.tiny):
         found = machine if name == "machine" else run.measure(name)
         report(name, found)
         wrong += failures(name, found)
