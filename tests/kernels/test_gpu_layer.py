@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gpu_kernels
 from grok1.execution import Execution
 from grok1.kernels.gpu import operations as gpu
 from grok1.kernels.gpu.decode_attention import write_and_attend
@@ -22,6 +23,8 @@ from grok1.ops.cache import CacheIndex
 from grok1.parallel.sharding import make_mesh
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
+from random_models import grok_1_rank, random_params
+from runner import with_settings
 from small import choices, dense_gates, exact_attention, exact_weight, normal, random_weight
 
 pytestmark = pytest.mark.filterwarnings(
@@ -230,3 +233,17 @@ def test_a_layer_on_a_mesh_equals_the_modules(mesh, kv_heads, monkeypatch):
         found.append((np.concatenate(logits, axis=1), memory))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         assert relative_error(a, np.asarray(b, np.float64)) < 3e-6
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tokens", [1, 3, 80])
+def test_a_layer_in_the_widths_of_grok_1_equals_the_modules(tokens):
+    """In those of one of eight devices; single tokens of sequences, or the first of a prompt."""
+    config = with_settings(grok_1_rank(1), "bfloat16", 256)
+    own = gpu_kernels.Sizes(config, random_params(config, groups=1), min(tokens, 3), 1)
+    case, caches = gpu_kernels.fused_layer(own, tokens), own.new_caches()
+    arguments = jnp.int32(0), caches, *case.inputs, case.weights
+    plain = jax.jit(case.plain)(*arguments)
+    found, _ = jax.jit(interpreted_kernels()(case.kernel))(*arguments)
+    errors = np.linalg.norm(found - plain, axis=-1) / np.linalg.norm(plain, axis=-1)
+    assert np.median(errors) < 2e-3  # one rounding to bfloat16; single sums may round otherwise
