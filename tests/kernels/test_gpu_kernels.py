@@ -246,6 +246,7 @@ def test_attention_shapes_that_do_not_fit_are_rejected():
         ("do not fit", (query[..., :8], keys, values, mask)),
         ("do not fit", (query, keys[:, :, :, :1], values, mask)),
         ("do not fit", (query, keys, values[:, :, :9], mask)),
+        ("mask must be", (query, keys, values, mask[0])),
         ("all bfloat16 or all float32", (query, keys.view(np.uint16), values, mask)),
     ):
         with pytest.raises(ValueError, match=match):

@@ -63,7 +63,7 @@ def attend_cached(
     Raises ValueError if shapes or dtypes do not fit, or if the mask takes between 2 and 4 GiB.
     """
     batch, queries, kv_heads, group, width = query.shape
-    _check_attention(query, keys, values)
+    _check_attention(query, keys, values, mask)
     mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys.shape[2]))
     check_addresses("a mask", mask)
     if last is None:
@@ -86,13 +86,15 @@ def attend_cached(
     return y.reshape(*query.shape[:-1], -1)
 
 
-def _check_attention(query: jax.Array, keys: jax.Array, values: jax.Array) -> None:
+def _check_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> None:
     """Raise ValueError if the arguments of `attend_cached` do not fit each other."""
     kv_heads, width = query.shape[2], query.shape[-1]
     if keys.shape[:-1] != values.shape[:-1] or keys.shape[-2:] != (kv_heads, width):
         raise ValueError(
             f"queries of shape {query.shape} do not fit caches of {keys.shape} and {values.shape}"
         )
+    if mask.ndim != 3:
+        raise ValueError(f"mask must be [1 or B, 1 or T, S or 1], got shape {mask.shape}")
     check_dtypes(query, keys, values)
 
 

@@ -111,7 +111,7 @@ def _draw_kernel(
 
     def tokens_of(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the weights of a block's tokens, and the sums of all weights up to each."""
-        weights = load(weights_ref, row, span(size, size, number * size))
+        weights = load(weights_ref, row, span(size, weights_ref.shape[1], number * size))
         return weights, jnp.sum(jnp.where(block.indices == number, before, 0)) + jnp.cumsum(weights)
 
     firsts = load(weights_ref, row, block._replace(indices=block.indices * size))
