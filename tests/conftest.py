@@ -39,7 +39,6 @@ OPTIMIZED = {
     "test_hlo",
     "test_memory",
     "test_mixture_rows",
-    "test_plan",
     "test_sampling",
     "test_xla_cpu",
 }

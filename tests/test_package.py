@@ -105,10 +105,19 @@ def test_module_imports_its_own_files(place, installed, elsewhere):
     assert done.stderr.endswith("error: request 1: expected token ids from 0 to 4095, got -1\n")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_wheel_brings_its_dependencies(wheel, elsewhere, tmp_path_factory):
     """Into an empty environment, from the package index."""
     directory = tmp_path_factory.mktemp("empty")
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
     subprocess.run([directory / "bin/pip", "install", "--quiet", wheel], check=True)
     assert re.fullmatch(ANSWER, output(directory / "bin/grok-1", *ASK, where=elsewhere))
+
+
+def test_the_adapter_without_its_harness_names_the_requirements():
+    code = "import sys; sys.modules['lm_eval'] = None; import lm_eval_grok"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True
+    )
+    said = r"error: lm_eval[\w.]* is not installed; run: pip install -r requirements-eval.txt\n"
+    assert done.returncode == 1 and re.fullmatch(said, done.stderr)

@@ -231,7 +231,9 @@ def measure(logits: np.ndarray) -> float:
     return float(logits[-1, 11] - logits[-1, 12])
 
 
-@pytest.mark.parametrize("site", ["hidden_states", "queries"])
+@pytest.mark.parametrize(
+    "site", ["hidden_states", pytest.param("queries", marks=pytest.mark.exhaustive)]
+)
 def test_patch_replaces_one_activation_at_a_time(site: str) -> None:
     server = loaded()
     own = measure(server.inspect(PROMPT, ()).logits)

@@ -38,12 +38,9 @@ def figures(script: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timed
-@pytest.mark.parametrize(
-    "arguments",
-    [pytest.param((), marks=pytest.mark.exhaustive), ("--devices", "8", "--through-buffers")],
-)
+@pytest.mark.parametrize("arguments", [(), ("--devices", "8", "--through-buffers")])
 def test_loading_takes_reading_time_and_little_memory(arguments: tuple[str, ...]) -> None:
     """The original takes 4.3 s for this checkpoint, and unpickles whole files."""
     done = subprocess.run(
@@ -268,7 +265,7 @@ def run_gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_gpu_kernel_is_compared_with_its_plain_form(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "gpu.json"
     done = run_gpu("--tiny", "--output", str(file))

@@ -15,6 +15,8 @@ from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALLING = "python3 -m venv"  # tested by test_package.py
+# Other tests run nearly the same command.
+ALIKE = {"README-The real weights-0", "cli-The command-0"}
 # Output of snippets, as stated in their comments.
 PRINTED = {
     "In a notebook": ("(1, 4, 4096)",),
@@ -33,7 +35,8 @@ def snippets(language: str) -> list[object]:
             for i, text in enumerate(re.findall(rf"```{language}\n(.*?)```", part, re.DOTALL)):
                 if not text.startswith(INSTALLING):
                     name = f"{page.stem}-{heading}-{i}"
-                    found.setdefault(text, pytest.param(heading, text, id=name))
+                    marks = [pytest.mark.exhaustive] if name in ALIKE else []
+                    found.setdefault(text, pytest.param(heading, text, id=name, marks=marks))
     return list(found.values())
 
 

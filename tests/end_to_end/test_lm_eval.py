@@ -1,5 +1,10 @@
-"""The adapter for EleutherAI's evaluation harness, by itself and in the harness."""
+"""The adapter for EleutherAI's evaluation harness, by itself and in the harness.
 
+Before a release: `pip install -r requirements-eval.txt`, then `pytest -m exhaustive`.
+"""
+
+import functools
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -7,11 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import lm_eval_grok
-from lm_eval_grok import GrokLM
 from paths import ROOT
 from runner import Request, load_server
 
+pytestmark = pytest.mark.exhaustive
 DEMO = ROOT / "checkpoints/demo"
 PAIRS = [
     ("Once upon a", " time"),
@@ -23,13 +27,18 @@ TEXTS = ["Once upon a time there was a king.", "A dog", "The king had a daughter
 
 
 @pytest.fixture(scope="module")
+def adapter():
+    return importlib.import_module("lm_eval_grok")
+
+
+@pytest.fixture(scope="module")
 def server():
     return load_server(DEMO, ROOT / "tokenizer.model", slots=3)
 
 
 @pytest.fixture(scope="module")
-def model(server):
-    return GrokLM(server=server)
+def model(adapter, server):
+    return adapter.GrokLM(server=server)
 
 
 def asked(*arguments):
@@ -113,9 +122,9 @@ def test_generate_until_truncates_a_long_context(server, model):
         ({"tokenizer": "nowhere"}, "nowhere: expected a tokenizer, found no such file"),
     ],
 )
-def test_wrong_model_arguments_are_refused(arguments, message):
+def test_wrong_model_arguments_are_refused(arguments, message, adapter):
     with pytest.raises(ValueError, match=message):
-        GrokLM(**{"checkpoint": DEMO, **arguments})
+        adapter.GrokLM(**{"checkpoint": DEMO, **arguments})
 
 
 def test_unknown_generation_settings_are_refused(model):
@@ -147,7 +156,7 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
-def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path, monkeypatch):
+def test_the_harness_evaluates_tasks_with_the_model(adapter, server, tmp_path, monkeypatch):
     documents = [
         {"text": "Once upon a", "choices": [" time", " xylophone"], "answer": 0, "next": "x"},
         {"text": "There was once a", "choices": [" zebra", " king"], "answer": 1, "next": "x"},
@@ -164,15 +173,16 @@ def test_the_harness_evaluates_tasks_with_the_model(server, tmp_path, monkeypatc
     words += ["--batch_size", "2", "--include_path", tmp_path]
     words += ["--tasks", "story_choice,story_next", "--output_path", tmp_path / "out.json"]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    lm_eval_grok.main()
+    adapter.main()
     (file,) = tmp_path.glob("out*.json")
     results = json.loads(file.read_text())["results"]
     assert results["story_choice"]["acc,none"] == pytest.approx(2 / 3)
     assert results["story_next"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-def test_the_harness_reports_a_missing_checkpoint(tmp_path, monkeypatch):
+def test_the_harness_reports_a_missing_checkpoint(adapter, tmp_path, monkeypatch):
     """Without the harness's own index of its tasks, which takes it a quarter of a minute."""
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: GrokLM(checkpoint=tmp_path))
+    evaluate = functools.partial(adapter.GrokLM, checkpoint=tmp_path)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
     with pytest.raises(SystemExit, match=f"^error: {tmp_path}[^\n]*$"):
-        lm_eval_grok.main()
+        adapter.main()

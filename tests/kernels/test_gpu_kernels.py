@@ -444,7 +444,11 @@ def interpret(monkeypatch):
     gpu.load.cache_clear()
 
 
-@pytest.mark.parametrize("capture", [(), ("hidden_states",)], ids=["fused layer", "modules"])
+@pytest.mark.parametrize(
+    "capture",
+    [pytest.param((), marks=pytest.mark.exhaustive), ("hidden_states",)],
+    ids=["fused layer", "modules"],
+)
 def test_model_with_gpu_kernels_equals_the_plain_one(capture, monkeypatch):
     """In chunks of many tokens and of few, which attend to the first, and a token."""
     model = TransformerConfig(
