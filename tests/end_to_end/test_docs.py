@@ -15,8 +15,6 @@ from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INSTALLING = "python3 -m venv"  # tested by test_package.py
-# Other tests run nearly the same command.
-ALIKE = {"README-The real weights-0", "cli-The command-0"}
 # Output of snippets, as stated in their comments.
 PRINTED = {
     "In a notebook": ("(1, 4, 4096)",),
@@ -35,8 +33,7 @@ def snippets(language: str) -> list[object]:
             for i, text in enumerate(re.findall(rf"```{language}\n(.*?)```", part, re.DOTALL)):
                 if not text.startswith(INSTALLING):
                     name = f"{page.stem}-{heading}-{i}"
-                    marks = [pytest.mark.exhaustive] if name in ALIKE else []
-                    found.setdefault(text, pytest.param(heading, text, id=name, marks=marks))
+                    found.setdefault(text, pytest.param(heading, text, id=name))
     return list(found.values())
 
 
@@ -55,6 +52,7 @@ def test_python_snippets_run(
         assert said in f"\n{out}"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("heading", "text"), snippets("sh"))
 def test_shell_snippets_run(heading: str, text: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run.py").symlink_to(ROOT / "run.py")

@@ -515,11 +515,11 @@ def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
     gpu.load.cache_clear()
     product, attention = gpu.side_by_side, gpu.write_and_attend
     monkeypatch.setattr(gpu, "side_by_side", lambda *arrays: 1.1 * product(*arrays))
-    with pytest.raises(KernelError, match="^a test product is wrong by 10%$"):
+    with pytest.raises(KernelError, match="^a test product is wrong by 10.0%$"):
         kernels.load()
     monkeypatch.setattr(gpu, "side_by_side", product)
     monkeypatch.setattr(gpu, "write_and_attend", lambda *arrays: (0.8 * attention(*arrays)[0],))
-    with pytest.raises(KernelError, match="^test attention is wrong by 20%$"):
+    with pytest.raises(KernelError, match="^test attention is wrong by 20.0%$"):
         kernels.load()
 
     for error, said in (

@@ -35,8 +35,8 @@ def block_of(keys: jax.Array) -> int:
 
     A few blocks of keys and values must fit the memory of a processor, 99 KiB on some GPUs.
     """
-    width = power_of_two(keys.shape[-1], LEAST_TILE) * keys.dtype.itemsize
-    return max(LEAST_TILE, min(64, 1 << 14 >> (width - 1).bit_length()))
+    row_bytes = power_of_two(keys.shape[-1], LEAST_TILE) * keys.dtype.itemsize
+    return max(LEAST_TILE, min(64, 2**14 // row_bytes))
 
 
 def attend_cached(
@@ -58,7 +58,7 @@ def attend_cached(
     1]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
     [B], the index of each query's sequence among the C of the cache; None: B = C, in order. Returns
     float32 [B, T, K, G, H], zero where a query sees no key. `layer` and `sequence` must be within
-    the cache, which is not checked. last: `cache.last_seen` of the mask.
+    the cache, which is not checked. last: `cache.last_seen` of the mask, along all S.
 
     Raises ValueError if shapes or dtypes do not fit, or if the mask takes between 2 and 4 GiB.
     """
@@ -133,15 +133,15 @@ def _attention_kernel(
     reach = jnp.minimum(jnp.max(load(last_ref, b, token)), load(filled_ref, b))
     reach = jnp.minimum(reach, keys_ref.shape[2])
     # One mask may be for all sequences, or all queries.
-    masked = jnp.minimum(b, mask_ref.shape[0] - 1)
-    masked_token = token._replace(indices=jnp.minimum(token.indices, mask_ref.shape[1] - 1))
+    mask_row = jnp.minimum(b, mask_ref.shape[0] - 1)
+    mask_token = token._replace(indices=jnp.minimum(token.indices, mask_ref.shape[1] - 1))
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         position = i * block + jnp.arange(block)
         present = Axis(position, position < reach)
         key = load(keys_ref, layer, sequence, present, head, column)
         value = load(values_ref, layer, sequence, present, head, out_column)
-        seen = load(mask_ref, masked, masked_token, present)
+        seen = load(mask_ref, mask_row, mask_token, present)
         return attend_block(query, key, value, seen, multiplier, sums)
 
     sums = (
@@ -162,7 +162,8 @@ def attend_block(
 ) -> tuple[jax.Array, jax.Array]:
     """Add a block of positions to the sums [R, H'] of values and [R] of weights, in a kernel.
 
-    query [R, H], key [block, H], value [block, H'], seen bool [R or 1, block].
+    query [R, H], key [block, H], value [block, H'], seen bool [R or 1, block]. The soft cap bounds
+    the scores, so no maximum need be subtracted from them.
     """
     scores = product("rh,sh->rs", query, key) * multiplier
     scores = SOFT_CAP * jnp.tanh(scores / SOFT_CAP)

@@ -18,10 +18,10 @@ from grok1.kernels.gpu.tiles import (
     LEAST_TILE,
     Axis,
     Ref,
-    added,
     load,
     run_kernel,
     store,
+    sum_in_order,
     whole,
 )
 from grok1.ops.cache import CacheIndex, mean
@@ -41,8 +41,9 @@ def write_and_attend(
 
     heads: [B, N + 2 K, H], each sequence's queries, keys and values, after the rotary embedding.
     keys, values: [L, C, S, K, H] of the same dtype, bfloat16 or float32; updated in place. mask:
-    bool [B, S]. index: without None; of each sequence one row is written, or none, if its length is
-    0 or the cache is full. Layer and sequences must be within the cache, which is not checked.
+    bool [B, S]. index: no field may be None; of each sequence one row is written, or none, if its
+    length is 0 or the cache is full. Layer and sequences must be within the cache, which is not
+    checked.
 
     Returns float32 [B, N, H], zero for a query that sees no key or has length 0; keys; and values.
     The blocks of a sequence are distributed to PARTS programs, whose sums are added in the same
@@ -64,12 +65,13 @@ def write_and_attend(
             (values.shape, values.dtype),
         ],
         arrays,
-        aliases={len(arrays) - 2: 2, len(arrays) - 1: 3},
+        aliases={6: 2, 7: 3},  # the caches
         name="write_and_attend",
         warps=4,
         stages=2,
     )
-    return mean(added(out), added(total)[..., None]).reshape(batch, -1, width), keys, values
+    out = mean(sum_in_order(out), sum_in_order(total)[..., None])
+    return out.reshape(batch, -1, width), keys, values
 
 
 def _decode_kernel(
@@ -102,7 +104,7 @@ def _decode_kernel(
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         position = (part + i * PARTS) * block + jnp.arange(block)
-        # Another program writes the new row to the cache, at any time.
+        # The new row is taken from `heads`: another program writes it to the cache meanwhile.
         old, new = Axis(position, position < jnp.minimum(start, size)), (position == start)[:, None]
         at = layer, sequence, old, head, column
         key = jnp.where(new, new_key[None], load(keys_ref, *at))

@@ -1,4 +1,4 @@
-"""The draw of a token from the sorted vocabulary, which a GPU sorts fast.
+"""Drawing a token by sorting the vocabulary, which a GPU does fast.
 
 Dimension letters: `B` sequences, `V` vocabulary, `N` blocks of it, `S` tokens of a block.
 
@@ -35,7 +35,7 @@ def draw_token(
     """`sampling.draw_token` by sorting: the same probabilities, but not always the same token."""
     batch = len(logits)
     uniform = uniform_numbers(rngs)
-    # A token that is not allowed comes last, and becomes NaN.
+    # In descending order; a token that is not allowed comes last, and becomes NaN.
     order = jnp.where(allowed, ordered_bits(logits), 0)
     inverted, ids = lax.sort((~order, lax.broadcasted_iota(jnp.int32, order.shape, 1)), num_keys=1)
     min_p = jnp.zeros_like(temperature) if settings.min_p is None else settings.min_p
@@ -63,9 +63,9 @@ def draw_token(
 
 
 def _weights(logits: jax.Array, top_k: jax.Array | None, temperature: jax.Array) -> jax.Array:
-    """Return what is proportional to the probabilities of sorted logits [B, V] after top-k.
+    """Return the probabilities of sorted logits [B, V] after top-k, not normalized.
 
-    They are float64 and descending; the first is 1.
+    They are float64 and descending; the first is 1, unless no token is allowed.
     """
     vocabulary = logits.shape[-1]
     limit = jnp.full_like(temperature, vocabulary, jnp.int32)
@@ -106,7 +106,7 @@ def _draw_kernel(
     mass = jnp.where(nucleus < 1, nucleus.astype(everything.dtype) * everything, jnp.inf)
 
     def kept(before: jax.Array, weights: jax.Array) -> jax.Array:
-        """Which tokens are kept, by the sum of the weights before each: always the first of all."""
+        """Which tokens are kept, by the sum of the weights before each: at least the first."""
         return ((before < mass) | (before == 0)) & (weights >= min_p) & (weights > 0)
 
     def tokens_of(number: jax.Array) -> tuple[jax.Array, jax.Array]:

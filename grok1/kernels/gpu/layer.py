@@ -94,11 +94,9 @@ def _attend(
         return out, (keys, values)
     queries = heads.shape[2] - 2 * kv_heads
     query, key, value = jnp.split(heads, [queries, queries + kv_heads], axis=2)
-    layer, start, length, sequence = index
     keys, values = write_rows(keys, key, *index), write_rows(values, value, *index)
     query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
-    filled = start + length
-    out = attend_cached(
-        query, keys, values, step.mask, multiplier, layer, filled, sequence, last=step.last
-    )
+    filled = index.start + index.length
+    where = index.layer, filled, index.sequence
+    out = attend_cached(query, keys, values, step.mask, multiplier, *where, last=step.last)
     return out, (keys, values)

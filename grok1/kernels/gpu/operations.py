@@ -35,6 +35,7 @@ def load() -> None:
     x = jnp.asarray(rng.standard_normal([2, 64]), jnp.bfloat16)
     zero, none = jnp.int32(0), jnp.zeros([1], jnp.int32)
     heads = jnp.asarray(rng.standard_normal([1, 3, 64]), jnp.bfloat16)  # a query, key and value
+    heads = heads.at[0, 0].set(0)  # so that the weight of the only value, 1, is not rounded
     cache, mask = jnp.zeros([1, 1, 4, 1, 64], jnp.bfloat16), jnp.ones([1, 4], bool)
     index = CacheIndex(zero, none, none + 1, none)
     try:
@@ -43,17 +44,15 @@ def load() -> None:
         _check("a test product", y, expected)
         attend = jax.jit(write_and_attend, static_argnums=4)
         _check("test attention", attend(heads, cache, cache, mask, 1.0, index)[0][0], heads[0, 2:])
-    except KernelError:
-        raise
     except Exception as error:  # a compiler or driver may raise anything
         raise KernelError((str(error).strip() or repr(error)).splitlines()[0]) from error
 
 
 def _check(name: str, found: jax.Array, expected: jax.Array) -> None:
     difference = np.asarray(found, np.float32) - np.asarray(expected, np.float32)
-    wrong = np.linalg.norm(difference) / np.linalg.norm(np.asarray(expected, np.float32))
-    if not wrong < 1e-3:
-        raise KernelError(f"{name} is wrong by {wrong:.0%}")
+    error = np.linalg.norm(difference) / np.linalg.norm(np.asarray(expected, np.float32))
+    if not error < 1e-3:
+        raise ArithmeticError(f"{name} is wrong by {error:.1%}")
 
 
 def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:

@@ -26,18 +26,18 @@ from grok1.kernels.gpu.tiles import (
     PROCESSORS,
     Axis,
     Ref,
-    added,
     check_addresses,
     load,
     power_of_two,
     run_kernel,
     span,
     store,
+    sum_in_order,
 )
 from grok1.kernels.sorted_experts import sorted_copies
 from grok1.ops.quantization import QuantizedWeight8bit, product
 
-FEW = 64  # tokens, which fit in one tile
+FEW = 64  # the most tokens that fit in one tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +117,10 @@ def side_by_side(
     """Return the products of rows with several matrices, float32 [M, sum of O].
 
     x: bfloat16 or float32 [M, I]. weights: int8 [L, I, O], of which `layer` int32 [] is used; they
-    may differ in O, but not in I or J. If the tiles are too few for all processors, these share the
-    inputs of each: the kernel returns P partial sums for each scale group. A row's result does not
-    depend on the other rows, but above FEW on their number. `layer` must be within the stack, which
-    is not checked.
+    may differ in O, but not in I or J. If there are fewer tiles than processors, several programs
+    split the inputs of each: the kernel returns P partial sums for each scale group. A row's result
+    does not depend on the other rows, though above FEW it depends on how many there are. `layer`
+    must be within the stack, which is not checked.
 
     Raises ValueError if shapes or dtypes do not fit, or if a weight takes between 2 and 4 GiB.
     """
@@ -130,15 +130,16 @@ def side_by_side(
         raise ValueError("the matrices must have the same number of scale groups")
     first, across = tiles[0], sum(tile.across for tile in tiles)
     down = pl.cdiv(len(x), first.height)
+    groups = first.scale_groups
     # Shorter pieces would write nearly as much as they read.
-    most = pl.cdiv(first.inputs // first.scale_groups, 256)
-    pieces = min(max(1, PROCESSORS // (across * down)), most)
+    most = pl.cdiv(first.inputs // groups, 256)
+    pieces = min(max(1, PROCESSORS // (across * down * groups)), most)
     tiles = [dataclasses.replace(tile, pieces=pieces) for tile in tiles]
-    partials = first.scale_groups * pieces
+    partials = groups * pieces
     out = (partials, len(x), sum(tile.outputs for tile in tiles)), jnp.float32
     kernel = functools.partial(_side_by_side_kernel, tiles)
     grid = across, down, partials
-    return added(_run(kernel, first, grid, out, [layer, x], weights, "side_by_side"))
+    return sum_in_order(_run(kernel, first, grid, out, [layer, x], weights, "side_by_side"))
 
 
 def _side_by_side_kernel(tiles: Sequence[Tile], layer_ref: Ref, x_ref: Ref, *refs: Ref) -> None:
@@ -283,7 +284,7 @@ def grouped_product(
     rows, (_, count, _, outputs) = len(order), weights[0].shape
     height = min(128, power_of_two(pl.cdiv(rows, count), LEAST_TILE))
     tile = _tile(x, weights[0], height, 64 if len(weights) > 1 else 128)
-    # Of all experts, each of which may have a tile that is partly empty.
+    # At most: each expert may have one tile that is partly empty.
     tiles = min(rows, (rows + count * (tile.height - 1)) // tile.height)
     out = (rows, outputs), jnp.float32 if len(weights) == 1 else x.dtype
     kernel = functools.partial(_grouped_kernel, tile, rows // len(x))
@@ -343,7 +344,7 @@ class Factors(NamedTuple):
     """Rows of x and one or two matrices, to be multiplied.
 
     refs: x [..., M, I]; for each matrix, a weight [..., I, O] and scales [..., J, O]. rows: the
-    index of the rows in x, without the inputs. matrix: that of the matrices in their stacks.
+    index of the rows in x, without the inputs. matrix: the index of the matrices in their stacks.
     """
 
     refs: Sequence[Ref]
@@ -359,12 +360,12 @@ def _products(
     wanted: 0 to read nothing and return zeros.
     """
 
-    def add(piece: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
-        sums = _scaled_sums(tile, factors, columns, piece)
+    def add(group: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+        sums = _scaled_sums(tile, factors, columns, group)  # a group is one piece here
         return [total + y for total, y in zip(totals, sums, strict=True)]
 
     zeros = [jnp.zeros([tile.height, tile.width], jnp.float32) for _ in factors.refs[1::2]]
-    return lax.fori_loop(0, tile.scale_groups * tile.pieces * wanted, add, zeros)
+    return lax.fori_loop(0, tile.scale_groups * wanted, add, zeros)
 
 
 def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) -> list[jax.Array]:
@@ -395,7 +396,7 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
 
 
 def _chosen(index_ref: Ref, rows: Axis, expert: jax.Array) -> list[jax.Array]:
-    """Return for each of the A choices whether it is this expert, of the rows, bool [R]."""
+    """Return for each of the A choices which rows chose this expert, bool [R]."""
     tokens, count = index_ref.shape
     # A row that does not exist repeats the last one: loaded as 0, it would have chosen an expert.
     rows = Axis(jnp.minimum(rows.indices, tokens - 1))

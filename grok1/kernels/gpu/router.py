@@ -80,8 +80,7 @@ def _route_kernel(
     store(x_out, h * h_rms * load(experts_scale_ref, layer, columns), token, columns)
 
     def add(i: jax.Array, logits: jax.Array) -> jax.Array:
-        # A part of a row cannot be taken out of the whole, which is spread over the threads: it is
-        # computed again.
+        # Triton cannot slice a tile, which is spread over the threads: the part is computed again.
         part = span(DEPTH, width, i * DEPTH)
         x = new_h(part) * h_rms * load(experts_scale_ref, layer, part)
         return logits + jnp.sum(x[:, None] * load(router_ref, layer, part, expert), axis=0)

@@ -44,9 +44,9 @@ def run_kernel(
 ) -> list[jax.Array]:
     """Run a kernel, once for each place of the grid, on references to arrays and results.
 
-    out: the shape and dtype of each result. warps: of 32 threads, that run a program. stages:
-    blocks of a loop that are loaded at the same time. aliases: the results that take the place of
-    an array, by the number of that array. The results have no derivatives.
+    out: the shape and dtype of each result. warps: of 32 threads each, per program. stages: how
+    many iterations of a loop have their loads in flight at once. aliases: an array's position among
+    `arrays` -> that of the result which reuses its memory. The results have no derivatives.
     """
     call = pl.pallas_call(
         kernel,
@@ -94,8 +94,8 @@ def load(ref: Ref, *at: Place) -> jax.Array:
 def store(ref: Ref, tile: jax.Array, *at: Place) -> None:
     """Store a tile of the axes among `at`, where all indices exist, in the dtype of the array.
 
-    The interpreter stores the old value at an index that does not exist, so that this must not be
-    equal to one that does.
+    The interpreter stores the old value at an index that does not exist, so this must not coincide
+    with one that does.
     """
     index, mask = _index(at)
     plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
@@ -121,16 +121,16 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, pl.next_power_of_2(n))
 
 
-def added(partial: jax.Array) -> jax.Array:
-    """Add partial sums, in their order: [partial sums, ...] -> [...]."""
+def sum_in_order(partial: jax.Array) -> jax.Array:
+    """Add partial sums [P, ...] in the same order for any shape, so that a batch changes no bit."""
     return functools.reduce(operator.add, partial)
 
 
 def check_addresses(name: str, array: jax.Array) -> None:
     """Raise ValueError if Pallas would compute wrong addresses.
 
-    It uses 32-bit offsets up to 4 GiB, which Triton reads as signed. This is wrong only for
-    elements of one byte.
+    For arrays up to 4 GiB it counts elements in 32 bits, which Triton reads as signed. Only arrays
+    of bytes can have more than 2^31 elements in them.
     """
     if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
         raise ValueError(
