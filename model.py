@@ -698,12 +698,14 @@ class Transformer(hk.Module):
 class LanguageModelOutput(NamedTuple):
     """logits: float32 [B, T, V]; model_state: the new Memory, or None when none was given.
 
-    captured: the arrays named by `capture`, None for the others.
+    captured: the arrays named by `capture`, None for the others. last_hidden: [B, T, D], the output
+    of the final norm in the activation dtype, which the table multiplies.
     """
 
     logits: Array
     model_state: Memory | None
     captured: Captured = Captured()
+    last_hidden: Array | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -793,10 +795,10 @@ class LanguageModel(hk.Module):
             h = jnp.take_along_axis(h, last[:, None, None], axis=1)  # [B, 1, D]
         if last_hid_only:
             return h[:, 0]
-        logits = embed.decode(h.astype(config.fprop_dtype)) * config.output_multiplier_scale
-        return LanguageModelOutput(
-            logits, advance(memory, context, layers), Captured(**probe.found)
-        )
+        h = h.astype(config.fprop_dtype)
+        logits = embed.decode(h) * config.output_multiplier_scale
+        state = advance(memory, context, layers)
+        return LanguageModelOutput(logits, state, Captured(**probe.found), h)
 
 
 def _last_valid(valid: Array) -> Array:

@@ -40,8 +40,10 @@ from grok1.parallel.sharding import (
     parameter_specs,
     split_over_hosts,
 )
+from grok1.parameters import EMBEDDINGS, embedding_table
 from grok1.serving import inspecting, scoring
 from grok1.serving.inspecting import Inspection
+from grok1.serving.likely_logits import rounded_table
 from grok1.serving.memory_budget import check_memory
 from grok1.serving.names import nearest_name
 from grok1.serving.pure import pure_function
@@ -62,7 +64,7 @@ from grok1.serving.request_limits import CHUNKS
 from grok1.serving.sampling import SampleOutput, SampleSettings, sample_token, top_p_filter
 from grok1.serving.scheduler import Handle, Phase, Scheduler, Statistics, generate_alone
 from grok1.serving.scoring import TokenScores
-from grok1.serving.steps import EMBEDDINGS, MOST_TOKENS, LoadedModel
+from grok1.serving.steps import MOST_TOKENS, LoadedModel
 from grok1.serving.text import BOS_TOKEN, Vocabulary, load_tokenizer
 from model import LanguageModelConfig, LanguageModelOutput
 
@@ -160,7 +162,8 @@ class ModelRunner:
     def check(self, mesh: Mesh | None) -> None:
         """Raise ValueError if mesh, kernels, checkpoint or memory do not fit; loads no weights."""
         backend.check_settings()
-        for execution in self.executions(mesh):
+        executions = self.executions(mesh)
+        for execution in executions:
             check_execution(self.model, execution)
             dispatch.check(execution.kernels)
             check_router(self.model.model, execution.router)
@@ -168,7 +171,7 @@ class ModelRunner:
         if self.checkpoint_path is not None:
             shapes = checkpoint.shapes_in(self.checkpoint_path, self.model)
             checkpoint.check_files(self.checkpoint_path, shapes)
-        check_memory(self.model, mesh, self.num_slots(mesh), shapes)
+        check_memory(self.model, executions.decode, self.num_slots(mesh), shapes)
 
     def load_or_init(
         self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
@@ -271,6 +274,8 @@ class InferenceRunner:
         model = LoadedModel(
             self.params, self.config, self.executions, self.num_slots, self.pad_sizes
         )
+        rounded = rounded_table(embedding_table(self.params), self.executions.decode)
+        model = model._replace(rounded=rounded)
         self._loaded = model, Scheduler(model)
         self._fixed = frozenset(vars(self))
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from grok1 import backend
 from grok1.ops.quantization import Params
+from grok1.ops.rounded_table import RoundedTable
+from grok1.parameters import embedding_table
 from grok1.planning import projection
 from grok1.planning.accelerators import ACCELERATORS
 from model import LanguageModelConfig
@@ -100,19 +102,28 @@ class Work:
 
 
 def decode_work(
-    config: LanguageModelConfig, params: Params, batch: int, filled: float, experts: float
+    config: LanguageModelConfig,
+    params: Params,
+    batch: int,
+    filled: float,
+    experts: float,
+    rounded: RoundedTable | None = None,
 ) -> Work:
-    """Return the work of a decode step; experts: how many the batch selects, over all layers."""
+    """Return the work of a decode step.
+
+    experts: how many the batch selects, over all layers. rounded: read instead of the table.
+    """
     model = config.model
     each = model.num_layers * model.num_experts
     mixture = sum(_bytes(p) for name, p in params.items() if "/moe/" in name)
     attention = sum(_bytes(p) for name, p in params.items() if "multi_head" in name)
-    table = params["language_model/in_out_embed"]["embeddings"]
+    table = embedding_table(params)
     position = model.num_layers * 2 * model.num_kv_heads * model.key_size
     cache = batch * filled * position * jnp.dtype(config.fprop_dtype).itemsize
     scores = 4 * filled * model.num_layers * model.num_q_heads * model.key_size
     operations = batch * (2 * _matrices(config) + 2 * math.prod(table.shape) + scores)
-    return Work(mixture * experts / each + attention + _bytes(table) + cache, operations)
+    logits = _bytes(table if rounded is None else rounded)
+    return Work(mixture * experts / each + attention + logits + cache, operations)
 
 
 def prefill_operations(config: LanguageModelConfig, tokens: int) -> float:

@@ -59,6 +59,8 @@ from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.execution import fastest  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402
 from grok1.ops.quantization import Params  # noqa: E402
+from grok1.parameters import embedding_table  # noqa: E402
+from grok1.serving.likely_logits import rounded_table  # noqa: E402
 from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import CheckedRequest, Request  # noqa: E402
 from grok1.serving.scheduler import Scheduler  # noqa: E402
@@ -135,6 +137,7 @@ class Form:
     def __init__(self, name: str, config: LanguageModelConfig, params: Params):
         self.name, self.params, self.config = name, params, config
         self.executions = fastest(config, None, compiled=name == "kernels")
+        self.rounded = rounded_table(embedding_table(params), self.executions.decode)
         self.compile_s: dict[str, float] = {}
         self._compiled: dict[tuple[int, int | None], jax.stages.Compiled] = {}
 
@@ -146,6 +149,8 @@ class Form:
             execution = self.executions.decode if chunk is None else self.executions.prefill
             inputs = abstract_inputs(self.config, execution, batch, chunk)
             inputs = jax.tree.map(_shape, self.params), *inputs[1:]
+            if chunk is None:
+                inputs = *inputs, jax.tree.map(_shape, self.rounded)
             began = time.perf_counter()
             lowered = step.lower(*inputs, config=self.config, execution=execution)
             self._compiled[key] = lowered.compile()
@@ -195,7 +200,7 @@ class Form:
         batch = state.slots.drawn.shape[0]
         count = np.int32(self.most_tokens)
         inputs = jax.device_put((np.ones(batch, bool), count, np.array(False)))
-        _, state = self.compiled(batch)(self.params, state, *inputs)
+        _, state = self.compiled(batch)(self.params, state, *inputs, self.rounded)
         return state
 
 
@@ -282,7 +287,8 @@ def measure_decode(
     seconds = {form.name: [s / form.most_tokens for s in whole[form.name]] for form in forms}
     end = fastest.filled(states[fastest.name])
     filled = (PROMPT + fastest.most_tokens + end) / 2
-    work = decode_work(fastest.config, fastest.params, batch, filled, experts)
+    rounded = fastest.rounded if isinstance(fastest, Form) else None
+    work = decode_work(fastest.config, fastest.params, batch, filled, experts, rounded)
     return {"filled": filled, "experts": experts, **_row(seconds, limits, work)}
 
 
@@ -334,7 +340,9 @@ def draw_first_token(options: argparse.Namespace) -> None:
     compile_cache.enable()
     config = make_config(options)
     executions = fastest(config, None, compiled=kernels.available())
-    model = LoadedModel(make_params(options, config), config, executions, 1, [PROMPT])
+    params = make_params(options, config)
+    rounded = rounded_table(embedding_table(params), executions.decode)
+    model = LoadedModel(params, config, executions, 1, [PROMPT], rounded)
     engine = Scheduler(model)
     prompt = random_prompt(config, PROMPT, 0).tolist()
     request = Request(prompt, temperature=0.7, ignore_eos=True, max_len=2)

@@ -1,9 +1,9 @@
-"""Parameter trees of a model: random ones, and float ones rounded to int8."""
+"""Parameter trees of a model: random ones, float ones rounded to int8, and what they hold."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import haiku as hk
 import jax
@@ -17,7 +17,14 @@ from grok1.parallel.sharding import match_rule
 if TYPE_CHECKING:
     from model import LanguageModelConfig
 
+EMBEDDINGS = "language_model/in_out_embed", "embeddings"
 RELEASED_SCALE_GROUPS = 8  # of the matrices whose contracted axis the released mesh split
+
+
+def embedding_table(params: Any) -> Any:
+    """Return the table [V, D] of input and output, or its shape from a tree of shapes."""
+    module, name = EMBEDDINGS
+    return params[module][name]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "quantized"))

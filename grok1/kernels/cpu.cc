@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -453,10 +454,13 @@ void MultiplyEntries(const float* x, int64_t rows, const Element* table, int64_t
   }
 }
 
-template <typename Element>
+inline int64_t EntryTasks(int64_t entries) { return (entries + kEntryTask - 1) / kEntryTask; }
+
+// y [rows, entries] = x @ table^T. Then finish(task) is called for each kEntryTask entries.
+template <typename Element, typename Finish>
 void MultiplyTable(ffi::ThreadPool& pool, const float* x, int64_t rows, const Element* table,
-                   int64_t entries, int64_t width, float* y) {
-  ForEach(pool, (entries + kEntryTask - 1) / kEntryTask, [&](int64_t task) {
+                   int64_t entries, int64_t width, float* y, const Finish& finish) {
+  ForEach(pool, EntryTasks(entries), [&](int64_t task) {
     int64_t end = std::min(entries, (task + 1) * kEntryTask);
     for (int64_t v = task * kEntryTask; v < end; v += kEntries) {
       for (int64_t r = 0; r < rows; r += kTableRows) {
@@ -465,6 +469,7 @@ void MultiplyTable(ffi::ThreadPool& pool, const float* x, int64_t rows, const El
                         y + r * entries + v, entries);
       }
     }
+    finish(task);
   });
 }
 
@@ -479,13 +484,85 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
     return ffi::Error::InvalidArgument("the shapes of a product with a table do not fit");
   }
   auto multiply = [&](auto* elements) {
-    MultiplyTable(pool, x.typed_data(), rows, elements, entries, width, y->typed_data());
+    MultiplyTable(pool, x.typed_data(), rows, elements, entries, width, y->typed_data(),
+                  [](int64_t) {});
     return ffi::Error::Success();
   };
   void* data = table.untyped_data();
   if (table.element_type() == ffi::F32) return multiply(static_cast<const float*>(data));
   if (table.element_type() == ffi::BF16) return multiply(static_cast<const uint16_t*>(data));
   return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
+}
+
+// Replaces logits y [rows, entries], each up to errors[v] times the length of the row of x from
+// exact, by exact ones, where they are or could be among the `count` largest of their row.
+// largest [rows, tasks]: of y less its bound, in each kEntryTask entries.
+void MakeExact(ffi::ThreadPool& pool, const float* x, int64_t rows, const float* table,
+               const float* errors, const float* lengths, int64_t entries, int64_t width,
+               int64_t count, std::vector<float> largest, float* y) {
+  int64_t tasks = EntryTasks(entries);
+  std::vector<float> least(rows, -INFINITY);
+  for (int64_t r = 0; r < rows && count <= tasks; ++r) {
+    // `count` of them are at least as large as this one, and each is of another entry.
+    float* own = largest.data() + r * tasks;
+    std::nth_element(own, own + count - 1, own + tasks, std::greater<float>());
+    least[r] = own[count - 1];
+  }
+  ForEach(pool, tasks, [&](int64_t task) {
+    int64_t end = std::min(entries, (task + 1) * kEntryTask);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* own = y + r * entries;
+      for (int64_t v = task * kEntryTask; v < end; ++v) {
+        if (own[v] + errors[v] * lengths[r] < least[r]) continue;
+        MultiplyEntries(x + r * width, 1, table + v * width, 1, width, false, own + v, entries);
+      }
+    }
+  });
+}
+
+// x float32 [M, D]; table float32 [V, D]; the same rounded: values int16 [V, D], scales float32
+// [V] and errors float32 [V] -> y float32 [M, V], the product with the rounded table; but with the
+// table itself for the entries that are, or could be, among the `count` largest of a row.
+ffi::Error LikelyLogitsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                            ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::S16> values,
+                            ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> errors,
+                            int32_t count, ffi::ResultBuffer<ffi::F32> y) {
+  if (x.dimensions().size() != 2 || table.dimensions().size() != 2) {
+    return ffi::Error::InvalidArgument("expected x [M, D] and a table [V, D]");
+  }
+  int64_t rows = x.dimensions()[0], entries = table.dimensions()[0], width = table.dimensions()[1];
+  auto vocabulary = static_cast<size_t>(entries);
+  bool fits = x.dimensions()[1] == width && values.element_count() == table.element_count() &&
+              scales.element_count() == vocabulary && errors.element_count() == vocabulary &&
+              y->element_count() == static_cast<size_t>(rows * entries) && count >= 1;
+  if (!fits) return ffi::Error::InvalidArgument("the shapes of a rounded table do not fit");
+  int64_t tasks = EntryTasks(entries);
+  std::vector<float> lengths(rows), largest(rows * tasks);
+  for (int64_t r = 0; r < rows; ++r) {
+    double squares = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      squares += static_cast<double>(x.typed_data()[r * width + d]) * x.typed_data()[r * width + d];
+    }
+    lengths[r] = static_cast<float>(std::sqrt(squares));
+  }
+  const float *scale = scales.typed_data(), *error = errors.typed_data();
+  auto finish = [&](int64_t task) {
+    int64_t end = std::min(entries, (task + 1) * kEntryTask);
+    for (int64_t r = 0; r < rows; ++r) {
+      float *own = y->typed_data() + r * entries, most = -INFINITY;
+      for (int64_t v = task * kEntryTask; v < end; ++v) {
+        own[v] *= scale[v];
+        float low = own[v] - error[v] * lengths[r];
+        most = low > most ? low : most;
+      }
+      largest[r * tasks + task] = most;
+    }
+  };
+  MultiplyTable(pool, x.typed_data(), rows, values.typed_data(), entries, width, y->typed_data(),
+                finish);
+  MakeExact(pool, x.typed_data(), rows, table.typed_data(), error, lengths.data(), entries, width,
+            count, std::move(largest), y->typed_data());
+  return ffi::Error::Success();
 }
 
 // ---------------------------------------------------------------------------- decoding's attention
@@ -720,6 +797,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TableProduct, TableProductImpl,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LikelyLogits, LikelyLogitsImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S16>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("count")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Attend, AttendImpl,

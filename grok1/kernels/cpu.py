@@ -12,15 +12,18 @@ from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
 from grok1.ops.derivatives import forward_only
 from grok1.ops.operations import table_product as plain_table_product
 from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight, Weights
+from grok1.ops.rounded_table import RoundedTable
 
 PRODUCT = "grok_1_grouped_product"
 GATED_PRODUCT = "grok_1_gated_product"
 TABLE_PRODUCT = "grok_1_table_product"
+LIKELY_LOGITS = "grok_1_likely_logits"
 ATTEND = "grok_1_attend"
 HANDLERS = {
     PRODUCT: "GroupedProduct",
     GATED_PRODUCT: "GatedProduct",
     TABLE_PRODUCT: "TableProduct",
+    LIKELY_LOGITS: "LikelyLogits",
     ATTEND: "Attend",
 }
 MOST_TABLE_ROWS = 16  # up to which `table_product` is faster than XLA's
@@ -81,6 +84,18 @@ def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
     return _call(TABLE_PRODUCT, shape, x.astype(jnp.float32), table)
+
+
+def likely_logits(x: jax.Array, table: jax.Array, rounded: RoundedTable, count: int) -> jax.Array:
+    """`table_product`, exact for the `count` largest of a row, for the others by the rounded table.
+
+    x, table: float32 [M, D] and [V, D]. The exact ones have the bits of `table_product`.
+
+    Raises KernelError as `load` does.
+    """
+    load()
+    shape = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32)
+    return _call(LIKELY_LOGITS, shape, x, table, *rounded, count=np.int32(count))
 
 
 def attend_one(
@@ -158,4 +173,5 @@ OPERATIONS = xla_cpu.OPERATIONS._replace(
     mixture=_mixture,
     attend_cached=_attend_cached,
     takes_stacked=True,
+    likely_logits=likely_logits,
 )

@@ -94,6 +94,20 @@ inline Lanes Widen(const int8_t* from) {
 #endif
 }
 
+inline Lanes Widen(const int16_t* from) {
+#if defined(__AVX512F__)
+  __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(halves)));
+#elif defined(__AVX2__)
+  __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(halves)));
+#else
+  float wide[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) wide[lane] = from[lane];
+  return Load(wide);
+#endif
+}
+
 inline float FromBfloat16(uint16_t bits) {
   uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
@@ -102,6 +116,7 @@ inline float FromBfloat16(uint16_t bits) {
 }
 
 inline float ToFloat(float value) { return value; }
+inline float ToFloat(int16_t value) { return value; }
 inline float ToFloat(uint16_t bits) { return FromBfloat16(bits); }
 
 inline Lanes Widen(const float* from) { return Load(from); }

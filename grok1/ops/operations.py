@@ -21,6 +21,8 @@ class Operations(NamedTuple):
     cache_dtype: a cache's dtype -> the best dtype of that size for storing it; view: a cache stored
     that way -> its values.
     takes_stacked: whether `matmul` reads a StackedWeight of int8 without slicing it.
+    likely_logits: (x [M, D], table, RoundedTable, count) -> logits [M, V], which are those of
+    `table_product` for the `count` largest of a row; or None, where the table is read instead.
     draw: a form of `sampling.draw_token`, or None.
     fused_layer: a decoder layer with int8 weights and a cache, see kernels/gpu/layer.py; or None:
     by the other operations.
@@ -34,5 +36,6 @@ class Operations(NamedTuple):
     cache_dtype: Callable[[DTypeLike], DTypeLike] = lambda dtype: dtype
     view: Callable[[jax.Array], jax.Array] = lambda cache: cache
     takes_stacked: bool = False
+    likely_logits: Callable[..., jax.Array] | None = None
     draw: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     fused_layer: Callable[..., Any] | None = None

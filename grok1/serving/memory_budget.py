@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
+from grok1.execution import Execution
 from grok1.ops.quantization import Shapes
-from grok1.serving.steps import device_bytes
+from grok1.parameters import embedding_table
+from grok1.serving.likely_logits import rounded_bytes
+from grok1.serving.steps import device_bytes, stored_shapes
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
@@ -42,17 +45,23 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def check_memory(
-    config: LanguageModelConfig, mesh: Mesh | None, num_slots: int, stored: Shapes | None = None
+    config: LanguageModelConfig,
+    execution: Execution,
+    num_slots: int,
+    stored: Shapes | None = None,
 ) -> None:
     """Raise ValueError if a device has less memory than weights and cache take.
 
-    stored: the types of the weights, as in `steps.stored_shapes`.
+    execution: that of decode steps. stored: the types of the weights, as in `stored_shapes`.
     """
+    mesh = execution.mesh
+    assert not isinstance(mesh, AbstractMesh)
     device = local_device(mesh)
     free = free_memory(device)
     if device.platform == "cpu":
         # Virtual devices share the memory of the host, and replicated weights.
         needed, where, more = device_bytes(config, None, num_slots, stored), "here", ""
+        needed += rounded_bytes(embedding_table(stored_shapes(config, stored)), execution)
     else:
         needed, where = device_bytes(config, mesh, num_slots, stored), "on each device"
         more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -264,6 +264,7 @@ class Scheduler:
         self._mesh = model.mesh
         self._config, self._executions = model.config, model.executions
         self._hooks, self._hook_args = model.hooks, model.hook_args
+        self._rounded = model.rounded
         self._num_slots = model.num_slots
         # Parts into which the data axis divides the slots.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
@@ -617,7 +618,8 @@ class Scheduler:
         count = tokens if ready else 1
         running = np.zeros([self._num_slots], bool)
         running[list(decoding)] = True
-        given = running, np.int32(count), np.bool_(self._first_in_line() is not None)
+        waiting = self._first_in_line() is not None
+        given = running, np.int32(count), np.bool_(waiting), self._rounded
         state = self._current()
         found, self._state = self._run(
             with_hooks(decode, self._hooks), self._params, state, *given, hook_args=self._hook_args

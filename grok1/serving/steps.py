@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import haiku as hk
@@ -28,6 +28,7 @@ from grok1.execution import ONE_DEVICE, Execution, Executions
 from grok1.inspection import Captured, HookArgs, SiteHooks, check_hooks
 from grok1.ops.cache import KVMemory, Memory
 from grok1.ops.quantization import Params, Shapes
+from grok1.ops.rounded_table import RoundedTable
 from grok1.parallel.sharding import (
     AnyMesh,
     SpecTree,
@@ -38,7 +39,9 @@ from grok1.parallel.sharding import (
     parameter_specs,
     readable,
 )
+from grok1.parameters import EMBEDDINGS, embedding_table
 from grok1.serving.hooked import Hooks, as_arguments, as_hooks, bind
+from grok1.serving.likely_logits import likely_logits
 from grok1.serving.sampling import (
     Draw,
     SampleOutput,
@@ -60,8 +63,8 @@ class LoadedModel(NamedTuple):
 
     params: shaped as by `stored_shapes`, placed on the mesh. executions: how each kind of step is
     run, all on one mesh. num_slots: B. pad_sizes: the chunk lengths, ascending, for which prefill
-    is compiled. hooks: functions that change activations; hook_args: their additional arguments
-    after layer and array.
+    is compiled. rounded: of the output table, for `decode`; None: it reads the table itself. hooks:
+    functions that change activations; hook_args: their additional arguments after layer and array.
     """
 
     params: Params
@@ -69,6 +72,7 @@ class LoadedModel(NamedTuple):
     executions: Executions
     num_slots: int
     pad_sizes: Sequence[int]
+    rounded: RoundedTable | None = None
     hooks: Hooks = ()
     hook_args: HookArgs = ()
 
@@ -78,7 +82,8 @@ class LoadedModel(NamedTuple):
         checked, arguments = check_hooks(hooks, self.config.model), as_arguments(hook_args, devices)
         needed = bool(checked) or not arguments
         require(needed, "hook_args", "none without hooks", hook_args)
-        return self._replace(hooks=as_hooks(checked), hook_args=arguments)
+        rounded = None if checked else self.rounded
+        return self._replace(hooks=as_hooks(checked), hook_args=arguments, rounded=rounded)
 
     @property
     def mesh(self) -> Mesh | None:
@@ -169,9 +174,6 @@ class PromptScores(NamedTuple):
     top_logprobs: jax.Array | None = None
 
 
-EMBEDDINGS = "language_model/in_out_embed", "embeddings"
-
-
 def stored_shapes(config: LanguageModelConfig, stored: Shapes | None = None) -> Shapes:
     """Return the abstract parameters on the devices, with the embedding in the activation dtype.
 
@@ -227,19 +229,25 @@ def _draw(
     logits: jax.Array,
     slots: Slots,
     drawing: jax.Array,
+    exact: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Slots]:
     """Draw the next token of the slots that are active and `drawing` bool [B] -> `_pack`, slots.
 
-    logits: [B, V]. Other slots are unchanged.
+    logits: [B, V]. exact: tokens int32 [B] -> their logits [B], if those given are not all exact.
+    Other slots are unchanged.
     """
     # Each data shard draws for its own rows: by default, XLA gathered all rows for lax.top_k.
     rows = P(config.model.data_axis)
-    draw = functools.partial(_draw_rows, form=execution.operations.draw)
+    draw = functools.partial(_draw_rows, form=execution.operations.draw, exact=exact)
     return on_shards(draw, execution.mesh, rows, rows)(logits, slots, drawing)
 
 
 def _draw_rows(
-    logits: jax.Array, slots: Slots, drawing: jax.Array, form: Draw | None
+    logits: jax.Array,
+    slots: Slots,
+    drawing: jax.Array,
+    form: Draw | None,
+    exact: Callable[[jax.Array], jax.Array] | None,
 ) -> tuple[jax.Array, Slots]:
     """`_draw` on one device."""
     keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
@@ -249,10 +257,13 @@ def _draw_rows(
     early = (slots.drawn < slots.min_len)[:, None]
     allowed = settings._replace(mask=settings.mask & ~(slots.ends & early), active=active)
     sample = sample_logits(keys, logits, allowed, form)
-    finite = jnp.isfinite(jnp.max(jnp.abs(logits), axis=-1, keepdims=True))  # NaN is the maximum
-    packed = _pack(sample._replace(logprob=jnp.where(finite, sample.logprob, jnp.nan)), drawing)
-
     row, token = jnp.arange(len(logits)), sample.token_id[:, 0]
+    logprob = sample.logprob
+    if exact is not None:
+        logprob += (exact(token) - logits[row, token])[:, None]
+    finite = jnp.isfinite(jnp.max(jnp.abs(logits), axis=-1, keepdims=True))  # NaN is the maximum
+    packed = _pack(sample._replace(logprob=jnp.where(finite, logprob, jnp.nan)), drawing)
+
     drawn = slots.drawn + active
     over = active & (slots.ends[row, token] | (drawn >= slots.limit))
     assert settings.in_answer is not None
@@ -485,6 +496,7 @@ def decode(
     running: jax.Array,
     count: jax.Array,
     until_free: jax.Array,
+    rounded: RoundedTable | None = None,
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
@@ -495,6 +507,7 @@ def decode(
 
     count: int32 [], tokens per slot, up to MOST_TOKENS; fewer if an answer ends.
     until_free: bool [], stop after the first token that ends an answer, as a request is waiting.
+    rounded: as in LoadedModel.
     Returns the drawn tokens, for `unpack`, and the state.
     """
     running &= state.slots.settings.active
@@ -517,8 +530,11 @@ def decode(
         output = apply_model(
             config, execution, own, token, memory, length, hooks=bind(hooks, hook_args)
         )
-        rows = _gather_rows(output.logits, config, execution.mesh)
-        new, slots = _draw(config, execution, rows, slots, drawing)
+        rows, exact = _gather_rows(output.logits, config, execution.mesh), None
+        if rounded is not None:  # XLA then leaves the model's own logits out
+            x, table = output.last_hidden[:, 0], embedding_table(own)
+            rows, exact = likely_logits(config, execution, x, table, rounded, slots)
+        new, slots = _draw(config, execution, rows, slots, drawing, exact)
         state = _placed(State(output.model_state, slots, logits), config, execution.mesh)
         return i + 1, tokens.at[i].set(new), state
 

@@ -16,6 +16,7 @@ from jax import lax
 import reference
 from grok1.kernels import cpu, shared_library, xla_cpu
 from grok1.ops.quantization import QuantizedWeight8bit, matmul, product
+from grok1.ops.rounded_table import RoundedTable, round_table
 from small import exact_attention
 
 LAYERS = 2
@@ -187,6 +188,53 @@ def test_table_product_is_exact(rows, entries, width, dtype):
     # Bitwise independent of other rows.
     alone = jax.jit(cpu.table_product)(x[-1:], table)
     assert np.array_equal(alone[0], y[-1])
+
+
+@pytest.mark.parametrize(("rows", "entries", "width"), [(1, 9000, 40), (3, 21, 17), (16, 9001, 8)])
+def test_likely_logits_are_exact_for_the_largest(rows, entries, width):
+    """Also if the rounded table has them in another order: half of the rows are nearly the same."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    numbers = rng.standard_normal((entries, width))
+    numbers[::2] = 3 * x[0] + 1e-5 * numbers[::2]
+    numbers[-1] = 0
+    table = jnp.asarray(numbers, jnp.float32)
+    rounded = round_table(table)
+    exact = np.asarray(jax.jit(cpu.table_product)(x, table))
+    found = np.asarray(jax.jit(cpu.likely_logits, static_argnums=3)(x, table, rounded, 20))
+    for one, other in zip(exact, found, strict=True):
+        largest = np.argsort(-one, kind="stable")[:20]
+        assert np.array_equal(np.argsort(-other, kind="stable")[:20], largest)
+        assert np.array_equal(one[largest], other[largest])
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    assert np.all(abs(exact - found) <= lengths * rounded.errors)
+    assert np.any(exact != found) == (entries > 9000 // 2)
+    alone = jax.jit(cpu.likely_logits, static_argnums=3)(x[-1:], table, rounded, 20)
+    assert np.array_equal(alone[0], found[-1])
+
+
+def test_likely_logits_allow_for_the_largest_errors():
+    """Of logits 0.1 apart, rounded ones are 5 too large or too small."""
+    rng = np.random.default_rng(5)
+    exact = rng.permutation(9000)
+    errors = np.array([5, *rng.choice([-50, 50], 8999)])
+    errors[exact >= 8990] = -50
+    first = np.arange(16) == 0
+    values = ((exact + errors)[:, None] * first).astype(np.int16)
+    rounded = RoundedTable(values, np.full(9000, 0.1, np.float32), np.full(9000, 5.01, np.float32))
+    table = (0.1 * exact[:, None] * first).astype(np.float32)
+    found = np.asarray(cpu.likely_logits(jnp.eye(1, 16), table, rounded, 20))[0]
+    assert exact[np.argsort(-found)[:20]].tolist() == [*range(8999, 8979, -1)]
+
+
+def test_errors_of_a_rounded_table_are_bounds():
+    """For x along the errors of a row, for which they are largest."""
+    table = np.random.default_rng(4).standard_normal((50, 30)).astype(np.float32)
+    values, scales, errors = map(np.asarray, round_table(table))
+    differences = table - values * scales[:, None].astype(np.float64)
+    largest = np.linalg.norm(differences, axis=-1)
+    assert values.dtype == np.int16 and np.all(abs(values).max(axis=-1) == 2**15 - 1)
+    assert np.all(largest <= errors) and np.all(errors <= 1.4 * largest)
 
 
 # B, S, K, G, H, filled positions of each sequence, dtype
