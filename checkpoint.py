@@ -53,7 +53,7 @@ from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.layout import STACKED, LeafTree, files, read_config
 from grok1.formats.loading import Progress
 from grok1.formats.pickle_file import Array, Leaf, StoredLeaf
-from grok1.ops.quantization import Params, QuantizedWeight8bit, Shapes
+from grok1.ops.quantization import Params, QuantizedWeight, QuantizedWeight8bit, Shapes
 from grok1.parallel.sharding import Shardings
 from grok1.strict_json import Json, read_json
 from model import LanguageModelConfig, grok_1
@@ -176,7 +176,7 @@ def load(
 
 
 def _by_key(
-    tree: Mapping[str, Mapping[str, Item | QuantizedWeight8bit]],
+    tree: Mapping[str, Mapping[str, Item | QuantizedWeight]],
 ) -> dict[loading.Key, Item]:
     """Return the arrays of a parameter tree by module, parameter, and index in the leaf."""
     return {
@@ -193,7 +193,7 @@ def _cast(shapes: Shapes, dtypes: Mapping[str, DTypeLike]) -> Shapes:
     for name, dtype in dtypes.items():
         module, _, param = name.rpartition("/")
         leaf = wanted.get(module, {}).get(param)
-        if leaf is None or isinstance(leaf, QuantizedWeight8bit):
+        if leaf is None or isinstance(leaf, QuantizedWeight):
             raise ValueError(f"dtypes: expected names of float parameters, got {name!r}")
         wanted[module][param] = jax.ShapeDtypeStruct(leaf.shape, dtype)
     return wanted

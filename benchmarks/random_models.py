@@ -8,7 +8,13 @@ import numpy as np
 
 from grok1 import backend
 from grok1.formats.loading import aligned_empty
-from grok1.ops.quantization import Parameter, ParameterShape, Params, QuantizedWeight8bit
+from grok1.ops.quantization import (
+    Parameter,
+    ParameterShape,
+    Params,
+    QuantizedWeight4bit,
+    QuantizedWeight8bit,
+)
 from grok1.serving.steps import stored_shapes
 from model import LanguageModelConfig, TransformerConfig
 
@@ -75,6 +81,7 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Par
                 draw(shape.weight.shape, shape.weight.dtype, path),
                 jnp.full(scales, scale, jnp.bfloat16),
             )
+        assert not isinstance(shape, QuantizedWeight4bit)
         if len(shape.shape) < 2 or "scale" in str(path):
             return jnp.ones(shape.shape, shape.dtype)
         # The router is contracted over its rows, the table over its columns.

@@ -1,4 +1,4 @@
-"""Parameter trees of a model: random ones, float ones rounded to int8, and what they hold."""
+"""Parameter trees of a model: random ones, and their conversion between types of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from grok1.checks import require
-from grok1.ops.quantization import Parameter, Params, QuantizedWeight8bit, dequantize, quantize
+from grok1.ops.quantization import (
+    Parameter,
+    Params,
+    QuantizedWeight,
+    QuantizedWeight4bit,
+    dequantize,
+    quantize,
+)
+from grok1.ops.quantize_4bit import GROUP, quantize_4bit
 from grok1.parallel.sharding import match_rule
 
 if TYPE_CHECKING:
@@ -48,8 +56,10 @@ def quantize_params(config: LanguageModelConfig, params: Params) -> Params:
         spec = match_rule(rules, name)
         if model not in spec or name.endswith("embeddings"):
             return leaf
-        if isinstance(leaf, QuantizedWeight8bit):
-            raise ValueError(f"{name}: expected floats, got int8; dequantize_params converts it")
+        if isinstance(leaf, QuantizedWeight):
+            raise ValueError(
+                f"{name}: expected floats, got integers; dequantize_params converts it"
+            )
         groups, rows = RELEASED_SCALE_GROUPS if spec[-2] == model else 1, leaf.shape[-2]
         require(rows % groups == 0, "num_q_heads * key_size", f"a multiple of {groups}", rows)
         return quantize(leaf, groups)
@@ -60,11 +70,28 @@ def quantize_params(config: LanguageModelConfig, params: Params) -> Params:
     }
 
 
+def quantize_experts(params: Params, group: int = GROUP) -> Params:
+    """Round the matrices of the experts to 4 bits, with a scale for `group` rows of a column.
+
+    All other parameters stay as they are. Raises ValueError if the group is odd, or does not divide
+    the rows of a matrix.
+    """
+
+    def convert(name: str, leaf: Parameter) -> Parameter:
+        expert = "/moe/" in name and not isinstance(leaf, QuantizedWeight4bit)
+        return quantize_4bit(dequantize(leaf), group) if expert else leaf
+
+    return {
+        module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
+        for module, leaves in params.items()
+    }
+
+
 def dequantize_params(params: Params, dtype: DTypeLike = jnp.float32) -> Params:
-    """Return a parameter tree with float matrices in place of the int8 ones."""
+    """Return a parameter tree with float matrices in place of the quantized ones."""
 
     def is_quantized(leaf: object) -> bool:
-        return isinstance(leaf, QuantizedWeight8bit)
+        return isinstance(leaf, QuantizedWeight)
 
     return jax.tree.map(
         lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf,

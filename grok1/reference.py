@@ -26,7 +26,13 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from grok1.ops.quantization import Parameter, Params, QuantizedWeight8bit
+from grok1.ops.quantization import (
+    Parameter,
+    Params,
+    QuantizedWeight,
+    QuantizedWeight4bit,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig, TransformerConfig
@@ -80,13 +86,14 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def dense(x: jax.Array, weight: Parameter, dtype: DTypeLike) -> jax.Array:
-    """`x [..., I] @ weight [I, O]`, x rounded to `dtype`, the weight float or int8."""
+    """`x [..., I] @ weight [I, O]`, x rounded to `dtype`, the weight of any type."""
     x = x.astype(dtype)
-    if not isinstance(weight, QuantizedWeight8bit):
+    if not isinstance(weight, QuantizedWeight):
         return product("...i,io->...o", x, weight.astype(dtype))
     # An int8 is exact in any dtype. The sums of each group of rows are multiplied by its scales.
+    values = unpack(weight.weight) if isinstance(weight, QuantizedWeight4bit) else weight.weight
     groups = len(weight.scales)
-    parts = zip(jnp.split(x, groups, -1), jnp.split(weight.weight, groups), strict=True)
+    parts = zip(jnp.split(x, groups, -1), jnp.split(values, groups), strict=True)
     sums = [product("...i,io->...o", part, rows.astype(dtype)) for part, rows in parts]
     return sum(total * scale for total, scale in zip(sums, weight.scales, strict=True))
 

@@ -21,7 +21,13 @@ import numpy as np
 from grok1.formats import atomic, forms, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.pickle_file import Leaf, StoredLeaf
-from grok1.ops.quantization import ParameterShape, QuantizedWeight8bit, Shapes
+from grok1.ops.quantization import (
+    ParameterShape,
+    QuantizedWeight,
+    QuantizedWeight4bit,
+    Shapes,
+)
+from grok1.ops.quantize_4bit import shape_in_4_bits
 from grok1.strict_json import Json, read_json
 
 STACKED = "transformer/decoder_layer/"
@@ -63,8 +69,8 @@ def read_config(directory: Directory) -> dict[str, Json] | None:
 def files(shapes: LeafTree) -> list[TensorFile]:
     """List the files of a checkpoint in the order of their numbers.
 
-    shapes: {module: {param: leaf}}, a leaf being a jax.ShapeDtypeStruct or a QuantizedWeight8bit
-        of two (int8 weight, bfloat16 scales); stacked [L, ...] under `transformer/decoder_layer/`.
+    shapes: {module: {param: leaf}}, a leaf being a jax.ShapeDtypeStruct or a QuantizedWeight of
+        two (int8 weight, bfloat16 scales); stacked [L, ...] under `transformer/decoder_layer/`.
 
     Raises ValueError if the stacked leaves differ in L, or the layout does not support a leaf.
     """
@@ -123,7 +129,7 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[StoredL
 
 
 def shapes_in(directory: Directory, shapes: Shapes) -> Shapes:
-    """Return `shapes` with the types that parameters have in DIR: int8 with scales, or floats.
+    """Return `shapes` with the types that parameters have in DIR: integers with scales, or floats.
 
     Reads one file of each parameter. An invalid file is ignored here; `check_files` reports it.
     """
@@ -155,17 +161,28 @@ def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Leaf
 
 
 def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[LeafKey, StoredLeaf]:
-    """Return {(module, param): array} of the records that are stored as one array, of floats."""
+    """Return {(module, param): leaf} of the records that are stored as floats, or with 4 bits."""
     found: dict[LeafKey, StoredLeaf] = {}
     for file, members in safetensors.layout(records).items():
         with contextlib.suppress(CheckpointError):
             arrays = safetensors.arrays_in(os.path.join(directory, file))
-            found |= {(r.module, r.param): arrays[r.name] for r in members if r.name in arrays}
+            for record in members:
+                key, name = (record.module, record.param), record.name
+                pair = [
+                    arrays.get(f"{name}/{kind}") for kind in (safetensors.INT4, safetensors.SCALES)
+                ]
+                if name in arrays:
+                    found[key] = arrays[name]
+                elif all(pair):
+                    found[key] = QuantizedWeight4bit(*pair)
     return found
 
 
 def _retyped(leaf: ParameterShape, stored: StoredLeaf | None) -> ParameterShape:
-    """Return a leaf [L, ...] or [...] with the dtype of a stored one, if that is a float array."""
+    """Return a leaf [L, ...] or [...] of the type of a stored one, if that is 4 bits or floats."""
+    if isinstance(stored, QuantizedWeight4bit):
+        groups = stored.scales.shape[-2] if len(stored.scales.shape) > 1 else 0
+        return shape_in_4_bits(leaf.shape, groups) or leaf
     if not isinstance(stored, pickle_file.Located) or stored.dtype not in FLOATS:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, np.dtype(stored.dtype))
@@ -237,10 +254,10 @@ def _read_header(folder: str, record: TensorFile) -> StoredLeaf:
     if got == expected:
         place = functools.partial(dataclasses.replace, path=path, stamp=stamp)
         return jax.tree.map(place, leaf)
-    int8 = isinstance(record.leaf, QuantizedWeight8bit)
-    if int8 and not isinstance(leaf, QuantizedWeight8bit) and "float" in leaf.dtype:
+    int8 = isinstance(record.leaf, QuantizedWeight)
+    if int8 and not isinstance(leaf, QuantizedWeight) and "float" in leaf.dtype:
         remedy = "it is not quantized: save all files in one type, or load what shapes_in finds"
-    elif isinstance(leaf, QuantizedWeight8bit) and not int8:
+    elif isinstance(leaf, QuantizedWeight) and not int8:
         remedy = "it is quantized: save all files in one type, or load what shapes_in finds"
     elif "-" in got:
         remedy = "save it again, little-endian and in C order"

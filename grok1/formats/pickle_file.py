@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from grok1.formats.atomic import FileVersion, Piece
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight, QuantizedWeight4bit, QuantizedWeight8bit
 
 # A file of the layout has at most 131 opcodes. The limit bounds the time and memory that a hostile
 # file can take: an opcode reads at most 255 bytes and makes at most one value.
@@ -64,8 +64,8 @@ class Located:
 
 # What has a shape and a dtype; what a file holds, and where it holds it.
 Array = Located | jax.ShapeDtypeStruct | jax.Array | np.ndarray
-Leaf = Array | QuantizedWeight8bit
-StoredLeaf = Located | QuantizedWeight8bit
+Leaf = Array | QuantizedWeight
+StoredLeaf = Located | QuantizedWeight
 
 
 def read_header(file: BinaryIO, size: int) -> StoredLeaf:
@@ -98,13 +98,20 @@ def join(leaf: Leaf, arrays: Iterable[Iterable[np.ndarray]]) -> Iterator[Piece]:
 
 
 def file_size(leaf: Leaf) -> int:
-    """Return the exact length in bytes of the file of a leaf, as `contents` writes it."""
+    """Return the exact length in bytes of the file of a leaf, as `contents` writes it.
+
+    It is 0 for a matrix of 4 bits, which only the safetensors form can hold.
+    """
+    if isinstance(leaf, QuantizedWeight4bit):
+        return 0
     header = sum(len(piece) for piece in _header(leaf) if piece is not None)
     return header + sum(map(nbytes, _arrays(leaf)))
 
 
 def describe(leaf: Leaf) -> str:
     """Describe a leaf for errors, "float32 [6144, 8]"; equal leaves have equal descriptions."""
+    if isinstance(leaf, QuantizedWeight4bit):
+        return f"4-bit {list(leaf.shape)} with scales {describe(leaf.scales)}"
     if isinstance(leaf, QuantizedWeight8bit):
         return f"quantized {describe(leaf.weight)} with scales {describe(leaf.scales)}"
     return f"{leaf.dtype} {list(leaf.shape)}"
@@ -119,7 +126,7 @@ def check(name: str, leaf: Leaf) -> None:
     """Raise ValueError, with the name, if the layout does not support a leaf."""
     arrays = _arrays(leaf)
     dtypes = [np.dtype(array.dtype) for array in arrays]
-    if isinstance(leaf, QuantizedWeight8bit):
+    if isinstance(leaf, QuantizedWeight):
         known = dtypes == [np.dtype(np.int8), np.dtype(ml_dtypes.bfloat16)]
     else:
         known = dtypes[0] in _DTYPES.values()
@@ -131,7 +138,7 @@ def check(name: str, leaf: Leaf) -> None:
 
 
 def _arrays(leaf: Leaf) -> list[Array]:
-    return [leaf.weight, leaf.scales] if isinstance(leaf, QuantizedWeight8bit) else [leaf]
+    return [leaf.weight, leaf.scales] if isinstance(leaf, QuantizedWeight) else [leaf]
 
 
 def _header(leaf: Leaf) -> list[bytes | None]:
@@ -238,6 +245,7 @@ def _unparse(leaf: Leaf) -> _Object:
     if isinstance(leaf, QuantizedWeight8bit):
         items = ("weight", _unparse(leaf.weight), "scales", _unparse(leaf.scales))
         return _Object(_Global.QUANTIZED, (), _Object(state=items))
+    assert not isinstance(leaf, QuantizedWeight4bit)
     dtype = np.dtype(leaf.dtype)
     code = next(code for code in _DTYPES if _DTYPES[code] == dtype)
     layout = (2, 2, 64) if code is _Global.BFLOAT16 else (-1, -1, 0)

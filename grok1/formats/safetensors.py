@@ -8,7 +8,8 @@ parameters outside the layers; and the index `model.safetensors.index.json`:
      "checksums": {tensor: "sha256:" and 64 hexadecimal digits}}
 
 A tensor is named like the released parameter, `transformer/decoder_layer_0/rms_norm/scale`; an int8
-matrix is two tensors, `.../w/weight` and `.../w/scales`. Values are stored as they were released. A
+matrix is two tensors, `.../w/weight` and `.../w/scales`. A matrix of 4 bits has `.../w/int4` in
+place of the first, in bytes as in a QuantizedWeight4bit. Other values are stored as released. A
 file consists of the header's length in eight bytes, little-endian; the header, in JSON; and the
 values of its tensors, without gap or overlap. Files are read with read calls, not with the
 safetensors library, which maps them: if a mapped file is truncated, the process is killed.
@@ -30,10 +31,11 @@ from grok1.formats import atomic, forms, pickle_file
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.pickle_file import Array, Leaf, Located, StoredLeaf
 from grok1.formats.values import read_pieces
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight, QuantizedWeight4bit
 from grok1.strict_json import Json, read_json
 
 OUTER = "outer.safetensors"
+INT4, SCALES = "int4", "scales"  # tensors of a matrix
 _FORMAT = "grok-1-jax/1"
 # Grok-1's index has 0.4 MB and its headers 3 kB. The limits are for hostile files.
 _MAX_INDEX_BYTES = 4 << 20
@@ -83,9 +85,10 @@ def tensors(record: TensorFile, leaf: StoredLeaf) -> dict[str, Located]: ...
 def tensors(record: TensorFile, leaf: Leaf | None = None) -> Mapping[str, Array]:
     """Return {name: array} for a parameter's leaf; by default `record.leaf`."""
     leaf = record.leaf if leaf is None else leaf
-    if isinstance(leaf, QuantizedWeight8bit):
-        return {f"{record.name}/weight": leaf.weight, f"{record.name}/scales": leaf.scales}
-    return {record.name: leaf}
+    if not isinstance(leaf, QuantizedWeight):
+        return {record.name: leaf}
+    kind = INT4 if isinstance(leaf, QuantizedWeight4bit) else "weight"
+    return {f"{record.name}/{kind}": leaf.weight, f"{record.name}/{SCALES}": leaf.scales}
 
 
 def layout(records: Iterable[TensorFile]) -> dict[str, list[TensorFile]]:
@@ -167,7 +170,7 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[StoredL
     """Check the index, and the sizes and headers of all files of DIR.
 
     Returns the location of each parameter's arrays, in the order of `records`: a
-    Located, or a QuantizedWeight8bit of two. Raises CheckpointError.
+    Located, or a QuantizedWeight of two. Raises CheckpointError.
     """
     files = layout(records)
     _check_index(os.path.join(directory, forms.INDEX), read_index(directory), files)

@@ -1,11 +1,12 @@
-"""Int8 weights with group scales, and the one matrix product that takes float or int8 weights.
+"""Weights of 8 or 4 bits with group scales, and the one matrix product for weights of all types.
 
 Dimension letters: `I` in (contracted) width, `O` out width, `J` scale groups along `I`.
 
-A quantized matrix stands for `weight[i, o] * scales[i // (I / J), o]`: one scale per output column,
+A quantized matrix stands for `values[i, o] * scales[i // (I / J), o]`: one scale per output column,
 and along the contracted axis one per group of `I / J` consecutive rows. Grok-1 has one group for
 most matrices, and eight for the two whose contracted axis its mesh splits (the attention's output
 projection and the experts' `linear_1`). The number of groups does not depend on the mesh in use.
+Integers of 4 bits need more groups, one for 32 to 128 rows.
 """
 
 import dataclasses
@@ -40,12 +41,35 @@ class QuantizedWeight8bit:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class QuantizedWeight4bit:
+    """A matrix of integers from -8 to 7, two in a byte, and its scales, which may be negative.
+
+    weight: int8 [..., I / 2, O]; byte [i, o] holds row 2 i in its low four bits and row 2 i + 1 in
+    its high ones, both as two's complement. In NumPy, the values int8 [..., I, O] are
+
+        np.stack([weight << 4 >> 4, weight >> 4], axis=-2).reshape(*lead, -1, columns)
+
+    scales: bfloat16 [..., J, O]; J divides I.
+    """
+
+    weight: Any  # as in a QuantizedWeight8bit
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix that it stands for, [..., I, O]."""
+        *lead, half, columns = self.weight.shape
+        return (*lead, 2 * half, columns)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StackedWeight:
     """The weight of one layer, stored in the stack of all layers; usable as a Haiku parameter.
 
     For loops and kernels that read a part of it: slicing a layer out first would copy it.
 
-    stack: [L, ...], float or QuantizedWeight8bit. layer: int32 [], its index.
+    stack: [L, ...], of any type. layer: int32 [], its index.
     """
 
     stack: Any  # or a spec, as in a QuantizedWeight8bit
@@ -62,8 +86,9 @@ class StackedWeight:
         return jax.tree.map(take, self.stack)
 
 
-Parameter = jax.Array | QuantizedWeight8bit
-ParameterShape = jax.ShapeDtypeStruct | QuantizedWeight8bit
+QuantizedWeight = QuantizedWeight8bit | QuantizedWeight4bit
+Parameter = jax.Array | QuantizedWeight
+ParameterShape = jax.ShapeDtypeStruct | QuantizedWeight
 Weight = Parameter | StackedWeight  # as a layer uses it
 
 # Trees {module: {name: leaf}}.
@@ -118,13 +143,22 @@ def quantize(weight: jax.Array, groups: int = 1) -> QuantizedWeight8bit:
     )
 
 
+def unpack(weight: jax.Array) -> jax.Array:
+    """Return the values of a QuantizedWeight4bit's bytes [..., I / 2, O], int8 [..., I, O]."""
+    *lead, half, columns = weight.shape
+    pair = jnp.stack([weight << 4 >> 4, weight >> 4], axis=-2)
+    return pair.reshape(*lead, 2 * half, columns)
+
+
 def dequantize(weight: Parameter, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Return the matrix [..., I, O] that a float or int8 weight stands for, in `dtype`."""
-    if not isinstance(weight, QuantizedWeight8bit):
+    """Return the matrix [..., I, O] that a weight stands for, in `dtype`."""
+    if not isinstance(weight, QuantizedWeight):
         return weight.astype(dtype)
     *lead, rows, columns = weight.shape
     groups = weight.scales.shape[-2]
-    grouped = weight.weight.astype(jnp.float32).reshape(*lead, groups, rows // groups, columns)
+    four = isinstance(weight, QuantizedWeight4bit)
+    values = unpack(weight.weight) if four else weight.weight
+    grouped = values.astype(jnp.float32).reshape(*lead, groups, rows // groups, columns)
     scaled = grouped * weight.scales.astype(jnp.float32)[..., :, None, :]
     return scaled.reshape(weight.shape).astype(dtype)
 
@@ -139,15 +173,17 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """`x [..., I] @ weight [I, O]`, float32 [..., O], for a float, int8 or stacked weight.
+    """`x [..., I] @ weight [I, O]`, float32 [..., O], for a weight of any type.
 
     The weight is converted to the dtype of `x`, in which int8 is exact. In bfloat16 the scales
     multiply the float32 partial sums of each group, since scaled inputs would be rounded. In
-    float32 an int8 times its scale is exact, and one product of scaled weights is faster than one
-    per group.
+    float32 an integer times its scale is exact, and one product of scaled weights is faster than
+    one per group; 4 bits have so many groups that they are always multiplied in float32.
     """
     if isinstance(weight, StackedWeight):
         return matmul(x, weight.sliced())
+    if isinstance(weight, QuantizedWeight4bit):
+        return product("...i,io->...o", x.astype(jnp.float32), dequantize(weight))
     if not isinstance(weight, QuantizedWeight8bit):
         return product("...i,io->...o", x, weight.astype(x.dtype))
     rows, columns = weight.shape
@@ -172,11 +208,13 @@ def split_groups(weight: Parameter, parts: int) -> Parameter:
     device scales its own partial sums. Released weights (8 groups) on 1, 2, 4 or 8 parts are
     returned unchanged.
     """
-    if not isinstance(weight, QuantizedWeight8bit) or weight.scales.shape[-2] % parts == 0:
+    if not isinstance(weight, QuantizedWeight) or weight.scales.shape[-2] % parts == 0:
         return weight
     rows, groups = weight.shape[-2], weight.scales.shape[-2]
     wanted = groups * parts // math.gcd(groups, parts)
-    if rows % wanted:
+    # Two rows that share a byte stay together.
+    together = 2 if isinstance(weight, QuantizedWeight4bit) else 1
+    if rows % (wanted * together):
         raise ValueError(f"{rows} rows in {groups} scale groups cannot be split in {parts} parts")
     scales = jnp.repeat(weight.scales, wanted // groups, axis=-2)
-    return QuantizedWeight8bit(weight.weight, scales)
+    return dataclasses.replace(weight, scales=scales)

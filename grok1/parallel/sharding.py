@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.ops.quantization import (
     ParameterShape,
-    QuantizedWeight8bit,
+    QuantizedWeight,
     Shapes,
     StackedWeight,
     split_groups,
@@ -42,8 +42,8 @@ AnyMesh = Mesh | AbstractMesh
 Rules = Sequence[tuple[str, P]]
 SpecTree = Any  # PartitionSpecs in the structure of what they are for
 # Of a parameter tree; for a quantized weight, those of its two arrays.
-Specs = Mapping[str, Mapping[str, P | QuantizedWeight8bit]]
-Shardings = Mapping[str, Mapping[str, jax.sharding.Sharding | QuantizedWeight8bit]]
+Specs = Mapping[str, Mapping[str, P | QuantizedWeight]]
+Shardings = Mapping[str, Mapping[str, jax.sharding.Sharding | QuantizedWeight]]
 
 
 def make_mesh(
@@ -253,7 +253,7 @@ def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, SpecT
     if isinstance(weight, StackedWeight):
         stack, specs = local_groups(weight.stack, P(None, *spec), mesh)
         return StackedWeight(stack, weight.layer), StackedWeight(specs, P())
-    if not isinstance(weight, QuantizedWeight8bit):
+    if not isinstance(weight, QuantizedWeight):
         return weight, spec
     rows = spec[-2]
     # The released scale groups, with several devices per key/value head: these devices share one
@@ -261,7 +261,7 @@ def local_groups(weight: Any, spec: P, mesh: AnyMesh | None) -> tuple[Any, SpecT
     first = rows[0] if isinstance(rows, tuple) else rows
     if weight.scales.shape[-2] != axis_size(mesh, first):
         weight = split_groups(weight, axis_size(mesh, rows))
-    return weight, QuantizedWeight8bit(spec, scales_spec(spec, weight.scales.shape, mesh))
+    return weight, type(weight)(spec, scales_spec(spec, weight.scales.shape, mesh))
 
 
 def parameter_specs(shapes: Shapes, rules: Rules, mesh: AnyMesh | None = None) -> Specs:
@@ -271,12 +271,12 @@ def parameter_specs(shapes: Shapes, rules: Rules, mesh: AnyMesh | None = None) -
     are split as in `scales_spec`; without a mesh, as if their groups could be split like the rows.
     """
 
-    def of(name: str, leaf: ParameterShape) -> P | QuantizedWeight8bit:
+    def of(name: str, leaf: ParameterShape) -> P | QuantizedWeight:
         rule = match_rule(rules, name)
         spec = P(*(None,) * (len(leaf.shape) - len(rule)), *rule)
-        if not isinstance(leaf, QuantizedWeight8bit):
+        if not isinstance(leaf, QuantizedWeight):
             return spec
-        return QuantizedWeight8bit(spec, scales_spec(spec, leaf.scales.shape, mesh))
+        return type(leaf)(spec, scales_spec(spec, leaf.scales.shape, mesh))
 
     return {
         module: {name: of(f"{module}/{name}", leaf) for name, leaf in leaves.items()}

@@ -14,7 +14,7 @@ import jax
 
 from grok1.formats import layout
 from grok1.formats.pickle_file import nbytes
-from grok1.ops.quantization import QuantizedWeight8bit, Shapes
+from grok1.ops.quantization import QuantizedWeight, Shapes
 from grok1.parallel.sharding import (
     AnyMesh,
     SpecTree,
@@ -52,7 +52,7 @@ def by_kind(tree: Shapes, size: Callable[[jax.ShapeDtypeStruct], int]) -> dict[s
     sizes = dict.fromkeys(KINDS, 0)
     for module, leaves in tree.items():
         for leaf in leaves.values():
-            if isinstance(leaf, QuantizedWeight8bit):
+            if isinstance(leaf, QuantizedWeight):
                 sizes["scales"] += size(leaf.scales)
                 leaf = leaf.weight
             sizes[kind_of(module)] += size(leaf)

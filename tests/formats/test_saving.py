@@ -71,7 +71,7 @@ def test_quantize_params_inverts_dequantize_params(params: dict) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-2)
     bfloat16 = CONFIG.dequantize_params(quantized, jnp.bfloat16)
     assert bfloat16["transformer/decoder_layer/moe/linear"]["w"].dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="linear/w: expected floats, got int8"):
+    with pytest.raises(ValueError, match="linear/w: expected floats, got integers"):
         CONFIG.quantize_params(quantized)
 
 
