@@ -43,6 +43,7 @@ from grok1.cli.console import (
     end_at_next_interrupt,
     given_path,
     limit_reached,
+    number,
     open_standard_streams,
     run_command,
     say,
@@ -54,6 +55,7 @@ from grok1.formats.layout import STACKED, LeafTree, files, read_config
 from grok1.formats.loading import Progress
 from grok1.formats.pickle_file import Array, Leaf, StoredLeaf
 from grok1.ops.quantization import Params, QuantizedWeight, QuantizedWeight8bit, Shapes
+from grok1.ops.quantize_4bit import GROUP
 from grok1.parallel.sharding import Shardings
 from grok1.strict_json import Json, read_json
 from model import LanguageModelConfig, grok_1
@@ -380,15 +382,21 @@ def convert(
     progress: Progress | None = None,
     *,
     overwrite: bool = False,
+    group: int | None = None,
 ) -> conversion.Job:
     """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
 
+    group: round the experts to 4 bits, with a scale for so many rows of a column.
     See `conversion.convert`; the files are those of the model in config.json, or else of Grok-1.
     """
     known = forms.SAFETENSORS, forms.RELEASED
     require(form in known, "form", f"one of {known}", form)
+    rounds = group is None or form == forms.SAFETENSORS
+    require(rounds, "form", f"{forms.SAFETENSORS}, which alone can hold experts of 4 bits", form)
     shapes = shapes_in(source, read_model_config(source))
-    return conversion.convert(source, target, form, shapes, progress, overwrite=overwrite)
+    return conversion.convert(
+        source, target, form, shapes, progress, overwrite=overwrite, group=group
+    )
 
 
 def verify(directory: Directory, progress: Progress | None = None) -> tuple[str, list[str]]:
@@ -422,12 +430,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         required=True,
         help="one safetensors file per layer with checksums, or Grok-1's own ckpt-0",
     )
+    text = "round the experts to 4 bits (with --to safetensors), which halves the checkpoint"
+    add("--experts", choices=("int4",), help=text)
+    text = f"rows of a column that share a scale, with --experts ({GROUP})"
+    add("--group", type=number(int, 2, 1 << 20), metavar="ROWS", help=text)
     add("--overwrite", action="store_true", help="replace an existing checkpoint in DST")
     text = "check all headers, float values and, for safetensors, the checksum of every tensor"
     command = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
     add = command.add_argument
     add("directory", type=given_path, metavar="DIR", help="directory that holds the checkpoint")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.command == "convert":
+        if options.experts and options.to != forms.SAFETENSORS:
+            parser.error(f"--experts: expected --to {forms.SAFETENSORS}, got --to {options.to}")
+        if options.group is not None and not options.experts:
+            parser.error("--group: expected together with --experts int4, got no --experts")
+    return options
 
 
 def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
@@ -439,10 +457,15 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
             say(f"error: {problem}")
         write_out(summary)
         return 1 if problems else 0
-    how = {"progress": progress, "overwrite": options.overwrite}
+    group = None
+    if options.experts:
+        group = GROUP if options.group is None else options.group
+        jax.config.update("jax_platforms", "cpu")  # a GPU's memory may be in use
+    how = {"progress": progress, "overwrite": options.overwrite, "group": group}
     with progress:
         job = convert(options.source, options.target, options.to, **how)
-    write_out(f"{job.target}: {len(job.outputs)} files with {job.total:,} bytes of tensors")
+    written = sum(output.nbytes for output in job.outputs)
+    write_out(f"{job.target}: {len(job.outputs)} files with {written:,} bytes of tensors")
     return 0
 
 

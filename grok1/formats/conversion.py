@@ -14,17 +14,26 @@ import filecmp
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+import numpy as np
+
 from grok1.formats import atomic, forms, layout, pickle_file, safetensors, values
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress
+from grok1.formats.pickle_file import StoredLeaf
+from grok1.formats.quantizing import in_4_bits
+from grok1.ops.quantization import QuantizedWeight4bit
+from grok1.ops.quantize_4bit import shape_in_4_bits
 from grok1.strict_json import read_json
 
+EXPERTS = "/moe/"  # in the names of their parameters
+GROUPS = 32, 64, 128  # rows that share a scale, as recommended
 _COPIED = ("config.json", "tokenizer.model")
 _STATE = "state.json"
 _MAX_STATE_BYTES = 16 << 20  # Grok-1's has 0.4 MB
@@ -51,13 +60,21 @@ class Output:
         """The tensors in it."""
         return [name for record in self.members for name in safetensors.tensors(record)]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of their values."""
+        arrays = (safetensors.tensors(record).values() for record in self.members)
+        return sum(pickle_file.nbytes(array) for own in arrays for array in own)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A conversion whose source has been checked.
 
-    located: the location of each tensor in the source. checksums: those that the source states, if
-    any. identity: changes if a source file changes. overwrite: a checkpoint may be replaced.
+    records: what is written. stored: the parameters of the source, by name. located: the location
+    of each tensor in the source. checksums: those that the source states, if any. identity: changes
+    if a source file changes. group: of the experts' scales, in 4 bits; None: experts stay as they
+    are. overwrite: a checkpoint may be replaced.
     """
 
     source: str
@@ -65,10 +82,17 @@ class Job:
     form: str
     overwrite: bool
     records: list[TensorFile]
+    stored: Mapping[str, StoredLeaf]
     located: Mapping[str, pickle_file.Located]
     checksums: Mapping[str, str]
     outputs: list[Output]
     identity: str
+    group: int | None
+
+    def sources(self, output: Output) -> list[str]:
+        """Return the names of the tensors of the source from which a file is made."""
+        leaves = ((record, self.stored[record.name]) for record in output.members)
+        return [name for pair in leaves for name in safetensors.tensors(*pair)]
 
     @property
     def total(self) -> int:
@@ -97,8 +121,12 @@ def convert(
     progress: Progress | None = None,
     *,
     overwrite: bool = False,
+    group: int | None = None,
 ) -> Job:
     """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
+
+    group: round the experts to 4 bits, with a scale for so many rows of a column; only for
+    safetensors, from either form.
 
     shapes: what the files of `source` must hold, as in `layout.files`.
 
@@ -110,7 +138,7 @@ def convert(
     progress: called as progress(bytes_done, bytes_total). Raises CheckpointError (a ValueError)
     with a one-sentence message; finished files are kept, and the same call continues after them.
     """
-    job = _plan(os.fspath(source), os.fspath(target), form, shapes, overwrite)
+    job = _plan(os.fspath(source), os.fspath(target), form, shapes, overwrite, group)
     with _writing(job.target), _working(job) as work:
         state = _read_state(job)
         _check_space(job, state)
@@ -130,23 +158,39 @@ def _require_unchanged(job: Job) -> None:
     """Raise CheckpointError if a file of the source has changed since it was checked."""
     stamps = {array.path: array.stamp for array in job.located.values()}
     same = all(atomic.stamp(path) == stamp for path, stamp in stamps.items())
-    if not same or _identity(job.source, job.form, job.located) != job.identity:
+    if not same or _identity(job.source, job.form, job.located, job.group) != job.identity:
         got, remedy = "some that changed", "start the same command again when nothing writes there"
         raise error(job.source, "files that do not change", got, remedy)
 
 
-def _plan(source: str, target: str, form: str, shapes: layout.LeafTree, overwrite: bool) -> Job:
+def _plan(
+    source: str,
+    target: str,
+    form: str,
+    shapes: layout.LeafTree,
+    overwrite: bool,
+    group: int | None,
+) -> Job:
     """Check everything that can be checked before the first byte is written."""
-    if forms.form(source) == form:
+    if forms.form(source) == form and group is None:
         remedy = f"name another form than {form} with --to"
         raise error(source, "a checkpoint in another form", f"one that is {form} already", remedy)
+    _check_types(source, form, shapes, group)
     records = layout.files(shapes)
-    located = _locate(source, records)
+    stored = layout.check_files(source, records)
+    located = {
+        name: array
+        for record, leaf in zip(records, stored, strict=True)
+        for name, array in safetensors.tensors(record, leaf).items()
+    }
+    names = [record.name for record in records]
+    if group is not None:
+        records = [_in_4_bits(record, group) for record in records]
+    stated = forms.form(source) == forms.SAFETENSORS
+    checksums = safetensors.read_index(source).checksums if stated else {}
     if form == forms.SAFETENSORS:
-        checksums: Mapping[str, str] = {}
         outputs = [_safe_output(*item) for item in safetensors.layout(records).items()]
     else:
-        checksums = safetensors.read_index(source).checksums
         outputs = [Output(f"{forms.FOLDER}/{r.file}", [r], r.size) for r in records]
     with _writing(target):
         for name in _COPIED:  # before anything in DST is changed
@@ -155,10 +199,51 @@ def _plan(source: str, target: str, form: str, shapes: layout.LeafTree, overwrit
                 atomic.open_regular(os.path.join(source, name)),
             ):
                 pass
-        identity = _identity(source, form, located)
-        job = Job(source, target, form, overwrite, records, located, checksums, outputs, identity)
+        identity = _identity(source, form, located, group)
+        leaves = dict(zip(names, stored, strict=True))
+        job = Job(
+            source, target, form, overwrite, records, leaves, located, checksums, outputs, identity,
+            group,
+        )  # fmt: skip
         _check_target(job)
     return job
+
+
+def _check_types(source: str, form: str, shapes: layout.LeafTree, group: int | None) -> None:
+    """Raise CheckpointError unless the form can hold the experts, and groups fit them."""
+    experts = [
+        leaf for name, leaves in shapes.items() if EXPERTS in name for leaf in leaves.values()
+    ]
+    small = any(isinstance(leaf, QuantizedWeight4bit) for leaf in experts)
+    if small and form == forms.RELEASED:
+        got, remedy = "experts of 4 bits", "convert the checkpoint that they were made from"
+        raise error(source, "int8 or floats, as the released form can hold", got, remedy)
+    if group is None:
+        return
+    if not experts:
+        got, remedy = "a model without a mixture", "leave out --experts"
+        raise error(source, "experts to round to 4 bits", got, remedy)
+    if small:
+        remedy = "convert the checkpoint that they were made from"
+        raise error(source, "experts of 8 bits or floats", "experts of 4 bits", remedy)
+    rows = {leaf.shape[-2] for leaf in experts}
+    if group < 2 or group % 2 or any(n % group for n in rows):
+        common = math.gcd(*rows)
+        fitting = [n for n in GROUPS if common % n == 0] or [
+            n for n in (2, 4, 8, 16) if common % n == 0
+        ]
+        expected = f"an even group that divides {' and '.join(map(str, sorted(rows)))} rows"
+        raise error(source, expected, f"{group}", f"give --group one of {fitting}")
+
+
+def _in_4_bits(record: TensorFile, group: int) -> TensorFile:
+    """Return a parameter as it is written; only those of experts change."""
+    if EXPERTS not in f"{record.module}/":
+        return record
+    shape = record.leaf.shape
+    leaf = shape_in_4_bits(shape, shape[-2] // group)
+    assert leaf is not None
+    return dataclasses.replace(record, leaf=leaf, size=0)
 
 
 def _locate(directory: Directory, records: list[TensorFile]) -> dict[str, pickle_file.Located]:
@@ -176,14 +261,16 @@ def _safe_output(file: str, members: list[TensorFile]) -> Output:
     return Output(file, members, size)
 
 
-def _identity(source: str, form: str, located: Mapping[str, pickle_file.Located]) -> str:
+def _identity(
+    source: str, form: str, located: Mapping[str, pickle_file.Located], group: int | None
+) -> str:
     """Return a digest of the source: names, sizes, times and samples of all files.
 
     Sizes and times of the tensors' files are those from when their headers were checked.
     """
     stamps = {array.path: array.stamp for array in located.values()}
     paths = stamps.keys() | {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
-    seen: list[object] = [form, layout.read_config(source), forms.samples(source)]
+    seen: list[object] = [form, group, layout.read_config(source), forms.samples(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
             # Without the device number, which may differ after a reboot.
@@ -443,7 +530,8 @@ def _write_outputs(job: Job, state: State, work: str, progress: Progress | None)
     with ThreadPoolExecutor(_THREADS) as pool:
         for output in job.outputs:
             if _finished(job, state, output):
-                counter.add(sum(pickle_file.nbytes(job.located[name]) for name in output.names))
+                done = (pickle_file.nbytes(job.located[name]) for name in job.sources(output))
+                counter.add(sum(done))
                 continue
             path = os.path.join(job.target, output.file)
             if job.form == forms.RELEASED:
@@ -460,12 +548,21 @@ def _write_output(
     futures = {
         # While writing: both read the same pages of the source while they are in memory.
         name: pool.submit(safetensors.checksum, job.located[name], name, counter.add)
+        for name in job.sources(output)
+    }
+    made = {
+        name: array
+        for record in output.members
+        if isinstance(record.leaf, QuantizedWeight4bit)
+        for name, array in _make_4_bits(job, record).items()
+    }
+    pieces = {
+        name: [made[name]] if name in made else values.read_pieces(job.located[name], name)
         for name in output.names
     }
-    pieces = {name: values.read_pieces(job.located[name], name) for name in output.names}
     temporary = os.path.join(work, os.path.basename(path))
     if job.form == forms.SAFETENSORS:
-        arrays = {name: job.located[name] for name in output.names}
+        arrays = {name: made[name] if name in made else job.located[name] for name in output.names}
         atomic.fill(temporary, safetensors.contents(arrays, pieces))
     else:
         (record,) = output.members
@@ -475,7 +572,18 @@ def _write_output(
         if job.checksums.get(name, found) != found:
             raise _mismatch(name, job.located[name], job.checksums[name], found)
     atomic.place(temporary, path)
-    return checksums
+    checksums |= {name: safetensors.checksum_of([array]) for name, array in made.items()}
+    return {name: checksums[name] for name in output.names}
+
+
+def _make_4_bits(job: Job, record: TensorFile) -> dict[str, np.ndarray]:
+    """Return the tensors of a parameter that is rounded to 4 bits, or none if it is stored so."""
+    leaf = job.stored[record.name]
+    if isinstance(leaf, QuantizedWeight4bit):
+        return {}
+    assert job.group is not None
+    names = safetensors.tensors(record)
+    return dict(zip(names, in_4_bits(leaf, record.name, job.group), strict=True))
 
 
 def _mismatch(

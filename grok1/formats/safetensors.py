@@ -155,11 +155,21 @@ def checksum(array: Located, name: str, count: Callable[[int], object] | None = 
 
     count: called with the number of bytes of each piece. Raises the errors of `values.read_pieces`.
     """
+
+    def counted() -> Iterator[np.ndarray]:
+        for piece in read_pieces(array, name):
+            yield piece
+            if count is not None:
+                count(piece.nbytes)
+
+    return checksum_of(counted())
+
+
+def checksum_of(pieces: Iterable[np.ndarray]) -> str:
+    """Return the checksum of an array that is given in pieces."""
     digest = hashlib.sha256()
-    for piece in read_pieces(array, name):
-        digest.update(piece.view(np.uint8).data)
-        if count is not None:
-            count(piece.nbytes)
+    for piece in pieces:
+        digest.update(piece.reshape(-1).view(np.uint8).data)
     return f"sha256:{digest.hexdigest()}"
 
 
