@@ -327,6 +327,7 @@ def show_plan(options: Options) -> None:
             device_memory=int(options.device_memory) if options.device_memory else None,
             bandwidth=options.bandwidth,
             directory=directory,
+            int4_experts=options.experts == "int4",
             gpus=gpus,
         )
     write_out(as_json(dataclasses.asdict(found)) if options.json else text.format_plan(found))

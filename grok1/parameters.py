@@ -13,13 +13,15 @@ from jax.typing import DTypeLike
 from grok1.checks import require
 from grok1.ops.quantization import (
     Parameter,
+    ParameterShape,
     Params,
     QuantizedWeight,
     QuantizedWeight4bit,
+    Shapes,
     dequantize,
     quantize,
 )
-from grok1.ops.quantize_4bit import GROUP, quantize_4bit
+from grok1.ops.quantize_4bit import GROUP, quantize_4bit, shape_in_4_bits
 from grok1.parallel.sharding import match_rule
 
 if TYPE_CHECKING:
@@ -84,6 +86,25 @@ def quantize_experts(params: Params, group: int = GROUP) -> Params:
     return {
         module: {name: convert(f"{module}/{name}", leaf) for name, leaf in leaves.items()}
         for module, leaves in params.items()
+    }
+
+
+def shapes_with_4_bits(shapes: Shapes, group: int = GROUP) -> Shapes:
+    """Return shapes in which the experts have 4 bits, as `quantize_experts` makes them."""
+
+    def convert(module: str, leaf: ParameterShape) -> ParameterShape:
+        if "/moe/" not in f"{module}/" or isinstance(leaf, QuantizedWeight4bit):
+            return leaf
+        found = shape_in_4_bits(leaf.shape, max(1, leaf.shape[-2] // group))
+        if found is None:
+            raise ValueError(
+                f"experts: expected rows in groups of {group} for 4 bits, got {leaf.shape[-2]} rows"
+            )
+        return found
+
+    return {
+        module: {name: convert(module, leaf) for name, leaf in leaves.items()}
+        for module, leaves in shapes.items()
     }
 
 

@@ -74,6 +74,7 @@ class Options:
     device_memory: float | None
     bandwidth: float | None
     shard_activations: bool
+    experts: str | None
     save_programs: Path | None
     # Several processes.
     distributed: bool

@@ -484,6 +484,11 @@ def add_plan(parser: Parser) -> None:
         help="memory bandwidth of each device (that of --accelerator, or 3.35TB/s)",
     )
     add(
+        "--experts",
+        choices=("int4",),
+        help="plan for experts of 4 bits, as checkpoint.py convert --experts int4 makes them",
+    )
+    add(
         "--shard-activations",
         action="store_true",
         help="with --accelerator, plan steps that split the residual stream, as published",
@@ -506,8 +511,9 @@ def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[ob
     }
     if options.plan:
         refuse(parser, "--plan", others, "a plan is made by one process, without prompts")
-    elif options.accelerator:
-        parser.error("--accelerator needs --plan")
+    elif options.accelerator or options.experts:
+        name = "--accelerator" if options.accelerator else "--experts"
+        parser.error(f"{name} needs --plan")
     if not options.accelerator and (options.save_programs or options.shard_activations):
         name = "--save-programs" if options.save_programs else "--shard-activations"
         parser.error(f"{name} needs --accelerator")

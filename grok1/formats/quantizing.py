@@ -15,7 +15,7 @@ from grok1.formats.pickle_file import Located, StoredLeaf
 from grok1.ops.quantization import QuantizedWeight
 from grok1.ops.quantize_4bit import quantize_4bit
 
-BLOCK = 1 << 21  # values of a block, about: their float32 values and temporaries are in memory
+BLOCK = 1 << 21  # values of a block, about: each thread has one in memory
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -32,6 +32,7 @@ from grok1.ops.quantization import Shapes
 from grok1.parallel.sharding import (
     make_mesh,
 )
+from grok1.parameters import shapes_with_4_bits
 from grok1.planning import gpu_program, hlo
 from grok1.planning.accelerators import Accelerator
 from grok1.planning.projection import GpuStep, inspect_step
@@ -137,6 +138,7 @@ def make_plan(
     device_memory: int | None = None,
     bandwidth: float | None = None,
     directory: Path | None = None,
+    int4_experts: bool = False,
     gpus: Gpus | None = None,
 ) -> Plan:
     """Return a plan for a mesh of (data, model) `sizes`, or, if None, for the smallest that fits.
@@ -145,6 +147,7 @@ def make_plan(
     default one for each part of the data axis. device_memory: bytes. bandwidth: of that memory, in
     bytes a second. Both are by default those of `gpus`, or of an H100. directory: a checkpoint to
     look for; weights found there are counted in their stored dtypes, others as int8 with scales.
+    int4_experts: count the experts as if they were converted to 4 bits.
     gpus: what to compile for, if NVIDIA's compiler is installed, in place of virtual CPU devices.
 
     Needs as many jax devices as the mesh has. Raises ValueError for an invalid mesh or batch.
@@ -153,7 +156,10 @@ def make_plan(
         gpus = gpus._replace(accelerator=gpus.accelerator.limited(device_memory, bandwidth))
         device_memory, bandwidth = gpus.accelerator.memory, gpus.accelerator.bandwidth
     device_memory, bandwidth = device_memory or MEMORY, bandwidth or BANDWIDTH
-    stored = None if directory is None else layout.shapes_in(directory, config.param_shapes())
+    found_there = None if directory is None else layout.shapes_in(directory, config.param_shapes())
+    stored = found_there
+    if int4_experts:
+        stored = shapes_with_4_bits(found_there or config.param_shapes())
     if sizes is None:
         sizes = smallest_mesh(config, batch or 1, device_memory, stored)
     check_sizes(config, sizes)
@@ -176,7 +182,7 @@ def make_plan(
     held = sum(weights.values())
     most = max(step.temporaries for step in steps.values())
     peak = held + cache + most
-    files = None if directory is None else find_files(config, directory, stored)
+    files = None if directory is None else find_files(config, directory, found_there)
     found = Plan(
         parameters=parameter_count(config),
         mesh=sizes,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import checkpoint
-from grok1.formats import conversion, forms, pickle_file
+from grok1.formats import conversion, forms, layout, pickle_file
 from small import assert_same, config_of, random_params, save_layers, tiny_shapes
 
 MOST_SECONDS = 5.0  # of a load
@@ -76,8 +76,9 @@ def found(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Checkpoint:
     checkpoint.write(source, random_params(shapes), {})
     if request.param == forms.RELEASED:
         return Checkpoint(source, "ckpt-0/*", shapes)
-    conversion.convert(source, target, forms.SAFETENSORS, shapes)
-    return Checkpoint(target, "*.safetensors*", shapes)
+    group = 4 if request.param == "int4" else None
+    conversion.convert(source, target, forms.SAFETENSORS, shapes, group=group)
+    return Checkpoint(target, "*.safetensors*", layout.shapes_in(target, shapes))
 
 
 # ---------------------------------------------------------------------------------------- mutations
@@ -181,9 +182,10 @@ def too_long(*_: Any) -> None:
     [
         (forms.RELEASED, RELEASED),
         (forms.SAFETENSORS, [*SHARED, edit_json]),
+        ("int4", [*SHARED, edit_json]),
         ("config", [edit_config]),
     ],
-    ids=["released", "safetensors", "config"],
+    ids=["released", "safetensors", "int4", "config"],
     indirect=["found"],
 )
 def test_damaged_files_load_as_original_or_are_refused(
