@@ -95,10 +95,11 @@ def shapes_with_4_bits(shapes: Shapes, group: int = GROUP) -> Shapes:
     def convert(module: str, leaf: ParameterShape) -> ParameterShape:
         if "/moe/" not in f"{module}/" or isinstance(leaf, QuantizedWeight4bit):
             return leaf
-        found = shape_in_4_bits(leaf.shape, max(1, leaf.shape[-2] // group))
+        rows = leaf.shape[-2]
+        found = None if rows % group else shape_in_4_bits(leaf.shape, rows // group)
         if found is None:
             raise ValueError(
-                f"experts: expected rows in groups of {group} for 4 bits, got {leaf.shape[-2]} rows"
+                f"experts: expected rows in groups of {group} for 4 bits, got {rows} rows"
             )
         return found
 

@@ -166,9 +166,11 @@ def bytes_to_read(
     tokens: that choose experts, on each part of the data axis. batch: sequences whose caches are
     read, over the entire mesh.
     """
-    read = weight_bytes(config, sizes, stored)
-    experts = read.pop("experts") * experts_used(config, tokens)
-    return sum(read.values()) + experts + cache_bytes(config, sizes, batch)
+    own = _own_weights(config, sizes, stored)
+    experts = {module: leaves for module, leaves in own.items() if kind_of(module) == "experts"}
+    whole, of_experts = (sum(map(nbytes, jax.tree.leaves(tree))) for tree in (own, experts))
+    unused = of_experts * (1 - experts_used(config, tokens))
+    return whole - unused + cache_bytes(config, sizes, batch)
 
 
 @dataclasses.dataclass(frozen=True)

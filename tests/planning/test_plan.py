@@ -21,6 +21,7 @@ import golden
 from grok1.execution import fastest
 from grok1.formats import forms
 from grok1.parallel.sharding import make_mesh
+from grok1.parameters import shapes_with_4_bits
 from grok1.planning import gpu_program, plan, sizes, text
 from grok1.planning.accelerators import ACCELERATORS
 from grok1.serving.steps import abstract_inputs, prefill
@@ -32,6 +33,7 @@ TINY = golden.config("three-layers", "bfloat16")
 H100 = ACCELERATORS["h100"]
 
 L, D, N, K, H, E, A, F, V, S = 64, 6144, 48, 8, 128, 8, 2, 32768, 131072, 8192
+EXPERT_SCALES = 2 * L * E * (2 * F + 8 * D)  # bytes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,7 +86,8 @@ def test_the_cost_of_a_token_is_that_of_the_formula():
     assert cost["flops"] == 2 * used + 4 * L * N * H * S
     assert 83e9 < used < 85e9  # about 84 billion parameters a token
     weights = sizes.weight_bytes(grok_1(), (1, 1))
-    read = sum(weights.values()) - weights["experts"] * (E - A) // E
+    experts = weights["experts"] + EXPERT_SCALES
+    read = sum(weights.values()) - experts * (E - A) // E
     cache = sizes.cache_bytes(grok_1(), (1, 1), 1)
     assert cost["bytes"] == pytest.approx(read + cache, rel=1e-12)
     assert cost["seconds"] == cost["bytes"] / 2e12
@@ -98,9 +101,29 @@ def test_a_larger_batch_reads_more_experts_each_once():
         return cost["bytes"] - sizes.cache_bytes(grok_1(), (1, 1), batch)
 
     weights = sizes.weight_bytes(grok_1(), (1, 1))
-    fixed = sum(weights.values()) - weights["experts"]
-    assert read(2) - fixed == pytest.approx(weights["experts"] * (1 - (3 / 4) ** 2))
+    experts = weights["experts"] + EXPERT_SCALES
+    fixed = sum(weights.values()) - experts
+    assert read(2) - fixed == pytest.approx(experts * (1 - (3 / 4) ** 2))
     assert read(1000) == pytest.approx(sum(weights.values()))
+
+
+def test_experts_of_4_bits_take_half_the_bytes():
+    """A row of 64 values takes 34 bytes with its scale, where int8 takes 64."""
+    shapes = shapes_with_4_bits(grok_1().param_shapes())
+    weights, usual = (
+        sizes.weight_bytes(grok_1(), (1, 8), shapes),
+        sizes.weight_bytes(grok_1(), (1, 8)),
+    )
+    assert weights["experts"] == usual["experts"] // 2
+    assert weights["scales"] == usual["scales"] + (L * E * 3 * D * F // 64 * 2 - EXPERT_SCALES) // 8
+    assert sum(weights.values()) <= 20.1 * GIB
+    cost = sizes.token_cost(grok_1(), (1, 8), 1, 1e12, shapes)
+    assert 6.0e9 < cost["bytes"] - sizes.cache_bytes(grok_1(), (1, 8), 1) < 6.1e9
+    cut = shapes_with_4_bits(grok_1().param_shapes(), 128)
+    whole = sizes.weight_bytes(grok_1(), (1, 1), cut)
+    assert whole["experts"] == L * E * 3 * D * F // 2
+    with pytest.raises(ValueError, match="expected rows in groups of 100 for 4 bits, got 6144"):
+        shapes_with_4_bits(grok_1().param_shapes(), 100)
 
 
 def test_dense_model_uses_all_weights_and_no_router():
