@@ -14,7 +14,7 @@ import pytest
 
 import checkpoint
 import reference
-from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantization import QuantizedWeight4bit, QuantizedWeight8bit, dequantize
 from model import LanguageModelConfig, TransformerConfig
 
 LAYER = "transformer/decoder_layer/"
@@ -39,7 +39,9 @@ def random_weight(
 
 
 def exact_weight(weight: Any) -> np.ndarray:
-    """The values of a float or int8 weight in float64."""
+    """The values of a weight in float64."""
+    if isinstance(weight, QuantizedWeight4bit):
+        return np.asarray(dequantize(weight)).astype(np.float64)
     if isinstance(weight, QuantizedWeight8bit):
         return reference.dequantize(np.asarray(weight.weight), np.asarray(weight.scales))
     return np.asarray(weight).astype(np.float64)

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from grok1.ops.mixture import expert_count, flat
-from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weights, stacked
+from grok1.ops.quantization import (
+    QuantizedWeight4bit,
+    QuantizedWeight8bit,
+    StackedWeight,
+    Weights,
+    stacked,
+)
 
 Product = Callable[..., jax.Array]
 
@@ -68,6 +74,12 @@ def is_int8(params: Weights) -> bool:
     return all(
         isinstance(stacked(leaves["w"]).stack, QuantizedWeight8bit) for leaves in params.values()
     )
+
+
+def is_quantized(params: Weights) -> bool:
+    """Return whether all weights of a mixture have 8 bits, or all 4."""
+    kinds = {type(stacked(leaves["w"]).stack) for leaves in params.values()}
+    return kinds in ({QuantizedWeight8bit}, {QuantizedWeight4bit})
 
 
 def one_group(grouped_product: Product, x: jax.Array, weight: StackedWeight) -> jax.Array:

@@ -19,12 +19,12 @@ from grok1.ops import cache, mixture
 from grok1.ops.mixture import expert, expert_count, flat
 from grok1.ops.operations import Operations
 from grok1.ops.quantization import (
+    QuantizedWeight,
     QuantizedWeight8bit,
     StackedWeight,
     Weight,
     Weights,
     matrix,
-    product,
     stacked,
 )
 from grok1.ops.quantization import matmul as plain_matmul
@@ -42,7 +42,7 @@ SIZES = 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128  # row counts 
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """`quantization.matmul`; a large int8 matrix is multiplied in blocks, or int8 by int8.
+    """`quantization.matmul`; a large quantized matrix is multiplied in blocks, or int8 by int8.
 
     XLA's CPU backend writes an int8 matrix to memory as float32 before it multiplies, which is an
     order of magnitude slower than multiplying in the caches. So a large matrix is converted in
@@ -50,7 +50,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     (`_integer_matmul`).
     """
     one, large = stacked(weight), math.prod(weight.shape) >= LEAST_WEIGHTS
-    if not large or not isinstance(one.stack, QuantizedWeight8bit):
+    if not large or not isinstance(one.stack, QuantizedWeight):
         return plain_matmul(x, weight)
     y = _large_matmul(x.reshape(-1, x.shape[-1]), one)
     return y.reshape(*x.shape[:-1], -1)
@@ -67,9 +67,10 @@ def multiplies_int8() -> bool:
 
 @jax.custom_jvp
 def _large_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
-    """`matmul` of x [M, I] by int8 [I, O] -> float32 [M, O], fast on a CPU."""
+    """`matmul` of x [M, I] by a quantized matrix [I, O] -> float32 [M, O], fast on a CPU."""
     inputs = weight.shape[-2] // weight.stack.scales.shape[-2]  # of a group
-    if x.dtype == jnp.float32 and multiplies_int8() and inputs <= MOST_SUMMED:
+    int8 = isinstance(weight.stack, QuantizedWeight8bit) and multiplies_int8()
+    if int8 and x.dtype == jnp.float32 and inputs <= MOST_SUMMED:
         one = weight.sliced()
         return _integer_matmul(x, one.weight, one.scales)
     return _blocked_matmul(x, weight)
@@ -91,26 +92,37 @@ def _blocked_matmul(x: jax.Array, weight: StackedWeight) -> jax.Array:
     """
     rows, columns = weight.shape
     values, scales = weight.stack.weight, weight.stack.scales
-    of_group = rows // scales.shape[1]
+    of_group, in_byte = rows // scales.shape[1], rows // values.shape[1]
     width = min(columns, BLOCK_COLUMNS)
-    most = BLOCK_WEIGHTS // width
-    even = [n for n in range(max(1, most // 8), most + 1) if of_group % n == 0]
-    depth = max(even, default=of_group)  # without such a divisor, a block is an entire group
+    depth = _depth(rows, of_group, BLOCK_WEIGHTS // width, several=in_byte > 1)
     deep = rows // depth
     x = x.astype(jnp.float32)
 
     def add(i: jax.Array, out: jax.Array) -> jax.Array:
         row, column = i % deep * depth, i // deep * width
-        # The last block may overlap the previous one: a slice cannot exceed the matrix.
-        block = lax.dynamic_slice(values, (weight.layer, row, column), (1, depth, width))[0]
-        scale = lax.dynamic_slice(scales, (weight.layer, row // of_group, column), (1, 1, width))[0]
-        part = lax.dynamic_slice(x, (0, row), (x.shape[0], depth))
-        y = product("mi,io->mo", part, block.astype(jnp.float32)) * scale.astype(jnp.float32)
+
+        def cut(stack: jax.Array, each: int) -> jax.Array:
+            """Return the block of an array that has one row for `each` rows of the matrix."""
+            # The last block may overlap the previous one: a slice cannot exceed the matrix.
+            start = weight.layer, row // each, column
+            return lax.dynamic_slice(stack, start, (1, max(1, depth // each), width))[0]
+
+        own = type(weight.stack)(cut(values, in_byte), cut(scales, of_group))
+        y = plain_matmul(lax.dynamic_slice(x, (0, row), (x.shape[0], depth)), own)
         before = lax.dynamic_slice(out, (0, column), y.shape)
         return lax.dynamic_update_slice(out, jnp.where(row > 0, before + y, y), (0, column))
 
     out = jnp.zeros([x.shape[0], columns], jnp.float32)
     return lax.fori_loop(0, deep * -(-columns // width), add, out)
+
+
+def _depth(rows: int, of_group: int, most: int, *, several: bool) -> int:
+    """Return the rows of a block: a part of a scale group, or several complete groups."""
+    if several:
+        fitting = [n for n in range(of_group, most + 1, of_group) if rows % n == 0]
+    else:
+        fitting = [n for n in range(max(1, most // 8), most + 1) if of_group % n == 0]
+    return max(fitting, default=of_group)  # without such a number, a block is an entire group
 
 
 def _integer_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array) -> jax.Array:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 
 from grok1.ops.cache import CacheIndex
-from grok1.ops.quantization import QuantizedWeight8bit, Weights
+from grok1.ops.quantization import QuantizedWeight4bit, QuantizedWeight8bit, Weights
 
 
 class LayerWeights(NamedTuple):
     """The parameters of all decoder layers, each a stack; or something of each, such as its spec.
 
     The norms [L, D] and the router [L, D, E] are float32; the others are int8 [L, I, O], those of
-    the experts [L, E, I, O].
+    the experts int8 or of 4 bits, [L, E, I, O].
     """
 
     rms_norm: Any
@@ -33,9 +33,10 @@ class LayerWeights(NamedTuple):
 
     @property
     def quantized(self) -> bool:
-        """Whether all matrices but the router are int8."""
-        matrices = *self[4:8], *self[9:]
-        return all(isinstance(weight, QuantizedWeight8bit) for weight in matrices)
+        """Whether the matrices of attention are int8, and those of the experts all 8 or 4 bits."""
+        attention, experts = ({type(weight) for weight in own} for own in (self[4:8], self[9:]))
+        kinds = {QuantizedWeight8bit}, {QuantizedWeight4bit}
+        return attention == kinds[0] and experts in kinds
 
 
 LAYER_NAMES = LayerWeights(

@@ -26,6 +26,7 @@ from grok1.kernels.gpu.products import mix, side_by_side
 from grok1.kernels.gpu.tiles import PROCESSORS, interpreted_kernels
 from grok1.ops import cache
 from grok1.ops.quantization import QuantizedWeight8bit
+from grok1.ops.quantize_4bit import quantize_4bit, shape_in_4_bits
 from grok1.parallel.sharding import auto
 from grok1.serving import steps
 from model import LanguageModelConfig, TransformerConfig
@@ -78,6 +79,20 @@ def test_mixture_of_few_and_many_tokens_is_exact(tokens, groups):
     weights = [random_weight((2, 4), 77, 70, 7, seed=n) for n in range(2)]
     weights.append(random_weight((2, 4), 70, 77, groups, seed=2))
     x, chosen = normal(tokens, 77), choices(tokens, 4, masked=2)
+    y = interpreted(mix)(x, weights, LAYER, *chosen)
+    assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
+    assert relative_error(y, exact_mix(x, weights, *chosen)) < 1e-6
+    y = interpreted(mix)(x.astype(jnp.bfloat16), weights, LAYER, *chosen)
+    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, *chosen)) < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [7, 70])
+@pytest.mark.parametrize("group", [16, 64])
+def test_mixture_of_4_bits_is_exact(tokens, group):
+    """In groups of fewer rows than are multiplied at a time, and of as many."""
+    weights = [quantize_4bit(normal(2, 4, 192, 64, seed=n), group) for n in range(2)]
+    weights.append(quantize_4bit(normal(2, 4, 64, 192, seed=2), group))
+    x, chosen = normal(tokens, 192), choices(tokens, 4, masked=2)
     y = interpreted(mix)(x, weights, LAYER, *chosen)
     assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
     assert relative_error(y, exact_mix(x, weights, *chosen)) < 1e-6
@@ -327,11 +342,13 @@ def weight_shapes(*shape, scale_groups=1):
     )
 
 
-def mixture_shapes(tokens, dtype=jnp.bfloat16, layers=64, devices=8):
+def mixture_shapes(tokens, dtype=jnp.bfloat16, layers=64, devices=8, bits=8):
     """Return x, the weights of experts, gates and index of the full model, on one of `devices`."""
     hidden = 32768 // devices
     gate = weight_shapes(layers, 8, 6144, hidden)
     out = weight_shapes(layers, 8, hidden, 6144, scale_groups=8 // devices)
+    if bits == 4:
+        gate, out = (shape_in_4_bits(w.shape, w.shape[-2] // 64) for w in (gate, out))
     gates, index = (jax.ShapeDtypeStruct((tokens, 2), each) for each in (jnp.float32, jnp.int32))
     return jax.ShapeDtypeStruct((tokens, 6144), dtype), (gate, gate, out), gates, index
 
@@ -359,12 +376,15 @@ def lower(function, *shapes):
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 1024])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-def test_mixtures_of_the_full_model_lower_for_cuda(tokens, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(jnp.bfloat16, 8), (jnp.float32, 8), (jnp.bfloat16, 4)], ids=str
+)
+def test_mixtures_of_the_full_model_lower_for_cuda(tokens, dtype, bits):
     def call(x, weights, gates, index):
         return mix(x, weights, LAYER, gates, index)
 
-    assert lower(call, *mixture_shapes(tokens, dtype)).count("xla.gpu.triton") == 2
+    shapes = mixture_shapes(tokens, dtype, bits=bits)
+    assert lower(call, *shapes).count("xla.gpu.triton") == 2
 
 
 def test_single_token_occupies_all_processors(monkeypatch):

@@ -7,8 +7,9 @@ import pytest
 
 from grok1.kernels import xla_cpu
 from grok1.ops.quantization import matmul
+from grok1.ops.quantize_4bit import quantize_4bit
 from small import exact_weight as exact
-from small import random_weight
+from small import normal, random_weight
 
 matmul_jit = jax.jit(matmul)
 xla_cpu_matmul = jax.jit(xla_cpu.matmul)
@@ -61,6 +62,14 @@ def assert_as_near_as_float32(x, weight):
 def test_both_forms_equal_the_product(lead, groups, columns, dtype):
     x = np.random.default_rng(1).standard_normal((*lead, 512)).astype(dtype)
     assert_as_near_as_float32(x, random_weight((), 512, columns, groups))
+
+
+@pytest.mark.parametrize("group", [2, 32])
+@pytest.mark.usefixtures("form")
+def test_blocks_of_4_bits_equal_the_product(group):
+    """In blocks of several groups, and of one group."""
+    x = np.random.default_rng(1).standard_normal((2, 3, 512)).astype(np.float32)
+    assert_as_near_as_float32(x, quantize_4bit(normal(512, 300), group))
 
 
 @pytest.mark.usefixtures("form")

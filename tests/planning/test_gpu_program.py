@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import golden
+from grok1.parameters import shapes_with_4_bits
 from grok1.planning import gpu_program, plan, text
 from grok1.planning.accelerators import ACCELERATORS, NVLINK
 from grok1.planning.projection import inspect_step
@@ -131,6 +132,19 @@ def test_eight_sequences_take_the_launches_of_one(decode):
     assert alone.layer.launches <= together.layer.launches <= 16 and together.layer.loops == 0
     assert together.layer.exchanged == together.layer.exchanges["all-reduce"]["count"] == 2
     assert 3 * alone.read < together.read < 1.1 * together.must_read
+
+
+@pytest.mark.slow
+def test_experts_of_4_bits_take_the_launches_of_8(decode):
+    shapes = shapes_with_4_bits(grok_1().param_shapes())
+    job = gpu_program.Job(grok_1(), (1, 8), H100, 1, 1024, "gpu", False, shapes, ("decode",))
+    program = gpu_program.compile_for(job)["decode"]
+    step = inspect_step(program, H100, 64, least_work(grok_1(), (1, 8), 1, 1, shapes))
+    usual = decode[0].gpu["decode"]
+    assert step.layer.launches == usual.layer.launches and step.layer.exchanged == 2
+    assert step.read < 1.05 * step.must_read < 0.62 * usual.read
+    assert step.projection.total < 1 / 205
+    assert all(kernel.spilled == 0 < kernel.registers for kernel in step.kernels.values())
 
 
 SPILLING = """

@@ -12,7 +12,7 @@ from grok1.kernels.gpu.decode_attention import write_and_attend
 from grok1.kernels.gpu.draw import draw_token
 from grok1.kernels.gpu.layer import fused_layer
 from grok1.kernels.gpu.products import mix, side_by_side
-from grok1.kernels.sorted_experts import is_int8
+from grok1.kernels.sorted_experts import is_quantized
 from grok1.ops.cache import CacheIndex
 from grok1.ops.mixture import chosen_experts, flat
 from grok1.ops.operations import Operations
@@ -56,7 +56,7 @@ def _check(name: str, found: jax.Array, expected: jax.Array) -> None:
 
 
 def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    if not is_int8(params):
+    if not is_quantized(params):
         return chosen_experts(params, x, gates, index)
     gate, value, out = (stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1"))
     weights = gate.stack, value.stack, out.stack

@@ -1,4 +1,4 @@
-"""Products with int8 matrices, and the mixture of experts made of them.
+"""Products with matrices of 8 or 4 bits, and the mixture of experts made of them.
 
 Dimension letters: `M` tokens, `D` model width, `F` width of an expert, `E` experts, `A` experts
 used per token, `I` inputs, `O` outputs, `J` scale groups, `L` layers, `R` rows and `C` columns of a
@@ -6,8 +6,8 @@ tile, `P` pieces.
 
 Weights are stacks of all layers; the kernels take a layer's index. With few tokens, as in a decode
 step, reading the matrices is what takes time. So a tile holds all tokens, and every program
-multiplies them with its own columns, which are read once, as int8; a matrix that no token needs is
-not read. With many tokens each expert multiplies only its own, which a sorted list gives.
+multiplies them with its own columns, which are read once, as stored; a matrix that no token needs
+is not read. With many tokens each expert multiplies only its own, which a sorted list gives.
 """
 
 import dataclasses
@@ -35,7 +35,12 @@ from grok1.kernels.gpu.tiles import (
     sum_in_order,
 )
 from grok1.kernels.sorted_experts import sorted_copies
-from grok1.ops.quantization import QuantizedWeight8bit, product
+from grok1.ops.quantization import (
+    QuantizedWeight,
+    QuantizedWeight4bit,
+    QuantizedWeight8bit,
+    product,
+)
 
 FEW = 64  # the most tokens that fit in one tile
 
@@ -44,8 +49,8 @@ FEW = 64  # the most tokens that fit in one tile
 class Tile:
     """A tile [height, width] of a product of rows with a matrix.
 
-    inputs, outputs, scale_groups: I, O and J of the matrix. pieces: P, into which the inputs of
-    each scale group are divided.
+    inputs, outputs, scale_groups: I, O and J of the matrix. in_byte: inputs in a byte of a column,
+    two for 4 bits. pieces: P, into which the inputs of each scale group are divided.
     """
 
     height: int
@@ -53,6 +58,7 @@ class Tile:
     inputs: int
     outputs: int
     scale_groups: int
+    in_byte: int = 1
     pieces: int = 1
 
     @property
@@ -70,7 +76,7 @@ class Tile:
         return span(self.width, self.outputs, number * self.width)
 
 
-def _tile(x: jax.Array, weight: QuantizedWeight8bit, height: int, width: int) -> Tile:
+def _tile(x: jax.Array, weight: QuantizedWeight, height: int, width: int) -> Tile:
     """Return a tile, of at most this size, for rows x [..., M, I] and a weight [..., I, O]."""
     (rows, inputs), outputs = x.shape[-2:], weight.shape[-1]
     if rows < 1 or inputs != weight.shape[-2]:
@@ -82,7 +88,8 @@ def _tile(x: jax.Array, weight: QuantizedWeight8bit, height: int, width: int) ->
         height = min(height, 32)
     height = power_of_two(min(rows, height), LEAST_TILE)
     width = min(width, power_of_two(outputs, LEAST_TILE))
-    return Tile(height, width, inputs, outputs, weight.scales.shape[-2])
+    in_byte = 2 if isinstance(weight, QuantizedWeight4bit) else 1
+    return Tile(height, width, inputs, outputs, weight.scales.shape[-2], in_byte)
 
 
 def _run(
@@ -91,7 +98,7 @@ def _run(
     grid: tuple[int, ...],
     out: tuple[tuple[int, ...], Any],
     arrays: Sequence[jax.Array],
-    weights: Sequence[QuantizedWeight8bit],
+    weights: Sequence[QuantizedWeight],
     name: str,
 ) -> jax.Array:
     """Run a kernel on arrays, and on weights, each a matrix and its scales."""
@@ -100,8 +107,8 @@ def _run(
     return run_kernel(kernel, grid, [out], arrays, name=name, warps=warps, stages=4)[0]
 
 
-def _check_pair(gate: QuantizedWeight8bit, value: QuantizedWeight8bit) -> None:
-    if (gate.shape, gate.scales.shape) != (value.shape, value.scales.shape):
+def _check_pair(gate: QuantizedWeight, value: QuantizedWeight) -> None:
+    if jax.tree.map(jnp.shape, gate) != jax.tree.map(jnp.shape, value):
         raise ValueError(
             f"gate and value must have the same shapes, got {gate.shape} and {value.shape} with "
             f"scales {gate.scales.shape} and {value.scales.shape}"
@@ -167,15 +174,15 @@ def _side_by_side_kernel(tiles: Sequence[Tile], layer_ref: Ref, x_ref: Ref, *ref
 
 def mix(
     x: jax.Array,
-    weights: tuple[QuantizedWeight8bit, ...],
+    weights: tuple[QuantizedWeight, ...],
     layer: jax.Array,
     gates: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
     """Return `sum_a gates[:, a] * expert_{index[:, a]}(x)` for x [M, D], float32 [M, D].
 
-    weights: int8 [L, E, D, F] twice, gate and value, and [L, E, F, D]. gates: float32 [M, A].
-    index: int32 [M, A], E for a masked token.
+    weights: [L, E, D, F] twice, gate and value, and [L, E, F, D]; all have 8 bits, or all 4. gates:
+    float32 [M, A]. index: int32 [M, A], E for a masked token.
     """
     (gate, value, out), (tokens, chosen) = weights, index.shape
     if tokens <= FEW:
@@ -193,15 +200,15 @@ def mix(
 
 def gated(
     x: jax.Array,
-    gate: QuantizedWeight8bit,
-    value: QuantizedWeight8bit,
+    gate: QuantizedWeight,
+    value: QuantizedWeight,
     layer: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
     """`gelu(x @ gate) * (x @ value)` for each expert that a token has chosen.
 
-    x: bfloat16 or float32 [M, I], M up to FEW. gate, value: int8 [L, E, I, O]. index: int32 [M, A],
-    the experts that a token has chosen, E for none. Returns [E, M, O] in the dtype of x; what
+    x: bfloat16 or float32 [M, I], M up to FEW. gate, value: [L, E, I, O]. index: int32 [M, A], the
+    experts that a token has chosen, E for none. Returns [E, M, O] in the dtype of x; what
     belongs to an expert that no token has chosen is not written.
     """
     _check_pair(gate, value)
@@ -226,14 +233,14 @@ def _gated_kernel(tile: Tile, layer_ref: Ref, index_ref: Ref, x_ref: Ref, *refs:
 
 def expert_sum(
     x: jax.Array,
-    weight: QuantizedWeight8bit,
+    weight: QuantizedWeight,
     layer: jax.Array,
     gates: jax.Array,
     index: jax.Array,
 ) -> jax.Array:
     """Return `sum_a gates[:, a] * (x[index[:, a]] @ weight[index[:, a]])`, float32 [M, O].
 
-    x: bfloat16 or float32 [E, M, I]; not read where no token has chosen an expert. weight: int8
+    x: bfloat16 or float32 [E, M, I]; not read where no token has chosen an expert. weight:
     [L, E, I, O]. gates: float32 [M, A]. index: as in `gated`.
     """
     tile = _tile(x, weight, FEW, 32)
@@ -268,7 +275,7 @@ def _expert_sum_kernel(
 
 def grouped_product(
     x: jax.Array,
-    weights: Sequence[QuantizedWeight8bit],
+    weights: Sequence[QuantizedWeight],
     layer: jax.Array,
     order: jax.Array,
     starts: jax.Array,
@@ -276,7 +283,7 @@ def grouped_product(
     """Multiply each copy of a token with the matrix of its expert.
 
     x: bfloat16 or float32 [M, I], a row for each token, or [M * A, I], for each copy m * A + a.
-    weights: one, int8 [L, E, I, O] -> float32 [M * A, O]; or two of the same shape, a gate and a
+    weights: one, [L, E, I, O] -> float32 [M * A, O]; or two of the same shape, a gate and a
     value -> `gelu(x @ gate) * (x @ value)`, in the dtype of x. order, starts: the copies by expert,
     as returned by `sorted_copies`. What belongs to no expert is not written.
     """
@@ -371,8 +378,8 @@ def _products(
 def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) -> list[jax.Array]:
     """Return the product of one piece of the inputs and each matrix, scaled, float32 [R, C].
 
-    int8 is exact in the dtype of x, sums are float32, and the scales multiply the sums. float32 is
-    multiplied without tensor cores: accurate, but slow.
+    Integers are exact in the dtype of x, sums are float32, and the scales multiply the sums.
+    float32 is multiplied without tensor cores: accurate, but slow.
     """
     (x_ref, *refs), rows, matrix = factors
     group = lax.div(piece, tile.pieces)
@@ -382,17 +389,28 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
     stop = jnp.minimum(begin + length, (group + 1) * inputs)
 
     def add(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-        number = begin + i * tile.depth + jnp.arange(tile.depth)
-        block = Axis(number, number < stop if inputs % tile.depth else None)
-        x = load(x_ref, *rows, block)
-        weights = [load(ref, *matrix, block, columns).astype(x.dtype) for ref in refs[::2]]
-        return [y + product("ri,io->ro", x, w) for y, w in zip(sums, weights, strict=True)]
+        first = lax.div(begin + i * tile.depth, tile.in_byte)
+        number = first + jnp.arange(tile.depth // tile.in_byte)  # of a row of bytes
+        exist = number * tile.in_byte < stop if inputs % tile.depth else None
+        weights = [load(ref, *matrix, Axis(number, exist), columns) for ref in refs[::2]]
+        for part in range(tile.in_byte):
+            x = load(x_ref, *rows, Axis(number * tile.in_byte + part, exist))
+            own = [_take(tile, weight, part).astype(x.dtype) for weight in weights]
+            sums = [y + product("ri,io->ro", x, w) for y, w in zip(sums, own, strict=True)]
+        return sums
 
     blocks = pl.cdiv(jnp.maximum(stop - begin, 0), tile.depth)
     zeros = [jnp.zeros([tile.height, tile.width], jnp.float32) for _ in refs[::2]]
     sums = lax.fori_loop(0, blocks, add, zeros)
     scales = [load(ref, *matrix, group, columns) for ref in refs[1::2]]
     return [y * scale.astype(jnp.float32)[None] for y, scale in zip(sums, scales, strict=True)]
+
+
+def _take(tile: Tile, weight: jax.Array, part: int) -> jax.Array:
+    """Return the values of a byte's lower or higher half, as in a QuantizedWeight4bit; or all."""
+    if tile.in_byte == 1:
+        return weight
+    return weight >> 4 if part else weight << 4 >> 4
 
 
 def _chosen(index_ref: Ref, rows: Axis, expert: jax.Array) -> list[jax.Array]:
