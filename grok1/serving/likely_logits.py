@@ -49,15 +49,16 @@ def likely_logits(
     """Return logits [B, V], exact for the TOP_LOGPROBS largest of a row, and a function.
 
     x: the model's `last_hidden`, float32 [B, D]. The function returns the exact logits [B] of
-    tokens int32 [B]. All logits are exact if a slot excludes tokens or adds to their logits: others
-    may be the most probable ones then.
+    tokens int32 [B]. All logits of a slot are exact if it excludes tokens or adds to their logits:
+    others may be the most probable ones then. A slot's logits do not depend on the other slots.
     """
     form, scale = execution.operations.likely_logits, config.output_multiplier_scale
     assert form is not None
+    few, reorders = form(x, table, rounded, min(TOP_LOGPROBS, len(table))), _reorders(slots)
     logits = lax.cond(
-        jnp.any(_reorders(slots)),
-        lambda: execution.operations.table_product(x, table),
-        lambda: form(x, table, rounded, min(TOP_LOGPROBS, len(table))),
+        jnp.any(reorders),
+        lambda: jnp.where(reorders[:, None], execution.operations.table_product(x, table), few),
+        lambda: few,
     )
     return logits * scale, lambda token: product("bd,bd->b", x, table[token]) * scale
 

@@ -64,6 +64,14 @@ def test_answers_with_a_rounded_table_are_the_same(more, servers):
             np.testing.assert_allclose(values, other_values, rtol=0, atol=1e-5)
 
 
+def test_a_slot_does_not_depend_on_what_others_reorder(servers):
+    """To the bit, in the logarithms of tokens drawn from all of the vocabulary."""
+    request = Request([14], rng_seed=3, temperature=3, max_len=20, ignore_eos=True)
+    other = Request([8, 9], max_len=20, ignore_eos=True, logit_bias={7: -1})
+    alone, (together, _) = servers[1].generate(request), servers[1].generate([request, other])
+    assert alone.token_ids == together.token_ids and alone.logprobs == together.logprobs
+
+
 def test_hooks_read_the_table_itself(servers):
     hooks = {"embeddings": lambda _, x: 2 * x}
     settings = {"temperature": 0, "max_len": 4, "ignore_eos": True, "hooks": hooks}
