@@ -178,11 +178,7 @@ def _plan(
     _check_types(source, form, shapes, group)
     records = layout.files(shapes)
     stored = layout.check_files(source, records)
-    located = {
-        name: array
-        for record, leaf in zip(records, stored, strict=True)
-        for name, array in safetensors.tensors(record, leaf).items()
-    }
+    located = _tensors(records, stored)
     names = [record.name for record in records]
     if group is not None:
         records = [_in_4_bits(record, group) for record in records]
@@ -248,8 +244,12 @@ def _in_4_bits(record: TensorFile, group: int) -> TensorFile:
 
 def _locate(directory: Directory, records: list[TensorFile]) -> dict[str, pickle_file.Located]:
     """Return the location of each tensor in a checkpoint of either form; checks all headers."""
+    return _tensors(records, layout.check_files(directory, records))
+
+
+def _tensors(records: list[TensorFile], leaves: list[StoredLeaf]) -> dict[str, pickle_file.Located]:
+    """Return the location of each tensor of these parameters."""
     located: dict[str, pickle_file.Located] = {}
-    leaves = layout.check_files(directory, records)
     for record, leaf in zip(records, leaves, strict=True):
         located |= safetensors.tensors(record, leaf)
     return located
