@@ -1,5 +1,6 @@
 // The operations that take most of the time of decoding on a CPU: products of float32 rows with
-// int8 matrices, each row with the matrix of its group; products with the output table; attention.
+// matrices of 8 or 4 bits, each row with the matrix of its group; products with the output table;
+// attention.
 //
 // They are memory-bound: weights should be read once, as stored, in order. XLA first writes int8 to
 // memory as float32 and reads that.
@@ -22,6 +23,7 @@
 #include "floats.h"
 #include "integers.h"
 #include "lanes.h"
+#include "nibbles.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -50,43 +52,45 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   while (progress->ended.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// ----------------------------------------------------------------------- rows by int8 matrices
+// ------------------------------------------------------------------ rows by quantized matrices
 
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest when read in order
 constexpr int64_t kLeast = 512;  // the fewest columns of a task, for any number of threads
 
 // How rows are multiplied with int8 matrices: by the fastest method (integers with AMX, otherwise
-// floats), in integers by dot product instructions only (if available), or in floats.
+// floats), in integers by dot product instructions only (if available), or in floats. For 4 bits,
+// only the last one makes a difference: few rows are otherwise multiplied in integers.
 enum Form : int32_t { kFastest = 0, kDots = 1, kFloats = 2 };
 
-// int8 [E, I, O] and bfloat16 [E, J, O]: the matrices of one layer.
+// int8 [E, I, O], or [E, I / 2, O] for 4 bits, and bfloat16 [E, J, O]: the matrices of one layer.
 struct Stack {
   const int8_t* weight;
   const uint16_t* scales;
-  int64_t experts, inputs, outputs, groups;
+  int64_t experts, inputs, outputs, groups, in_byte;
 
   Matrix Of(int64_t expert) const {
-    return {weight + expert * inputs * outputs, scales + expert * groups * outputs, inputs, outputs,
-            groups};
+    return {weight + expert * inputs / in_byte * outputs, scales + expert * groups * outputs,
+            inputs, outputs, groups, in_byte};
   }
 };
 
-// Selects a layer's matrices from those of all layers, [L, E, I, O] and [L, E, J, O].
+// Selects a layer's matrices from those of all layers, [L, E, I, O] or [L, E, I / 2, O], and
+// [L, E, J, O].
 ffi::Error TakeLayer(const ffi::Buffer<ffi::S8>& weight, const ffi::Buffer<ffi::BF16>& scales,
-                     const ffi::Buffer<ffi::S32>& layer, Stack* stack) {
+                     const ffi::Buffer<ffi::S32>& layer, int64_t in_byte, Stack* stack) {
   auto shape = weight.dimensions(), scale_shape = scales.dimensions();
   if (shape.size() != 4 || scale_shape.size() != 4 || layer.element_count() != 1) {
     return ffi::Error::InvalidArgument("expected a weight [L, E, I, O], scales and a layer");
   }
-  bool fits = scale_shape[0] == shape[0] && scale_shape[1] == shape[1] &&
-              scale_shape[3] == shape[3] && scale_shape[2] > 0 && shape[2] % scale_shape[2] == 0;
+  bool fits = (in_byte == 1 || in_byte == 2) && scale_shape[0] == shape[0] &&
+              scale_shape[1] == shape[1] && scale_shape[3] == shape[3] && scale_shape[2] > 0 && shape[2] % scale_shape[2] == 0;
   if (!fits) return ffi::Error::InvalidArgument("the scales do not fit the weight");
   int64_t l = layer.typed_data()[0];
   if (l < 0 || l >= shape[0]) return ffi::Error::InvalidArgument("there is no such layer");
   *stack = {weight.typed_data() + l * shape[1] * shape[2] * shape[3],
             reinterpret_cast<const uint16_t*>(scales.untyped_data()) +
                 l * shape[1] * scale_shape[2] * shape[3],
-            shape[1], shape[2], shape[3], scale_shape[2]};
+            shape[1], in_byte * shape[2], shape[3], scale_shape[2], in_byte};
   return ffi::Error::Success();
 }
 
@@ -100,8 +104,10 @@ class Rows {
   };
 
   // x [M, I]; start [E + 1]: the first row of each expert, then the end of the last expert's rows.
-  Rows(ffi::ThreadPool& pool, const float* x, const int32_t* start, const Stack& stack, Form form)
-      : pool_(pool), x_(x), inputs_(stack.inputs), outputs_(stack.outputs) {
+  Rows(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const int32_t* start,
+       const Stack& stack, Form form)
+      : pool_(pool), x_(x.typed_data()), inputs_(stack.inputs), outputs_(stack.outputs),
+        in_byte_(stack.in_byte) {
     int64_t tiles = 0;
     for (int64_t e = 0; e < stack.experts; ++e) {
       int64_t count = start[e + 1] - start[e];
@@ -112,8 +118,14 @@ class Rows {
 #ifdef KERNELS_AMX
     by_tiles_ = form == kFastest && HasTiles();
 #endif
+#ifdef KERNELS_NIBBLES
+    if (stack.in_byte == 2 && form != kFloats && x.dimensions()[0] <= kFewRows) {
+      WritePieces(start[stack.experts], stack.Of(0));
+      return;
+    }
+#endif
 #ifdef KERNELS_INTEGERS
-    if (by_tiles_ || form == kDots) WriteDigits(tiles, stack.groups);
+    if (stack.in_byte == 1 && (by_tiles_ || form == kDots)) WriteDigits(tiles, stack.groups);
 #endif
   }
 
@@ -185,6 +197,7 @@ class Rows {
 
   bool BySlabs(const Run& run, const Slabs& slabs) const {
     constexpr int64_t kInputs = 192;  // the fewest inputs of a slab, for each row
+    if (in_byte_ == 2) return false;
 #ifdef KERNELS_INTEGERS
     if (digits_) return false;
 #endif
@@ -235,28 +248,38 @@ class Rows {
     for (int64_t row = 0; row < run.count; row += chunk) {
       int64_t count = std::min(chunk, run.count - row);
       float* to = y + (run.first + row) * outputs_ + task.first;
-      MultiplyPart(task, row, count, stack.Of(run.expert), to, outputs_);
+      const int8_t* then = second ? second->Of(run.expert).weight + task.first : nullptr;
+      MultiplyPart(task, row, count, stack.Of(run.expert), then, to, outputs_);
       if (!second) continue;
       float* other = static_cast<float*>(memory.AtLeast(count * task.width * sizeof(float)));
-      MultiplyPart(task, row, count, second->Of(run.expert), other, task.width);
+      MultiplyPart(task, row, count, second->Of(run.expert), nullptr, other, task.width);
       for (int64_t r = 0; r < count; ++r) {
         finish(to + r * outputs_, other + r * task.width, task.width);
       }
     }
   }
 
-  // y[r][...] = x[run.first + row + r] @ a task's columns of a matrix, for `count` rows.
-  void MultiplyPart(const Task& task, int64_t row, int64_t count, const Matrix& matrix, float* y,
-                    int64_t y_stride) const {
+  // y[r][...] = x[run.first + row + r] @ a task's columns of a matrix, for `count` rows. then: the
+  // weights that are multiplied next, or null.
+  void MultiplyPart(const Task& task, int64_t row, int64_t count, const Matrix& matrix,
+                    const int8_t* then, float* y, int64_t y_stride) const {
+    row += task.run->first;
+#ifdef KERNELS_NIBBLES
+    if (pieces_) {
+      FewRows few{*pieces_, row, count, matrix, task.first, task.width, then};
+      return MultiplyFew(few, y, y_stride);
+    }
+#endif
 #ifdef KERNELS_INTEGERS
     if (digits_) {
-      Part part{*digits_, task.run->tile + row / kTokens, count, matrix, task.first, task.width};
+      int64_t tile = task.run->tile + (row - task.run->first) / kTokens;
+      Part part{*digits_, tile, count, matrix, task.first, task.width};
       MultiplyIntegers(part, count <= kFew, by_tiles_, y, y_stride);
       return;
     }
 #endif
-    MultiplyFloats(x_ + (task.run->first + row) * inputs_, count, matrix, task.first, task.width,
-                   y, y_stride);
+    auto multiply = in_byte_ == 2 ? MultiplyConverted : MultiplyFloats;
+    multiply(x_ + row * inputs_, count, matrix, task.first, task.width, y, y_stride);
   }
 
   static constexpr int64_t kFew = 2;
@@ -277,6 +300,18 @@ class Rows {
     return ((outputs_ + parts - 1) / parts + 63) / 64 * 64;
   }
 
+#ifdef KERNELS_NIBBLES
+  void WritePieces(int64_t rows, const Matrix& matrix) {
+    static thread_local Pieces pieces;
+    pieces_ = &pieces;  // of this thread, also when others write them
+    pieces.Resize(rows, matrix);
+    auto write = [&, own = pieces_](int64_t r) { own->Write(r, x_ + r * inputs_, matrix); };
+    ForEach(pool_, rows, write);
+  }
+
+  static constexpr int64_t kFewRows = kRegisters == 32 ? 64 : 16;  // of x, of all experts
+  Pieces* pieces_ = nullptr;
+#endif
 #ifdef KERNELS_INTEGERS
   void WriteDigits(int64_t tiles, int64_t groups) {
     static thread_local Digits digits;
@@ -291,16 +326,16 @@ class Rows {
     auto write = [&, own = digits_](int64_t t) {
       own->Write(t, x_ + rows[t].first * inputs_, rows[t].second);
     };
+    constexpr int64_t kAlone = 64 * 1024;  // numbers that this thread writes alone
     if (tiles * inputs_ * kTokens > kAlone) return ForEach(pool_, tiles, write);
     for (int64_t t = 0; t < tiles; ++t) write(t);
   }
 
-  static constexpr int64_t kAlone = 64 * 1024;  // numbers that this thread writes alone
   Digits* digits_ = nullptr;
 #endif
   ffi::ThreadPool& pool_;
   const float* x_;
-  int64_t inputs_, outputs_;
+  int64_t inputs_, outputs_, in_byte_;
   std::vector<Run> runs_;
   bool by_tiles_ = false;
   int64_t partial_rows_ = 0;
@@ -330,17 +365,17 @@ ffi::Error CheckRows(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
   return ffi::Error::Success();
 }
 
-// x float32 [M, I], its rows sorted by expert; weight int8 [L, E, I, O]; scales bfloat16
+// x float32 [M, I], its rows sorted by expert; weight int8 [L, E, I / in_byte, O]; scales bfloat16
 // [L, E, J, O]; starts int32 [E + 1], the first row of each expert, then the end of the last one's;
 // layer int32 []. y float32 [M, O] = x @ weight, zero if a row has no expert.
 ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                               ffi::Buffer<ffi::S8> weight, ffi::Buffer<ffi::BF16> scales,
                               ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> layer,
-                              int32_t form, ffi::ResultBuffer<ffi::F32> y) {
+                              int32_t form, int32_t in_byte, ffi::ResultBuffer<ffi::F32> y) {
   Stack stack;
-  if (auto error = TakeLayer(weight, scales, layer, &stack); error.failure()) return error;
+  if (auto error = TakeLayer(weight, scales, layer, in_byte, &stack); error.failure()) return error;
   if (auto error = CheckRows(x, stack, starts, y); error.failure()) return error;
-  Rows rows(pool, x.typed_data(), starts.typed_data(), stack, static_cast<Form>(form));
+  Rows rows(pool, x, starts.typed_data(), stack, static_cast<Form>(form));
   rows.Multiply(stack, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
   return ffi::Error::Success();
 }
@@ -373,15 +408,18 @@ ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                             ffi::Buffer<ffi::S8> gate, ffi::Buffer<ffi::BF16> gate_scales,
                             ffi::Buffer<ffi::S8> value, ffi::Buffer<ffi::BF16> value_scales,
                             ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> layer, int32_t form,
-                            ffi::ResultBuffer<ffi::F32> y) {
+                            int32_t in_byte, ffi::ResultBuffer<ffi::F32> y) {
   Stack gates, values;
-  if (auto error = TakeLayer(gate, gate_scales, layer, &gates); error.failure()) return error;
-  if (auto error = TakeLayer(value, value_scales, layer, &values); error.failure()) return error;
+  auto take = [&](auto& weight, auto& scales, Stack* stack) {
+    return TakeLayer(weight, scales, layer, in_byte, stack);
+  };
+  if (auto error = take(gate, gate_scales, &gates); error.failure()) return error;
+  if (auto error = take(value, value_scales, &values); error.failure()) return error;
   bool fits = gates.experts == values.experts && gates.inputs == values.inputs &&
               gates.outputs == values.outputs && gates.groups == values.groups;
   if (!fits) return ffi::Error::InvalidArgument("two weights of different shapes");
   if (auto error = CheckRows(x, gates, starts, y); error.failure()) return error;
-  Rows rows(pool, x.typed_data(), starts.typed_data(), gates, static_cast<Form>(form));
+  Rows rows(pool, x, starts.typed_data(), gates, static_cast<Form>(form));
   rows.Multiply(gates, &values, y->typed_data(), Gate);
   return ffi::Error::Success();
 }
@@ -777,6 +815,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, GroupedProductImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int32_t>("form")
+                                  .Attr<int32_t>("in_byte")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedProduct, GatedProductImpl,
@@ -790,6 +829,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedProduct, GatedProductImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int32_t>("form")
+                                  .Attr<int32_t>("in_byte")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TableProduct, TableProductImpl,

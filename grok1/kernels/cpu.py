@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok1.kernels import shared_library, xla_cpu
-from grok1.kernels.sorted_experts import grouped_experts, is_int8, one_group
+from grok1.kernels.sorted_experts import grouped_experts, is_quantized, one_group
 from grok1.ops.derivatives import forward_only
 from grok1.ops.operations import table_product as plain_table_product
-from grok1.ops.quantization import QuantizedWeight8bit, StackedWeight, Weight, Weights
+from grok1.ops.quantization import QuantizedWeight, StackedWeight, Weight, Weights
 from grok1.ops.rounded_table import RoundedTable
 
 PRODUCT = "grok_1_grouped_product"
@@ -27,33 +27,35 @@ HANDLERS = {
     ATTEND: "Attend",
 }
 MOST_TABLE_ROWS = 16  # up to which `table_product` is faster than XLA's
-FASTEST, DOTS, FLOATS = range(3)  # how int8 is multiplied: the enum Form in cpu.cc
+FASTEST, DOTS, FLOATS = range(3)  # how integers are multiplied: the enum Form in cpu.cc
 form = FASTEST  # the tests set the others
 
 
 def grouped_product(
-    x: jax.Array, weight: QuantizedWeight8bit, starts: jax.Array, layer: jax.Array
+    x: jax.Array, weight: QuantizedWeight, starts: jax.Array, layer: jax.Array
 ) -> jax.Array:
     """Multiply each row with the matrix of its group.
 
     x: float [M, I], sorted by group. weight: [L, E, I, O], of which `layer` int32 [] is used.
     starts: int32 [E + 1], the first row of each group in x, then the end of the last group.
-    Returns float32 [M, O], zero in the rows after the last group. A processor with AMX multiplies
-    integers of 27 bits, as `xla_cpu.matmul` does; others accumulate in float32. A row's result does
-    not depend on other rows. Only the matrices in use are read, as int8, once for up to 64 rows.
+    Returns float32 [M, O], zero in the rows after the last group. int8 is multiplied in float32, by
+    a processor with AMX in integers of 27 bits, as `xla_cpu.matmul` does. 4 bits are multiplied in
+    such integers if M is small (and the processor has AVX2), in float32 otherwise. A row's result
+    does not depend on other rows. Only the matrices in use are read, as stored, once for up to 64
+    rows.
 
     Raises KernelError as `load` does.
     """
     load()
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32)
     arrays = x.astype(jnp.float32), weight.weight, weight.scales, starts, layer
-    return _call(PRODUCT, shape, *arrays, form=_form(weight))
+    return _call(PRODUCT, shape, *arrays, **_how(weight))
 
 
 def gated_product(
     x: jax.Array,
-    gate: QuantizedWeight8bit,
-    value: QuantizedWeight8bit,
+    gate: QuantizedWeight,
+    value: QuantizedWeight,
     starts: jax.Array,
     layer: jax.Array,
 ) -> jax.Array:
@@ -65,13 +67,17 @@ def gated_product(
     shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[-1]), jnp.float32)
     weights = gate.weight, gate.scales, value.weight, value.scales
     arrays = x.astype(jnp.float32), *weights, starts, layer
-    return _call(GATED_PRODUCT, shape, *arrays, form=_form(gate))
+    return _call(GATED_PRODUCT, shape, *arrays, **_how(gate))
 
 
-def _form(weight: QuantizedWeight8bit) -> np.int32:
-    """Return how int8 is multiplied: in integers only if their sums cannot overflow."""
-    inputs = weight.shape[-2] // weight.scales.shape[-2]
-    return np.int32(form if inputs <= xla_cpu.MOST_SUMMED else FLOATS)
+def _how(weight: QuantizedWeight) -> dict[str, np.int32]:
+    """Return how a weight is multiplied, and the inputs in a byte of it.
+
+    int8 is multiplied in integers only if the sums of a scale group cannot overflow.
+    """
+    inputs, in_group = weight.shape[-2], weight.shape[-2] // weight.scales.shape[-2]
+    own_form = form if in_group <= xla_cpu.MOST_SUMMED else FLOATS
+    return {"form": np.int32(own_form), "in_byte": np.int32(inputs // weight.weight.shape[-2])}
 
 
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -144,7 +150,7 @@ def load() -> None:
 
 
 def _matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    if isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight8bit):
+    if isinstance(weight, StackedWeight) and isinstance(weight.stack, QuantizedWeight):
         return one_group(grouped_product, x, weight)
     return xla_cpu.matmul(x, weight)
 
@@ -155,7 +161,7 @@ def _table_product(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
-    if not is_int8(params):
+    if not is_quantized(params):
         return xla_cpu.chosen_experts(params, x, gates, index)
     return grouped_experts(gated_product, grouped_product, params, x, gates, index)
 

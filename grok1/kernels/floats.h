@@ -162,7 +162,7 @@ inline void MultiplySlab(const float* x, int64_t rows, const Matrix& matrix, con
       // Prefetched before the tile is multiplied: inside its loop, GCC generates slower code.
       for (int64_t n = 0; n < depth; ++n) {
         __builtin_prefetch(weight + n * stride + kPanel);
-        ahead.Ask();
+        ahead.Ask(1);
       }
       float* own = sums + p * rows * kPanel;
       int64_t columns = width - p * kPanel;

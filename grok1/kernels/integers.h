@@ -1,9 +1,8 @@
 // Products of float32 rows with int8 matrices in integers, by instructions that multiply int8 four
 // at a time. They are exact, and therefore the same in any order.
 //
-// As in xla_cpu.matmul, a row is a power of two times integers of 27 bits, each of which is four
-// signed digits of seven bits. A tile holds the digits of four rows: 16 rows of bytes, row by row,
-// the lowest digit first, for 64 inputs. Weights are rearranged to match: 64 inputs by 64 columns
+// A tile holds the digits (digits.h) of four rows: 16 rows of bytes, row by row, the lowest digit
+// first, for 64 inputs. Weights are rearranged to match: 64 inputs by 64 columns
 // become four blocks of 16 lines, whose lane n holds four inputs of one column.
 //
 // Two kinds of instructions multiply them: Intel's matrix extensions (AMX), and for few rows
@@ -12,7 +11,7 @@
 #ifndef KERNELS_INTEGERS_H_
 #define KERNELS_INTEGERS_H_
 
-#include "lanes.h"
+#include "digits.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define KERNELS_INTEGERS 1
@@ -32,8 +31,6 @@
 namespace {
 
 constexpr int64_t kWide = 4096;  // columns from which the processor prefetches rows itself
-constexpr int64_t kDigits = 4, kDigitBits = 7;
-constexpr int kBits = kDigits * kDigitBits - 2;  // of a magnitude: the highest digit is not full
 // A tile holds kTokens rows of x.
 constexpr int64_t kSide = 16;                    // rows of a tile, lanes of a vector
 constexpr int64_t kDepth = 64;                   // inputs of a tile
@@ -83,27 +80,15 @@ class Digits {
 
  private:
   void WriteRow(int64_t t, int64_t token, const float* x) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t i = 0, width = groups_ * inputs_; i < width; i += kLanes) {
-      __m512i bits = _mm512_maskz_loadu_epi32(First16(width - i), x + i);
-      most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
-    }
-    int32_t largest = _mm512_reduce_max_epi32(most);  // a float's bits, in the order of the floats
-    // A subnormal float32 unit would become zero.
-    int exponent = std::max((largest >> 23) - 126, kBits - 124);
-    bool finite = largest < 0x7f800000;
-    units_[t * kTokens + token] =
-        finite ? std::ldexp(1.0f, exponent - kBits) : std::numeric_limits<float>::quiet_NaN();
-    const __m512 scale = _mm512_set1_ps(std::ldexp(1.0f, kBits - exponent));
+    Scaling scaling(x, groups_ * inputs_);
+    units_[t * kTokens + token] = scaling.unit;
     for (int64_t group = 0; group < groups_; ++group) {
-      WriteGroup(t, token, group, x + group * inputs_, scale);
+      WriteGroup(t, token, group, x + group * inputs_, _mm512_set1_ps(scaling.scale));
     }
   }
 
   void WriteGroup(int64_t t, int64_t token, int64_t group, const float* x, __m512 scale) {
-    const __m512i half = _mm512_set1_epi32(1 << (kDigitBits - 1));
-    const __m512i full = _mm512_set1_epi32((1 << kDigitBits) - 1);
+    const __m512i half = _mm512_set1_epi32(kHalf), full = _mm512_set1_epi32(kFull);
     __m512i total[kDigits] = {};
     for (int64_t i = 0; i < blocks_ * kDepth; i += kLanes) {
       __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(First16(inputs_ - i), x + i), scale);
@@ -323,7 +308,7 @@ inline void AddDotsOfTiles(const Part& part, int64_t group, int64_t input, const
 }
 
 // sums [panels][tiles][4][16][16] of a few rows with a group of a matrix: a panel at a time.
-inline void MultiplyFew(const Part& part, int64_t group, int32_t* sums) {
+inline void MultiplyByPanel(const Part& part, int64_t group, int32_t* sums) {
   alignas(kLine) int8_t arranged[kPanelBytes];
   BeginSums(part, group, sums);
   for (int64_t i = 0, count; i < part.inputs(); i += count) {
@@ -332,7 +317,7 @@ inline void MultiplyFew(const Part& part, int64_t group, int32_t* sums) {
     const int8_t* weight = part.weight(group, i);
     for (int64_t c = 0; c < part.width; c += kColumns) {
       Arrange(weight + c, part.matrix.outputs, count, part.width - c, arranged);
-      for (int64_t n = 0; n < count; ++n) ahead.Ask();
+      ahead.Ask(count);
       AddDotsOfTiles(part, group, i, arranged, (count + 3) / 4,
                      sums + c / kColumns * part.tiles() * kPanelSums);
     }
@@ -357,7 +342,7 @@ inline void MultiplyMany(const Part& part, int64_t group, bool by_tiles, int32_t
       const int8_t* weight = part.weight(group, i);
       int8_t* to = arranged + (i / kDepth - block) * kPanelBytes + i % kDepth / 4 * kLine;
       for (int64_t p = 0; p < panels; ++p, weight += kColumns, to += depth * kPanelBytes) {
-        for (int64_t n = 0; n < count; ++n) ahead.Ask();
+        ahead.Ask(count);
         Arrange(weight, part.matrix.outputs, count, part.width - p * kColumns, to);
       }
     }
@@ -380,16 +365,6 @@ inline void MultiplyMany(const Part& part, int64_t group, bool by_tiles, int32_t
   }
 }
 
-// Sorts four vectors, each with four of every 16 columns, into the order of their columns.
-inline void Transpose(__m512* v) {
-  __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
-  __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
-  v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
-  v[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
-  v[2] = _mm512_shuffle_f32x4(c, d, 0x88);
-  v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
-}
-
 // y[r][...] = x[r] @ matrix for the rows and columns of a part. `few`: so few rows that dot
 // products are cheaper than tiles.
 inline void MultiplyIntegers(const Part& part, bool few, bool by_tiles, float* y,
@@ -404,7 +379,7 @@ inline void MultiplyIntegers(const Part& part, bool few, bool by_tiles, float* y
   if (by_tiles && !few) configured.emplace(std::min(part.rows, kTokens) * kDigits);
 #endif
   for (int64_t group = 0, last = part.matrix.groups - 1; group <= last; ++group) {
-    few ? MultiplyFew(part, group, sums) : MultiplyMany(part, group, by_tiles, sums);
+    few ? MultiplyByPanel(part, group, sums) : MultiplyMany(part, group, by_tiles, sums);
     const uint16_t* scales = part.matrix.scales + group * part.matrix.outputs + part.first;
     for (int64_t r = 0; r < part.rows; ++r) {
       const __m512 unit = _mm512_set1_ps(part.x.unit(part.first_tile * kTokens + r));
@@ -419,7 +394,7 @@ inline void MultiplyIntegers(const Part& part, bool few, bool by_tiles, float* y
             value[v] = _mm512_fmadd_ps(value[v], base, digit);
           }
         }
-        Transpose(value);
+        SortColumns(reinterpret_cast<Lanes*>(value));
         for (int v = 0; v < 4; ++v) {
           int64_t c = p * kColumns + v * kLanes;
           __mmask16 own = First16(part.width - c);

@@ -4,6 +4,7 @@
 #ifndef KERNELS_LANES_H_
 #define KERNELS_LANES_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -94,6 +95,29 @@ inline Lanes Widen(const int8_t* from) {
 #endif
 }
 
+// Widens the lower four bits of each byte, and the higher ones.
+inline void WidenHalves(const int8_t* from, Lanes* low, Lanes* high) {
+#if defined(__AVX512F__)
+  __m512i bytes = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  __m512i shifted = _mm512_srai_epi32(_mm512_slli_epi32(bytes, 28), 28);
+  *low = reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(shifted));
+  *high = reinterpret_cast<Lanes>(_mm512_cvtepi32_ps(_mm512_srai_epi32(bytes, 4)));
+#elif defined(__AVX2__)
+  __m256i bytes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  __m256i shifted = _mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28);
+  *low = reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(shifted));
+  *high = reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(_mm256_srai_epi32(bytes, 4)));
+#else
+  float wide[2][kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    wide[0][lane] = static_cast<int8_t>(from[lane] * 16) / 16;
+    wide[1][lane] = from[lane] >> 4;
+  }
+  *low = Load(wide[0]);
+  *high = Load(wide[1]);
+#endif
+}
+
 inline Lanes Widen(const int16_t* from) {
 #if defined(__AVX512F__)
   __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -178,9 +202,10 @@ class Memory {
 };
 
 struct Matrix {
-  const int8_t* weight;    // [inputs, outputs]
+  const int8_t* weight;    // [inputs / in_byte, outputs]
   const uint16_t* scales;  // bfloat16 [groups, outputs]
   int64_t inputs, outputs, groups;
+  int64_t in_byte;  // inputs in a byte: 1, or 2 of four bits each
 };
 
 // Prefetches the next block of a matrix line by line, in memory order, while another is multiplied.
@@ -189,14 +214,16 @@ class Ahead {
   Ahead(const int8_t* block, int64_t stride, int64_t rows, int64_t width)
       : row_(block), stride_(stride), rows_(rows), width_(width) {}
 
-  void Ask() {
-    if (rows_ <= 0) return;
-    __builtin_prefetch(row_ + column_, 0, 2);
-    column_ += kLine;
-    if (column_ < width_) return;
-    column_ = 0;
-    row_ += stride_;
-    --rows_;
+  // Prefetches the next `lines` lines.
+  void Ask(int64_t lines) {
+    while (rows_ > 0 && lines > 0) {
+      int64_t end = std::min(column_ + lines * kLine, width_);
+      for (; column_ < end; column_ += kLine, --lines) __builtin_prefetch(row_ + column_, 0, 2);
+      if (column_ < width_) return;
+      column_ = 0;
+      row_ += stride_;
+      --rows_;
+    }
   }
 
  private:

@@ -58,7 +58,7 @@ def grouped_experts(
 ) -> jax.Array:
     """`mixture.chosen_experts` by products of rows that are grouped by expert.
 
-    params: int8. gated_product, grouped_product: as in `kernels.cpu`.
+    params: of 8 or 4 bits. gated_product, grouped_product: as in `kernels.cpu`.
     """
     order, starts = sorted_copies(flat(index), expert_count(params))
     rows = flat(x)[order // index.shape[-1]]
@@ -67,13 +67,6 @@ def grouped_experts(
     hidden = gated_product(rows, gate, value, starts, layer)
     y = grouped_product(hidden.astype(x.dtype), out, starts, layer)
     return combine_sorted(y, order, starts, gates)
-
-
-def is_int8(params: Weights) -> bool:
-    """Return whether all weights of a mixture are int8."""
-    return all(
-        isinstance(stacked(leaves["w"]).stack, QuantizedWeight8bit) for leaves in params.values()
-    )
 
 
 def is_quantized(params: Weights) -> bool:
