@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
+import four_bits
 import golden
 from grok1.execution import Execution
 from grok1.kernels import dispatch as kernels
@@ -527,6 +528,15 @@ def test_golden_logits_are_exact_with_the_fused_layer(name, dtype, allowed, monk
         assert error[files.real & (files.margin > 1e-4)].max() <= allowed
     else:
         assert 1e-3 < np.median(error[files.real]) <= allowed
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sizes", [None, (1, 8), (2, 4)], ids=str)
+@pytest.mark.parametrize("name", four_bits.NAMES)
+def test_logits_with_4_bits_and_the_fused_layer(name, sizes, monkeypatch):
+    """In a chunk of many tokens and of few, and a token."""
+    interpret(monkeypatch)
+    four_bits.model(name).check(sizes, "gpu", cuts=[20, 23])
 
 
 def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
