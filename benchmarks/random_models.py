@@ -15,6 +15,7 @@ from grok1.ops.quantization import (
     QuantizedWeight4bit,
     QuantizedWeight8bit,
 )
+from grok1.parameters import shapes_with_4_bits
 from grok1.serving.steps import stored_shapes
 from model import LanguageModelConfig, TransformerConfig
 
@@ -93,6 +94,27 @@ def random_params(config: LanguageModelConfig, groups: int | None = None) -> Par
     return jax.tree_util.tree_map_with_path(
         leaf, stored_shapes(config), is_leaf=lambda x: isinstance(x, QuantizedWeight8bit)
     )
+
+
+def with_random_4_bits(params: Params) -> Params:
+    """Return parameters whose experts are random integers of 4 bits; the others are the same."""
+    draw = _draw_on_host if backend.on_cpu() else _draw_on_device
+
+    def leaf(path: object, shape: ParameterShape, old: Parameter) -> Parameter:
+        if not isinstance(shape, QuantizedWeight4bit):
+            return old
+        # The standard deviation of uniform values from -8 to 7 is 4.6.
+        scale = 1 / (4.6 * math.sqrt(shape.shape[-2]))
+        return QuantizedWeight4bit(
+            draw(shape.weight.shape, shape.weight.dtype, path),
+            jnp.full(shape.scales.shape, scale, jnp.bfloat16),
+        )
+
+    shapes = jax.eval_shape(lambda: params)
+    return jax.tree_util.tree_map_with_path(
+        leaf, shapes_with_4_bits(shapes), params,
+        is_leaf=lambda x: isinstance(x, QuantizedWeight4bit | QuantizedWeight8bit),
+    )  # fmt: skip
 
 
 def as_loaded(array: jax.Array | np.ndarray) -> jax.Array:

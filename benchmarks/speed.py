@@ -2,9 +2,9 @@
 
 python benchmarks/speed.py [--config quarter|demo|grok-1-rank] [--json]
 
-Three forms of one model run in turns, in one process: `baseline` (benchmarks/baseline.py), `plain`
-(only JAX, and only the selected experts) and `kernels` (grok1/kernels). Ratios are medians over the
-turns.
+Four forms of one model run in turns, in one process: `baseline` (benchmarks/baseline.py), `plain`
+(only JAX, and only the selected experts), `kernels` (grok1/kernels), and `int4`: the kernels with
+experts of 4 bits, random ones except for the demo. Ratios are medians over the turns.
 
 quarter: a quarter of Grok-1's width, 4 layers, float32 on a CPU. demo: the model of this
 repository. grok-1-rank: exactly what one of eight devices stores and computes of the full model,
@@ -59,7 +59,7 @@ from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.execution import fastest  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402
 from grok1.ops.quantization import Params  # noqa: E402
-from grok1.parameters import embedding_table  # noqa: E402
+from grok1.parameters import embedding_table, quantize_experts, shapes_with_4_bits  # noqa: E402
 from grok1.serving.likely_logits import rounded_table  # noqa: E402
 from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import CheckedRequest, Request  # noqa: E402
@@ -76,6 +76,7 @@ from grok1.serving.steps import (  # noqa: E402
     new_state,
     prefill,
     start,
+    stored_shapes,
 )
 from limits import (  # noqa: E402
     Limits,
@@ -86,11 +87,12 @@ from limits import (  # noqa: E402
     prefill_operations,
 )
 from model import LanguageModelConfig  # noqa: E402
-from random_models import grok_1_rank, quarter, random_params  # noqa: E402
+from random_models import grok_1_rank, quarter, random_params, with_random_4_bits  # noqa: E402
 from runner import load_server, read_model_config, with_settings  # noqa: E402
 
 CONFIGS = "quarter", "demo", "grok-1-rank"
-FORMS = "baseline", "plain", "kernels"
+COMPILED = "kernels", "int4"
+FORMS = "baseline", "plain", "kernels", "int4"
 BATCHES = 1, 4, 16
 PROMPTS = 16, 128, 1024
 PROMPT = 128  # tokens in the cache when decoding begins
@@ -102,6 +104,10 @@ LIMITS = {
     "decode 1: kernels / floor": 0.7,
     "decode 16: kernels / floor": 0.6,
     "prefill 128: kernels / product rate": 0.8,
+    "decode 1: int4 / kernels": 1.35,
+    "decode 1: int4 / floor": 0.65,
+    "decode 16: int4 / kernels": 1.0,
+    "prefill 128: int4 / kernels": 1.0,
 }
 
 
@@ -136,7 +142,7 @@ class Form:
 
     def __init__(self, name: str, config: LanguageModelConfig, params: Params):
         self.name, self.params, self.config = name, params, config
-        self.executions = fastest(config, None, compiled=name == "kernels")
+        self.executions = fastest(config, None, compiled=name in COMPILED)
         self.rounded = rounded_table(embedding_table(params), self.executions.decode)
         self.compile_s: dict[str, float] = {}
         self._compiled: dict[tuple[int, int | None], jax.stages.Compiled] = {}
@@ -264,7 +270,7 @@ def measure_prefill(
     calls: dict[str, Callable[[], object]] = {f.name: functools.partial(read, f) for f in forms}
     seconds, limits = in_turns(calls, turns, machine)
     work = Work(0, prefill_operations(forms[0].config, tokens))
-    return _row(seconds, limits, work)
+    return _row(seconds, limits, dict.fromkeys(seconds, work))
 
 
 def measure_decode(
@@ -274,10 +280,7 @@ def measure_decode(
     fastest = forms[-1]
     prompts = [random_prompt(fastest.config, PROMPT, slot) for slot in range(batch)]
     states: dict[str, Any] = {form.name: form.ready(prompts) for form in forms}
-    # The baseline computes all experts, and selects none.
-    chooser = next((form for form in forms if isinstance(form, Form)), None)
-    chooser = chooser or Form("plain", fastest.config, fastest.params)
-    experts = chosen_experts(chooser, states.get(chooser.name) or chooser.ready(prompts))
+    experts = {form.name: experts_of(form, states[form.name], prompts) for form in forms}
 
     def draw(form: Any) -> None:
         states[form.name] = jax.block_until_ready(form.draw(states[form.name]))
@@ -288,18 +291,31 @@ def measure_decode(
     end = fastest.filled(states[fastest.name])
     filled = (PROMPT + fastest.most_tokens + end) / 2
     rounded = fastest.rounded if isinstance(fastest, Form) else None
-    work = decode_work(fastest.config, fastest.params, batch, filled, experts, rounded)
+    work = {
+        form.name: decode_work(form.config, form.params, batch, filled, experts[form.name], rounded)
+        for form in forms
+    }
     return {"filled": filled, "experts": experts, **_row(seconds, limits, work)}
 
 
-def _row(seconds: dict[str, list[float]], limits: list[Limits], work: Work) -> dict[str, Any]:
+def experts_of(form: AnyForm, state: Any, prompts: list[np.ndarray]) -> int:
+    """Return `chosen_experts`; the baseline computes all experts, and selects none."""
+    if isinstance(form, Form):
+        return chosen_experts(form, state)
+    chooser = Form("plain", form.config, form.params)
+    return chosen_experts(chooser, chooser.ready(prompts))
+
+
+def _row(
+    seconds: dict[str, list[float]], limits: list[Limits], work: dict[str, Work]
+) -> dict[str, Any]:
     """Return the record of a measurement; the shares are medians over the turns."""
     shares = {
-        name: median(work.floor(own) / s for own, s in zip(limits, times, strict=True))
+        name: median(work[name].floor(own) / s for own, s in zip(limits, times, strict=True))
         for name, times in seconds.items()
     }
-    kept = {"seconds": seconds, "limits": limits, "share": shares}
-    return kept | dataclasses.asdict(work)
+    least = {name: dataclasses.asdict(own) for name, own in work.items()}
+    return {"seconds": seconds, "limits": limits, "share": shares, "work": least}
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
@@ -360,7 +376,7 @@ def draw_first_token(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures of a run."""
-    names = [name for name in options.forms if name != "kernels" or kernels.available()]
+    names = [name for name in options.forms if name not in COMPILED or kernels.available()]
     if not names:
         raise ValueError("--forms: the kernels are not available here; select another form")
     config = make_config(options)
@@ -376,17 +392,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--turns: expected at most {most}, which fills the context, got {options.turns}"
         )
-    _check_memory(config, max([1, *options.batches]))
+    _check_memory(config, max([1, *options.batches]), names)
     found: dict[str, Any] = {"config": options.config, **describe_machine()}
     if options.config == "grok-1-rank":
         found["layers"] = options.layers
     if options.starts:
         found["start"] = measure_starts(options)
-    params = make_params(options, config)
-    forms: list[AnyForm] = [
-        Baseline(config, params) if name == "baseline" else Form(name, config, params)
-        for name in names
-    ]
+    forms = make_forms(options, config, names)
     machine = Machine(config)
     found["prefill"], found["decode"] = {}, {}
     found["dtype"] = jnp.dtype(config.fprop_dtype).name
@@ -410,9 +422,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _check_memory(config: LanguageModelConfig, batch: int) -> None:
-    """Raise ValueError if the model and one form's caches do not fit this machine."""
+def make_forms(
+    options: argparse.Namespace, config: LanguageModelConfig, names: Sequence[str]
+) -> list[AnyForm]:
+    """Return the forms of these names, of one model."""
+    params = make_params(options, config)
+
+    def make(name: str) -> AnyForm:
+        if name == "baseline":
+            return Baseline(config, params)
+        if name != "int4":
+            return Form(name, config, params)
+        make_4_bits = quantize_experts if options.config == "demo" else with_random_4_bits
+        return Form(name, config, make_4_bits(params))
+
+    return [make(name) for name in names]
+
+
+def _check_memory(config: LanguageModelConfig, batch: int, names: Sequence[str]) -> None:
+    """Raise ValueError if the models and one form's caches do not fit this machine."""
     free, needed = available_memory(), device_bytes(config, None, batch)
+    if "int4" in names:
+        stored = shapes_with_4_bits(stored_shapes(config))
+        needed += device_bytes(config, None, 0, stored)
     if backend.on_cpu() and free is not None and needed > free:
         raise ValueError(
             f"the model and {batch} caches take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} "
@@ -431,6 +463,8 @@ def summarise(found: dict[str, Any]) -> dict[str, float]:
             if "baseline" in seconds:
                 for name in seconds.keys() - {"baseline"}:
                     figures[f"{kind} {size}: {name} / baseline"] = ratio(seconds, "baseline", name)
+            if {"kernels", "int4"} <= seconds.keys():
+                figures[f"{kind} {size}: int4 / kernels"] = ratio(seconds, "kernels", "int4")
             of = "floor" if kind == "decode" else "product rate"
             for name, share in row["share"].items():
                 figures[f"{kind} {size}: {name} / {of}"] = share
