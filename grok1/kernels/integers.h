@@ -1,8 +1,9 @@
 // Products of float32 rows with int8 matrices in integers, by instructions that multiply int8 four
 // at a time. They are exact, and therefore the same in any order.
 //
-// A tile holds the digits (digits.h) of four rows: 16 rows of bytes, row by row, the lowest digit
-// first, for 64 inputs. Weights are rearranged to match: 64 inputs by 64 columns
+// As in xla_cpu.matmul, a row is a power of two times integers of 27 bits, each of which is four
+// signed digits of seven bits. A tile holds the digits of four rows: 16 rows of bytes, row by row,
+// the lowest digit first, for 64 inputs. Weights are rearranged to match: 64 inputs by 64 columns
 // become four blocks of 16 lines, whose lane n holds four inputs of one column.
 //
 // Two kinds of instructions multiply them: Intel's matrix extensions (AMX), and for few rows
@@ -11,7 +12,7 @@
 #ifndef KERNELS_INTEGERS_H_
 #define KERNELS_INTEGERS_H_
 
-#include "digits.h"
+#include "lanes.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define KERNELS_INTEGERS 1
@@ -31,6 +32,8 @@
 namespace {
 
 constexpr int64_t kWide = 4096;  // columns from which the processor prefetches rows itself
+constexpr int64_t kDigits = 4, kDigitBits = 7;
+constexpr int kBits = kDigits * kDigitBits - 2;  // of a magnitude: the highest digit is not full
 // A tile holds kTokens rows of x.
 constexpr int64_t kSide = 16;                    // rows of a tile, lanes of a vector
 constexpr int64_t kDepth = 64;                   // inputs of a tile
@@ -80,15 +83,27 @@ class Digits {
 
  private:
   void WriteRow(int64_t t, int64_t token, const float* x) {
-    Scaling scaling(x, groups_ * inputs_);
-    units_[t * kTokens + token] = scaling.unit;
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0, width = groups_ * inputs_; i < width; i += kLanes) {
+      __m512i bits = _mm512_maskz_loadu_epi32(First16(width - i), x + i);
+      most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
+    }
+    int32_t largest = _mm512_reduce_max_epi32(most);  // a float's bits, in the order of the floats
+    // A subnormal float32 unit would become zero.
+    int exponent = std::max((largest >> 23) - 126, kBits - 124);
+    bool finite = largest < 0x7f800000;
+    units_[t * kTokens + token] =
+        finite ? std::ldexp(1.0f, exponent - kBits) : std::numeric_limits<float>::quiet_NaN();
+    const __m512 scale = _mm512_set1_ps(std::ldexp(1.0f, kBits - exponent));
     for (int64_t group = 0; group < groups_; ++group) {
-      WriteGroup(t, token, group, x + group * inputs_, _mm512_set1_ps(scaling.scale));
+      WriteGroup(t, token, group, x + group * inputs_, scale);
     }
   }
 
   void WriteGroup(int64_t t, int64_t token, int64_t group, const float* x, __m512 scale) {
-    const __m512i half = _mm512_set1_epi32(kHalf), full = _mm512_set1_epi32(kFull);
+    const __m512i half = _mm512_set1_epi32(1 << (kDigitBits - 1));
+    const __m512i full = _mm512_set1_epi32((1 << kDigitBits) - 1);
     __m512i total[kDigits] = {};
     for (int64_t i = 0; i < blocks_ * kDepth; i += kLanes) {
       __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(First16(inputs_ - i), x + i), scale);

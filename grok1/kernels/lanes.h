@@ -132,6 +132,26 @@ inline Lanes Widen(const int16_t* from) {
 #endif
 }
 
+// Sorts four vectors, of which v holds columns 4 v ... 4 v + 3 of each 16, by columns.
+inline void SortColumns(Lanes* vectors) {
+#if defined(__AVX512F__)
+  auto* v = reinterpret_cast<__m512*>(vectors);
+  __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
+  __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee), d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+  v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+  v[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  v[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+  v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+#elif defined(__AVX2__)
+  auto* v = reinterpret_cast<__m256*>(vectors);
+  __m256 a = v[0], b = v[1], c = v[2], d = v[3];
+  v[0] = _mm256_permute2f128_ps(a, b, 0x20);
+  v[1] = _mm256_permute2f128_ps(c, d, 0x20);
+  v[2] = _mm256_permute2f128_ps(a, b, 0x31);
+  v[3] = _mm256_permute2f128_ps(c, d, 0x31);
+#endif
+}
+
 inline float FromBfloat16(uint16_t bits) {
   uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;

@@ -8,8 +8,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <limits>
 
-#include "digits.h"
 #include "floats.h"
 
 namespace {
@@ -161,14 +162,16 @@ inline Bytes AddPairs(Bytes sum, Bytes weights, Bytes digits) {
 inline Bytes SumOfPairs(Bytes sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 #endif
 
-// Adds four products of each lane: in 32 bits, or in two halves of 16. These hold the sums of a
-// piece, at most 32 * 15 * 64 each.
+// Adds four products of each lane: in 32 bits, or in two halves of 16. With digits of seven bits,
+// these hold the sums of a piece, at most 32 * 15 * 64 each.
 #if defined(__AVX512VNNI__)
+constexpr int kHalfDigits = 3, kHalfBits = 8;
 inline Bytes AddFours(Bytes sum, Bytes weights, Bytes digits) {
   return _mm512_dpbusd_epi32(sum, weights, digits);
 }
 inline Integers SumOf(Bytes sum) { return reinterpret_cast<Integers>(sum); }
 #else
+constexpr int kHalfDigits = 4, kHalfBits = 7;
 inline Bytes AddFours(Bytes sum, Bytes weights, Bytes digits) {
   return AddPairs(sum, weights, digits);
 }
@@ -179,39 +182,51 @@ constexpr int64_t kVectors = 4;  // of a line
 constexpr int64_t kStripe = kVectors * kLanes;
 constexpr int64_t kLines = kPiece / 4;
 
-// A piece of a row. Four even inputs precede the odd ones between them; their lowest digits come
-// first. low, high: eight times the sum of the lower two digits, and of the others, since weights
-// are multiplied with eight added.
+// A piece of a row: `unit` times integers of signed digits. Four even inputs precede the odd ones
+// between them; their lowest digits come first. totals: eight times the sum of each digit, since
+// weights are multiplied with eight added.
 struct Piece {
-  int8_t digits[kLines][kDigits][4];
-  int32_t low, high;
+  int8_t digits[kLines][4][4];
+  int32_t totals[kHalfDigits];
+  float unit;  // NaN if a number is not finite
 };
 
-inline void WritePiece(const float* x, int64_t count, float scale, Piece* piece) {
+inline void WritePiece(const float* x, int64_t count, Piece* piece) {
   typedef int32_t Eight __attribute__((vector_size(32)));
+  constexpr float kLeast = 1e-30f;  // smaller numbers lose digits
+  constexpr int32_t kHalf = 1 << (kHalfBits - 1), kFull = (1 << kHalfBits) - 1;
+  constexpr float kLargest = (kHalf - 0.6f) * (1 << kHalfBits * (kHalfDigits - 1));
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   const __m256i by_digit = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  Eight low = {}, high = {};
+  float own[kPiece] = {}, largest = kLeast;
+  std::copy_n(x, count, own);
+  bool finite = true;
+  for (int64_t i = 0; i < kPiece; ++i) {
+    finite &= std::abs(own[i]) <= std::numeric_limits<float>::max();
+    largest = std::max(largest, std::abs(own[i]));
+  }
+  const __m256 scale = _mm256_set1_ps(kLargest / largest);
+  Eight totals[kHalfDigits] = {};
   for (int64_t i = 0; i < kPiece; i += 8) {
-    float few[8] = {};
-    const float* own = x + i;
-    if (count - i < 8) own = few, std::copy(x + std::min(i, count), x + count, few);
-    __m256 sorted = _mm256_permutevar8x32_ps(_mm256_loadu_ps(own), order);
-    __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(sorted, _mm256_set1_ps(scale)));
+    __m256 sorted = _mm256_permutevar8x32_ps(_mm256_loadu_ps(own + i), order);
+    __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(sorted, scale));
     Eight number = reinterpret_cast<Eight>(rounded), bytes = {};
-    for (int d = 0; d < kDigits; ++d) {
-      if (d == 0) low += number;
-      if (d == 2) low -= number << (2 * kDigitBits), high += number;
-      Eight digit = d < kDigits - 1 ? ((number + kHalf) & kFull) - kHalf : number;
+    for (int d = 0; d < kHalfDigits; ++d) {
+      bool last = d == kHalfDigits - 1;  // the remainder
+      Eight digit = last ? number : ((number + kHalf) & kFull) - kHalf;
       bytes |= (digit & 255) << (8 * d);
-      number = (number - digit) >> kDigitBits;
+      totals[d] += digit;
+      number = (number - digit) >> kHalfBits;
     }
     __m256i lines = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(bytes), by_digit);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(piece->digits[i / 4]), lines);
   }
-  piece->low = piece->high = 0;
-  for (int n = 0; n < 8; ++n) piece->low += 8 * low[n], piece->high += 8 * high[n];
+  piece->unit = finite ? largest / kLargest : std::numeric_limits<float>::quiet_NaN();
+  for (int d = 0; d < kHalfDigits; ++d) {
+    piece->totals[d] = 0;
+    for (int n = 0; n < 8; ++n) piece->totals[d] += 8 * totals[d][n];
+  }
 }
 
 // Rows of x in pieces.
@@ -221,26 +236,21 @@ class Pieces {
     each_ = 0;
     ForPieces(matrix, [&](int64_t, int64_t, int64_t) { ++each_; });
     pieces_ = static_cast<Piece*>(memory_.AtLeast(rows * each_ * sizeof(Piece)));
-    units_ = static_cast<float*>(unit_memory_.AtLeast(rows * sizeof(float)));
   }
 
   void Write(int64_t row, const float* x, const Matrix& matrix) {
-    Scaling scaling(x, matrix.inputs);
-    units_[row] = scaling.unit;
     Piece* to = pieces_ + row * each_;
     ForPieces(matrix, [&](int64_t, int64_t input, int64_t count) {
-      WritePiece(x + input, count, scaling.scale, to++);
+      WritePiece(x + input, count, to++);
     });
   }
 
   int64_t each() const { return each_; }  // pieces of a row
   const Piece* row(int64_t r) const { return pieces_ + r * each_; }
-  float unit(int64_t r) const { return units_[r]; }
 
  private:
-  Memory memory_, unit_memory_;
+  Memory memory_;
   Piece* pieces_;
-  float* units_;
   int64_t each_;
 };
 
@@ -295,7 +305,7 @@ struct Stripe {
 // unrolled early: otherwise GCC keeps the sums in memory.
 template <int kWidth>
 struct Sums {
-  static constexpr int kAll = kDigits * kWidth;
+  static constexpr int kAll = kHalfDigits * kWidth;
   Bytes sum[kAll];
 
   Sums() {
@@ -304,9 +314,9 @@ struct Sums {
   }
 
   void Add(const int8_t (*digits)[4], const Bytes* weights) {
-    Bytes spread[kDigits];
+    Bytes spread[kHalfDigits];
 #pragma GCC unroll 4
-    for (int d = 0; d < kDigits; ++d) {
+    for (int d = 0; d < kHalfDigits; ++d) {
       int32_t four;
       std::memcpy(&four, digits[d], sizeof(four));
       spread[d] = Spread(four);
@@ -321,11 +331,13 @@ struct Sums {
   void Finish(const Piece& piece, Lanes* values) const {
 #pragma GCC unroll 4
     for (int v = 0; v < kWidth; ++v) {
-      Integers low = SumOf(sum[v]) + (SumOf(sum[v + kWidth]) << kDigitBits) - piece.low;
-      Integers high =
-          SumOf(sum[v + 2 * kWidth]) + (SumOf(sum[v + 3 * kWidth]) << kDigitBits) - piece.high;
-      values[v] = __builtin_convertvector(high, Lanes) * static_cast<float>(1 << 2 * kDigitBits) +
-                  __builtin_convertvector(low, Lanes);
+      Lanes value = {};
+#pragma GCC unroll 4
+      for (int d = kHalfDigits - 1; d >= 0; --d) {
+        Integers own = SumOf(sum[d * kWidth + v]) - piece.totals[d];
+        value = value * static_cast<float>(1 << kHalfBits) + __builtin_convertvector(own, Lanes);
+      }
+      values[v] = value * piece.unit;
     }
   }
 };
@@ -365,7 +377,7 @@ inline void MultiplyLines(const Piece* x, int64_t x_stride, const Bytes* line, i
 template <int kCount>
 void MultiplyStripe(const Piece* x, int64_t x_stride, const Stripe& stripe,
                     Lanes (*values)[kVectors]) {
-  constexpr int kMost = kRegisters / 2 / kDigits / kCount;
+  constexpr int kMost = kRegisters * 5 / 8 / kHalfDigits / kCount;
   constexpr int kWidth = kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
   if constexpr (kCount == 1) {  // once, so without storing lines
     MultiplyBytes<0, kWidth>(*x, stripe, *values);
@@ -450,10 +462,6 @@ inline void MultiplyFew(const FewRows& few, float* y, int64_t y_stride) {
     }
     ++piece;
   });
-  for (int64_t r = 0; r < few.rows; ++r) {
-    float unit = few.x.unit(few.first_row + r);
-    for (int64_t c = 0; c < few.width; ++c) y[r * y_stride + c] *= unit;
-  }
 }
 
 #endif  // KERNELS_NIBBLES
