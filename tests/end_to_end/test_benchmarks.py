@@ -117,9 +117,11 @@ def test_speed_is_measured_saved_and_compared(
     arguments += ["--layers", "1", "--forms", "kernels"] if config == "grok-1-rank" else []
     arguments += ["--prompts", "16", "--no-starts", "--save", str(file)]
     found = figures("speed.py", *arguments)
-    forms = {"kernels"} | ({"plain", "baseline"} if config == "demo" else set())
+    forms = {"kernels"} | ({"plain", "baseline", "int4"} if config == "demo" else set())
     assert found["decode"]["1"]["seconds"].keys() == forms
-    assert found["decode"]["1"]["experts"] == 2 * (4 if config == "demo" else 1)
+    experts = 2 * (4 if config == "demo" else 1)
+    assert found["decode"]["1"]["experts"] == dict.fromkeys(forms, experts)
+    assert ("decode 1: int4 / kernels" in found["figures"]) == (config == "demo")
     shares = [v for k, v in found["figures"].items() if k.endswith((" / floor", " rate"))]
     # Some exceed 1: they are relative to XLA, which multiplies bfloat16 slowly on some CPUs.
     assert len(shares) == 2 * len(forms) and all(0 < share < 3 for share in shares)
