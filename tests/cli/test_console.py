@@ -140,7 +140,7 @@ def test_slow_parts_of_a_start_are_announced(tiny, command, monkeypatch):
     result = command("--checkpoint", tiny, "--prompt-ids", 5, "-n", 1)
     assert announced == ["starting JAX", "compiling the CPU kernels, once", console.READING]
     (seconds,) = re.findall(r"loaded .* in ([\d.]+) s: ", result.err)
-    assert float(seconds) > 1000
+    assert float(seconds) >= 1000
 
 
 # The worker, and Ctrl-C.
