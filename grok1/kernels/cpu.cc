@@ -83,7 +83,8 @@ ffi::Error TakeLayer(const ffi::Buffer<ffi::S8>& weight, const ffi::Buffer<ffi::
     return ffi::Error::InvalidArgument("expected a weight [L, E, I, O], scales and a layer");
   }
   bool fits = (in_byte == 1 || in_byte == 2) && scale_shape[0] == shape[0] &&
-              scale_shape[1] == shape[1] && scale_shape[3] == shape[3] && scale_shape[2] > 0 && shape[2] % scale_shape[2] == 0;
+              scale_shape[1] == shape[1] && scale_shape[3] == shape[3] && scale_shape[2] > 0 &&
+              shape[2] % scale_shape[2] == 0;
   if (!fits) return ffi::Error::InvalidArgument("the scales do not fit the weight");
   int64_t l = layer.typed_data()[0];
   if (l < 0 || l >= shape[0]) return ffi::Error::InvalidArgument("there is no such layer");

@@ -132,7 +132,8 @@ inline Lanes Widen(const int16_t* from) {
 #endif
 }
 
-// Sorts four vectors, of which v holds columns 4 v ... 4 v + 3 of each 16, by columns.
+// Sorts four vectors, of which v holds columns 4 v ... 4 v + 3 of each 16, by columns. With AVX2 or
+// AVX-512 only.
 inline void SortColumns(Lanes* vectors) {
 #if defined(__AVX512F__)
   auto* v = reinterpret_cast<__m512*>(vectors);

@@ -191,6 +191,7 @@ struct Piece {
   float unit;  // NaN if a number is not finite
 };
 
+// Writes `count` numbers as a piece; digits of missing ones are zero.
 inline void WritePiece(const float* x, int64_t count, Piece* piece) {
   typedef int32_t Eight __attribute__((vector_size(32)));
   constexpr float kLeast = 1e-30f;  // smaller numbers lose digits

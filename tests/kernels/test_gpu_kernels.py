@@ -73,18 +73,23 @@ def test_products_of_few_and_many_rows_are_exact(rows, inputs, outputs, groups, 
     assert relative_error(y, x.astype(np.float64) @ exact_weight(weight)[1]) < 1e-6
 
 
+def assert_mixture_is_exact(weights, x):
+    """In float32 and bfloat16; the last two tokens have chosen no expert."""
+    chosen = choices(len(x), 4, masked=2)
+    y = interpreted(mix)(x, weights, LAYER, *chosen)
+    assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
+    assert relative_error(y, exact_mix(x, weights, *chosen)) < 1e-6
+    y = interpreted(mix)(x.astype(jnp.bfloat16), weights, LAYER, *chosen)
+    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, *chosen)) < 5e-3
+
+
 @pytest.mark.parametrize("tokens", [7, 70])
 @pytest.mark.parametrize("groups", [1, 7])
 def test_mixture_of_few_and_many_tokens_is_exact(tokens, groups):
     """With an expert that nobody has chosen, and tokens that have chosen none."""
     weights = [random_weight((2, 4), 77, 70, 7, seed=n) for n in range(2)]
     weights.append(random_weight((2, 4), 70, 77, groups, seed=2))
-    x, chosen = normal(tokens, 77), choices(tokens, 4, masked=2)
-    y = interpreted(mix)(x, weights, LAYER, *chosen)
-    assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
-    assert relative_error(y, exact_mix(x, weights, *chosen)) < 1e-6
-    y = interpreted(mix)(x.astype(jnp.bfloat16), weights, LAYER, *chosen)
-    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, *chosen)) < 5e-3
+    assert_mixture_is_exact(weights, normal(tokens, 77))
 
 
 @pytest.mark.parametrize("tokens", [7, 70])
@@ -93,12 +98,7 @@ def test_mixture_of_4_bits_is_exact(tokens, group):
     """In groups of fewer rows than are multiplied at a time, and of as many."""
     weights = [quantize_4bit(normal(2, 4, 192, 64, seed=n), group) for n in range(2)]
     weights.append(quantize_4bit(normal(2, 4, 64, 192, seed=2), group))
-    x, chosen = normal(tokens, 192), choices(tokens, 4, masked=2)
-    y = interpreted(mix)(x, weights, LAYER, *chosen)
-    assert y.shape == x.shape and y.dtype == jnp.float32 and np.all(y[-2:] == 0)
-    assert relative_error(y, exact_mix(x, weights, *chosen)) < 1e-6
-    y = interpreted(mix)(x.astype(jnp.bfloat16), weights, LAYER, *chosen)
-    assert relative_error(y, exact_mix(x.astype(jnp.bfloat16), weights, *chosen)) < 5e-3
+    assert_mixture_is_exact(weights, normal(tokens, 192))
 
 
 def test_all_tokens_may_choose_the_same_expert():
