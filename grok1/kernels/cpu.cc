@@ -307,7 +307,9 @@ class Rows {
     pieces_ = &pieces;  // of this thread, also when others write them
     pieces.Resize(rows, matrix);
     auto write = [&, own = pieces_](int64_t r) { own->Write(r, x_ + r * inputs_, matrix); };
-    ForEach(pool_, rows, write);
+    constexpr int64_t kAlone = 2048;  // numbers that this thread writes alone
+    if (rows * inputs_ > kAlone) return ForEach(pool_, rows, write);
+    for (int64_t r = 0; r < rows; ++r) write(r);
   }
 
   static constexpr int64_t kFewRows = kRegisters == 32 ? 64 : 16;  // of x, of all experts
