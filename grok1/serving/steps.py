@@ -47,6 +47,7 @@ from grok1.serving.sampling import (
     SampleOutput,
     SampleSettings,
     first_choices,
+    most_probable,
     sample_logits,
 )
 
@@ -588,7 +589,7 @@ def score_step(
         config, execution, params, tokens, memory, length,
         every_position=True, hooks=bind(hooks, hook_args),
     )  # fmt: skip
-    greedy = jnp.argmax(output.logits, axis=-1) == targets
+    greedy = most_probable(output.logits) == targets
     found = _log_probabilities(output.logits, targets), greedy
     return readable(found, execution.mesh), output.model_state
 
