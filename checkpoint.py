@@ -2,8 +2,9 @@
 
 The parameters are `{module: {param: leaf}}`; every leaf of a module under
 `transformer/decoder_layer/` is stacked, with a leading layer axis [L, ...]. grok1/formats/layout.py
-defines the files and their order; this module reads and writes the arrays in them. A checkpoint is
-in the released form or in safetensors files; both are loaded the same way.
+defines the files and their order; this module reads and writes the arrays in them. A checkpoint has
+one of three forms, see grok1/formats/forms.py; all are loaded the same way, except that a CPU uses
+the files of the mapped form in place.
 
 python checkpoint.py --help says how to convert one form into the other, and how to verify them.
 """
@@ -49,13 +50,23 @@ from grok1.cli.console import (
     say,
     write_out,
 )
-from grok1.formats import atomic, conversion, forms, layout, loading, pickle_file, safetensors
+from grok1.formats import (
+    atomic,
+    conversion,
+    forms,
+    layout,
+    loading,
+    mapped,
+    pickle_file,
+    safetensors,
+)
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.layout import STACKED, LeafTree, files, read_config
 from grok1.formats.loading import Progress
 from grok1.formats.pickle_file import Array, Leaf, StoredLeaf
 from grok1.ops.quantization import Params, QuantizedWeight, QuantizedWeight8bit, Shapes
 from grok1.ops.quantize_4bit import GROUP
+from grok1.ops.rounded_table import RoundedTable
 from grok1.parallel.sharding import Shardings
 from grok1.strict_json import Json, read_json
 from model import LanguageModelConfig, grok_1
@@ -72,8 +83,10 @@ __all__ = [
     "load",
     "read_config",
     "read_model_config",
+    "rounded_table",
     "save",
     "shapes_in",
+    "used_in_place",
     "verify",
     "write",
 ]
@@ -138,7 +151,8 @@ def load(
 
     All names, sizes and headers are checked before anything is put on a device. Stacked parameters
     are allocated once and filled in place, so that little data is held in addition to the
-    parameters, on the host and on the devices (see loading.py), and never an entire file.
+    parameters, on the host and on the devices (see loading.py), and never an entire file. One CPU
+    uses the files of the mapped form in place, without reading or checking their values.
 
     shapes: what the files must hold, as in `files`.
     shardings: a jax.sharding.Sharding for each array of `shapes`, in the same structure, that does
@@ -164,7 +178,12 @@ def load(
         for record, header in zip(records, headers, strict=True)
         for i, (name, located) in enumerate(safetensors.tensors(record, header).items())
     ]
-    arrays = loading.fill_arrays(sources, _by_key(wanted), _by_key(shardings), progress)
+    by_key, places = _by_key(wanted), _by_key(shardings)
+    in_place = forms.form(directory) == forms.MAPPED
+    arrays = mapped.map_arrays(sources, by_key, places) if in_place else {}
+    sources = [source for source in sources if source.array not in arrays]
+    by_key = {key: array for key, array in by_key.items() if key not in arrays}
+    arrays |= loading.fill_arrays(sources, by_key, places, progress)
     return {
         module: {
             param: jax.tree.unflatten(
@@ -175,6 +194,27 @@ def load(
         }
         for module, leaves in wanted.items()
     }
+
+
+def used_in_place(directory: Directory | None) -> bool:
+    """Return whether one CPU uses the files of DIR as its memory."""
+    mapped_files = directory is not None and forms.form(directory) == forms.MAPPED
+    return mapped_files and jax.default_backend() == "cpu"
+
+
+def rounded_table(directory: Directory, config: LanguageModelConfig) -> RoundedTable | None:
+    """Return the rounded embedding table in DIR, used in place, or None if it has none.
+
+    Raises CheckpointError.
+    """
+    if forms.form(directory) != forms.MAPPED:
+        return None
+    located = mapped.rounded_table(directory, files(shapes_in(directory, config)))
+    arrays = {
+        name.rpartition("/")[2]: jax.device_put(mapped.map_values(array, name))
+        for name, array in located.items()
+    }
+    return RoundedTable(**arrays) if arrays else None
 
 
 def _by_key(
@@ -311,9 +351,10 @@ def _check_place(directory: Directory, records: Sequence[TensorFile]) -> None:
     if os.path.lexists(os.path.join(directory, forms.WORK)):
         remedy = "start the conversion again, or save to another directory"
         raise forms.error(str(directory), "no conversion", "an unfinished one", remedy)
-    if os.path.lexists(index := os.path.join(directory, forms.INDEX)):
-        expected, got = "no checkpoint in another form", "one that would be left over"
-        raise forms.error(index, expected, got, "remove it, or save to another directory")
+    for name in forms.INDEXES.values():
+        if os.path.lexists(index := os.path.join(directory, name)):
+            expected, got = "no checkpoint in another form", "one that would be left over"
+            raise forms.error(index, expected, got, "remove it, or save to another directory")
     atomic.make_folder(folder)
     for path in (*(os.path.join(folder, record.file) for record in records), config_path):
         atomic.require_plain(path)
@@ -384,15 +425,15 @@ def convert(
     overwrite: bool = False,
     group: int | None = None,
 ) -> conversion.Job:
-    """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
+    """Write the checkpoint in `source` to `target` in another form: one of `forms.FORMS`.
 
     group: round the experts to 4 bits, with a scale for so many rows of a column.
     See `conversion.convert`; the files are those of the model in config.json, or else of Grok-1.
     """
-    known = forms.SAFETENSORS, forms.RELEASED
-    require(form in known, "form", f"one of {known}", form)
-    rounds = group is None or form == forms.SAFETENSORS
-    require(rounds, "form", f"{forms.SAFETENSORS}, which alone can hold experts of 4 bits", form)
+    require(form in forms.FORMS, "form", f"one of {forms.FORMS}", form)
+    rounds = group is None or form != forms.RELEASED
+    wanted = f"{forms.SAFETENSORS} or {forms.MAPPED}, which can hold experts of 4 bits"
+    require(rounds, "form", wanted, form)
     shapes = shapes_in(source, read_model_config(source))
     return conversion.convert(
         source, target, form, shapes, progress, overwrite=overwrite, group=group
@@ -415,22 +456,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line; exit with status 2 and one sentence if it is invalid."""
     parser = Parser(
         prog="checkpoint.py",
-        description="Convert a checkpoint between its two forms, and verify its files.",
+        description="Convert a checkpoint between its forms, and verify its files.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="convert|verify")
-    text = "write a checkpoint in the other form; if interrupted, run the same command to resume"
+    text = "write a checkpoint in another form; if interrupted, run the same command to resume"
     command = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
     add = command.add_argument
     add("source", type=given_path, metavar="SRC", help="directory that holds the checkpoint")
     add("target", type=given_path, metavar="DST", help="directory to write to; created if needed")
     add(
         "--to",
-        choices=(forms.SAFETENSORS, forms.RELEASED),
+        choices=(forms.SAFETENSORS, forms.MAPPED, forms.RELEASED),
         required=True,
-        help="one safetensors file per layer with checksums, or Grok-1's own ckpt-0",
+        help="one safetensors file per layer with checksums; files that a CPU uses in place, as "
+        "its memory; or Grok-1's own ckpt-0",
     )
-    text = "round the experts to 4 bits (with --to safetensors), which halves the checkpoint"
+    text = "round the experts to 4 bits (not with --to released), which halves the checkpoint"
     add("--experts", choices=("int4",), help=text)
     text = f"rows of a column that share a scale, with --experts ({GROUP})"
     add("--group", type=number(int, 2, 1 << 20), metavar="ROWS", help=text)
@@ -441,8 +483,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("directory", type=given_path, metavar="DIR", help="directory that holds the checkpoint")
     options = parser.parse_args(arguments)
     if options.command == "convert":
-        if options.experts and options.to != forms.SAFETENSORS:
-            parser.error(f"--experts: expected --to {forms.SAFETENSORS}, got --to {options.to}")
+        if options.experts and options.to == forms.RELEASED:
+            wanted = f"--to {forms.SAFETENSORS} or {forms.MAPPED}"
+            parser.error(f"--experts: expected {wanted}, got --to {options.to}")
         if options.group is not None and not options.experts:
             parser.error("--group: expected together with --experts int4, got no --experts")
     return options
@@ -460,6 +503,7 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
     group = None
     if options.experts:
         group = GROUP if options.group is None else options.group
+    if options.experts or options.to == forms.MAPPED:
         jax.config.update("jax_platforms", "cpu")  # a GPU's memory may be in use
     how = {"progress": progress, "overwrite": options.overwrite, "group": group}
     with progress:

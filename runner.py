@@ -171,7 +171,8 @@ class ModelRunner:
         if self.checkpoint_path is not None:
             shapes = checkpoint.shapes_in(self.checkpoint_path, self.model)
             checkpoint.check_files(self.checkpoint_path, shapes)
-        check_memory(self.model, executions.decode, self.num_slots(mesh), shapes)
+        in_place = mesh is None and checkpoint.used_in_place(self.checkpoint_path)
+        check_memory(self.model, executions.decode, self.num_slots(mesh), shapes, in_place)
 
     def load_or_init(
         self, mesh: Mesh | None, progress: Callable[[int, int], object] | None = None
@@ -274,8 +275,9 @@ class InferenceRunner:
         model = LoadedModel(
             self.params, self.config, self.executions, self.num_slots, self.pad_sizes
         )
-        rounded = rounded_table(embedding_table(self.params), self.executions.decode)
-        model = model._replace(rounded=rounded)
+        path, table = self.runner.checkpoint_path, embedding_table(self.params)
+        stored = None if path is None else checkpoint.rounded_table(path, self.config)
+        model = model._replace(rounded=rounded_table(table, self.executions.decode, stored))
         self._loaded = model, Scheduler(model)
         self._fixed = frozenset(vars(self))
 

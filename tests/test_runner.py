@@ -380,7 +380,7 @@ def test_runner_not_initialized_says_what_to_call():
         ({"pad_sizes": [16.5]}, "pad_sizes: expected a list of integers >= 1, got .16.5."),
         ({"pad_sizes": []}, "pad_sizes: expected a list of integers >= 1"),
         ({"pad_sizes": 16}, "pad_sizes: expected a list of integers >= 1, got 16"),
-        ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0 or model"),
+        ({"directory": "no/such"}, "no/such: expected a directory that holds ckpt-0, model"),
         ({"directory": ""}, "directory: expected a path, or None, got ''"),
         ({"tokenizer_path": 5}, "tokenizer_path: expected a path, or None, got 5"),
         ({"kernels": "no"}, "kernels: expected true or false, got 'no'"),

@@ -1,7 +1,7 @@
-"""Convert a checkpoint between its two forms, and verify checksums.
+"""Convert a checkpoint between its forms, and verify checksums.
 
 During a conversion, DST/.converting holds the files that are being written and `state.json`, which
-records the source and the finished files. Each finished file is renamed to its final path. If the
+records the source and what is finished. Each finished file is renamed to its final path. If the
 command is interrupted, even by a power cut, the same command continues after the last of them.
 
 DST itself may be a link to a directory. A link in DST in place of an output file or directory is
@@ -11,106 +11,38 @@ refused: its target does not belong to DST. SRC may contain links, as download c
 import contextlib
 import dataclasses
 import filecmp
-import hashlib
-import json
-import logging
 import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
-import numpy as np
-
-from grok1.formats import atomic, forms, layout, pickle_file, safetensors, values
+from grok1.formats import atomic, forms, layout, mapped, pickle_file, safetensors, values
+from grok1.formats.conversion_job import (
+    STATE,
+    Job,
+    Output,
+    State,
+    digest,
+    fields_of_state,
+    finished,
+    read_state,
+    write_state,
+)
+from grok1.formats.conversion_output import mismatch, write_outputs
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress
 from grok1.formats.pickle_file import StoredLeaf
-from grok1.formats.quantizing import in_4_bits
 from grok1.ops.quantization import QuantizedWeight4bit
 from grok1.ops.quantize_4bit import shape_in_4_bits
-from grok1.strict_json import read_json
 
 EXPERTS = "/moe/"  # in the names of their parameters
 GROUPS = 32, 64, 128  # rows that share a scale, as recommended
 _COPIED = ("config.json", "tokenizer.model")
-_STATE = "state.json"
-_MAX_STATE_BYTES = 16 << 20  # Grok-1's has 0.4 MB
-_log = logging.getLogger(__name__)
 _THREADS = 4  # that compute checksums
 _HEADER = 256  # bytes, about, of a tensor in a safetensors header
 
 # ---------------------------------------------------------------------------------------- convert
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One file to write.
-
-    file: its path in DST. members: the parameters in it. size: an upper bound in bytes.
-    """
-
-    file: str
-    members: list[TensorFile]
-    size: int
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors in it."""
-        return [name for record in self.members for name in safetensors.tensors(record)]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of their values."""
-        arrays = (safetensors.tensors(record).values() for record in self.members)
-        return sum(pickle_file.nbytes(array) for own in arrays for array in own)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A conversion whose source has been checked.
-
-    records: what is written. stored: the parameters of the source, by name. located: the location
-    of each tensor in the source. checksums: those that the source states, if any. identity: changes
-    if a source file changes. group: of the experts' scales, in 4 bits; None: experts stay as they
-    are. overwrite: a checkpoint may be replaced.
-    """
-
-    source: str
-    target: str
-    form: str
-    overwrite: bool
-    records: list[TensorFile]
-    stored: Mapping[str, StoredLeaf]
-    located: Mapping[str, pickle_file.Located]
-    checksums: Mapping[str, str]
-    outputs: list[Output]
-    identity: str
-    group: int | None
-
-    def sources(self, output: Output) -> list[str]:
-        """Return the names of the tensors of the source from which a file is made."""
-        leaves = ((record, self.stored[record.name]) for record in output.members)
-        return [name for pair in leaves for name in safetensors.tensors(*pair)]
-
-    @property
-    def total(self) -> int:
-        """The bytes of all tensors."""
-        return sum(map(pickle_file.nbytes, self.located.values()))
-
-
-@dataclasses.dataclass
-class State:
-    """The contents of DST/.converting/state.json: the progress of a conversion.
-
-    files: {file: [size, modification time in ns]} of the finished files.
-    checksums: {tensor: checksum} of the tensors in them. state.json adds a digest of all three.
-    """
-
-    identity: str
-    files: dict[str, list[int]]
-    checksums: dict[str, str]
 
 
 def convert(
@@ -123,10 +55,10 @@ def convert(
     overwrite: bool = False,
     group: int | None = None,
 ) -> Job:
-    """Write the checkpoint in `source` to `target` in another form: "safetensors" or "released".
+    """Write the checkpoint in `source` to `target` in another form of `forms.FORMS`.
 
-    group: round the experts to 4 bits, with a scale for so many rows of a column; only for
-    safetensors, from either form.
+    group: round the experts to 4 bits, with a scale for so many rows of a column; not for the
+    released form.
 
     shapes: what the files of `source` must hold, as in `layout.files`.
 
@@ -140,17 +72,18 @@ def convert(
     """
     job = _plan(os.fspath(source), os.fspath(target), form, shapes, overwrite, group)
     with _writing(job.target), _working(job) as work:
-        state = _read_state(job)
+        state = read_state(job)
         _check_space(job, state)
         if state is None:
             state = _begin(job, work)
         for name in _COPIED:
             _copy(job, work, name)
-        _write_outputs(job, state, work, progress)
+        write_outputs(job, state, work, progress)
         _require_unchanged(job)
-        if form == forms.SAFETENSORS:
-            text = safetensors.write_index(job.records, state.checksums)
-            _put(job, work, forms.INDEX, [text])
+        if form != forms.RELEASED:
+            module = mapped if form == forms.MAPPED else safetensors
+            text = module.index_text(job.records, state.checksums)
+            _put(job, work, forms.INDEXES[form], [text])
     return job
 
 
@@ -182,12 +115,8 @@ def _plan(
     names = [record.name for record in records]
     if group is not None:
         records = [_in_4_bits(record, group) for record in records]
-    stated = forms.form(source) == forms.SAFETENSORS
-    checksums = safetensors.read_index(source).checksums if stated else {}
-    if form == forms.SAFETENSORS:
-        outputs = [_safe_output(*item) for item in safetensors.layout(records).items()]
-    else:
-        outputs = [Output(f"{forms.FOLDER}/{r.file}", [r], r.size) for r in records]
+    checksums = _stated_checksums(source)
+    outputs = _outputs(form, records)
     with _writing(target):
         for name in _COPIED:  # before anything in DST is changed
             with (
@@ -255,10 +184,30 @@ def _tensors(records: list[TensorFile], leaves: list[StoredLeaf]) -> dict[str, p
     return located
 
 
-def _safe_output(file: str, members: list[TensorFile]) -> Output:
-    arrays = [array for record in members for array in safetensors.tensors(record).values()]
-    size = sum(map(pickle_file.nbytes, arrays)) + _HEADER * len(arrays)
-    return Output(file, members, size)
+def _stated_checksums(directory: Directory) -> Mapping[str, str]:
+    """Return the checksums in the index of a checkpoint; none in the released form."""
+    form = forms.form(directory)
+    return safetensors.read_index(directory, form).checksums if form in forms.INDEXES else {}
+
+
+def _outputs(form: str, records: list[TensorFile]) -> list[Output]:
+    """Return the files of a checkpoint in some form."""
+    if form == forms.RELEASED:
+        return [Output([f"{forms.FOLDER}/{r.file}"], [r], r.size) for r in records]
+    outputs = []
+    if form == forms.SAFETENSORS:
+        files = safetensors.layout(records)
+        outputs = [Output([file], members, 0) for file, members in files.items()]
+    else:
+        for parameter, stacks in mapped.stacks(records).items():
+            members = [r for r in records if f"{r.module}/{r.param}" == parameter]
+            members.sort(key=lambda record: record.layer or 0)
+            outputs.append(Output([stack.file for stack in stacks], members, 0, stacks))
+    header = mapped.HEADER if form == forms.MAPPED else _HEADER
+    return [
+        dataclasses.replace(output, size=output.nbytes + header * len(output.tensors))
+        for output in outputs
+    ]
 
 
 def _identity(
@@ -269,18 +218,15 @@ def _identity(
     Sizes and times of the tensors' files are those from when their headers were checked.
     """
     stamps = {array.path: array.stamp for array in located.values()}
-    paths = stamps.keys() | {os.path.join(source, name) for name in (*_COPIED, forms.INDEX)}
+    names = (*_COPIED, *forms.INDEXES.values())
+    paths = stamps.keys() | {os.path.join(source, name) for name in names}
     seen: list[object] = [form, group, layout.read_config(source), forms.samples(source)]
     for path in sorted(paths):
         with contextlib.suppress(FileNotFoundError):
             # Without the device number, which may differ after a reboot.
             name, stamp = os.path.relpath(path, source), stamps.get(path) or atomic.stamp(path)
             seen.append([name, stamp.size, stamp.changed])
-    return _digest(seen)
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return digest(seen)
 
 
 def _check_target(job: Job) -> None:
@@ -299,16 +245,15 @@ def _check_target(job: Job) -> None:
         raise error(job.target, "a directory to write to", "something else", remedy)
     for folder in (forms.WORK, forms.FOLDER):
         atomic.require_plain(os.path.join(job.target, folder), folder=True)
-    state = os.path.join(forms.WORK, _STATE)
-    for file in (*(output.file for output in job.outputs), forms.INDEX, *_COPIED, state):
+    state = os.path.join(forms.WORK, STATE)
+    for file in (*_output_files(job), *forms.INDEXES.values(), *_COPIED, state):
         atomic.require_plain(os.path.join(job.target, file))
     _check_index(job)
-    other = forms.FOLDER if job.form == forms.SAFETENSORS else forms.INDEX
-    left = [
-        name for name in (other, forms.SAVING) if os.path.lexists(os.path.join(job.target, name))
-    ]
+    marks = {forms.RELEASED: forms.FOLDER, **forms.INDEXES}
+    unwanted = [mark for form, mark in marks.items() if form != job.form] + [forms.SAVING]
+    left = [name for name in unwanted if os.path.lexists(os.path.join(job.target, name))]
     with contextlib.suppress(FileNotFoundError):
-        left += sorted(_tensor_files(job) - {output.file for output in job.outputs})
+        left += sorted(_tensor_files(job) - {*_output_files(job)})
     for name in _COPIED:
         own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
         if os.path.lexists(others) and not os.path.lexists(own):
@@ -329,7 +274,7 @@ def _check_replaced(job: Job) -> None:
             remedy = "name another directory, or give --overwrite to replace it"
             raise error(job.target, "a directory without a checkpoint", "one that has one", remedy)
         return
-    for name in (*(output.file for output in job.outputs), *_COPIED):
+    for name in (*_output_files(job), *_COPIED):
         own, others = (os.path.join(folder, name) for folder in (job.source, job.target))
         same = name in _COPIED and os.path.lexists(own) and os.path.lexists(others)
         if os.path.lexists(others) and not (same and filecmp.cmp(own, others, shallow=False)):
@@ -339,10 +284,10 @@ def _check_replaced(job: Job) -> None:
 
 def _is_ours(job: Job) -> bool:
     """Return whether DST holds a checkpoint, or a part of one, which is replaced completely."""
-    if os.path.lexists(os.path.join(job.target, forms.INDEX)):
+    if any(os.path.lexists(os.path.join(job.target, index)) for index in forms.INDEXES.values()):
         return True
     with contextlib.suppress(OSError, TypeError, ValueError):
-        if _fields_of_state(job).keys() >= {"identity", "files", "checksums"}:
+        if fields_of_state(job).keys() >= {"identity", "files", "checksums"}:
             return True
     first = os.path.join(job.target, forms.FOLDER, "tensor00000_000")
     with contextlib.suppress(OSError, pickle_file.LayoutError), atomic.open_regular(first) as file:
@@ -353,15 +298,20 @@ def _is_ours(job: Job) -> bool:
 
 def _check_index(job: Job) -> None:
     """Raise CheckpointError if DST has an index that another program wrote."""
-    path = os.path.join(job.target, forms.INDEX)
-    if os.path.lexists(path) and not safetensors.is_own_index(job.target):
-        remedy = "name another directory, or remove it"
-        raise error(path, "no index, or one of this program", "another program's", remedy)
+    for index in forms.INDEXES.values():
+        path = os.path.join(job.target, index)
+        if os.path.lexists(path) and not safetensors.is_own_index(path):
+            remedy = "name another directory, or remove it"
+            raise error(path, "no index, or one of this program", "another program's", remedy)
+
+
+def _output_files(job: Job) -> list[str]:
+    return [file for output in job.outputs for file in output.files]
 
 
 def _tensor_files(job: Job) -> set[str]:
     """Return the tensor files in DST that are of the output's form."""
-    if job.form == forms.SAFETENSORS:
+    if job.form != forms.RELEASED:
         return {name for name in os.listdir(job.target) if name.endswith(".safetensors")}
     folder = os.path.join(job.target, forms.FOLDER)
     return {f"{forms.FOLDER}/{name}" for name in layout.tensor_names(folder)}
@@ -374,11 +324,15 @@ def _check_space(job: Job, state: State | None) -> None:
         with contextlib.suppress(FileNotFoundError):
             needed += os.stat(os.path.join(job.source, name)).st_size
     for output in job.outputs:
-        if state is None or not _finished(job, state, output):
-            with contextlib.suppress(FileNotFoundError):
-                old = os.stat(os.path.join(job.target, output.file)).st_size
-                needed, largest = needed - old, max(largest, old)
+        if state is None or not finished(job, state, output):
             needed += output.size
+            for file in output.files:
+                with contextlib.suppress(FileNotFoundError):
+                    old = os.stat(os.path.join(job.target, file)).st_size
+                    needed, largest = needed - old, max(largest, old)
+                if output.stacks:
+                    with contextlib.suppress(FileNotFoundError):
+                        needed -= os.stat(os.path.join(job.target, forms.WORK, file)).st_size
     free = shutil.disk_usage(job.target).free
     if needed + largest > free:
         raise error(
@@ -405,17 +359,17 @@ def _writing(target: str) -> Iterator[None]:
 def _working(job: Job) -> Iterator[str]:
     """Make and lock DST/.converting; after an error it is kept if it has a state."""
     work = os.path.join(job.target, forms.WORK)
-    state = os.path.join(work, _STATE)
+    state = os.path.join(work, STATE)
     os.makedirs(job.target, exist_ok=True)
     with forms.only_writer(job.target):
         _check_target(job)  # again: another program may have added something
         atomic.make_folder(work)
         _check_work(job, work)
-        _clean(job, work)
+        _remove(work, _unusable(job, work))
         try:
             yield work
         except BaseException:
-            _clean(job, work)
+            _remove(work, _unusable(job, work))
             if not os.path.lexists(state):
                 with contextlib.suppress(OSError):
                     os.rmdir(work)
@@ -426,13 +380,14 @@ def _working(job: Job) -> Iterator[str]:
 
 def _temporary_names(job: Job) -> set[str]:
     """Return the names that files have in DST/.converting while they are being written."""
-    outputs = {os.path.basename(output.file) for output in job.outputs}
-    return outputs | {*_COPIED, forms.INDEX, os.path.basename(atomic.partial(_STATE))}
+    outputs = {os.path.basename(file) for file in _output_files(job)}
+    partial = os.path.basename(atomic.partial(STATE))
+    return outputs | {*_COPIED, *forms.INDEXES.values(), partial}
 
 
 def _check_work(job: Job, work: str) -> None:
     """Raise CheckpointError if DST/.converting holds files that this conversion does not write."""
-    others = sorted(set(os.listdir(work)) - _temporary_names(job) - {_STATE})
+    others = sorted(set(os.listdir(work)) - _temporary_names(job) - {STATE})
     if others:
         got = f"{len(others)} of another name"
         remedy = "move what is there elsewhere, or name another directory"
@@ -440,58 +395,31 @@ def _check_work(job: Job, work: str) -> None:
         raise error(where, "only files of an unfinished conversion", got, remedy)
 
 
-def _clean(job: Job, work: str) -> None:
+def _unusable(job: Job, work: str) -> set[str]:
+    """Return the names of unfinished files from which a conversion cannot continue."""
+    names = _temporary_names(job)
+    if job.form == forms.MAPPED and os.path.lexists(os.path.join(work, STATE)):
+        names -= {*_output_files(job)}
+    return names
+
+
+def _remove(work: str, names: set[str]) -> None:
     """Remove unfinished files, perhaps of a process that was killed."""
-    for name in _temporary_names(job):
+    for name in names:
         path = os.path.join(work, name)
         atomic.require_plain(path)
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
 
 
-def _read_state(job: Job) -> State | None:
-    """Return the state of an earlier call with the same source, or None."""
-    try:
-        state = _load_state(job)
-    except FileNotFoundError:
-        return None
-    except (TypeError, ValueError):
-        path = os.path.join(job.target, forms.WORK, _STATE)
-        _log.warning("%s is damaged: starting over", path)
-        return None
-    if state.identity != job.identity:
-        _log.warning("%s is not the source of %s: starting over", job.source, job.target)
-        return None
-    return state
-
-
-def _load_state(job: Job) -> State:
-    """Return the state in DST. Raises OSError, TypeError or ValueError."""
-    fields = _fields_of_state(job)
-    if fields.pop("digest", None) != _digest(fields):
-        raise ValueError("expected another digest")
-    return State(**fields)
-
-
-def _fields_of_state(job: Job) -> dict[str, Any]:
-    with atomic.open_regular(os.path.join(job.target, forms.WORK, _STATE)) as file:
-        # A longer file is cut here, and is then not valid JSON.
-        fields: Any = read_json(file.read(_MAX_STATE_BYTES))
-    return dict(fields)
-
-
 def _begin(job: Job, work: str) -> State:
     """Start a new state, discarding that of an earlier conversion."""
+    _remove(work, _temporary_names(job))
     state = State(job.identity, {}, {})
-    _write_state(work, state)
-    atomic.remove(os.path.join(job.target, forms.INDEX))
+    write_state(work, state)
+    for index in forms.INDEXES.values():
+        atomic.remove(os.path.join(job.target, index))
     return state
-
-
-def _write_state(work: str, state: State) -> None:
-    fields = dataclasses.asdict(state)
-    text = json.dumps(fields | {"digest": _digest(fields)})
-    atomic.write(os.path.join(work, _STATE), [text.encode()])
 
 
 def _put(job: Job, work: str, name: str, contents: Iterable[bytes]) -> None:
@@ -511,88 +439,6 @@ def _copy(job: Job, work: str, name: str) -> None:
         _put(job, work, name, [text])
 
 
-def _stamp(path: str) -> list[int]:
-    status = os.lstat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _finished(job: Job, state: State, output: Output) -> bool:
-    """Return whether an output exists, unchanged since this conversion finished it."""
-    path = os.path.join(job.target, output.file)
-    stamp = state.files.get(output.file)
-    known = stamp is not None and state.checksums.keys() >= set(output.names)
-    return known and os.path.isfile(path) and _stamp(path) == stamp
-
-
-def _write_outputs(job: Job, state: State, work: str, progress: Progress | None) -> None:
-    """Write the unfinished files, and record each in the state when it is finished."""
-    counter = Counter(job.total, progress)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for output in job.outputs:
-            if _finished(job, state, output):
-                done = (pickle_file.nbytes(job.located[name]) for name in job.sources(output))
-                counter.add(sum(done))
-                continue
-            path = os.path.join(job.target, output.file)
-            if job.form == forms.RELEASED:
-                atomic.make_folder(os.path.dirname(path))
-            state.checksums |= _write_output(job, output, path, work, pool, counter)
-            state.files[output.file] = _stamp(path)
-            _write_state(work, state)
-
-
-def _write_output(
-    job: Job, output: Output, path: str, work: str, pool: ThreadPoolExecutor, counter: Counter
-) -> dict[str, str]:
-    """Write one file; return the checksums of its tensors, computed from the source."""
-    futures = {
-        # While writing: both read the same pages of the source while they are in memory.
-        name: pool.submit(safetensors.checksum, job.located[name], name, counter.add)
-        for name in job.sources(output)
-    }
-    made = {
-        name: array
-        for record in output.members
-        if isinstance(record.leaf, QuantizedWeight4bit)
-        for name, array in _make_4_bits(job, record).items()
-    }
-    pieces = {
-        name: [made[name]] if name in made else values.read_pieces(job.located[name], name)
-        for name in output.names
-    }
-    temporary = os.path.join(work, os.path.basename(path))
-    if job.form == forms.SAFETENSORS:
-        arrays = {name: made[name] if name in made else job.located[name] for name in output.names}
-        atomic.fill(temporary, safetensors.contents(arrays, pieces))
-    else:
-        (record,) = output.members
-        atomic.fill(temporary, pickle_file.join(record.leaf, pieces.values()))
-    checksums = {name: future.result() for name, future in futures.items()}
-    for name, found in checksums.items():
-        if job.checksums.get(name, found) != found:
-            raise _mismatch(name, job.located[name], job.checksums[name], found)
-    atomic.place(temporary, path)
-    checksums |= {name: safetensors.checksum_of([array]) for name, array in made.items()}
-    return {name: checksums[name] for name in output.names}
-
-
-def _make_4_bits(job: Job, record: TensorFile) -> dict[str, np.ndarray]:
-    """Return the tensors of a parameter that is rounded to 4 bits, or none if it is stored so."""
-    leaf = job.stored[record.name]
-    if isinstance(leaf, QuantizedWeight4bit):
-        return {}
-    assert job.group is not None
-    names = safetensors.tensors(record)
-    return dict(zip(names, in_4_bits(leaf, record.name, job.group), strict=True))
-
-
-def _mismatch(
-    name: str, array: pickle_file.Located, expected: str, got: str
-) -> forms.CheckpointError:
-    remedy = "the values have changed since they were written: convert or download them again"
-    return error(f"{array.path} ({name})", expected, got, remedy)
-
-
 # ----------------------------------------------------------------------------------------- verify
 
 
@@ -609,7 +455,8 @@ def verify(
     """
     records = layout.files(shapes)
     located = _locate(directory, records)
-    if forms.form(directory) == forms.RELEASED:
+    form = forms.form(directory)
+    if form == forms.RELEASED:
         floats = {name: array for name, array in located.items() if values.is_float(array)}
         problems = _verify_tensors(floats, {}, progress)
         return (
@@ -619,7 +466,9 @@ def verify(
             f"holds no checksums of the values: python checkpoint.py convert {directory} DST --to "
             "safetensors writes one that does"
         ), problems
-    checksums = safetensors.read_index(directory).checksums
+    if form == forms.MAPPED:
+        located |= mapped.rounded_table(directory, records)
+    checksums = _stated_checksums(directory)
     problems = _verify_tensors(located, checksums, progress)
     files = len({array.path for array in located.values()})
     size = sum(map(pickle_file.nbytes, located.values()))
@@ -654,5 +503,5 @@ def _verify_tensors(
             else:
                 expected = checksums.get(name, found)
                 if found != expected:
-                    problems[name] = str(_mismatch(name, located[name], expected, found))
+                    problems[name] = str(mismatch(name, located[name], expected, found))
     return [problems[name] for name in located if name in problems]

@@ -1,9 +1,10 @@
-"""The two forms of a checkpoint: how to tell them apart, their records and their errors.
+"""The forms of a checkpoint: how to tell them apart, their records and their errors.
 
-A checkpoint DIR has one of two forms: RELEASED, with one pickle per parameter and layer in
-DIR/ckpt-0 (pickle_file.py), or SAFETENSORS, with one file per layer and the index DIR/INDEX
-(safetensors.py). DIR/WORK marks an unfinished conversion (conversion.py), and DIR/SAVING an
-unfinished `checkpoint.save`, which may leave files of two models.
+A checkpoint DIR has one of three forms: RELEASED, with one pickle per parameter and layer in
+DIR/ckpt-0 (pickle_file.py); SAFETENSORS, with one file per layer and an index (safetensors.py); or
+MAPPED, with one file per array of the model and an index (mapped.py). DIR/WORK marks an unfinished
+conversion (conversion.py), and DIR/SAVING an unfinished `checkpoint.save`, which may leave files of
+two models.
 """
 
 import contextlib
@@ -20,9 +21,10 @@ from grok1.formats import atomic
 if TYPE_CHECKING:
     from grok1.formats.pickle_file import Leaf
 
-RELEASED, SAFETENSORS = "released", "safetensors"
+RELEASED, SAFETENSORS, MAPPED = FORMS = "released", "safetensors", "mapped"
 FOLDER = "ckpt-0"
-INDEX = "model.safetensors.index.json"
+INDEX, MAPPED_INDEX = "model.safetensors.index.json", "model.mapped.index.json"
+INDEXES = {SAFETENSORS: INDEX, MAPPED: MAPPED_INDEX}
 WORK = ".converting"
 SAVING = ".saving"
 TENSORS = r"tensor[0-9]+_[0-9]+|.+\.safetensors"  # names of tensor files
@@ -79,10 +81,11 @@ def error(where: str, expected: str, got: str, remedy: str) -> CheckpointError:
 
 
 def form(directory: Directory) -> str | None:
-    """Return the form of the checkpoint in DIR, or None; RELEASED if it holds both."""
+    """Return the form of the checkpoint in DIR, or None; RELEASED if it holds several."""
     if os.path.isdir(os.path.join(directory, FOLDER)):
         return RELEASED
-    return SAFETENSORS if os.path.isfile(os.path.join(directory, INDEX)) else None
+    paths = {form: os.path.join(directory, index) for form, index in INDEXES.items()}
+    return next((form for form, path in paths.items() if os.path.isfile(path)), None)
 
 
 def require_whole(directory: Directory) -> None:
@@ -110,8 +113,9 @@ def require_form(directory: Directory, remedy: str) -> str:
         elif not os.access(directory, os.R_OK | os.X_OK):
             got = "one that may not be read"
         else:
-            got = "one with neither"
-        raise error(str(directory), f"a directory that holds {FOLDER} or {INDEX}", got, remedy)
+            got = "one with none of these"
+        expected = f"a directory that holds {FOLDER}, {' or '.join(INDEXES.values())}"
+        raise error(str(directory), expected, got, remedy)
     return found
 
 

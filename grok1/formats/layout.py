@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from grok1.formats import atomic, forms, pickle_file, safetensors
+from grok1.formats import atomic, forms, mapped, pickle_file, safetensors
 from grok1.formats.forms import CheckpointError, Directory, TensorFile
 from grok1.formats.pickle_file import Leaf, StoredLeaf
 from grok1.ops.quantization import (
@@ -118,8 +118,10 @@ def check_files(directory: Directory, records: list[TensorFile]) -> list[StoredL
     `files`. Raises CheckpointError.
     """
     forms.require_whole(directory)
-    if forms.form(directory) == forms.SAFETENSORS:
-        found = safetensors.check_files(directory, records)
+    form = forms.form(directory)
+    if form in forms.INDEXES:
+        module = mapped if form == forms.MAPPED else safetensors
+        found = module.check_files(directory, records)
     else:
         folder = os.path.join(directory, forms.FOLDER)
         _check_names(folder, records)
@@ -136,7 +138,7 @@ def shapes_in(directory: Directory, shapes: Shapes) -> Shapes:
     first: dict[LeafKey, TensorFile] = {}
     for record in files(shapes):
         first.setdefault((record.module, record.param), record)
-    find = _find_safetensors if forms.form(directory) == forms.SAFETENSORS else _find_released
+    find = _find_tensors if forms.form(directory) in forms.INDEXES else _find_released
     types = find(directory, list(first.values()))
     return {
         module: {
@@ -160,21 +162,23 @@ def _find_released(directory: Directory, records: list[TensorFile]) -> dict[Leaf
     return found
 
 
-def _find_safetensors(directory: Directory, records: list[TensorFile]) -> dict[LeafKey, StoredLeaf]:
+def _find_tensors(directory: Directory, records: list[TensorFile]) -> dict[LeafKey, StoredLeaf]:
     """Return {(module, param): leaf} of the records that are stored as floats, or with 4 bits."""
-    found: dict[LeafKey, StoredLeaf] = {}
-    for file, members in safetensors.layout(records).items():
+    in_place = forms.form(directory) == forms.MAPPED
+    arrays: dict[str, pickle_file.Located] = {}
+    names = mapped.files(records) if in_place else safetensors.layout(records)
+    for file in names:
         with contextlib.suppress(CheckpointError):
-            arrays = safetensors.arrays_in(os.path.join(directory, file))
-            for record in members:
-                key, name = (record.module, record.param), record.name
-                pair = [
-                    arrays.get(f"{name}/{kind}") for kind in (safetensors.INT4, safetensors.SCALES)
-                ]
-                if name in arrays:
-                    found[key] = arrays[name]
-                elif all(pair):
-                    found[key] = QuantizedWeight4bit(*pair)
+            arrays |= safetensors.arrays_in(os.path.join(directory, file))
+    found: dict[LeafKey, StoredLeaf] = {}
+    for record in records:
+        key = record.module, record.param
+        name = "/".join(key) if in_place else record.name
+        pair = [arrays.get(f"{name}/{kind}") for kind in (safetensors.INT4, safetensors.SCALES)]
+        if name in arrays:
+            found[key] = arrays[name]
+        elif all(pair):
+            found[key] = QuantizedWeight4bit(*pair)
     return found
 
 

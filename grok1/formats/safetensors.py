@@ -36,7 +36,7 @@ from grok1.strict_json import Json, read_json
 
 OUTER = "outer.safetensors"
 INT4, SCALES = "int4", "scales"  # tensors of a matrix
-_FORMAT = "grok-1-jax/1"
+_FORMATS = {forms.SAFETENSORS: "grok-1-jax/1", forms.MAPPED: "grok-1-jax-mapped/1"}
 # Grok-1's index has 0.4 MB and its headers 3 kB. The limits are for hostile files.
 _MAX_INDEX_BYTES = 4 << 20
 _MAX_HEADER_BYTES = 1 << 18
@@ -59,7 +59,7 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MOST_SHOWN = 120  # characters of what is in a file
-_DAMAGED = "convert or download it again"
+DAMAGED = "convert or download it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def layout(records: Iterable[TensorFile]) -> dict[str, list[TensorFile]]:
 # Writing.
 
 
-def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> bytes:
+def index_text(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> bytes:
     """Return the bytes of the index; they depend only on the arguments."""
     weight_map, size = {}, 0
     for file, members in layout(records).items():
@@ -114,10 +114,16 @@ def write_index(records: Iterable[TensorFile], checksums: Mapping[str, str]) -> 
             for name, array in tensors(record).items():
                 weight_map[name] = file
                 size += pickle_file.nbytes(array)
+    checksums = {name: checksums[name] for name in weight_map}
+    return write_index(forms.SAFETENSORS, Index(weight_map, checksums, size))
+
+
+def write_index(form: str, index: Index) -> bytes:
+    """Return the bytes of an index."""
     fields = {
-        "metadata": {"format": _FORMAT, "total_size": size},
-        "weight_map": weight_map,
-        "checksums": {name: checksums[name] for name in weight_map},
+        "metadata": {"format": _FORMATS[form], "total_size": index.total_size},
+        "weight_map": index.files,
+        "checksums": index.checksums,
     }
     return (json.dumps(fields, indent=2) + "\n").encode()
 
@@ -132,19 +138,24 @@ def contents(
     """
     codes = {name: _CODES[np.dtype(array.dtype).name] for name, array in arrays.items()}
     names = sorted(arrays, key=lambda name: ([*_DTYPES].index(codes[name]), name))
-    header: dict[str, Json] = {"__metadata__": {"format": "np"}}
-    begin = 0
-    for name in names:
-        end = begin + pickle_file.nbytes(arrays[name])
-        shape = list(arrays[name].shape)
-        header[name] = {"dtype": codes[name], "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield header({name: arrays[name] for name in names})
     for name in names:
         for piece in values[name]:
             yield piece.reshape(-1).view(np.uint8)
+
+
+def header(arrays: Mapping[str, Array], multiple: int = 8) -> bytes:
+    """Return the header of a file with these tensors, in this order; its length is a multiple."""
+    fields: dict[str, Json] = {"__metadata__": {"format": "np"}}
+    begin = 0
+    for name, array in arrays.items():
+        end = begin + pickle_file.nbytes(array)
+        code, shape = _CODES[np.dtype(array.dtype).name], list(array.shape)
+        fields[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % multiple)
+    return len(text).to_bytes(8, "little") + text
 
 
 # Checksums.
@@ -196,16 +207,16 @@ def arrays_in(path: str) -> dict[str, Located]:
     Raises CheckpointError if it has no header.
     """
     found = {}
-    for name, entry in _read_header(path)[0].items():
+    for name, entry in read_header(path)[0].items():
         match entry:
             case {"dtype": str(code), "shape": list(shape)} if code in _DTYPES:
                 found[name] = Located(tuple(shape), _DTYPES[code], 0, path)
     return found
 
 
-def read_index(directory: Directory) -> Index:
+def read_index(directory: Directory, form: str = forms.SAFETENSORS) -> Index:
     """Return the index of DIR. Raises CheckpointError if it is malformed."""
-    path = os.path.join(directory, forms.INDEX)
+    path, wanted = os.path.join(directory, forms.INDEXES[form]), _FORMATS[form]
     try:
         with atomic.open_regular(path) as opened:
             text = opened.read(_MAX_INDEX_BYTES + 1)
@@ -213,7 +224,7 @@ def read_index(directory: Directory) -> Index:
         got = f"an error ({problem.strerror})"
         raise error(path, "a readable file", got, "check its permissions") from problem
     if len(text) > _MAX_INDEX_BYTES:
-        raise error(path, f"at most {_MAX_INDEX_BYTES} bytes of JSON", "more", _DAMAGED)
+        raise error(path, f"at most {_MAX_INDEX_BYTES} bytes of JSON", "more", DAMAGED)
     match _parse(path, text):
         case {
             "metadata": {"format": str(kind), "total_size": int(size)},
@@ -225,36 +236,36 @@ def read_index(directory: Directory) -> Index:
             expected, got = "metadata, weight_map and checksums", "something else"
             remedy = "an index by another program is not accepted: convert the released files"
             raise error(path, expected, got, remedy)
-    if kind != _FORMAT:
-        raise error(path, f"the format {_FORMAT}", _short(kind), "convert the released files")
-    for name in files.keys() ^ checksums.keys():
-        raise error(path, "a file and a checksum for each tensor", _short(name), _DAMAGED)
+    if kind != wanted:
+        raise error(path, f"the format {wanted}", short(kind), "convert the released files")
     for name, file in files.items():
         if not isinstance(file, str):
-            raise error(f"{path} ({_short(name)})", "a file's name", _short(file), _DAMAGED)
+            raise error(f"{path} ({short(name)})", "a file's name", short(file), DAMAGED)
     for name, value in checksums.items():
         if not isinstance(value, str) or not re.fullmatch("sha256:[0-9a-f]{64}", value):
-            where = f"{path} ({_short(name)})"
-            raise error(where, "a checksum like sha256:00ff", _short(value), _DAMAGED)
+            where = f"{path} ({short(name)})"
+            raise error(where, "a checksum like sha256:00ff", short(value), DAMAGED)
     return Index(files, checksums, size)
 
 
-def is_own_index(directory: Directory) -> bool:
-    """Return whether this program wrote the index of DIR, which may be damaged."""
-    with atomic.open_regular(os.path.join(directory, forms.INDEX)) as file:
+def is_own_index(path: str) -> bool:
+    """Return whether this program wrote an index, which may be damaged."""
+    with atomic.open_regular(path) as file:
         text = file.read(_MAX_INDEX_BYTES + 1)
     try:
         fields = read_json(text)
     except ValueError:
-        return _FORMAT.encode() in text[:200]  # damaged
+        return any(name.encode() in text[:200] for name in _FORMATS.values())  # damaged
     match fields:
         case {"metadata": {"format": str(kind)}}:
-            return kind.startswith(_FORMAT.partition("/")[0])
+            return kind.startswith(tuple(name.partition("/")[0] for name in _FORMATS.values()))
     return False
 
 
 def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]]) -> None:
     """Raise CheckpointError unless the index lists exactly the tensors of `files` in its files."""
+    for name in index.files.keys() ^ index.checksums.keys():
+        raise error(path, "a file and a checksum for each tensor", short(name), DAMAGED)
     arrays = {
         file: [item for record in members for item in tensors(record).items()]
         for file, members in files.items()
@@ -266,30 +277,30 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
         remedy = "correct the number of layers in the configuration, or convert again"
         raise error(path, f"files of {depth} layers", f"{len(layers)}", remedy)
     for name in sorted(expected.keys() ^ index.files.keys()):
-        got = "none" if name in expected else f"one more, {_short(name)}"
+        got = "none" if name in expected else f"one more, {short(name)}"
         where = f"{path} ({name})" if name in expected else path
         remedy = "check that the configuration is that of this checkpoint"
         raise error(where, f"the {len(expected)} tensors of the model", got, remedy)
     for name, file in expected.items():
         if index.files[name] != file:
-            raise error(f"{path} ({name})", file, _short(index.files[name]), _DAMAGED)
+            raise error(f"{path} ({name})", file, short(index.files[name]), DAMAGED)
     size = sum(pickle_file.nbytes(array) for items in arrays.values() for _, array in items)
     if index.total_size != size:
-        raise error(path, f"a total_size of {size}", _short(index.total_size), _DAMAGED)
+        raise error(path, f"a total_size of {size}", short(index.total_size), DAMAGED)
 
 
 def _check_file(path: str, members: list[TensorFile]) -> dict[str, StoredLeaf]:
     """Return {parameter: leaf with the locations of its arrays} of one file."""
-    entries, begin, stamp = _read_header(path)
+    entries, begin, stamp = read_header(path)
     expected = {name: array for record in members for name, array in tensors(record).items()}
     for name in sorted(expected.keys() ^ entries.keys()):
-        got = f"none of the name {name}" if name in expected else f"one more, {_short(name)}"
-        raise error(path, f"{len(expected)} tensors", got, _DAMAGED)
+        got = f"none of the name {name}" if name in expected else f"one more, {short(name)}"
+        raise error(path, f"{len(expected)} tensors", got, DAMAGED)
     found = {
         name: Located(
             array.shape,
             str(array.dtype),
-            begin + _place(path, name, array, entries[name]),
+            begin + place(path, name, array, entries[name]),
             path,
             stamp,
         )
@@ -298,10 +309,10 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, StoredLeaf]:
     end = begin
     for name, array in sorted(found.items(), key=lambda item: item[1].offset):
         if array.offset != end:
-            raise _damaged(f"{path} ({name})", "its values do not follow those of another tensor")
+            raise damaged(f"{path} ({name})", "its values do not follow those of another tensor")
         end += pickle_file.nbytes(array)
     if end != stamp.size:
-        raise _damaged(path, f"it should have {end} bytes, and has {stamp.size}")
+        raise damaged(path, f"it should have {end} bytes, and has {stamp.size}")
     return {
         record.name: jax.tree.unflatten(
             jax.tree.structure(record.leaf), [found[name] for name in tensors(record)]
@@ -310,7 +321,7 @@ def _check_file(path: str, members: list[TensorFile]) -> dict[str, StoredLeaf]:
     }
 
 
-def _read_header(path: str) -> tuple[dict[str, object], int, atomic.FileVersion]:
+def read_header(path: str) -> tuple[dict[str, object], int, atomic.FileVersion]:
     """Return the tensors' entries in a file's header, the offset of the values, and its stamp."""
     try:
         with atomic.open_regular(path) as file:
@@ -318,22 +329,22 @@ def _read_header(path: str) -> tuple[dict[str, object], int, atomic.FileVersion]
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 limit = f"a header of at most {_MAX_HEADER_BYTES} bytes"
-                raise error(path, limit, f"one of {length}", _DAMAGED)
+                raise error(path, limit, f"one of {length}", DAMAGED)
             text = file.read(length)
     except OSError as problem:
         got = f"an error ({problem.strerror or problem})"
-        remedy = f"check that it exists and is readable, or {_DAMAGED}"
+        remedy = f"check that it exists and is readable, or {DAMAGED}"
         raise error(path, "a readable safetensors file", got, remedy) from problem
     if len(text) < length or not text.startswith(b"{"):
-        raise _damaged(path, "its header is incomplete")
+        raise damaged(path, "its header is incomplete")
     entries = _parse(path, text)
     match entries.pop("__metadata__", {}):
         case dict(metadata) if all(isinstance(value, str) for value in metadata.values()):
             return entries, 8 + length, stamp
-    raise _damaged(path, "its metadata are not strings")
+    raise damaged(path, "its metadata are not strings")
 
 
-def _place(path: str, name: str, array: Array, entry: object) -> int:
+def place(path: str, name: str, array: Array, entry: object) -> int:
     """Return the offset of a tensor's values from the end of the header.
 
     Raises CheckpointError unless its entry in the header has the dtype and shape of `array`, and
@@ -346,31 +357,32 @@ def _place(path: str, name: str, array: Array, entry: object) -> int:
         ):
             pass
         case _:
-            raise _damaged(where, "its entry is not dtype, shape and data_offsets")
+            raise damaged(where, "its entry is not dtype, shape and data_offsets")
     wanted, got = pickle_file.describe(array), f"{_DTYPES.get(code, code)} {shape}"
     if got != wanted:
         remedy = "check that the configuration is that of this checkpoint"
         raise error(where, wanted, ascii(got)[1:-1][:_MOST_SHOWN], remedy)
     if end - begin != pickle_file.nbytes(array):
-        raise _damaged(where, f"it has {_short(end - begin)} bytes for its {got}")
+        raise damaged(where, f"it has {short(end - begin)} bytes for its {got}")
     return begin
 
 
-def _damaged(where: str, how: str) -> forms.CheckpointError:
-    return error(where, "a complete safetensors file", f"a damaged one ({how})", _DAMAGED)
+def damaged(where: str, how: str) -> forms.CheckpointError:
+    """Return the error for a damaged file."""
+    return error(where, "a complete safetensors file", f"a damaged one ({how})", DAMAGED)
 
 
 def _parse(path: str, text: bytes) -> dict[str, object]:
     try:
         fields: object = read_json(text)
     except ValueError as problem:
-        raise error(path, "valid JSON", f"an error ({problem})", _DAMAGED) from problem
+        raise error(path, "valid JSON", f"an error ({problem})", DAMAGED) from problem
     if not isinstance(fields, dict):
-        raise error(path, "a JSON object", f"a {type(fields).__name__}", _DAMAGED)
+        raise error(path, "a JSON object", f"a {type(fields).__name__}", DAMAGED)
     return fields
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """Return a value of a file for an error message: on one line, and shortened."""
     return ascii(value if not isinstance(value, (dict, list)) else type(value).__name__)[
         :_MOST_SHOWN

@@ -31,14 +31,15 @@ def open_values(array: Located, name: str) -> Iterator[BinaryIO]:
     `name`, if the file has changed since its header was read, also if it has when the block ends.
     """
     with atomic.open_regular(array.path) as file:
-        _require_unchanged(file, array, name)
+        require_unchanged(file, array, name)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), array.offset, nbytes(array), os.POSIX_FADV_SEQUENTIAL)
         yield file
-        _require_unchanged(file, array, name)
+        require_unchanged(file, array, name)
 
 
-def _require_unchanged(file: BinaryIO, array: Located, name: str) -> None:
+def require_unchanged(file: BinaryIO, array: Located, name: str) -> None:
+    """Raise CheckpointError if the file of an array has changed since its header was read."""
     if atomic.stamp(file.fileno()) != array.stamp:
         raise changed(array, name)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LARGEST = 2**15 - 1
+LEAST_BYTES = 1 << 24  # of a table that is worth rounding: others stay in the caches
 BLOCK = 4096  # rows that are rounded at a time, so that little memory is needed
 LEAST_SUMMED = 4  # in how many partial sums the kernels add products, at least
 

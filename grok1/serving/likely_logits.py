@@ -15,25 +15,28 @@ from jax import lax
 
 from grok1.execution import Execution
 from grok1.ops.quantization import product
-from grok1.ops.rounded_table import RoundedTable, round_table
+from grok1.ops.rounded_table import LEAST_BYTES, RoundedTable, round_table
 from grok1.serving.sampling import TOP_LOGPROBS
 
 if TYPE_CHECKING:
     from grok1.serving.steps import Slots
     from model import LanguageModelConfig
 
-LEAST_TABLE = 1 << 24  # bytes of a table that is worth rounding: others stay in the caches
 
+def rounded_table(
+    table: jax.Array, execution: Execution, stored: RoundedTable | None = None
+) -> RoundedTable | None:
+    """Return the output table [V, D] rounded, if decode steps are faster with it.
 
-def rounded_table(table: jax.Array, execution: Execution) -> RoundedTable | None:
-    """Return the output table [V, D] rounded, if decode steps are faster with it."""
-    return round_table(table) if rounded_bytes(table, execution) else None
+    stored: the table that is stored rounded, if the checkpoint has it.
+    """
+    return (stored or round_table(table)) if rounded_bytes(table, execution) else None
 
 
 def rounded_bytes(table: jax.Array | jax.ShapeDtypeStruct, execution: Execution) -> int:
     """Return the bytes of `rounded_table`, 0 if it is None."""
     size = math.prod(table.shape)
-    useful = table.dtype == jnp.float32 and size * table.dtype.itemsize >= LEAST_TABLE
+    useful = table.dtype == jnp.float32 and size * table.dtype.itemsize >= LEAST_BYTES
     usable = execution.mesh is None and execution.operations.likely_logits is not None
     return 2 * size if useful and usable else 0
 

@@ -44,15 +44,25 @@ def free_memory(device: jax.Device) -> int | None:
     return None if limit is None else limit - limits.get("bytes_in_use", 0)
 
 
+def _held_bytes(config: LanguageModelConfig, num_slots: int, stored: Shapes | None) -> int:
+    """Return the bytes that are held if weights are used in place: the cache, and what is cast."""
+    held = stored_shapes(config, stored)
+    pairs = zip(jax.tree.leaves(stored), jax.tree.leaves(held), strict=True)
+    used = sum(own.size * own.dtype.itemsize for file, own in pairs if file.dtype == own.dtype)
+    return device_bytes(config, None, num_slots, stored) - used
+
+
 def check_memory(
     config: LanguageModelConfig,
     execution: Execution,
     num_slots: int,
     stored: Shapes | None = None,
+    in_place: bool = False,
 ) -> None:
     """Raise ValueError if a device has less memory than weights and cache take.
 
     execution: that of decode steps. stored: the types of the weights, as in `stored_shapes`.
+    in_place: the files of the weights are used as memory, which can be less than they are.
     """
     mesh = execution.mesh
     assert not isinstance(mesh, AbstractMesh)
@@ -62,6 +72,8 @@ def check_memory(
         # Virtual devices share the memory of the host, and replicated weights.
         needed, where, more = device_bytes(config, None, num_slots, stored), "here", ""
         needed += rounded_bytes(embedding_table(stored_shapes(config, stored)), execution)
+        if in_place:
+            needed = _held_bytes(config, num_slots, stored)
     else:
         needed, where = device_bytes(config, mesh, num_slots, stored), "on each device"
         more = ", or let jax take more of it with XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -110,8 +110,9 @@ Damage = Callable[[pathlib.Path], object]
 # fmt: off
 DAMAGED: dict[str, tuple[Damage, str]] = {
     "no-directory": (shutil.rmtree,
-                     "expected a directory that holds ckpt-0 or model.safetensors.index.json, "
-                     "got no such directory; name the right one with --checkpoint"),
+                     "expected a directory that holds ckpt-0, model.safetensors.index.json or "
+                     "model.mapped.index.json, got no such directory; name the right one with "
+                     "--checkpoint"),
     "missing-file": (lambda d: (d / "ckpt-0/tensor00005_000").unlink(),
                      "tensor00005_000 (transformer/decoder_layer_0/multi_head_attention/key/w): "
                      "the file is missing: expected 26 tensor files, got 25; download it again"),

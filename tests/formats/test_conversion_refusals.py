@@ -68,9 +68,9 @@ def in_work(source: pathlib.Path) -> pathlib.Path:
 # id -> (source, path of the target in the source's directory, part of the message)
 SOURCE_CASES: dict[str, tuple[Callable[[pathlib.Path], pathlib.Path], str, str]] = {
     "no-source": (lambda d: d / "no", "target",
-                  "no: expected a directory that holds ckpt-0 or model"),
+                  "no: expected a directory that holds ckpt-0, model"),
     "no-checkpoint": (lambda d: d / "ckpt-0", "target",
-                      "index.json, got one with neither; name the right one"),
+                      "index.json, got one with none of these; name the right one"),
     "cut-tensor": (cut_tensor, "target", "the file is cut"),
     "no-config": (without_config, "target", "got 38 (3 layers); correct the number of layers"),
     "pipe": (with_pipe, "target", "tokenizer.model: expected files that can be read and written"),

@@ -30,7 +30,7 @@ class Checkpoint:
         self.shapes = shapes
         paths = sorted(directory.glob(pattern))
         self.original = {p: p.read_bytes() for p in (*paths, directory / "config.json")}
-        self.params = jax.tree.map(np.asarray, checkpoint.load(directory, self.shapes))
+        self.params = jax.tree.map(np.array, checkpoint.load(directory, self.shapes))  # copied
         self.headers = {path: self.header_places(path) for path in paths}
 
     def header_places(self, path: pathlib.Path) -> list[int]:
@@ -77,8 +77,9 @@ def found(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Checkpoint:
     if request.param == forms.RELEASED:
         return Checkpoint(source, "ckpt-0/*", shapes)
     group = 4 if request.param == "int4" else None
-    conversion.convert(source, target, forms.SAFETENSORS, shapes, group=group)
-    return Checkpoint(target, "*.safetensors*", layout.shapes_in(target, shapes))
+    form = forms.MAPPED if request.param == forms.MAPPED else forms.SAFETENSORS
+    conversion.convert(source, target, form, shapes, group=group)
+    return Checkpoint(target, "*.[sm]*", layout.shapes_in(target, shapes))
 
 
 # ---------------------------------------------------------------------------------------- mutations
@@ -183,9 +184,10 @@ def too_long(*_: Any) -> None:
         (forms.RELEASED, RELEASED),
         (forms.SAFETENSORS, [*SHARED, edit_json]),
         ("int4", [*SHARED, edit_json]),
+        (forms.MAPPED, [*SHARED, edit_json]),
         ("config", [edit_config]),
     ],
-    ids=["released", "safetensors", "int4", "config"],
+    ids=["released", "safetensors", "int4", "mapped", "config"],
     indirect=["found"],
 )
 def test_damaged_files_load_as_original_or_are_refused(

@@ -161,7 +161,7 @@ def test_conversions_that_cannot_be_are_refused(
     ):
         with pytest.raises(CheckpointError, match=message):
             convert(given, target, form, group=group)
-    with pytest.raises(ValueError, match="form: expected safetensors, which alone can hold"):
+    with pytest.raises(ValueError, match="form: expected safetensors or mapped, which can hold"):
         convert(source, target, "released", group=GROUP)
     with pytest.raises(ValueError, match="moe/linear/w: expected int8 with scales, or an array"):
         checkpoint.save(target, load(small), config_of(3))
@@ -194,7 +194,10 @@ def test_the_command_rounds_experts(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "released", "--experts", "int4"], "--experts: expected --to safetensors, got"),
+        (
+            ["--to", "released", "--experts", "int4"],
+            "--experts: expected --to safetensors or mapped, got",
+        ),
         (["--to", "safetensors", "--group", "64"], "--group: expected together with --experts"),
         (
             ["--to", "safetensors", "--experts", "int5"],

@@ -41,7 +41,7 @@ def made(slots=4):
 def servers():
     """One that reads the table, and one that reads it rounded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likely_logits, "LEAST_TABLE", 0)
+        patch.setattr(likely_logits, "LEAST_BYTES", 0)
         rounding = made()
     found = made(), rounding
     assert [server._get_loaded()[0].rounded is not None for server in found] == [False, True]
