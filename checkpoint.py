@@ -36,6 +36,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from grok1 import backend
 from grok1.checks import require
 from grok1.cli.console import (
     ByteProgress,
@@ -199,7 +200,7 @@ def load(
 def used_in_place(directory: Directory | None) -> bool:
     """Return whether one CPU uses the files of DIR as its memory."""
     mapped_files = directory is not None and forms.form(directory) == forms.MAPPED
-    return mapped_files and jax.default_backend() == "cpu"
+    return mapped_files and backend.on_cpu()
 
 
 def rounded_table(directory: Directory, config: LanguageModelConfig) -> RoundedTable | None:
