@@ -32,11 +32,11 @@ from grok1.formats.conversion_job import (
 from grok1.formats.conversion_output import mismatch, write_outputs
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Counter, Progress
+from grok1.formats.mapped import EXPERTS
 from grok1.formats.pickle_file import StoredLeaf
 from grok1.ops.quantization import QuantizedWeight4bit
 from grok1.ops.quantize_4bit import shape_in_4_bits
 
-EXPERTS = "/moe/"  # in the names of their parameters
 GROUPS = 32, 64, 128  # rows that share a scale, as recommended
 _COPIED = ("config.json", "tokenizer.model")
 _THREADS = 4  # that compute checksums

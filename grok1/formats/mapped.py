@@ -16,7 +16,6 @@ A large float32 embedding table is stored a second time, rounded: see grok1/ops/
 """
 
 import dataclasses
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -28,9 +27,11 @@ from grok1.formats import atomic, forms, pickle_file, safetensors, values
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Key, Source
 from grok1.formats.pickle_file import Array, Located, StoredLeaf
+from grok1.kernels import mapped_files
 from grok1.ops.rounded_table import LEAST_BYTES, round_table
 from grok1.parameters import EMBEDDINGS
 
+EXPERTS = "/moe/"  # in the names of their parameters
 HEADER = 4096  # bytes: a page, so that the values begin at a page
 ROUNDED = "rounded_table"
 
@@ -193,17 +194,21 @@ def map_arrays(
             continue
         if source.layer in (None, 0):  # the others follow it
             whole = dataclasses.replace(stored, shape=wanted[key].shape)
-            found[key] = jax.device_put(map_values(whole, source.name), shardings[key])
+            layers = 0 if source.layer is None else wanted[key].shape[0]
+            always = EXPERTS not in f"{key[0]}/"
+            found[key] = jax.device_put(
+                map_values(whole, source.name, layers, always), shardings[key]
+            )
     return found
 
 
-def map_values(array: Located, name: str) -> np.ndarray:
+def map_values(array: Located, name: str, layers: int = 0, always: bool = True) -> np.ndarray:
     """Return an array that is its file: read-only memory, whose pages are read when used.
 
-    Values are not checked. Raises CheckpointError, in which the array is called `name`, if the file
-    has changed since its header was read.
+    layers, always: as in a MappedArray. Values are not checked. Raises CheckpointError, in which
+    the array is called `name`, if the file has changed since its header was read.
     """
     with atomic.open_regular(array.path) as file:
         values.require_unchanged(file, array, name)
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.ndarray(array.shape, np.dtype(array.dtype), memory, array.offset)
+        place = array.path, file.fileno(), array.offset, array.shape, np.dtype(array.dtype)
+        return mapped_files.map_array(*place, layers, always)

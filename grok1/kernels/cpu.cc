@@ -23,6 +23,7 @@
 #include "floats.h"
 #include "integers.h"
 #include "lanes.h"
+#include "mapped_files.h"
 #include "nibbles.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -128,6 +129,15 @@ class Rows {
 #ifdef KERNELS_INTEGERS
     if (stack.in_byte == 1 && (by_tiles_ || form == kDots)) WriteDigits(tiles, stack.groups);
 #endif
+  }
+
+  // Asks for the matrices of a stack that are used, if they are in files.
+  void AskFor(const Stack& stack) const {
+    for (const Run& run : runs_) {
+      Matrix matrix = stack.Of(run.expert);
+      Ask(matrix.weight, matrix.inputs / matrix.in_byte * matrix.outputs);
+      Ask(matrix.scales, matrix.groups * matrix.outputs * sizeof(uint16_t));
+    }
   }
 
   // y [M, O] = x @ the matrices of a stack. With a second stack of the same shapes, finish(y,
@@ -379,6 +389,7 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (auto error = TakeLayer(weight, scales, layer, in_byte, &stack); error.failure()) return error;
   if (auto error = CheckRows(x, stack, starts, y); error.failure()) return error;
   Rows rows(pool, x, starts.typed_data(), stack, static_cast<Form>(form));
+  rows.AskFor(stack);
   rows.Multiply(stack, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
   return ffi::Error::Success();
 }
@@ -423,6 +434,9 @@ ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (!fits) return ffi::Error::InvalidArgument("two weights of different shapes");
   if (auto error = CheckRows(x, gates, starts, y); error.failure()) return error;
   Rows rows(pool, x, starts.typed_data(), gates, static_cast<Form>(form));
+  rows.AskFor(gates);
+  rows.AskFor(values);
+  AskAfter(layer.typed_data()[0], gate.dimensions()[0]);
   rows.Multiply(gates, &values, y->typed_data(), Gate);
   return ffi::Error::Success();
 }
@@ -530,6 +544,7 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
     return ffi::Error::Success();
   };
   void* data = table.untyped_data();
+  Ask(data, table.size_bytes());
   if (table.element_type() == ffi::F32) return multiply(static_cast<const float*>(data));
   if (table.element_type() == ffi::BF16) return multiply(static_cast<const uint16_t*>(data));
   return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
@@ -555,7 +570,9 @@ void MakeExact(ffi::ThreadPool& pool, const float* x, int64_t rows, const float*
       float* own = y + r * entries;
       for (int64_t v = task * kEntryTask; v < end; ++v) {
         if (own[v] + errors[v] * lengths[r] < least[r]) continue;
-        MultiplyEntries(x + r * width, 1, table + v * width, 1, width, false, own + v, entries);
+        const float* entry = table + v * width;
+        Ask(entry, width * sizeof(float));
+        MultiplyEntries(x + r * width, 1, entry, 1, width, false, own + v, entries);
       }
     }
   });
@@ -599,6 +616,7 @@ ffi::Error LikelyLogitsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
       largest[r * tasks + task] = most;
     }
   };
+  Ask(values.untyped_data(), values.size_bytes());
   MultiplyTable(pool, x.typed_data(), rows, values.typed_data(), entries, width, y->typed_data(),
                 finish);
   MakeExact(pool, x.typed_data(), rows, table.typed_data(), error, lengths.data(), entries, width,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok1.kernels import shared_library, xla_cpu
+from grok1.kernels import mapped_files, shared_library, xla_cpu
 from grok1.kernels.sorted_experts import grouped_experts, is_quantized, one_group
 from grok1.ops.derivatives import forward_only
 from grok1.ops.operations import table_product as plain_table_product
@@ -140,7 +140,8 @@ def load() -> None:
 
     Raises KernelError if that fails.
     """
-    library = shared_library.load(HANDLERS.values())
+    library = shared_library.load([*HANDLERS.values(), *mapped_files.FUNCTIONS])
+    mapped_files.use(library)
     for target, name in HANDLERS.items():
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(target, handler, platform="cpu")

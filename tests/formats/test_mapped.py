@@ -3,7 +3,10 @@
 import json
 import os
 import pathlib
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ import checkpoint
 import golden
 from grok1.formats import atomic, conversion, conversion_output, forms, mapped, safetensors
 from grok1.ops import rounded_table
+from paths import ROOT
 from runner import load_model
 from small import (
     EMBED,
@@ -272,3 +276,37 @@ def test_verify_finds_a_changed_layer(copy: pathlib.Path) -> None:
     _, problems = conversion.verify(copy, tiny_shapes())
     (problem,) = problems
     assert "transformer/decoder_layer_1/moe/linear_1/w/scales" in problem
+
+
+# A file that becomes shorter while it is used.
+
+SHORTENED = """
+import faulthandler, glob, os, sys
+from runner import load_model
+directory, before = sys.argv[1:]
+if before == "handled":
+    faulthandler.enable()
+model = load_model(directory, kernels=True)
+for path in glob.glob(f"{directory}/*.safetensors"):
+    os.truncate(path, 4096)
+model.generate([1, 2, 3], max_len=4)
+print("generated")
+"""
+
+
+@pytest.mark.parametrize("before", ["default", "handled"])
+def test_a_file_that_shrinks_ends_in_one_sentence(before: str, tmp_path: pathlib.Path) -> None:
+    checkpoint.convert(golden.DIRECTORY / "three-layers", tmp_path, "mapped")
+    command = [sys.executable, "-c", SHORTENED, tmp_path, before]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    first, _, rest = done.stderr.partition("\n")
+    sentence = (
+        r"error: \S+\.safetensors: expected a file that stays as it is while it is used as memory, "
+        r"got one that became shorter or cannot be read; start again when nothing writes to it, "
+        r"or convert it again"
+    )
+    assert re.fullmatch(sentence, first) and "generated" not in done.stdout
+    if before == "default":
+        assert done.returncode == 1 and not rest
+    else:
+        assert done.returncode < 0 and "Fatal Python error: Bus error" in rest

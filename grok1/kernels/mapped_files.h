@@ -1,0 +1,153 @@
+// Files that are used as memory: their pages are read before they are needed, and one that shrinks
+// ends the process with a sentence.
+
+#ifndef KERNELS_MAPPED_FILES_H_
+#define KERNELS_MAPPED_FILES_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __linux__
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// An array in a file. layers: into which its bytes are divided, one after the other, or 0. always:
+// whether each step needs all of a layer. file: a descriptor; the array begins at `offset`.
+struct MappedFile {
+  std::atomic<const char*> begin;  // null: forgotten
+  int64_t bytes, layers, offset;
+  bool always;
+  int file;
+  const char* path;
+};
+
+constexpr int64_t kMostFiles = 1024;
+MappedFile mapped_files[kMostFiles];  // without locks, for the signal handler
+std::atomic<int64_t> mapped_count{0};
+
+// Returns the file that holds an address, or null.
+inline const MappedFile* FileOf(const void* address) {
+  auto* own = static_cast<const char*>(address);
+  for (int64_t n = 0; n < mapped_count.load(std::memory_order_acquire); ++n) {
+    const char* begin = mapped_files[n].begin.load(std::memory_order_relaxed);
+    if (begin && begin <= own && own < begin + mapped_files[n].bytes) return &mapped_files[n];
+  }
+  return nullptr;
+}
+
+#ifdef __linux__
+
+constexpr int64_t kChecked = 2 << 20;  // bytes that are taken to be in memory if one of them is
+constexpr int64_t kAsked = 128 << 10;  // bytes that are asked for at a time: Linux reads no more
+constexpr int64_t kPage = 4096;
+
+// Asks for the bytes from `from` on, of a file, unless they are in memory.
+inline void AskFile(const MappedFile& file, const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kChecked) {
+    int64_t count = std::min(kChecked, bytes - i);
+    char byte;
+    iovec one{&byte, 1};
+    int64_t middle = file.offset + (from - file.begin.load()) + i + count / 2;
+    if (preadv2(file.file, &one, 1, middle, RWF_NOWAIT) == 1) continue;
+    for (int64_t n = i; n < i + count; n += kAsked) {
+      auto begin = reinterpret_cast<intptr_t>(from + n) / kPage * kPage;
+      auto end = reinterpret_cast<intptr_t>(from + std::min(n + kAsked, i + count));
+      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
+    }
+  }
+}
+
+// Asks for an array, if it is in a file.
+inline void Ask(const void* from, int64_t bytes) {
+  const MappedFile* file = FileOf(from);
+  if (file) AskFile(*file, static_cast<const char*>(from), bytes);
+}
+
+// Asks for what is always needed of the layer that follows a layer; after the last one, the first.
+inline void AskAfter(int64_t layer, int64_t layers) {
+  for (int64_t n = 0; n < mapped_count.load(std::memory_order_acquire); ++n) {
+    const MappedFile& file = mapped_files[n];
+    const char* begin = file.begin.load();
+    if (!begin || !file.always || file.layers != layers) continue;
+    int64_t each = file.bytes / layers;
+    AskFile(file, begin + (layer + 1) % layers * each, each);
+  }
+}
+
+struct sigaction before_bus;  // the handler that was there
+
+// Ends the process if a page of a mapped file cannot be read; otherwise does what was done before.
+inline void OnBusError(int number, siginfo_t* info, void* context) {
+  const MappedFile* file = FileOf(info->si_addr);
+  if (file) {
+    auto say = [](const char* text) {
+      if (write(2, text, std::strlen(text)) < 0) return;
+    };
+    say("error: ");
+    say(file->path);
+    say(": expected a file that stays as it is while it is used as memory, got one that became "
+        "shorter or cannot be read; start again when nothing writes to it, or convert it again\n");
+  }
+  bool own = before_bus.sa_handler != SIG_DFL && before_bus.sa_handler != SIG_IGN;
+  if (own && (before_bus.sa_flags & SA_SIGINFO)) {
+    before_bus.sa_sigaction(number, info, context);
+  } else if (own) {
+    before_bus.sa_handler(number);
+  } else if (file) {
+    _exit(1);
+  } else {
+    sigaction(SIGBUS, &before_bus, nullptr);  // the instruction is repeated, and ends the process
+  }
+}
+
+inline void HandleBusErrors() {
+  static bool handled = false;
+  if (handled) return;
+  handled = true;
+  struct sigaction own = {};
+  own.sa_sigaction = OnBusError;
+  own.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGBUS, &own, &before_bus);
+}
+
+#else
+
+inline void Ask(const void*, int64_t) {}
+inline void AskAfter(int64_t, int64_t) {}
+inline void HandleBusErrors() {}
+
+#endif
+
+}  // namespace
+
+// Makes an array known that is in a file; `file` and `path` must stay valid. Returns false if there
+// are too many. Not thread-safe, except against the functions above.
+extern "C" bool WatchFile(const void* begin, int64_t bytes, int64_t layers, int64_t offset,
+                          bool always, int file, const char* path) {
+  int64_t n = 0, count = mapped_count.load();
+  while (n < count && mapped_files[n].begin.load()) ++n;
+  if (n == kMostFiles) return false;
+  HandleBusErrors();
+  MappedFile& own = mapped_files[n];
+  own.bytes = bytes, own.layers = layers, own.offset = offset;
+  own.always = always, own.file = file, own.path = path;
+  own.begin = static_cast<const char*>(begin);
+  mapped_count.store(std::max(n + 1, count), std::memory_order_release);
+  return true;
+}
+
+// Forgets an array whose file is no longer used as memory.
+extern "C" void ForgetFile(const void* begin) {
+  for (int64_t n = 0; n < mapped_count.load(); ++n) {
+    if (mapped_files[n].begin == begin) mapped_files[n].begin = nullptr;
+  }
+}
+
+#endif  // KERNELS_MAPPED_FILES_H_
