@@ -108,7 +108,7 @@ def read_state(job: Job) -> State | None:
         _log.warning("%s is damaged: starting over", path)
         return None
     if state.identity != job.identity:
-        _log.warning("%s is not the source of %s: starting over", job.source, job.target)
+        _log.warning("%s is made from another source, or otherwise: starting over", job.target)
         return None
     return state
 

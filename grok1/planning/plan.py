@@ -28,6 +28,7 @@ import numpy as np
 
 from grok1.execution import fastest
 from grok1.formats import forms, layout
+from grok1.gpu_settings import MEMORY_FRACTION
 from grok1.ops.quantization import Shapes
 from grok1.parallel.sharding import (
     make_mesh,
@@ -63,8 +64,8 @@ PREFILL_CHUNK = 1024
 MOST_DEVICES = 128
 MOST_ROWS = 4096  # sequences on each part of the data axis
 MANY = 16
-# The fraction of a GPU's memory that jax preallocates by default.
-PREALLOCATED = 0.75
+# The fraction of a GPU's memory that jax takes under run.py.
+PREALLOCATED = float(MEMORY_FRACTION[1])
 
 
 class Gpus(NamedTuple):
@@ -429,7 +430,7 @@ def find_files(
             "missing": [record.file for record in records if record.file not in there],
             "wrong_size": [record.file for record in here if there[record.file] != record.size],
         }
-    if not found["missing"] and not found["wrong_size"]:
+    if os.path.lexists(directory / forms.WORK) or not (found["missing"] or found["wrong_size"]):
         try:
             layout.check_files(directory, records)
         except forms.CheckpointError as error:
@@ -459,12 +460,14 @@ def verdict(config: LanguageModelConfig, plan: Plan, stored: Shapes | None = Non
         if share > PREALLOCATED:
             fraction = min(0.99, math.ceil(100 * share + 2) / 100)
             text += (
-                f"; on GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction}, since jax takes "
-                f"{PREALLOCATED:.0%} of the memory unless it is told otherwise"
+                f"; on GPUs set {MEMORY_FRACTION[0]}={fraction}, since otherwise run.py lets jax "
+                f"take {PREALLOCATED:.0%} of the memory"
             )
     else:
         over = gib(plan.peak - plan.device_memory)
         ways = [*_larger_meshes(config, plan, stored), *_smaller_loads(plan)]
+        if plan.gpu is None and plan.cache + sum(plan.weights.values()) <= plan.device_memory:
+            ways.append("plan it for a GPU with --accelerator, as temporaries are smaller there")
         text = (
             f"It does not fit: {gib(plan.peak)} {where}, for {load}, are {over} more than "
             f"{gib(plan.device_memory)}; {' or '.join(ways) or 'use devices with more memory'}"

@@ -220,8 +220,8 @@ def test_the_verdict_of_a_plan_that_fits(small):
 
 def test_a_tight_plan_names_the_memory_fraction_to_set():
     peak = plan.make_plan(TINY, (1, 1)).peak
-    tight = plan.make_plan(TINY, (1, 1), device_memory=int(peak * 1.1))
-    assert tight.fits and "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.93, since" in tight.verdict
+    tight = plan.make_plan(TINY, (1, 1), device_memory=int(peak * 1.05))
+    assert tight.fits and "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.98, since" in tight.verdict
     loose = plan.make_plan(TINY, (1, 1), device_memory=int(peak * 1.5))
     assert "XLA_PYTHON" not in loose.verdict
 
@@ -233,6 +233,7 @@ def test_plan_that_does_not_fit_names_a_mesh_that_does():
     assert not found.fits
     over = text.gib(peaks[1] - memory)
     assert f"are {over} more than {text.gib(memory)}; use --mesh 1,2 (" in found.verdict
+    assert "or plan it for a GPU with --accelerator" in found.verdict
     assert plan.make_plan(TINY, (1, 2), device_memory=memory).fits
     # Not a mesh with room for weights and cache but not for temporaries.
     small = sizes.fixed_bytes(TINY, (1, 2), 1) + 1000
