@@ -136,7 +136,22 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Inferen
         f"{server.config.model.num_layers} layers, {dtype} activations, "
         f"mesh {mesh[0]},{mesh[1]} on {jax.devices()[0].device_kind}"
     )
+    describe_use(server, job.directory)
     return server
+
+
+def describe_use(server: InferenceRunner, directory: Path) -> None:
+    """Say what a token costs if the files are used in place."""
+    import checkpoint
+    from grok1.planning import in_place
+
+    if not checkpoint.used_in_place(directory):
+        return
+    if server.mesh is not None:
+        say("the files were copied to memory: several devices cannot use them in place")
+        return
+    stored = checkpoint.shapes_in(directory, server.config)
+    say(in_place.sentence(in_place.estimate(server.config, stored, directory)))
 
 
 def slots_for(answers: int) -> int:
@@ -312,8 +327,9 @@ def show_plan(options: Options) -> None:
     if directory is None and default_files.default_checkpoint() == default_files.RELEASED:
         directory = default_files.RELEASED
     config = grok_1() if directory is None else config_in(directory)
-    config = with_settings(config, options.dtype or "bfloat16", options.context)
-    jax.config.update("jax_num_cpu_devices", plan.devices_for(config, options.mesh))
+    dtype, mesh = ("float32", (1, 1)) if options.mapped else ("bfloat16", options.mesh)
+    config = with_settings(config, options.dtype or dtype, options.context)
+    jax.config.update("jax_num_cpu_devices", plan.devices_for(config, mesh))
     gpus = None
     if options.accelerator is not None:
         kernels = "gpu" if options.kernels else "plain"
@@ -322,12 +338,13 @@ def show_plan(options: Options) -> None:
     with notice_if_slow("compiling the model for its mesh, without weights"):
         found = plan.make_plan(
             config,
-            options.mesh,
+            mesh,
             batch=options.batch,
             device_memory=int(options.device_memory) if options.device_memory else None,
             bandwidth=options.bandwidth,
             directory=directory,
             int4_experts=options.experts == "int4",
+            used_in_place=options.mapped,
             gpus=gpus,
         )
     write_out(as_json(dataclasses.asdict(found)) if options.json else text.format_plan(found))

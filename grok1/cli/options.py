@@ -75,6 +75,7 @@ class Options:
     bandwidth: float | None
     shard_activations: bool
     experts: str | None
+    mapped: bool
     save_programs: Path | None
     # Several processes.
     distributed: bool

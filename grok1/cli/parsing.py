@@ -489,6 +489,12 @@ def add_plan(parser: Parser) -> None:
         help="plan for experts of 4 bits, as checkpoint.py convert --experts int4 makes them",
     )
     add(
+        "--mapped",
+        action="store_true",
+        help="plan for one CPU that uses the files of checkpoint.py convert --to mapped in place: "
+        "what memory can hold of them, and the time that the disk takes for a token",
+    )
+    add(
         "--shard-activations",
         action="store_true",
         help="with --accelerator, plan steps that split the residual stream, as published",
@@ -511,9 +517,12 @@ def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[ob
     }
     if options.plan:
         refuse(parser, "--plan", others, "a plan is made by one process, without prompts")
-    elif options.accelerator or options.experts:
-        name = "--accelerator" if options.accelerator else "--experts"
-        parser.error(f"{name} needs --plan")
+    given = {name: getattr(options, name) for name in ("accelerator", "experts", "mapped")}
+    if not options.plan and any(given.values()):
+        parser.error(f"--{next(name for name, value in given.items() if value)} needs --plan")
+    if options.mapped:
+        others = {"--accelerator": options.accelerator, "--mesh": options.mesh}
+        refuse(parser, "--mapped", others, "files are used in place by one CPU")
     if not options.accelerator and (options.save_programs or options.shard_activations):
         name = "--save-programs" if options.save_programs else "--shard-activations"
         parser.error(f"{name} needs --accelerator")

@@ -34,8 +34,9 @@ from grok1.parallel.sharding import (
     make_mesh,
 )
 from grok1.parameters import shapes_with_4_bits
-from grok1.planning import gpu_program, hlo
+from grok1.planning import gpu_program, hlo, in_place
 from grok1.planning.accelerators import Accelerator
+from grok1.planning.in_place import InPlace
 from grok1.planning.projection import GpuStep, inspect_step
 from grok1.planning.sizes import (
     Sizes,
@@ -105,7 +106,8 @@ class Plan:
     what the checkpoint directory holds, None if none was given. host: free disk and memory of this
     machine, and the most memory that loading takes in addition to the parameters. verdict: one
     sentence. accelerator: the GPU that was asked for, or None. gpu: what the steps do there, if
-    they were compiled for it; if not, `note` says why.
+    they were compiled for it; if not, `note` says why. in_place: the costs if one CPU uses the
+    files in place, if that was asked for.
     """
 
     parameters: int
@@ -129,6 +131,7 @@ class Plan:
     accelerator: str | None = None
     gpu: dict[str, GpuStep] | None = None
     note: str = ""
+    in_place: InPlace | None = None
 
 
 def make_plan(
@@ -140,6 +143,7 @@ def make_plan(
     bandwidth: float | None = None,
     directory: Path | None = None,
     int4_experts: bool = False,
+    used_in_place: bool = False,
     gpus: Gpus | None = None,
 ) -> Plan:
     """Return a plan for a mesh of (data, model) `sizes`, or, if None, for the smallest that fits.
@@ -148,7 +152,8 @@ def make_plan(
     default one for each part of the data axis. device_memory: bytes. bandwidth: of that memory, in
     bytes a second. Both are by default those of `gpus`, or of an H100. directory: a checkpoint to
     look for; weights found there are counted in their stored dtypes, others as int8 with scales.
-    int4_experts: count the experts as if they were converted to 4 bits.
+    int4_experts: count the experts as if they were converted to 4 bits. used_in_place: add what a
+    token costs one CPU that uses the files in place.
     gpus: what to compile for, if NVIDIA's compiler is installed, in place of virtual CPU devices.
 
     Needs as many jax devices as the mesh has. Raises ValueError for an invalid mesh or batch.
@@ -208,6 +213,9 @@ def make_plan(
         accelerator=gpus.accelerator.name if gpus else None,
         gpu=compiled.gpu,
         note=compiled.note,
+        in_place=(
+            in_place.estimate(config, stored, directory, cache + most) if used_in_place else None
+        ),
     )
     return dataclasses.replace(found, verdict=verdict(config, found, stored))
 
@@ -404,7 +412,7 @@ def find_files(
 ) -> dict[str, Any]:
     """Return which files of a checkpoint are in DIR, and which are missing or invalid.
 
-    form: "released" or "safetensors"; without a checkpoint, "released" with all files missing.
+    form: as in `forms.FORMS`; without a checkpoint, "released" with all files missing.
     problem: the error found once all files are present, else None.
     """
     records = layout.files(stored or config.param_shapes())
@@ -452,6 +460,8 @@ def host_resources(directory: Path | None) -> dict[str, int | None]:
 
 def verdict(config: LanguageModelConfig, plan: Plan, stored: Shapes | None = None) -> str:
     """Return one sentence: whether the plan fits, and if not, what would."""
+    if plan.in_place is not None:
+        return f"{in_place.sentence(plan.in_place)}{_files_problem(plan)}."
     where = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
     load = f"{plan.batch} x {plan.context} tokens"
     if plan.fits:

@@ -144,7 +144,7 @@ def _machine_lines(plan: Plan) -> list[str]:
             f"{gigabytes(files['found_bytes'])} of {gigabytes(files['expected_bytes'])}"
         )
     elif plan.files is not None:
-        lines.append(f"files     safetensors in {plan.files['directory']}")
+        lines.append(f"files     {plan.files['form']} in {plan.files['directory']}")
     host = f"host      {gigabytes(plan.host['free_disk'] or 0)} of disk free"
     if memory is not None:
         loading = gib(plan.host["loading"] or 0)

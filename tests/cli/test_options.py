@@ -144,7 +144,7 @@ def test_options_are_shared_by_hosts_or_their_own():
         *("json", "output", "resume", "stats", "show_routing", "compile_cache"),
         *("plan", "device_memory", "bandwidth", "distributed", "coordinator"),
         *("num_processes", "process_id", "peer_timeout", "join_timeout"),
-        *("accelerator", "experts", "shard_activations", "save_programs"),
+        *("accelerator", "experts", "mapped", "shard_activations", "save_programs"),
     }
     assert {field.name for field in dataclasses.fields(Options)} == own | set(SHARED)
     assert not own & set(SHARED)

@@ -1,0 +1,66 @@
+"""What a token costs one CPU that uses a checkpoint's files in place."""
+
+import pathlib
+
+import pytest
+
+import checkpoint
+from grok1.formats import mapped
+from grok1.parameters import shapes_with_4_bits
+from grok1.planning import in_place
+from model import grok_1
+from small import config_of, save_layers
+
+
+def test_bytes_are_those_of_the_files(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "LEAST_BYTES", 0)
+    source = save_layers(tmp_path / "source", 3)
+    checkpoint.convert(source, tmp_path / "mapped", "mapped")
+    files = {p.name: p.stat().st_size - mapped.HEADER for p in (tmp_path / "mapped").glob("*s")}
+    sizes = {name: size for name, size in files.items() if "embeddings" not in name}
+    experts = sum(size for name, size in sizes.items() if ".moe." in name)
+    total, touched = in_place.used_bytes(config_of(3), config_of(3).param_shapes())
+    assert total == sum(sizes.values()) and "rounded_table.values.safetensors" in sizes
+    assert touched == total  # both experts are chosen
+    eighth = config_of(3)
+    object.__setattr__(eighth.model, "num_experts", 8)
+    assert in_place.used_bytes(eighth, config_of(3).param_shapes())[1] == total - 3 * experts // 4
+
+
+def test_grok_1_touches_a_quarter_of_its_experts() -> None:
+    shapes = grok_1().param_shapes()
+    total, touched = in_place.used_bytes(grok_1(), shapes)
+    assert 316e9 < total < 318e9 and 84e9 < touched < 85e9
+    total, touched = in_place.used_bytes(grok_1(), shapes_with_4_bits(shapes))
+    assert 171e9 < total < 173e9 and 48e9 < touched < 49e9
+
+
+def test_times_follow_from_the_disk_and_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(1)
+    total, touched = in_place.used_bytes(config, config.param_shapes())
+    monkeypatch.setattr(in_place, "available_memory", lambda: total // 2 + 100)
+    monkeypatch.setattr(in_place, "disk_rate", lambda _: 1000.0)
+    found = in_place.estimate(config, None, pathlib.Path(), held=100)
+    assert found.share == pytest.approx(0.5, abs=1e-3)
+    assert found.token_s == pytest.approx(touched / 2000, rel=1e-2)
+    assert found.chunk_s == pytest.approx(total / 2000, rel=1e-2)
+    assert "memory can hold 50%" in in_place.sentence(found)
+    assert "at the disk's 1 kB/s this takes about" in in_place.sentence(found)
+    unknown = in_place.estimate(config, None, None)
+    assert "the rate of the disk is not known" in in_place.sentence(unknown)
+    monkeypatch.setattr(in_place, "available_memory", lambda: 2 * total)
+    assert "which are read once" in in_place.sentence(in_place.estimate(config, None, None))
+
+
+def test_the_rate_of_a_disk_is_that_of_its_largest_file(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_place.disk_rate(tmp_path) is None
+    monkeypatch.setattr(in_place, "MEASURED", 2 * in_place.PIECE)
+    (tmp_path / "small").write_bytes(bytes(100))
+    assert in_place.disk_rate(tmp_path) is None
+    (tmp_path / "large").write_bytes(bytes(3 * in_place.PIECE))
+    rate = in_place.disk_rate(tmp_path)
+    assert rate is None or rate > 1e6  # a file system may not support reading past its cache
