@@ -268,7 +268,7 @@ def test_a_finished_file_that_changed_is_written_again(
     assert contents(tmp_path) == contents(safe)
 
 
-@FORMS
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_a_killed_conversion_resumes_to_the_same_bytes(
     form: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
