@@ -53,6 +53,12 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   while (progress->ended.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
+// Asks for the pieces of files, on all threads: making room for them in memory takes time.
+void AskFor(ffi::ThreadPool& pool, const std::vector<FilePiece>& missing) {
+  if (missing.empty()) return;
+  ForEach(pool, missing.size(), [&](int64_t n) { Ask(missing[n]); });
+}
+
 // ------------------------------------------------------------------ rows by quantized matrices
 
 constexpr int64_t kTask = 8192;  // columns of a task: memory is fastest when read in order
@@ -131,12 +137,12 @@ class Rows {
 #endif
   }
 
-  // Asks for the matrices of a stack that are used, if they are in files.
-  void AskFor(const Stack& stack) const {
+  // Adds the parts of a stack that are used, but are in files, and not in memory.
+  void AddMissingOf(const Stack& stack, std::vector<FilePiece>* missing) const {
     for (const Run& run : runs_) {
       Matrix matrix = stack.Of(run.expert);
-      Ask(matrix.weight, matrix.inputs / matrix.in_byte * matrix.outputs);
-      Ask(matrix.scales, matrix.groups * matrix.outputs * sizeof(uint16_t));
+      AddMissing(matrix.weight, matrix.inputs / matrix.in_byte * matrix.outputs, missing);
+      AddMissing(matrix.scales, matrix.groups * matrix.outputs * sizeof(uint16_t), missing);
     }
   }
 
@@ -389,7 +395,9 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (auto error = TakeLayer(weight, scales, layer, in_byte, &stack); error.failure()) return error;
   if (auto error = CheckRows(x, stack, starts, y); error.failure()) return error;
   Rows rows(pool, x, starts.typed_data(), stack, static_cast<Form>(form));
-  rows.AskFor(stack);
+  std::vector<FilePiece> missing;
+  rows.AddMissingOf(stack, &missing);
+  AskFor(pool, missing);
   rows.Multiply(stack, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
   return ffi::Error::Success();
 }
@@ -434,9 +442,11 @@ ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (!fits) return ffi::Error::InvalidArgument("two weights of different shapes");
   if (auto error = CheckRows(x, gates, starts, y); error.failure()) return error;
   Rows rows(pool, x, starts.typed_data(), gates, static_cast<Form>(form));
-  rows.AskFor(gates);
-  rows.AskFor(values);
-  AskAfter(layer.typed_data()[0], gate.dimensions()[0]);
+  std::vector<FilePiece> missing;
+  rows.AddMissingOf(gates, &missing);
+  rows.AddMissingOf(values, &missing);
+  AddMissingAfter(layer.typed_data()[0], gate.dimensions()[0], &missing);
+  AskFor(pool, missing);
   rows.Multiply(gates, &values, y->typed_data(), Gate);
   return ffi::Error::Success();
 }
@@ -544,7 +554,9 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
     return ffi::Error::Success();
   };
   void* data = table.untyped_data();
-  Ask(data, table.size_bytes());
+  std::vector<FilePiece> missing;
+  AddMissing(data, table.size_bytes(), &missing);
+  AskFor(pool, missing);
   if (table.element_type() == ffi::F32) return multiply(static_cast<const float*>(data));
   if (table.element_type() == ffi::BF16) return multiply(static_cast<const uint16_t*>(data));
   return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
@@ -571,7 +583,7 @@ void MakeExact(ffi::ThreadPool& pool, const float* x, int64_t rows, const float*
       for (int64_t v = task * kEntryTask; v < end; ++v) {
         if (own[v] + errors[v] * lengths[r] < least[r]) continue;
         const float* entry = table + v * width;
-        Ask(entry, width * sizeof(float));
+        if (FileOf(entry)) Ask({reinterpret_cast<const char*>(entry), 4 * width});
         MultiplyEntries(x + r * width, 1, entry, 1, width, false, own + v, entries);
       }
     }
@@ -616,7 +628,9 @@ ffi::Error LikelyLogitsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
       largest[r * tasks + task] = most;
     }
   };
-  Ask(values.untyped_data(), values.size_bytes());
+  std::vector<FilePiece> missing;
+  AddMissing(values.untyped_data(), values.size_bytes(), &missing);
+  AskFor(pool, missing);
   MultiplyTable(pool, x.typed_data(), rows, values.typed_data(), entries, width, y->typed_data(),
                 finish);
   MakeExact(pool, x.typed_data(), rows, table.typed_data(), error, lengths.data(), entries, width,

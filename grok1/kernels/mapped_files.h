@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef __linux__
 #include <signal.h>
@@ -26,6 +27,12 @@ struct MappedFile {
   bool always;
   int file;
   const char* path;
+};
+
+// Bytes of such a file.
+struct FilePiece {
+  const char* from;
+  int64_t bytes;
 };
 
 constexpr int64_t kMostFiles = 1024;
@@ -48,36 +55,37 @@ constexpr int64_t kChecked = 2 << 20;  // bytes that are taken to be in memory i
 constexpr int64_t kAsked = 128 << 10;  // bytes that are asked for at a time: Linux reads no more
 constexpr int64_t kPage = 4096;
 
-// Asks for the bytes from `from` on, of a file, unless they are in memory.
-inline void AskFile(const MappedFile& file, const char* from, int64_t bytes) {
+// Adds the pieces of an array from `from` on that are not in memory, if it is in a file.
+inline void AddMissing(const void* from, int64_t bytes, std::vector<FilePiece>* missing) {
+  const MappedFile* file = FileOf(from);
+  if (!file) return;
+  auto* first = static_cast<const char*>(from);
   for (int64_t i = 0; i < bytes; i += kChecked) {
     int64_t count = std::min(kChecked, bytes - i);
     char byte;
     iovec one{&byte, 1};
-    int64_t middle = file.offset + (from - file.begin.load()) + i + count / 2;
-    if (preadv2(file.file, &one, 1, middle, RWF_NOWAIT) == 1) continue;
-    for (int64_t n = i; n < i + count; n += kAsked) {
-      auto begin = reinterpret_cast<intptr_t>(from + n) / kPage * kPage;
-      auto end = reinterpret_cast<intptr_t>(from + std::min(n + kAsked, i + count));
-      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
-    }
+    int64_t middle = file->offset + (first - file->begin.load()) + i + count / 2;
+    if (preadv2(file->file, &one, 1, middle, RWF_NOWAIT) != 1) missing->push_back({first + i, count});
   }
 }
 
-// Asks for an array, if it is in a file.
-inline void Ask(const void* from, int64_t bytes) {
-  const MappedFile* file = FileOf(from);
-  if (file) AskFile(*file, static_cast<const char*>(from), bytes);
-}
-
-// Asks for what is always needed of the layer that follows a layer; after the last one, the first.
-inline void AskAfter(int64_t layer, int64_t layers) {
+// Adds what is always needed of the layer that follows a layer; after the last one, the first.
+inline void AddMissingAfter(int64_t layer, int64_t layers, std::vector<FilePiece>* missing) {
   for (int64_t n = 0; n < mapped_count.load(std::memory_order_acquire); ++n) {
     const MappedFile& file = mapped_files[n];
     const char* begin = file.begin.load();
     if (!begin || !file.always || file.layers != layers) continue;
     int64_t each = file.bytes / layers;
-    AskFile(file, begin + (layer + 1) % layers * each, each);
+    AddMissing(begin + (layer + 1) % layers * each, each, missing);
+  }
+}
+
+// Asks for a piece; returns when it has been requested from the disk.
+inline void Ask(const FilePiece& piece) {
+  for (int64_t n = 0; n < piece.bytes; n += kAsked) {
+    auto begin = reinterpret_cast<intptr_t>(piece.from + n) / kPage * kPage;
+    auto end = reinterpret_cast<intptr_t>(piece.from + std::min(n + kAsked, piece.bytes));
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
   }
 }
 
@@ -119,8 +127,9 @@ inline void HandleBusErrors() {
 
 #else
 
-inline void Ask(const void*, int64_t) {}
-inline void AskAfter(int64_t, int64_t) {}
+inline void AddMissing(const void*, int64_t, std::vector<FilePiece>*) {}
+inline void AddMissingAfter(int64_t, int64_t, std::vector<FilePiece>*) {}
+inline void Ask(const FilePiece&) {}
 inline void HandleBusErrors() {}
 
 #endif
