@@ -491,8 +491,8 @@ def add_plan(parser: Parser) -> None:
     add(
         "--mapped",
         action="store_true",
-        help="plan for one CPU that uses the files of the mapped form in place: what memory can hold "
-        "of them, and the time that the disk takes for a token",
+        help="plan for one CPU that uses files of the mapped form in place: what memory can hold, "
+        "and the time that the disk takes for a token",
     )
     add(
         "--shard-activations",

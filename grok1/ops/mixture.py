@@ -4,7 +4,7 @@ Dimension letters: `B` batch, `T` positions, `M` = B * T tokens, `D` model width
 width, `E` experts, `A` experts used per token, `R` rows of a block.
 
 A mixture's parameters are `{"linear": {"w": [E, D, F]}, "linear_v": {"w": [E, D, F]}, "linear_1":
-{"w": [E, F, D]}}`, each weight float, int8 or a StackedWeight.
+{"w": [E, F, D]}}`, each weight float, of 8 or 4 bits, or a StackedWeight.
 """
 
 import math

@@ -24,8 +24,8 @@ class Operations(NamedTuple):
     likely_logits: (x [M, D], table, RoundedTable, count) -> logits [M, V], which are those of
     `table_product` for the `count` largest of a row; or None, where the table is read instead.
     draw: a form of `sampling.draw_token`, or None.
-    fused_layer: a decoder layer with int8 weights and a cache, see kernels/gpu/layer.py; or None:
-    by the other operations.
+    fused_layer: a decoder layer with quantized weights and a cache, see kernels/gpu/layer.py; or
+    None: by the other operations.
     """
 
     matmul: Callable[..., jax.Array] = quantization.matmul

@@ -82,6 +82,14 @@ def test_a_cpu_uses_the_files_in_place(tiny: pathlib.Path) -> None:
         assert leaf.unsafe_buffer_pointer() == places[str(tiny / name)] + mapped.HEADER
 
 
+def test_several_devices_get_copies(tmp_path: pathlib.Path) -> None:
+    source = golden.DIRECTORY / "three-layers"
+    checkpoint.convert(source, tmp_path, "mapped")
+    one, other = (load_model(d, mesh=(2, 2), pad_sizes=(16,)) for d in (source, tmp_path))
+    assert_same(one.params, other.params)
+    assert other._get_loaded()[0].rounded is None
+
+
 @pytest.mark.parametrize("form", ["released", "safetensors"])
 def test_there_and_back_every_byte_is_the_same(form: str, tmp_path: pathlib.Path) -> None:
     source = save_layers(tmp_path / "source", 12)

@@ -129,6 +129,8 @@ def test_product_shapes_that_do_not_fit_are_rejected():
             side_by_side(np.zeros(shape, np.float32), [weight], LAYER)
     with pytest.raises(ValueError, match="x must be bfloat16 or float32, got float16"):
         side_by_side(np.zeros((3, 80), np.float16), [weight], LAYER)
+    with pytest.raises(ValueError, match="3 scale groups must be of whole bytes of 80 inputs"):
+        side_by_side(np.zeros((3, 80), np.float32), [random_weight((2,), 80, 72, 3)], LAYER)
     x, weights, *chosen = mixture_shapes(1, layers=2, devices=1)  # 3.2e9 elements of one byte
     with pytest.raises(ValueError, match="between"):
         jax.eval_shape(mix, x, weights, LAYER, *chosen)

@@ -58,7 +58,7 @@ def attend_cached(
     1]. filled: int32 [B], how many positions of each sequence hold a key. sequence: int32
     [B], the index of each query's sequence among the C of the cache; None: B = C, in order. Returns
     float32 [B, T, K, G, H], zero where a query sees no key. `layer` and `sequence` must be within
-    the cache, which is not checked. last: `cache.last_seen` of the mask, along all S.
+    the cache, which is not checked. last: `cache.last_seen` of the mask for all S positions.
 
     Raises ValueError if shapes or dtypes do not fit, or if the mask takes between 2 and 4 GiB.
     """
@@ -131,7 +131,6 @@ def _attention_kernel(
     column, out_column = (whole(ref.shape[-1], LEAST_TILE) for ref in (keys_ref, values_ref))
     query = load(query_ref, b, row, column)
     reach = jnp.minimum(jnp.max(load(last_ref, b, token)), load(filled_ref, b))
-    reach = jnp.minimum(reach, keys_ref.shape[2])
     # One mask may be for all sequences, or all queries.
     mask_row = jnp.minimum(b, mask_ref.shape[0] - 1)
     mask_token = token._replace(indices=jnp.minimum(token.indices, mask_ref.shape[1] - 1))

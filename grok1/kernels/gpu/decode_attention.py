@@ -45,7 +45,8 @@ def write_and_attend(
     length is 0 or the cache is full. Layer and sequences must be within the cache, which is not
     checked.
 
-    Returns float32 [B, N, H], zero for a query that sees no key or has length 0; keys; and values.
+    Returns float32 [B, N, H], zero for a query that sees no key or, unlike `attend_cached`, has
+    length 0; keys; and values. Sequences must differ.
     The blocks of a sequence are distributed to PARTS programs, whose sums are added in the same
     order in any batch.
     Raises ValueError if the dtypes do not fit.

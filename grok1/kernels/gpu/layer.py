@@ -71,11 +71,9 @@ def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:
     x: float32 [B, T, N + 2 K, H]. start: int32 [B], the position of each sequence's first token.
     """
     batch, rows, count, width = x.shape
-    exponents = np.arange(0, width, 2) / width
-    frequencies = np.tile(10000**-exponents, 2).astype(np.float32)  # [H]
+    frequencies = (10000 ** -(np.arange(0, width, 2) / width)).astype(np.float32)  # [H / 2]
     position = start[:, None] + jnp.arange(rows)
-    phase = position.astype(jnp.float32)[..., None] * frequencies
-    phase = phase.reshape(batch, rows, 1, 2, width // 2)
+    phase = position.astype(jnp.float32)[..., None, None, None] * frequencies
     halves = x.reshape(batch, rows, count, 2, width // 2)
     other = halves[..., ::-1, :] * np.array([[-1], [1]], np.float32)  # [a, b] -> [-b, a]
     turned = halves * jnp.cos(phase) + other * jnp.sin(phase)
@@ -86,7 +84,10 @@ def _rotate(x: jax.Array, start: jax.Array, kv_heads: int) -> jax.Array:
 def _attend(
     heads: jax.Array, caches: Caches, step: LayerStep, multiplier: float
 ) -> tuple[jax.Array, Caches]:
-    """Write the keys and values of heads [B, T, N + 2 K, H], and attend -> [B, ..., H], caches."""
+    """Write the keys and values of heads [B, T, N + 2 K, H], and attend.
+
+    Returns [B, N, H] if T is 1, otherwise [B, T, K, G, H]; and the caches.
+    """
     index, (keys, values), kv_heads = step.memory_index, caches, caches[0].shape[-2]
     if heads.shape[1] == 1:
         new, mask = heads[:, 0], step.mask[:, 0]

@@ -5,7 +5,7 @@ used per token, `I` inputs, `O` outputs, `J` scale groups, `L` layers, `R` rows 
 tile, `P` pieces.
 
 Weights are stacks of all layers; the kernels take a layer's index. With few tokens, as in a decode
-step, reading the matrices is what takes time. So a tile holds all tokens, and every program
+step, reading the matrices is what takes time. So a tile holds up to 64 tokens, and every program
 multiplies them with its own columns, which are read once, as stored; a matrix that no token needs
 is not read. With many tokens each expert multiplies only its own, which a sorted list gives.
 """
@@ -89,7 +89,10 @@ def _tile(x: jax.Array, weight: QuantizedWeight, height: int, width: int) -> Til
     height = power_of_two(min(rows, height), LEAST_TILE)
     width = min(width, power_of_two(outputs, LEAST_TILE))
     in_byte = 2 if isinstance(weight, QuantizedWeight4bit) else 1
-    return Tile(height, width, inputs, outputs, weight.scales.shape[-2], in_byte)
+    groups = weight.scales.shape[-2]
+    if inputs % (groups * in_byte):
+        raise ValueError(f"{groups} scale groups must be of whole bytes of {inputs} inputs")
+    return Tile(height, width, inputs, outputs, groups, in_byte)
 
 
 def _run(
@@ -124,10 +127,10 @@ def side_by_side(
     """Return the products of rows with several matrices, float32 [M, sum of O].
 
     x: bfloat16 or float32 [M, I]. weights: int8 [L, I, O], of which `layer` int32 [] is used; they
-    may differ in O, but not in I or J. If there are fewer tiles than processors, several programs
-    split the inputs of each: the kernel returns P partial sums for each scale group. A row's result
-    does not depend on the other rows, though above FEW it depends on how many there are. `layer`
-    must be within the stack, which is not checked.
+    may differ in O, but not in I or J. A program multiplies one scale group, or one of P pieces of
+    it if there are fewer tiles than processors: the kernel returns J x P partial sums. A row's
+    result does not depend on the other rows, though it may on how many there are. `layer` must be
+    within the stack, which is not checked.
 
     Raises ValueError if shapes or dtypes do not fit, or if a weight takes between 2 and 4 GiB.
     """
@@ -384,7 +387,7 @@ def _scaled_sums(tile: Tile, factors: Factors, columns: Axis, piece: jax.Array) 
     (x_ref, *refs), rows, matrix = factors
     group = lax.div(piece, tile.pieces)
     inputs = tile.inputs // tile.scale_groups
-    length = pl.cdiv(pl.cdiv(inputs, tile.pieces), tile.depth) * tile.depth
+    length = pl.cdiv(pl.cdiv(inputs, tile.pieces), tile.depth) * tile.depth  # the last may be empty
     begin = group * inputs + (piece - group * tile.pieces) * length
     stop = jnp.minimum(begin + length, (group + 1) * inputs)
 

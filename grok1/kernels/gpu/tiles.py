@@ -80,7 +80,7 @@ def span(size: int, end: int, start: jax.Array | int = 0) -> Axis:
 
 
 def whole(n: int, least: int = 1) -> Axis:
-    """Return the indices below n; more are added, up to `least` and a power of two for Triton."""
+    """Return the indices below n, and masked ones up to `least` and a power of two, for Triton."""
     return span(power_of_two(n, least), n)
 
 
@@ -117,7 +117,7 @@ def _index(at: Sequence[Place]) -> tuple[tuple[Place, ...], jax.Array | None]:
 
 
 def power_of_two(n: int, least: int = 1) -> int:
-    """Return the smallest power of two >= n and >= `least`, which is one."""
+    """Return the smallest power of two that is at least n and `least`, itself a power of two."""
     return max(least, pl.next_power_of_2(n))
 
 
