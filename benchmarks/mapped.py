@@ -24,13 +24,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402  (what follows is found by the line above)
 
 from grok1.cli.console import Parser, byte_size, number, say  # noqa: E402
+
+if TYPE_CHECKING:
+    from model import LanguageModelConfig
 
 LEAST_RATE, MOST_BYTES = 0.75, 1.1
 PIECE = 64 << 20
@@ -43,18 +46,24 @@ MOE = "/moe/"
 # ------------------------------------------------------------------------------ a random checkpoint
 
 
-def write_checkpoint(directory: Path, layers: int, experts: str) -> None:
-    """Write random parameters of so many layers, unless they are there."""
-    import checkpoint
-    from grok1.formats import atomic, forms, layout, mapped, safetensors
-    from grok1.parameters import shapes_with_4_bits
+def full_width(layers: int) -> LanguageModelConfig:
+    """Return Grok-1 with fewer layers."""
     from model import grok_1
 
     config = grok_1()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
+
+
+def write_checkpoint(directory: Path, config: LanguageModelConfig, experts: str) -> None:
+    """Write random parameters of a model, unless they are there."""
+    import checkpoint
+    from grok1.formats import atomic, forms, layout, mapped, safetensors
+    from grok1.parameters import shapes_with_4_bits
+
     shapes = config.param_shapes()
     shapes = shapes_with_4_bits(shapes) if experts == "int4" else shapes
-    if forms.form(directory) == forms.MAPPED and checkpoint.config_in(directory) == config:
+    there = forms.form(directory) == forms.MAPPED
+    if there and checkpoint.config_in(directory).to_dict() == config.to_dict():
         checkpoint.check_files(directory, shapes)
         return
     records = layout.files(shapes)
@@ -72,7 +81,7 @@ def write_checkpoint(directory: Path, layers: int, experts: str) -> None:
         pieces = (
             piece
             for name, array in stack.tensors.items()
-            for piece in _counted(name, random_values(name, array, experts), checksums)
+            for piece in _counted(name, random_values(name, array, config, experts), checksums)
         )
         atomic.write(str(directory / stack.file), itertools.chain([header], pieces))
     text = json.dumps(config.to_dict()).encode()
@@ -97,15 +106,18 @@ def _counted(
     checksums[name] = f"sha256:{digest.hexdigest()}"
 
 
-def random_values(name: str, array: Any, experts: str) -> Iterator[np.ndarray]:
+def random_values(
+    name: str, array: Any, config: LanguageModelConfig, experts: str
+) -> Iterator[np.ndarray]:
     """Yield the values of a tensor, in pieces."""
     from grok1.formats.mapped import ROUNDED
     from grok1.ops.rounded_table import BLOCK, round_table
 
     field, count, rng = name.rpartition("/")[2], math.prod(array.shape), np.random.default_rng(0)
+    width = config.model.emb_size
     if field == "embeddings" or name.startswith(ROUNDED):
         for first in range(0, array.shape[0], BLOCK):
-            table = random_table(first, BLOCK)
+            table = random_table(first, min(BLOCK, array.shape[0] - first), width)
             yield table if field == "embeddings" else np.asarray(getattr(round_table(table), field))
     elif array.dtype == np.int8:
         block = rng.integers(-128, 128, PIECE, np.int8)
@@ -113,17 +125,17 @@ def random_values(name: str, array: Any, experts: str) -> Iterator[np.ndarray]:
             yield block[: count - first]
     elif field == "scales":  # the standard deviation of the integers is 4.6, or 74
         spread = 4.6 if experts == "int4" and MOE in name else 74
-        yield np.full(count, 1 / (spread * math.sqrt(6144)), array.dtype)
+        yield np.full(count, 1 / (spread * math.sqrt(width)), array.dtype)
     elif len(array.shape) == 2:  # a router
         yield (rng.standard_normal(count) / math.sqrt(array.shape[0])).astype(array.dtype)
     else:  # a norm
         yield np.ones(count, array.dtype)
 
 
-def random_table(first: int, rows: int) -> np.ndarray:
+def random_table(first: int, rows: int, width: int) -> np.ndarray:
     """Return some rows of the embedding table."""
-    steps = np.random.default_rng(first).integers(-127, 128, (rows, 6144), np.int8)
-    return steps / np.float32(74 * math.sqrt(6144))
+    steps = np.random.default_rng(first).integers(-127, 128, (rows, width), np.int8)
+    return steps / np.float32(74 * math.sqrt(width))
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -258,7 +270,7 @@ def main() -> int:
     options = parse_arguments()
     try:
         options.folder.mkdir(exist_ok=True)
-        write_checkpoint(options.folder, options.layers, options.experts)
+        write_checkpoint(options.folder, full_width(options.layers), options.experts)
         with memory_limit(options.memory) as problem:
             if problem is not None:
                 say(f"note: memory is not limited: {problem}")

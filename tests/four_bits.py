@@ -61,7 +61,7 @@ def model(name: str) -> Model:
         config, params = server.config, quantize_experts(server.params)
     else:
         layers, seed, group = (2, 0, 64) if name == "random" else (3, 1, 128)
-        config = _config(layers)
+        config = random_config(layers)
         params = quantize_experts(config.init_params(seed, quantized=True), group)
     weights = jax.tree.map(np.asarray, weights_of(dequantize_params(params)))
     tokens = np.random.default_rng(2).integers(1, config.vocab_size, (2, 24))
@@ -72,7 +72,7 @@ def model(name: str) -> Model:
     return Model(config, params, tokens, result.logits, clear)
 
 
-def _config(layers: int) -> LanguageModelConfig:
+def random_config(layers: int) -> LanguageModelConfig:
     return LanguageModelConfig(
         TransformerConfig(
             emb_size=128, widening_factor=12, key_size=16, num_q_heads=16, num_kv_heads=8,

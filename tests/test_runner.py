@@ -1,5 +1,6 @@
 """A runner: prompts and settings in, answers out, and the reason why each answer ends."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoint
 import golden
 import reference
 from grok1.serving import steps
@@ -416,6 +418,25 @@ def test_embedding_is_stored_in_the_activation_dtype(monkeypatch):
     monkeypatch.setattr(LanguageModelConfig, "init_params", lambda *_, **__: random)
     created = ModelRunner(config, 1, None).load_or_init(None)
     assert created[module][name].dtype == stored[module][name].dtype == "bfloat16"
+
+
+def test_files_in_place_may_be_larger_than_memory(tmp_path, monkeypatch):
+    """Only the cache is held, and a table that is cast."""
+    config = golden.config("three-layers", "float32")
+    checkpoint.convert(golden.DIRECTORY / "three-layers", tmp_path, "mapped")
+    cache = 2 * 4 * 3 * config.sequence_len * config.model.num_kv_heads * config.model.key_size
+    table = 2 * config.vocab_size * config.model.emb_size
+    bf16 = dataclasses.replace(config, fprop_dtype=jnp.bfloat16)
+    for model, directory, free, fits in (
+        (config, golden.DIRECTORY / "three-layers", 2 * cache, False),
+        (config, tmp_path, int(1.1 * cache), True),
+        (config, tmp_path, int(0.9 * cache), False),
+        (bf16, tmp_path, cache // 2 + int(1.1 * table), True),
+        (bf16, tmp_path, cache // 2 + int(0.9 * table), False),
+    ):
+        monkeypatch.setattr("grok1.serving.memory_budget.available_memory", lambda free=free: free)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="are free"):
+            ModelRunner(model, 1, directory).check(None)
 
 
 def test_too_little_memory_is_reported_before_loading(monkeypatch):

@@ -1,5 +1,6 @@
 """The benchmarks run, and their limits hold."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,11 +14,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import checkpoint
 import compiling
+import four_bits
 import gpu
 import gpu_kernels
 import gpu_parts
 import limits
+import mapped
 import random_models
 import speed
 from grok1.serving.steps import MOST_TOKENS, stored_shapes
@@ -377,3 +381,28 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: pathlib.Path) -> None:
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"interrupted\n")
     assert json.loads(file.read_text())["machine"]["platform"] == "cpu"
+
+
+@pytest.mark.parametrize("experts", ["int4", pytest.param("int8", marks=pytest.mark.exhaustive)])
+def test_a_checkpoint_that_is_used_in_place_is_measured(
+    experts: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not on a disk: nothing is read from it, and the limit of its rate is missed."""
+    tiny = dataclasses.replace(four_bits.random_config(layers=1), vocab_size=1 << 15)
+    mapped.write_checkpoint(tmp_path, tiny, experts)
+    written = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    mapped.write_checkpoint(tmp_path, tiny, experts)  # it is there
+    assert written == [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    _, problems = checkpoint.verify(tmp_path)
+    assert not problems
+    with mapped.memory_limit(None) as problem:
+        assert problem == "no --memory was given"
+        found = mapped.measure(tmp_path, tokens=2)
+    assert found["tokens"] == 2 and found["decode_s"] > 0 and found["sequential_rate"] > 0
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    assert "rounded_table.values.safetensors" in sizes
+    assert found["touched_bytes"] < sum(sizes.values())
+    mapped.report(found)
+    assert "decoding reads" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="of free space, got"):
+        mapped.write_checkpoint(tmp_path, mapped.full_width(512), experts)
