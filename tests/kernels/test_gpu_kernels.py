@@ -537,8 +537,9 @@ def test_golden_logits_are_exact_with_the_fused_layer(name, dtype, allowed, monk
 @pytest.mark.parametrize("name", four_bits.NAMES)
 def test_logits_with_4_bits_and_the_fused_layer(name, sizes, monkeypatch):
     """In a chunk of many tokens and of few, and a token."""
+    model = four_bits.model(name)  # before the platform seems to be a GPU
     interpret(monkeypatch)
-    four_bits.model(name).check(sizes, "gpu", cuts=[20, 23])
+    model.check(sizes, "gpu", cuts=[20, 23])
 
 
 def test_kernels_that_compute_wrongly_are_rejected(monkeypatch):
