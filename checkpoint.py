@@ -473,9 +473,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="one safetensors file per layer with checksums; files that a CPU uses in place, as "
         "its memory; or Grok-1's own ckpt-0",
     )
-    text = "round the experts to 4 bits (not with --to released), which halves the checkpoint"
-    add("--experts", choices=("int4",), help=text)
-    text = f"rows of a column that share a scale, with --experts ({GROUP})"
+    text = "round the experts to 4 bits (not with --to released), which halves the checkpoint; or "
+    add("--experts", choices=("int4", "int8"), help=f"{text}require that they are int8")
+    text = f"rows of a column that share a scale, with --experts int4 ({GROUP})"
     add("--group", type=number(int, 2, 1 << 20), metavar="ROWS", help=text)
     add("--overwrite", action="store_true", help="replace an existing checkpoint in DST")
     text = "check all headers, float values and, for safetensors, the checksum of every tensor"
@@ -484,12 +484,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("directory", type=given_path, metavar="DIR", help="directory that holds the checkpoint")
     options = parser.parse_args(arguments)
     if options.command == "convert":
-        if options.experts and options.to == forms.RELEASED:
+        if options.experts == "int4" and options.to == forms.RELEASED:
             wanted = f"--to {forms.SAFETENSORS} or {forms.MAPPED}"
             parser.error(f"--experts: expected {wanted}, got --to {options.to}")
-        if options.group is not None and not options.experts:
-            parser.error("--group: expected together with --experts int4, got no --experts")
+        if options.group is not None and options.experts != "int4":
+            parser.error("--group: expected together with --experts int4, got none")
     return options
+
+
+def _require_int8(directory: Directory) -> None:
+    """Raise CheckpointError unless the experts of DIR are int8."""
+    for module, leaves in shapes_in(directory, read_model_config(directory)).items():
+        right = all(isinstance(leaf, QuantizedWeight8bit) for leaf in leaves.values())
+        if mapped.EXPERTS in f"{module}/" and not right:
+            remedy = "leave out --experts, or name the checkpoint that has them"
+            raise forms.error(str(directory), "experts of int8", "experts of another type", remedy)
 
 
 def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
@@ -502,8 +511,10 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
         write_out(summary)
         return 1 if problems else 0
     group = None
-    if options.experts:
+    if options.experts == "int4":
         group = GROUP if options.group is None else options.group
+    elif options.experts == "int8":
+        _require_int8(options.source)
     if options.experts or options.to == forms.MAPPED:
         jax.config.update("jax_platforms", "cpu")  # a GPU's memory may be in use
     how = {"progress": progress, "overwrite": options.overwrite, "group": group}

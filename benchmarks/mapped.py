@@ -70,9 +70,14 @@ def write_checkpoint(directory: Path, config: LanguageModelConfig, experts: str)
     stacks = [stack for own in mapped.stacks(records).values() for stack in own]
     needed, free = sum(nbytes(stack.array) for stack in stacks), shutil.disk_usage(directory).free
     if needed > free:
+        if (layers := config.model.num_layers) > 1:
+            say(f"note: {free / 1e9:.0f} GB are free: fewer than {layers} layers")
+            fewer = dataclasses.replace(config.model, num_layers=layers - 1)
+            write_checkpoint(directory, dataclasses.replace(config, model=fewer), experts)
+            return
         raise ValueError(
             f"{directory}: expected {needed / 1e9:.0f} GB of free space, got {free / 1e9:.0f}; "
-            "give another --folder, or fewer --layers"
+            "give another --folder"
         )
     checksums: dict[str, str] = {}
     for stack in stacks:
@@ -254,7 +259,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="directory of the checkpoint; written if empty")
-    add("--layers", type=number(int, 1, 64), default=8, help="full-width layers (8)")
+    add(
+        "--layers",
+        type=number(int, 1, 64),
+        default=8,
+        help="full-width layers, if there is room (8)",
+    )
     add("--experts", choices=("int4", "int8"), default="int4", help="bits of the experts (int4)")
     add(
         "--memory",

@@ -583,7 +583,9 @@ void MakeExact(ffi::ThreadPool& pool, const float* x, int64_t rows, const float*
       for (int64_t v = task * kEntryTask; v < end; ++v) {
         if (own[v] + errors[v] * lengths[r] < least[r]) continue;
         const float* entry = table + v * width;
-        if (FileOf(entry)) Ask({reinterpret_cast<const char*>(entry), 4 * width});
+        std::vector<FilePiece> missing;
+        AddMissing(entry, width * sizeof(float), &missing);
+        for (const FilePiece& piece : missing) Ask(piece);
         MultiplyEntries(x + r * width, 1, entry, 1, width, false, own + v, entries);
       }
     }

@@ -51,7 +51,7 @@ inline const MappedFile* FileOf(const void* address) {
 
 #ifdef __linux__
 
-constexpr int64_t kChecked = 2 << 20;  // bytes that are taken to be in memory if one of them is
+constexpr int64_t kChecked = 4 << 20;  // bytes that are taken to be in memory if one of them is
 constexpr int64_t kAsked = 128 << 10;  // bytes that are asked for at a time: Linux reads no more
 constexpr int64_t kPage = 4096;
 

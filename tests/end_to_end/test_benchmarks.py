@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -385,7 +386,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("experts", ["int4", pytest.param("int8", marks=pytest.mark.exhaustive)])
 def test_a_checkpoint_that_is_used_in_place_is_measured(
-    experts: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    experts: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not on a disk: nothing is read from it, and the limit of its rate is missed."""
     tiny = dataclasses.replace(four_bits.random_config(layers=1), vocab_size=1 << 15)
@@ -404,5 +408,7 @@ def test_a_checkpoint_that_is_used_in_place_is_measured(
     assert found["touched_bytes"] < sum(sizes.values())
     mapped.report(found)
     assert "decoding reads" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="of free space, got"):
-        mapped.write_checkpoint(tmp_path, mapped.full_width(512), experts)
+    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1e6))
+    with pytest.raises(ValueError, match="of free space, got 0; give another --folder"):
+        mapped.write_checkpoint(tmp_path, mapped.full_width(2), experts)
+    assert "note: 0 GB are free: fewer than 2 layers" in capsys.readouterr().err

@@ -155,6 +155,21 @@ def test_experts_of_4_bits_are_those_of_safetensors(tmp_path: pathlib.Path) -> N
     assert contents(tmp_path / "back") == contents(one)
 
 
+def test_experts_can_be_required_to_be_int8(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(save_layers(tmp_path / "source", 1))
+    how = ["--to", "mapped", "--experts"]
+    assert checkpoint.main(["convert", source, str(tmp_path / "int8"), *how, "int8"]) == 0
+    command = ["convert", source, str(tmp_path / "int4"), *how, "int4", "--group", "4"]
+    assert checkpoint.main(command) == 0
+    capsys.readouterr()
+    command = ["convert", str(tmp_path / "int4"), str(tmp_path / "more"), *how, "int8"]
+    assert checkpoint.main(command) == 1
+    assert "int4: expected experts of int8, got experts of another type" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
 # Interrupted conversions.
 
 
