@@ -521,7 +521,8 @@ def _run(options: argparse.Namespace, progress: ByteProgress) -> int:
     with progress:
         job = convert(options.source, options.target, options.to, **how)
     written = sum(output.nbytes for output in job.outputs)
-    write_out(f"{job.target}: {len(job.outputs)} files with {written:,} bytes of tensors")
+    count = sum(len(output.files) for output in job.outputs)
+    write_out(f"{job.target}: {count} files with {written:,} bytes of tensors")
     return 0
 
 

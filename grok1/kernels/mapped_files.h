@@ -13,6 +13,7 @@
 #ifdef __linux__
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 #endif
@@ -93,15 +94,22 @@ struct sigaction before_bus;  // the handler that was there
 
 // Ends the process if a page of a mapped file cannot be read; otherwise does what was done before.
 inline void OnBusError(int number, siginfo_t* info, void* context) {
+  static std::atomic<long> first{0};
   const MappedFile* file = FileOf(info->si_addr);
+  long none = 0, self = syscall(SYS_gettid);
+  if (file && !first.compare_exchange_strong(none, self)) {
+    while (first != self) pause();  // another thread ends the process
+    signal(SIGBUS, SIG_DFL);  // the earlier handler has returned
+    return;
+  }
   if (file) {
-    auto say = [](const char* text) {
-      if (write(2, text, std::strlen(text)) < 0) return;
-    };
-    say("error: ");
-    say(file->path);
-    say(": expected a file that stays as it is while it is used as memory, got one that became "
-        "shorter or cannot be read; start again when nothing writes to it, or convert it again\n");
+    iovec parts[3];
+    const char* text[3] = {"\nerror: ", file->path,
+                           ": expected a file that stays as it is while it is used as memory, got "
+                           "one that became shorter or cannot be read; start again when nothing "
+                           "writes to it, or convert it again\n"};
+    for (int n = 0; n < 3; ++n) parts[n] = {const_cast<char*>(text[n]), std::strlen(text[n])};
+    if (writev(2, parts, 3) < 0) _exit(1);
   }
   bool own = before_bus.sa_handler != SIG_DFL && before_bus.sa_handler != SIG_IGN;
   if (own && (before_bus.sa_flags & SA_SIGINFO)) {

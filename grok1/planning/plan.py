@@ -213,9 +213,7 @@ def make_plan(
         accelerator=gpus.accelerator.name if gpus else None,
         gpu=compiled.gpu,
         note=compiled.note,
-        in_place=(
-            in_place.estimate(config, stored, directory, cache + most) if used_in_place else None
-        ),
+        in_place=(in_place.estimate(config, stored, directory, cache) if used_in_place else None),
     )
     return dataclasses.replace(found, verdict=verdict(config, found, stored))
 
@@ -461,7 +459,9 @@ def host_resources(directory: Path | None) -> dict[str, int | None]:
 def verdict(config: LanguageModelConfig, plan: Plan, stored: Shapes | None = None) -> str:
     """Return one sentence: whether the plan fits, and if not, what would."""
     if plan.in_place is not None:
-        return f"{in_place.sentence(plan.in_place)}{_files_problem(plan)}."
+        there = plan.files is not None and plan.files["form"] == forms.MAPPED
+        when = "" if there else "after checkpoint.py convert --to mapped, "
+        return f"{when}{in_place.sentence(plan.in_place)}{_files_problem(plan)}."
     where = f"on each of {plan.devices} devices" if plan.devices > 1 else "on one device"
     load = f"{plan.batch} x {plan.context} tokens"
     if plan.fits:

@@ -40,6 +40,16 @@ def format_plan(plan: Plan) -> str:
     copies = f"; the weights are there {data} times, once a part of data" if data > 1 else ""
     chunks = f"prompts in chunks of {plan.prefill_chunk}"
     target = plan.accelerator if plan.gpu else "a CPU"
+    if plan.in_place is not None:
+        return "\n".join(
+            [
+                f"model     {plan.parameters:,} parameters, {plan.dtype} activations",
+                f"load      {plan.batch} x {plan.context} tokens",
+                f"memory    {gib(plan.cache)} of KV cache, besides what it holds of the files",
+                "",
+                plan.verdict,
+            ]
+        )
     lines = [
         f"model     {plan.parameters:,} parameters, {plan.dtype} activations",
         f"mesh      data {data} x model {model} = {format_devices(plan.devices)}{copies}",
