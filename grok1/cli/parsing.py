@@ -521,7 +521,12 @@ def check_plan(parser: Parser, options: argparse.Namespace, prompts: Sequence[ob
     if not options.plan and any(given.values()):
         parser.error(f"--{next(name for name, value in given.items() if value)} needs --plan")
     if options.mapped:
-        others = {"--accelerator": options.accelerator, "--mesh": options.mesh}
+        others = {
+            "--accelerator": options.accelerator,
+            "--mesh": options.mesh,
+            "--device-memory": options.device_memory,
+            "--bandwidth": options.bandwidth,
+        }
         refuse(parser, "--mapped", others, "files are used in place by one CPU")
     if not options.accelerator and (options.save_programs or options.shard_activations):
         name = "--save-programs" if options.save_programs else "--shard-activations"

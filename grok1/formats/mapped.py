@@ -188,8 +188,8 @@ def map_arrays(
     found = {}
     for source in sources:
         key, stored = source.array, source.located
-        devices = shardings[key].device_set
-        one_cpu = len(devices) == 1 and jax.local_devices(backend="cpu")[0] in devices
+        devices: list[jax.Device] = [*shardings[key].device_set]
+        one_cpu = len(devices) == 1 and devices[0].platform == "cpu"
         if not one_cpu or np.dtype(stored.dtype) != wanted[key].dtype:
             continue
         if source.layer in (None, 0):  # the others follow it
@@ -206,9 +206,15 @@ def map_values(array: Located, name: str, layers: int = 0, always: bool = True) 
     """Return an array that is its file: read-only memory, whose pages are read when used.
 
     layers, always: as in a MappedArray. Values are not checked. Raises CheckpointError, in which
-    the array is called `name`, if the file has changed since its header was read.
+    the array is called `name`, if the file has changed since its header was read, or cannot be
+    mapped.
     """
-    with atomic.open_regular(array.path) as file:
-        values.require_unchanged(file, array, name)
-        place = array.path, file.fileno(), array.offset, array.shape, np.dtype(array.dtype)
-        return mapped_files.map_array(*place, layers, always)
+    try:
+        with atomic.open_regular(array.path) as file:
+            values.require_unchanged(file, array, name)
+            place = array.path, file.fileno(), array.offset, array.shape, np.dtype(array.dtype)
+            return mapped_files.map_array(*place, layers, always)
+    except OSError as problem:
+        got = f"an error ({problem.strerror})"
+        remedy = "convert it to the safetensors form, if this file system cannot map files"
+        raise error(array.path, "a file that can be mapped", got, remedy) from problem

@@ -32,9 +32,9 @@ class InPlace:
     """Bytes of a checkpoint, and what reading them takes.
 
     total: of all files that are used. touched: by one token. memory: available for them, or None.
-    rate: of the disk, in bytes a second, None if it is unknown. share: of the files that memory can
-    hold. token_s, chunk_s: seconds for a token, and for a chunk of a prompt that uses all experts,
-    once memory is full; they are projections from the disk's rate alone.
+    rate: of the disk, in bytes a second, None if it is unknown or not needed. share: of the files
+    that memory can hold. token_s, chunk_s: seconds for a token, and for a chunk of a prompt that
+    uses all experts, once memory is full; they are projections from the disk's rate alone.
     """
 
     total: int
@@ -57,8 +57,8 @@ def estimate(
     total, touched = used_bytes(config, stored or config.param_shapes())
     memory = available_memory()
     memory = None if memory is None else max(0, memory - held)
-    rate = None if directory is None else disk_rate(directory)
     share = 1.0 if memory is None else min(1.0, memory / total)
+    rate = None if directory is None or share == 1 else disk_rate(directory)
     token, chunk = (
         None if rate is None else (1 - share) * size / rate for size in (touched, total)
     )

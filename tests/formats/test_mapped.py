@@ -1,5 +1,6 @@
 """The mapped form: its files, that a CPU uses them in place, and that damaged ones are refused."""
 
+import errno
 import json
 import os
 import pathlib
@@ -168,6 +169,18 @@ def test_experts_can_be_required_to_be_int8(
     assert checkpoint.main(command) == 1
     assert "int4: expected experts of int8, got experts of another type" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
+
+
+def test_a_file_that_cannot_be_mapped_is_refused(
+    tiny: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mapped.mapped_files, "map_array", fail)
+    sentence = r"expected a file that can be mapped, got an error \(No such device\); convert it to"
+    with pytest.raises(checkpoint.CheckpointError, match=sentence):
+        checkpoint.load(tiny, tiny_shapes())
 
 
 # Interrupted conversions.

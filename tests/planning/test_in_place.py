@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 import checkpoint
+from grok1.cli.parsing import parse_arguments
 from grok1.formats import mapped
 from grok1.parameters import shapes_with_4_bits
 from grok1.planning import in_place
@@ -52,6 +53,23 @@ def test_times_follow_from_the_disk_and_what_memory_holds(monkeypatch: pytest.Mo
     assert "the rate of the disk is not known" in in_place.sentence(unknown)
     monkeypatch.setattr(in_place, "available_memory", lambda: 2 * total)
     assert "which are read once" in in_place.sentence(in_place.estimate(config, None, None))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mapped"], "--mapped needs --plan"),
+        (["--plan", "--mapped", "--accelerator", "h100"], "--mapped and --accelerator do not go"),
+        (["--plan", "--mapped", "--mesh", "1,8"], "--mapped and --mesh do not go together"),
+        (["--plan", "--mapped", "--device-memory", "1GB"], "--mapped and --device-memory do not"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(words)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_the_rate_of_a_disk_is_that_of_its_largest_file(
