@@ -547,7 +547,7 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> Non
 
 
 def test_ctrl_c_ends_a_conversion_that_can_be_resumed(tmp_path: pathlib.Path) -> None:
-    source, target = save_layers(tmp_path / "source", 20), tmp_path / "target"
+    source, target = save_layers(tmp_path / "source", 60), tmp_path / "target"
     process = start(ROOT / "checkpoint.py", "convert", source, target, "--to", "safetensors")
     wait_for(process, (target / WORK / "state.json").exists)
     began = time.perf_counter()
