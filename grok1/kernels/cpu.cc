@@ -31,10 +31,11 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Calls work(0) ... work(count - 1) on the threads of the pool and on this one; returns when all
-// have finished. It never waits for a task that has not started, since the pool may be busy.
+// Calls work(0) ... work(count - 1), begun in this order, on the threads of the pool and on this
+// one, or on this one `alone`; returns when all have finished. It never waits for a task that has
+// not started, since the pool may be busy.
 template <typename Work>
-void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work, bool alone = false) {
   struct Progress {
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> ended{0};
@@ -47,7 +48,7 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work) {
       progress->ended.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  int64_t helpers = alone ? 0 : std::min(pool.num_threads(), count) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
   run();
   while (progress->ended.load(std::memory_order_acquire) < count) std::this_thread::yield();
@@ -102,6 +103,16 @@ ffi::Error TakeLayer(const ffi::Buffer<ffi::S8>& weight, const ffi::Buffer<ffi::
   return ffi::Error::Success();
 }
 
+// What rows of x are written as; of a thread, also when others write it.
+struct Written {
+#ifdef KERNELS_NIBBLES
+  Pieces pieces;
+#endif
+#ifdef KERNELS_INTEGERS
+  Digits digits;
+#endif
+};
+
 // Rows of x, sorted by expert, and their product with the experts' matrices.
 class Rows {
  public:
@@ -111,10 +122,11 @@ class Rows {
     int64_t partial = 0;           // the first row of its slabs' partial sums
   };
 
-  // x [M, I]; start [E + 1]: the first row of each expert, then the end of the last expert's rows.
-  Rows(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const int32_t* start,
-       const Stack& stack, Form form)
-      : pool_(pool), x_(x.typed_data()), inputs_(stack.inputs), outputs_(stack.outputs),
+  // x [rows, I], of which nothing is read yet; start [E + 1]: the first row of each expert, then the
+  // end of the last expert's rows.
+  Rows(ffi::ThreadPool& pool, const float* x, int64_t rows, const int32_t* start,
+       const Stack& stack, Form form, Written* written)
+      : pool_(pool), x_(x), inputs_(stack.inputs), outputs_(stack.outputs),
         in_byte_(stack.in_byte) {
     int64_t tiles = 0;
     for (int64_t e = 0; e < stack.experts; ++e) {
@@ -127,13 +139,16 @@ class Rows {
     by_tiles_ = form == kFastest && HasTiles();
 #endif
 #ifdef KERNELS_NIBBLES
-    if (stack.in_byte == 2 && form != kFloats && x.dimensions()[0] <= kFewRows) {
-      WritePieces(start[stack.experts], stack.Of(0));
-      return;
+    if (stack.in_byte == 2 && form != kFloats && rows <= kFewRows) {
+      pieces_ = &written->pieces;
+      pieces_->Resize(rows, stack.Of(0));
     }
 #endif
 #ifdef KERNELS_INTEGERS
-    if (stack.in_byte == 1 && (by_tiles_ || form == kDots)) WriteDigits(tiles, stack.groups);
+    if (stack.in_byte == 1 && (by_tiles_ || form == kDots)) {
+      digits_ = &written->digits;
+      digits_->Resize(tiles, inputs_, stack.groups);
+    }
 #endif
   }
 
@@ -150,6 +165,7 @@ class Rows {
   // other, width) is called for each part of a row of y and of the second stack's product.
   template <typename Finish>
   void Multiply(const Stack& stack, const Stack* second, float* y, const Finish& finish) {
+    Write(stack);
     Slabs slabs(stack.Of(0));
     std::vector<Task> tasks, sums;
     ShareOut(slabs, second ? 2 : 1, &tasks, &sums);
@@ -169,6 +185,40 @@ class Rows {
       AddSlabs(sums[t], slabs, second, partial, y, finish);
     });
   }
+
+#ifdef KERNELS_NIBBLES
+  // Whether there are few rows, of 4 bits.
+  bool few() const { return pieces_; }
+
+  // Multiply for two stacks, to hidden, and then for these rows of hidden, `next`, and a third one,
+  // to y. All rows are few. An expert's products do not wait for those of other experts.
+  template <typename Finish>
+  void MultiplyFewTwice(const Stack& stack, const Stack& second, float* hidden,
+                        const Finish& finish, Rows* next, const Stack& third, float* y) {
+    Write(stack);
+    std::vector<Task> tasks, last, none;
+    ShareOut(Slabs(stack.Of(0)), 2, &tasks, &none);
+    next->ShareOut(Slabs(third.Of(0)), 1, &last, &none);
+    // Of each run: the tasks that have not ended, and one for writing its rows of hidden.
+    std::vector<std::atomic<int64_t>> left(runs_.size());
+    for (const Task& task : tasks) ++left[task.run - runs_.data()];
+    for (auto& own : left) ++own;
+    int64_t products = tasks.size(), all = products + last.size();
+    ForEach(pool_, all, [&](int64_t t) {
+      const Task& task = t < products ? tasks[t] : last[t - products];
+      auto& own = left[task.run - (t < products ? this : next)->runs_.data()];
+      if (t < products) {
+        MultiplyColumns(task, stack, &second, hidden, finish);
+        if (--own > 1) return;
+        next->WritePieces(task.run->first, task.run->count, third.Of(0));
+        own = 0;
+      } else {  // what it waits for has started
+        while (own > 0) std::this_thread::yield();
+        next->MultiplyColumns(task, third, nullptr, y, finish);
+      }
+    });
+  }
+#endif
 
  private:
   // Some columns of a run's product: with the full matrix, or with one slab.
@@ -317,37 +367,43 @@ class Rows {
     return ((outputs_ + parts - 1) / parts + 63) / 64 * 64;
   }
 
+  // Writes x in the form in which it is multiplied, if that is not its own.
+  void Write(const Stack& stack) {
 #ifdef KERNELS_NIBBLES
-  void WritePieces(int64_t rows, const Matrix& matrix) {
-    static thread_local Pieces pieces;
-    pieces_ = &pieces;  // of this thread, also when others write them
-    pieces.Resize(rows, matrix);
-    auto write = [&, own = pieces_](int64_t r) { own->Write(r, x_ + r * inputs_, matrix); };
-    constexpr int64_t kAlone = 2048;  // numbers that this thread writes alone
-    if (rows * inputs_ > kAlone) return ForEach(pool_, rows, write);
-    for (int64_t r = 0; r < rows; ++r) write(r);
+    if (pieces_) {
+      constexpr int64_t kAlone = 2048;  // numbers that this thread writes alone
+      int64_t end = runs_.empty() ? 0 : runs_.back().first + runs_.back().count;
+      ForEach(pool_, end, [&](int64_t r) { WritePieces(r, 1, stack.Of(0)); },
+              end * inputs_ <= kAlone);
+    }
+#endif
+#ifdef KERNELS_INTEGERS
+    if (digits_) WriteDigits();
+#endif
+  }
+
+#ifdef KERNELS_NIBBLES
+  void WritePieces(int64_t first, int64_t count, const Matrix& matrix) {
+    for (int64_t r = first; r < first + count; ++r) pieces_->Write(r, x_ + r * inputs_, matrix);
   }
 
   static constexpr int64_t kFewRows = kRegisters == 32 ? 64 : 16;  // of x, of all experts
   Pieces* pieces_ = nullptr;
 #endif
 #ifdef KERNELS_INTEGERS
-  void WriteDigits(int64_t tiles, int64_t groups) {
-    static thread_local Digits digits;
-    digits_ = &digits;  // of this thread, also when others write them
-    digits.Resize(tiles, inputs_, groups);
+  void WriteDigits() {
     std::vector<std::pair<int64_t, int64_t>> rows;  // of each tile: the first, and how many
     for (const Run& run : runs_) {
       for (int64_t row = 0; row < run.count; row += kTokens) {
         rows.push_back({run.first + row, std::min(kTokens, run.count - row)});
       }
     }
-    auto write = [&, own = digits_](int64_t t) {
-      own->Write(t, x_ + rows[t].first * inputs_, rows[t].second);
-    };
     constexpr int64_t kAlone = 64 * 1024;  // numbers that this thread writes alone
-    if (tiles * inputs_ * kTokens > kAlone) return ForEach(pool_, tiles, write);
-    for (int64_t t = 0; t < tiles; ++t) write(t);
+    int64_t tiles = rows.size();
+    auto write = [&](int64_t t) {
+      digits_->Write(t, x_ + rows[t].first * inputs_, rows[t].second);
+    };
+    ForEach(pool_, tiles, write, tiles * inputs_ * kTokens <= kAlone);
   }
 
   Digits* digits_ = nullptr;
@@ -394,7 +450,9 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   Stack stack;
   if (auto error = TakeLayer(weight, scales, layer, in_byte, &stack); error.failure()) return error;
   if (auto error = CheckRows(x, stack, starts, y); error.failure()) return error;
-  Rows rows(pool, x, starts.typed_data(), stack, static_cast<Form>(form));
+  static thread_local Written written;
+  Rows rows(pool, x.typed_data(), x.dimensions()[0], starts.typed_data(), stack,
+            static_cast<Form>(form), &written);
   std::vector<FilePiece> missing;
   rows.AddMissingOf(stack, &missing);
   AskFor(pool, missing);
@@ -425,29 +483,51 @@ void Gate(float* gate, const float* value, int64_t width) {
   }
 }
 
-// Like GroupedProduct, with two weights of the same shape: y = gelu(x @ gate) * (x @ value).
-ffi::Error GatedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
-                            ffi::Buffer<ffi::S8> gate, ffi::Buffer<ffi::BF16> gate_scales,
-                            ffi::Buffer<ffi::S8> value, ffi::Buffer<ffi::BF16> value_scales,
-                            ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> layer, int32_t form,
-                            int32_t in_byte, ffi::ResultBuffer<ffi::F32> y) {
-  Stack gates, values;
+// Like GroupedProduct, with weights [L, E, D, F] and [L, E, F, D]: hidden float32 [M, F] is
+// gelu(x @ gate) * (x @ value), `rounded` to bfloat16 or not, and y float32 [M, D] = hidden @ out.
+ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> gate,
+                       ffi::Buffer<ffi::BF16> gate_scales, ffi::Buffer<ffi::S8> value,
+                       ffi::Buffer<ffi::BF16> value_scales, ffi::Buffer<ffi::S8> out,
+                       ffi::Buffer<ffi::BF16> out_scales, ffi::Buffer<ffi::S32> starts,
+                       ffi::Buffer<ffi::S32> layer, int32_t form, int32_t in_byte, bool rounded,
+                       ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> hidden) {
+  Stack gates, values, outs;
   auto take = [&](auto& weight, auto& scales, Stack* stack) {
     return TakeLayer(weight, scales, layer, in_byte, stack);
   };
   if (auto error = take(gate, gate_scales, &gates); error.failure()) return error;
   if (auto error = take(value, value_scales, &values); error.failure()) return error;
+  if (auto error = take(out, out_scales, &outs); error.failure()) return error;
   bool fits = gates.experts == values.experts && gates.inputs == values.inputs &&
-              gates.outputs == values.outputs && gates.groups == values.groups;
-  if (!fits) return ffi::Error::InvalidArgument("two weights of different shapes");
-  if (auto error = CheckRows(x, gates, starts, y); error.failure()) return error;
-  Rows rows(pool, x, starts.typed_data(), gates, static_cast<Form>(form));
+              gates.outputs == values.outputs && gates.groups == values.groups &&
+              gates.experts == outs.experts;
+  if (!fits) return ffi::Error::InvalidArgument("the experts' weights do not fit each other");
+  if (auto error = CheckRows(x, gates, starts, hidden); error.failure()) return error;
+  if (auto error = CheckRows(*hidden, outs, starts, y); error.failure()) return error;
+  static thread_local Written written, hidden_written;
+  auto how = static_cast<Form>(form);
+  int64_t count = x.dimensions()[0];
+  float* made = hidden->typed_data();
+  Rows rows(pool, x.typed_data(), count, starts.typed_data(), gates, how, &written);
+  Rows next(pool, made, count, starts.typed_data(), outs, how, &hidden_written);
   std::vector<FilePiece> missing;
   rows.AddMissingOf(gates, &missing);
   rows.AddMissingOf(values, &missing);
+  next.AddMissingOf(outs, &missing);
   AddMissingAfter(layer.typed_data()[0], gate.dimensions()[0], &missing);
   AskFor(pool, missing);
-  rows.Multiply(gates, &values, y->typed_data(), Gate);
+  auto finish = [rounded](float* gate, const float* value, int64_t width) {
+    Gate(gate, value, width);
+    for (int64_t c = 0; rounded && c < width; ++c) gate[c] = ToBfloat16(gate[c]);
+  };
+#ifdef KERNELS_NIBBLES
+  if (rows.few()) {
+    rows.MultiplyFewTwice(gates, values, made, finish, &next, outs, y->typed_data());
+    return ffi::Error::Success();
+  }
+#endif
+  rows.Multiply(gates, &values, made, finish);
+  next.Multiply(outs, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
   return ffi::Error::Success();
 }
 
@@ -655,12 +735,7 @@ inline Lanes SoftCapped(Lanes score) {
 
 // Rounds an attention weight to the type of the values that it multiplies.
 inline float Round(float weight, const float*) { return weight; }
-inline float Round(float weight, const uint16_t*) {  // to bfloat16, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &weight, sizeof(bits));
-  bits += 0x7fff + ((bits >> 16) & 1);
-  return FromBfloat16(static_cast<uint16_t>(bits >> 16));
-}
+inline float Round(float weight, const uint16_t*) { return ToBfloat16(weight); }
 
 // scores[r][s] = x[r] . key[s] multiplier, for kCount rows of x and kLanes keys.
 template <int kCount, typename Element>
@@ -855,10 +930,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedProduct, GroupedProductImpl,
                                   .Attr<int32_t>("in_byte")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedProduct, GatedProductImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Experts, ExpertsImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::BF16>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
@@ -867,6 +944,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedProduct, GatedProductImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int32_t>("form")
                                   .Attr<int32_t>("in_byte")
+                                  .Attr<bool>("rounded")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TableProduct, TableProductImpl,

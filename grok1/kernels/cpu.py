@@ -1,6 +1,7 @@
 """Kernels for a CPU; their functions are in cpu.cc."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,13 @@ from grok1.ops.quantization import QuantizedWeight, StackedWeight, Weight, Weigh
 from grok1.ops.rounded_table import RoundedTable
 
 PRODUCT = "grok_1_grouped_product"
-GATED_PRODUCT = "grok_1_gated_product"
+EXPERTS = "grok_1_experts"
 TABLE_PRODUCT = "grok_1_table_product"
 LIKELY_LOGITS = "grok_1_likely_logits"
 ATTEND = "grok_1_attend"
 HANDLERS = {
     PRODUCT: "GroupedProduct",
-    GATED_PRODUCT: "GatedProduct",
+    EXPERTS: "Experts",
     TABLE_PRODUCT: "TableProduct",
     LIKELY_LOGITS: "LikelyLogits",
     ATTEND: "Attend",
@@ -52,32 +53,34 @@ def grouped_product(
     return _call(PRODUCT, shape, *arrays, **_how(weight))
 
 
-def gated_product(
-    x: jax.Array,
-    gate: QuantizedWeight,
-    value: QuantizedWeight,
-    starts: jax.Array,
-    layer: jax.Array,
-) -> jax.Array:
-    """`gelu(x @ gate) * (x @ value)`, both by `grouped_product` -> float32 [M, O].
+def experts(
+    x: jax.Array, weights: Sequence[QuantizedWeight], starts: jax.Array, layer: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The experts of rows x [M, D], sorted by expert; all products as by `grouped_product`.
 
+    weights: gate and value [L, E, D, F], and out [L, E, F, D]. Returns `hidden @ out`, float32
+    [M, D], and hidden, float32 [M, F]: `gelu(x @ gate) * (x @ value)`, rounded to the dtype of x;
     gelu in its tanh approximation. Raises KernelError as `load` does.
     """
     load()
-    shape = jax.ShapeDtypeStruct((x.shape[0], gate.shape[-1]), jnp.float32)
-    weights = gate.weight, gate.scales, value.weight, value.scales
-    arrays = x.astype(jnp.float32), *weights, starts, layer
-    return _call(GATED_PRODUCT, shape, *arrays, **_how(gate))
+    width, outputs = weights[-1].shape[-2:]
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32) for n in (outputs, width)]
+    leaves = [leaf for weight in weights for leaf in (weight.weight, weight.scales)]
+    rounded = np.bool_(x.dtype == jnp.bfloat16)
+    arrays = x.astype(jnp.float32), *leaves, starts, layer
+    y, hidden = _call(EXPERTS, shapes, *arrays, **_how(*weights), rounded=rounded)
+    return y, hidden
 
 
-def _how(weight: QuantizedWeight) -> dict[str, np.int32]:
-    """Return how a weight is multiplied, and the inputs in a byte of it.
+def _how(*weights: QuantizedWeight) -> dict[str, np.int32]:
+    """Return how weights are multiplied, and the inputs in a byte of them.
 
     int8 is multiplied in integers only if the sums of a scale group cannot overflow.
     """
-    inputs, in_group = weight.shape[-2], weight.shape[-2] // weight.scales.shape[-2]
-    own_form = form if in_group <= xla_cpu.MOST_SUMMED else FLOATS
-    return {"form": np.int32(own_form), "in_byte": np.int32(inputs // weight.weight.shape[-2])}
+    most = max(weight.shape[-2] // weight.scales.shape[-2] for weight in weights)
+    in_byte = weights[0].shape[-2] // weights[0].weight.shape[-2]
+    own_form = form if most <= xla_cpu.MOST_SUMMED else FLOATS
+    return {"form": np.int32(own_form), "in_byte": np.int32(in_byte)}
 
 
 def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -127,11 +130,9 @@ def attend_one(
     return _call(ATTEND, shape, *arrays, multiplier=np.float32(multiplier))[:, None]
 
 
-def _call(
-    name: str, shape: jax.ShapeDtypeStruct, *arrays: jax.Array, **numbers: np.generic
-) -> jax.Array:
-    """Call a function of cpu.cc."""
-    return forward_only(functools.partial(jax.ffi.ffi_call(name, shape), **numbers))(*arrays)
+def _call(name: str, shapes: Any, *arrays: jax.Array, **numbers: np.generic) -> Any:
+    """Call a function of cpu.cc, which returns an array of a shape, or several of some shapes."""
+    return forward_only(functools.partial(jax.ffi.ffi_call(name, shapes), **numbers))(*arrays)
 
 
 @functools.cache
@@ -164,7 +165,7 @@ def _table_product(x: jax.Array, table: jax.Array) -> jax.Array:
 def _mixture(params: Weights, x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
     if not is_quantized(params):
         return xla_cpu.chosen_experts(params, x, gates, index)
-    return grouped_experts(gated_product, grouped_product, params, x, gates, index)
+    return grouped_experts(experts, params, x, gates, index)
 
 
 def _attend_cached(query: jax.Array, *cached: Any) -> jax.Array:

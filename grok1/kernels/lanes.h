@@ -160,6 +160,15 @@ inline float FromBfloat16(uint16_t bits) {
   return value;
 }
 
+// Rounds a number to bfloat16, ties to even.
+inline float ToBfloat16(float value) {
+  if (value != value) return value;  // rounding could make a NaN infinite
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits += 0x7fff + ((bits >> 16) & 1);
+  return FromBfloat16(static_cast<uint16_t>(bits >> 16));
+}
+
 inline float ToFloat(float value) { return value; }
 inline float ToFloat(int16_t value) { return value; }
 inline float ToFloat(uint16_t bits) { return FromBfloat16(bits); }

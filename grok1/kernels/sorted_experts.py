@@ -17,9 +17,6 @@ from grok1.ops.quantization import (
     stacked,
 )
 
-Product = Callable[..., jax.Array]
-
-
 def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """Sort the token copies by expert; index int32 [M, A], `num_experts` for a masked copy.
 
@@ -49,8 +46,7 @@ def combine_sorted(
 
 
 def grouped_experts(
-    gated_product: Product,
-    grouped_product: Product,
+    experts: Callable[..., tuple[jax.Array, jax.Array]],
     params: Weights,
     x: jax.Array,
     gates: jax.Array,
@@ -58,14 +54,12 @@ def grouped_experts(
 ) -> jax.Array:
     """`mixture.chosen_experts` by products of rows that are grouped by expert.
 
-    params: of 8 or 4 bits. gated_product, grouped_product: as in `kernels.cpu`.
+    params: of 8 or 4 bits. experts: as in `kernels.cpu`.
     """
     order, starts = sorted_copies(flat(index), expert_count(params))
     rows = flat(x)[order // index.shape[-1]]
     weights = [stacked(params[name]["w"]) for name in ("linear", "linear_v", "linear_1")]
-    (gate, value, out), layer = [w.stack for w in weights], weights[0].layer
-    hidden = gated_product(rows, gate, value, starts, layer)
-    y = grouped_product(hidden.astype(x.dtype), out, starts, layer)
+    y, _ = experts(rows, [w.stack for w in weights], starts, weights[0].layer)
     return combine_sorted(y, order, starts, gates)
 
 
@@ -75,7 +69,9 @@ def is_quantized(params: Weights) -> bool:
     return kinds in ({QuantizedWeight8bit}, {QuantizedWeight4bit})
 
 
-def one_group(grouped_product: Product, x: jax.Array, weight: StackedWeight) -> jax.Array:
+def one_group(
+    grouped_product: Callable[..., jax.Array], x: jax.Array, weight: StackedWeight
+) -> jax.Array:
     """`x [..., I] @ weight [I, O]` -> float32 [..., O], as a grouped product of one group."""
     rows = x.reshape(-1, x.shape[-1])
     starts = jnp.array([0, rows.shape[0]], jnp.int32)

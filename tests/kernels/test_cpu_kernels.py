@@ -34,7 +34,7 @@ SIZES = [
     (2, 515, 520, 5, 8),  # scale groups that no tile divides
     (9, 24, 4200, 8, 8),  # outputs of more than one task
     (2, 1024, 4096, 1, 8),  # complete tiles; few rows are multiplied slab by slab
-    (3, 12, 7, 2, 4),
+    (3, 12, 6, 2, 4),
     (2, 510, 520, 5, 4),  # scale groups of a complete piece and an incomplete one
     (9, 48, 4200, 2, 4),
     (2, 1024, 4096, 16, 4),  # complete pieces
@@ -141,22 +141,32 @@ def test_row_is_bitwise_independent_of_other_rows(sizes):
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_gated_product_equals_gelu_times_product(sizes):
-    groups, inputs, *_ = sizes
+def test_experts_are_products_and_a_gate(sizes):
+    groups, inputs, outputs, _, bits = sizes
     gate, value = random_weight(*sizes), random_weight(*sizes)
     value = dataclasses.replace(value, weight=value.weight[:, :, ::-1].copy())
+    out = random_weight(groups, outputs, inputs, 1, bits)
     # Single rows are multiplied slab by slab.
     for counts in ([1] * groups, [(5 * e + 2) % 9 for e in range(groups)]):
         x, starts = random_rows(counts, inputs, spare=2)
         x *= 4 / np.sqrt(inputs)
-        y = np.asarray(jax.jit(cpu.gated_product)(x, gate, value, starts, jnp.int32(1)))
+        y, hidden = jax.jit(cpu.experts)(x, (gate, value, out), starts, jnp.int32(1))
+        hidden = np.asarray(hidden)
         z, other = (exact_product(x, w, starts, 1) for w in (gate, value))
         exact = z / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) * other
-        assert np.linalg.norm(y - exact) <= 1e-6 * np.linalg.norm(exact)
-        assert np.all(y[starts[-1] :] == 0)
+        assert np.linalg.norm(hidden - exact) <= 1e-6 * np.linalg.norm(exact)
+        assert np.all(hidden[starts[-1] :] == 0)
         single = (multiply(x, w, starts, jnp.int32(1)) for w in (gate, value))
         plain = jax.nn.gelu(next(single), approximate=True) * next(single)
-        np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
+        np.testing.assert_allclose(hidden, plain, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
+        assert np.array_equal(y, multiply(hidden, out, starts, jnp.int32(1)))
+        rounded = x.astype(jnp.bfloat16)
+        y, hidden = jax.jit(cpu.experts)(rounded, (gate, value, out), starts, jnp.int32(1))
+        _, whole = jax.jit(cpu.experts)(
+            rounded.astype(np.float32), (gate, value, out), starts, jnp.int32(1)
+        )
+        assert np.array_equal(hidden, whole.astype(jnp.bfloat16).astype(jnp.float32))
+        assert np.array_equal(y, multiply(hidden, out, starts, jnp.int32(1)))
 
 
 def assert_extreme_gates_equal_plain_ones(width, bits):
@@ -175,9 +185,11 @@ def assert_extreme_gates_equal_plain_ones(width, bits):
     # Both numbers of a row have one magnitude: in integers a smaller one would be lost.
     x = np.stack([gates, np.abs(gates)], axis=1)
     starts = np.array([0, len(x)], np.int32)
+    out = random_weight(1, width, 2, 1, bits)
     for scale in (1, 2):  # with 2 the largest gates are infinite
-        product = jax.jit(lambda *inputs: cpu.gated_product(*inputs))
-        y = product(x, weight(0, scale), weight(1, 1), starts, jnp.int32(0))
+        calculate = jax.jit(lambda *inputs: cpu.experts(*inputs))
+        weights = weight(0, scale), weight(1, 1), out
+        _, y = calculate(x, weights, starts, jnp.int32(0))
         exact = jax.nn.gelu(jnp.float32(scale) * gates, approximate=True) * x[:, 1]
         exact = np.repeat(exact[:, None], width, axis=1)
         np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-8)
@@ -185,7 +197,7 @@ def assert_extreme_gates_equal_plain_ones(width, bits):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("width", [3, 40])  # less and more than a vector
+@pytest.mark.parametrize("width", [6, 40])  # less and more than a vector
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extreme_gates_equal_plain_ones(width, bits):
     assert_extreme_gates_equal_plain_ones(width, bits)
@@ -378,12 +390,12 @@ def test_kernels_for_older_processors_are_exact(processor, tmp_path, monkeypatch
     compile_for(processor, tmp_path / "cpu.so", monkeypatch)
     library = ctypes.CDLL(str(tmp_path / "cpu.so"))
     monkeypatch.setattr(cpu, "PRODUCT", f"test-{processor}")
-    monkeypatch.setattr(cpu, "GATED_PRODUCT", f"test-gated-{processor}")
-    targets = {cpu.PRODUCT: library.GroupedProduct, cpu.GATED_PRODUCT: library.GatedProduct}
+    monkeypatch.setattr(cpu, "EXPERTS", f"test-experts-{processor}")
+    targets = {cpu.PRODUCT: library.GroupedProduct, cpu.EXPERTS: library.Experts}
     for target, handler in targets.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    assert_extreme_gates_equal_plain_ones(17, 8)
-    assert_extreme_gates_equal_plain_ones(17, 4)
+    assert_extreme_gates_equal_plain_ones(18, 8)
+    assert_extreme_gates_equal_plain_ones(18, 4)
     for sizes, first in itertools.product(SIZES, (1, 5)):
         weight = random_weight(*sizes)
         x, starts = random_rows([first, *[11] * (sizes[0] - 1)], sizes[1])
