@@ -212,6 +212,13 @@ def aligned_empty(nbytes: int) -> np.ndarray:
     return memory[start : start + nbytes]
 
 
+def on_large_pages(array: jax.Array) -> jax.Array:
+    """Copy an array of a CPU to memory that is read faster: NumPy asks for large pages."""
+    memory = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return jax.device_put(memory, array.sharding)
+
+
 def _make_parts(array: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> list[_Part]:
     """Return the parts of an array that this process's devices hold."""
     groups: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}

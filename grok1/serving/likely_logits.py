@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grok1.execution import Execution
+from grok1.formats.loading import on_large_pages
 from grok1.ops.quantization import product
 from grok1.ops.rounded_table import LEAST_BYTES, RoundedTable, round_table
 from grok1.serving.sampling import TOP_LOGPROBS
@@ -30,7 +31,9 @@ def rounded_table(
 
     stored: the table that is stored rounded, if the checkpoint has it.
     """
-    return (stored or round_table(table)) if rounded_bytes(table, execution) else None
+    if not rounded_bytes(table, execution):
+        return None
+    return stored or RoundedTable(*map(on_large_pages, round_table(table)))
 
 
 def rounded_bytes(table: jax.Array | jax.ShapeDtypeStruct, execution: Execution) -> int:
