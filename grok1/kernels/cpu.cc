@@ -181,9 +181,9 @@ class Rows {
       }
     });
     if (sums.empty()) return;
-    ForEach(pool_, sums.size(), [&](int64_t t) {
-      AddSlabs(sums[t], slabs, second, partial, y, finish);
-    });
+    constexpr int64_t kAlone = 16 * 1024;  // partial sums that this thread adds alone
+    auto add = [&](int64_t t) { AddSlabs(sums[t], slabs, second, partial, y, finish); };
+    ForEach(pool_, sums.size(), add, partial_rows_ * outputs_ <= kAlone);
   }
 
 #ifdef KERNELS_NIBBLES
