@@ -25,6 +25,7 @@ RELEASED, SAFETENSORS, MAPPED = FORMS = "released", "safetensors", "mapped"
 FOLDER = "ckpt-0"
 INDEX, MAPPED_INDEX = "model.safetensors.index.json", "model.mapped.index.json"
 INDEXES = {SAFETENSORS: INDEX, MAPPED: MAPPED_INDEX}
+OTHER_CONFIG = "check that config.json is that of this checkpoint; without one, it is Grok-1's"
 WORK = ".converting"
 SAVING = ".saving"
 TENSORS = r"tensor[0-9]+_[0-9]+|.+\.safetensors"  # names of tensor files

@@ -266,5 +266,5 @@ def _read_header(folder: str, record: TensorFile) -> StoredLeaf:
     elif "-" in got:
         remedy = "save it again, little-endian and in C order"
     else:
-        remedy = "check that the configuration is that of this checkpoint"
+        remedy = forms.OTHER_CONFIG
     raise forms.error(where, expected, got, remedy)

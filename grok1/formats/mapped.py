@@ -133,7 +133,7 @@ def _check_index(directory: Directory, every: list[Stack]) -> None:
     """Raise CheckpointError unless the index lists exactly these arrays, files and tensors."""
     path = os.path.join(directory, forms.MAPPED_INDEX)
     index = safetensors.read_index(directory, forms.MAPPED)
-    remedy = "check that the configuration is that of this checkpoint"
+    remedy = forms.OTHER_CONFIG
     for kind, wanted, found in (
         ("arrays", {stack.name for stack in every}, index.files.keys()),
         ("tensors", {name for stack in every for name in stack.tensors}, index.checksums.keys()),

@@ -279,7 +279,7 @@ def _check_index(path: str, index: Index, files: Mapping[str, list[TensorFile]])
     for name in sorted(expected.keys() ^ index.files.keys()):
         got = "none" if name in expected else f"one more, {short(name)}"
         where = f"{path} ({name})" if name in expected else path
-        remedy = "check that the configuration is that of this checkpoint"
+        remedy = forms.OTHER_CONFIG
         raise error(where, f"the {len(expected)} tensors of the model", got, remedy)
     for name, file in expected.items():
         if index.files[name] != file:
@@ -360,7 +360,7 @@ def place(path: str, name: str, array: Array, entry: object) -> int:
             raise damaged(where, "its entry is not dtype, shape and data_offsets")
     wanted, got = pickle_file.describe(array), f"{_DTYPES.get(code, code)} {shape}"
     if got != wanted:
-        remedy = "check that the configuration is that of this checkpoint"
+        remedy = forms.OTHER_CONFIG
         raise error(where, wanted, ascii(got)[1:-1][:_MOST_SHOWN], remedy)
     if end - begin != pickle_file.nbytes(array):
         raise damaged(where, f"it has {short(end - begin)} bytes for its {got}")

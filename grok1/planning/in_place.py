@@ -31,7 +31,8 @@ PIECE = 8 << 20
 class InPlace:
     """Bytes of a checkpoint, and what reading them takes.
 
-    total: of all files that are used. touched: by one token. memory: available for them, or None.
+    total: of all files that are used. touched: by one token. copied: of memory for the embedding
+    table, if activations have another type. memory: available for the files, or None.
     rate: of the disk, in bytes a second, None if it is unknown or not needed. share: of the files
     that memory can hold. token_s, chunk_s: seconds for a token, and for a chunk of a prompt that
     uses all experts, once memory is full; they are projections from the disk's rate alone.
@@ -39,6 +40,7 @@ class InPlace:
 
     total: int
     touched: int
+    copied: int
     memory: int | None
     rate: float | None
     share: float
@@ -54,7 +56,8 @@ def estimate(
     directory: of the checkpoint, whose disk is measured. held: bytes of memory that are still to be
     taken for something else.
     """
-    total, touched = used_bytes(config, stored or config.param_shapes())
+    stored = stored or config.param_shapes()
+    total, touched = used_bytes(config, stored)
     memory = available_memory()
     memory = None if memory is None else max(0, memory - held)
     share = 1.0 if memory is None else min(1.0, memory / total)
@@ -62,7 +65,14 @@ def estimate(
     token, chunk = (
         None if rate is None else (1 - share) * size / rate for size in (touched, total)
     )
-    return InPlace(total, touched, memory, rate, share, token, chunk)
+    copied = copied_bytes(config, stored)
+    return InPlace(total, touched, copied, memory, rate, share, token, chunk)
+
+
+def copied_bytes(config: LanguageModelConfig, stored: Shapes) -> int:
+    """Return the bytes of memory for the embedding table, 0 if its file is used in place."""
+    table, dtype = embedding_table(stored), np.dtype(config.fprop_dtype)
+    return 0 if table.dtype == dtype else math.prod(table.shape) * dtype.itemsize
 
 
 def used_bytes(config: LanguageModelConfig, stored: Shapes) -> tuple[int, int]:
@@ -75,7 +85,9 @@ def used_bytes(config: LanguageModelConfig, stored: Shapes) -> tuple[int, int]:
         else:
             others += own
     table = embedding_table(stored)
-    if rounded := mapped.rounded_stacks(table):  # few rows of the table itself are read
+    if copied_bytes(config, stored):
+        others -= _nbytes(table)
+    elif rounded := mapped.rounded_stacks(table):  # few rows of the table itself are read
         others += sum(_nbytes(stack.array) for stack in rounded) - _nbytes(table)
     chosen = config.model.num_selected_experts / config.model.num_experts
     return others + experts, round(others + chosen * experts)
@@ -120,6 +132,8 @@ def sentence(found: InPlace) -> str:
         f"{gigabytes(found.total)} of files are used in place{held}; a token touches "
         f"{gigabytes(found.touched)}"
     )
+    if found.copied:
+        text += f", besides {gigabytes(found.copied)} of memory for the converted embedding table"
     if found.share == 1:
         return f"{text}, which are read once, and then from memory"
     if found.rate is None:

@@ -213,9 +213,16 @@ def make_plan(
         accelerator=gpus.accelerator.name if gpus else None,
         gpu=compiled.gpu,
         note=compiled.note,
-        in_place=(in_place.estimate(config, stored, directory, cache) if used_in_place else None),
+        in_place=_in_place(config, stored, directory, cache) if used_in_place else None,
     )
     return dataclasses.replace(found, verdict=verdict(config, found, stored))
+
+
+def _in_place(
+    config: LanguageModelConfig, stored: Shapes | None, directory: Path | None, cache: int
+) -> InPlace:
+    held = cache + in_place.copied_bytes(config, stored or config.param_shapes())
+    return in_place.estimate(config, stored, directory, held)
 
 
 # ----------------------------------------------------------------------------------- on which mesh

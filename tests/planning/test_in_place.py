@@ -10,6 +10,7 @@ from grok1.formats import mapped
 from grok1.parameters import shapes_with_4_bits
 from grok1.planning import in_place
 from model import grok_1
+from runner import with_settings
 from small import config_of, save_layers
 
 
@@ -36,6 +37,20 @@ def test_grok_1_touches_a_quarter_of_its_experts() -> None:
     assert 316e9 < total < 318e9 and 84e9 < touched < 85e9
     total, touched = in_place.used_bytes(grok_1(), shapes_with_4_bits(shapes))
     assert 171e9 < total < 173e9 and 48e9 < touched < 49e9
+
+
+def test_a_converted_table_is_memory_and_not_used_in_place() -> None:
+    config = with_settings(grok_1(), "float32", None)
+    copied = with_settings(grok_1(), "bfloat16", None)
+    shapes = grok_1().param_shapes()
+    table = 131_072 * 6_144
+    assert in_place.copied_bytes(config, shapes) == 0
+    assert in_place.copied_bytes(copied, shapes) == 2 * table
+    rounded = 2 * table + 8 * 131_072
+    for one, other in zip(*(in_place.used_bytes(c, shapes) for c in (config, copied)), strict=True):
+        assert one - other == rounded
+    assert "besides 1.61 GB of memory" in in_place.sentence(in_place.estimate(copied, None, None))
+    assert "besides" not in in_place.sentence(in_place.estimate(config, None, None))
 
 
 def test_times_follow_from_the_disk_and_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
