@@ -214,7 +214,7 @@ FILE_CASES: dict[str, tuple[int, Damage, str]] = {
                       "expected a readable file of 814 bytes, got an error (No such file or"),
     # Another array.
     "float64": (FLOATS, holding(floats(8, 2, dtype=np.float64)),
-                "expected float32 [8, 2], got float64 [8, 2]; check that the configuration"),
+                "expected float32 [8, 2], got float64 [8, 2]; check that config.json"),
     "transposed": (FLOATS, holding(floats(2, 8)), "got float32 [2, 8]"),
     "int8-alone": (INTS, holding(WEIGHT),
                    "expected quantized int8 [2, 16, 8] with scales bfloat16 [2, 8, 8], got int8"),
