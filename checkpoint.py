@@ -181,7 +181,11 @@ def load(
     ]
     by_key, places = _by_key(wanted), _by_key(shardings)
     in_place = forms.form(directory) == forms.MAPPED
-    arrays = mapped.map_arrays(sources, by_key, places) if in_place else {}
+    arrays = {}
+    if in_place:
+        model = config_in(directory).model
+        chosen = model.num_selected_experts / model.num_experts
+        arrays = mapped.map_arrays(sources, by_key, places, chosen)
     sources = [source for source in sources if source.array not in arrays]
     by_key = {key: array for key, array in by_key.items() if key not in arrays}
     arrays |= loading.fill_arrays(sources, by_key, places, progress)

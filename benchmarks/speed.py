@@ -57,11 +57,11 @@ from baseline import Baseline  # noqa: E402
 from grok1 import backend, compile_cache  # noqa: E402
 from grok1.cli.console import Parser, number, say  # noqa: E402
 from grok1.execution import fastest  # noqa: E402
+from grok1.host_memory import available_memory  # noqa: E402
 from grok1.kernels import dispatch as kernels  # noqa: E402
 from grok1.ops.quantization import Params  # noqa: E402
 from grok1.parameters import embedding_table, quantize_experts, shapes_with_4_bits  # noqa: E402
 from grok1.serving.likely_logits import rounded_table  # noqa: E402
-from grok1.serving.memory_budget import available_memory  # noqa: E402
 from grok1.serving.request import CheckedRequest, Request  # noqa: E402
 from grok1.serving.scheduler import Scheduler  # noqa: E402
 from grok1.serving.steps import (  # noqa: E402

@@ -15,6 +15,7 @@ LAYERS = (
         "cache_directory",
         "checks",
         "gpu_settings",
+        "host_memory",
         "inspection",
         "interrupts",
         "strict_json",

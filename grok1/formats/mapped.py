@@ -16,6 +16,7 @@ A large float32 embedding table is stored a second time, rounded: see grok1/ops/
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from grok1.formats import atomic, forms, pickle_file, safetensors, values
 from grok1.formats.forms import Directory, TensorFile, error
 from grok1.formats.loading import Key, Source
 from grok1.formats.pickle_file import Array, Located, StoredLeaf
+from grok1.host_memory import available_memory
 from grok1.kernels import mapped_files
 from grok1.ops.rounded_table import LEAST_BYTES, round_table
 from grok1.parameters import EMBEDDINGS
@@ -34,6 +36,7 @@ from grok1.parameters import EMBEDDINGS
 EXPERTS = "/moe/"  # in the names of their parameters
 HEADER = 4096  # bytes: a page, so that the values begin at a page
 ROUNDED = "rounded_table"
+USED_SHARE = 0.9  # of the available memory that may hold files; the rest is for caches of tokens
 
 
 class Stack(NamedTuple):
@@ -179,13 +182,15 @@ def map_arrays(
     sources: Iterable[Source],
     wanted: Mapping[Key, jax.ShapeDtypeStruct],
     shardings: Mapping[Key, jax.sharding.Sharding],
+    chosen: float,
 ) -> dict[Key, jax.Array]:
     """Return the arrays that a CPU can use in place, as `loading.fill_arrays` returns all.
 
     Those are the ones that are stored in the wanted dtype and have one device, a CPU. The others
-    have to be copied. Raises CheckpointError if a file has changed since its header was read.
+    have to be copied. chosen: the share of the experts that a token uses. Raises CheckpointError if
+    a file has changed since its header was read.
     """
-    found = {}
+    found, share = {}, _kept_share(wanted, chosen)
     for source in sources:
         key, stored = source.array, source.located
         devices: list[jax.Device] = [*shardings[key].device_set]
@@ -195,25 +200,48 @@ def map_arrays(
         if source.layer in (None, 0):  # the others follow it
             whole = dataclasses.replace(stored, shape=wanted[key].shape)
             layers = 0 if source.layer is None else wanted[key].shape[0]
-            always = EXPERTS not in f"{key[0]}/"
-            found[key] = jax.device_put(
-                map_values(whole, source.name, layers, always), shardings[key]
-            )
+            always = not _of_experts(key)
+            kept = layers if always else int(share * layers)
+            values = map_values(whole, source.name, layers, kept, always)
+            found[key] = jax.device_put(values, shardings[key])
     return found
 
 
-def map_values(array: Located, name: str, layers: int = 0, always: bool = True) -> np.ndarray:
+def _kept_share(wanted: Mapping[Key, jax.ShapeDtypeStruct], chosen: float) -> float:
+    """Return the share of the experts' layers that stay in memory after use: all, or what fits.
+
+    If memory holds what a token uses, some of it is there for the next one, as Linux frees first
+    what was used longest ago. If not, that would always be what is needed next.
+    """
+    sizes = {key: pickle_file.nbytes(array) for key, array in wanted.items()}
+    table = (*EMBEDDINGS, 0)
+    if table in wanted and (rounded := rounded_stacks(wanted[table])):  # read instead of it
+        sizes[table] = sum(pickle_file.nbytes(stack.array) for stack in rounded)
+    experts = sum(size for key, size in sizes.items() if _of_experts(key))
+    others = sum(sizes.values()) - experts
+    memory = available_memory()
+    room = math.inf if memory is None else USED_SHARE * memory
+    return 1.0 if room >= others + chosen * experts else max(0.0, room - others) / experts
+
+
+def _of_experts(key: Key) -> bool:
+    return EXPERTS in f"{key[0]}/"
+
+
+def map_values(
+    array: Located, name: str, layers: int = 0, kept: int = 0, always: bool = True
+) -> np.ndarray:
     """Return an array that is its file: read-only memory, whose pages are read when used.
 
-    layers, always: as in a MappedArray. Values are not checked. Raises CheckpointError, in which
-    the array is called `name`, if the file has changed since its header was read, or cannot be
-    mapped.
+    layers, kept, always: as in a MappedArray. Values are not checked. Raises CheckpointError, in
+    which the array is called `name`, if the file has changed since its header was read, or cannot
+    be mapped.
     """
     try:
         with atomic.open_regular(array.path) as file:
             values.require_unchanged(file, array, name)
             place = array.path, file.fileno(), array.offset, array.shape, np.dtype(array.dtype)
-            return mapped_files.map_array(*place, layers, always)
+            return mapped_files.map_array(*place, layers, kept, always)
     except OSError as problem:
         got = f"an error ({problem.strerror})"
         remedy = "convert it to the safetensors form, if this file system cannot map files"

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -54,8 +55,10 @@ void ForEach(ffi::ThreadPool& pool, int64_t count, const Work& work, bool alone 
   while (progress->ended.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// Asks for the pieces of files, on all threads: making room for them in memory takes time.
-void AskFor(ffi::ThreadPool& pool, const std::vector<FilePiece>& missing) {
+// Asks for pieces of files that are missing, on all threads: making room for them takes time.
+void AskFor(ffi::ThreadPool& pool, const std::vector<FilePiece>& pieces) {
+  std::vector<FilePiece> missing;
+  std::copy_if(pieces.begin(), pieces.end(), std::back_inserter(missing), IsMissing);
   if (missing.empty()) return;
   ForEach(pool, missing.size(), [&](int64_t n) { Ask(missing[n]); });
 }
@@ -152,12 +155,12 @@ class Rows {
 #endif
   }
 
-  // Adds the parts of a stack that are used, but are in files, and not in memory.
-  void AddMissingOf(const Stack& stack, std::vector<FilePiece>* missing) const {
+  // Adds the parts of a stack that are used and are in files.
+  void AddPiecesOf(const Stack& stack, std::vector<FilePiece>* pieces) const {
     for (const Run& run : runs_) {
       Matrix matrix = stack.Of(run.expert);
-      AddMissing(matrix.weight, matrix.inputs / matrix.in_byte * matrix.outputs, missing);
-      AddMissing(matrix.scales, matrix.groups * matrix.outputs * sizeof(uint16_t), missing);
+      AddPieces(matrix.weight, matrix.inputs / matrix.in_byte * matrix.outputs, pieces);
+      AddPieces(matrix.scales, matrix.groups * matrix.outputs * sizeof(uint16_t), pieces);
     }
   }
 
@@ -453,9 +456,9 @@ ffi::Error GroupedProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   static thread_local Written written;
   Rows rows(pool, x.typed_data(), x.dimensions()[0], starts.typed_data(), stack,
             static_cast<Form>(form), &written);
-  std::vector<FilePiece> missing;
-  rows.AddMissingOf(stack, &missing);
-  AskFor(pool, missing);
+  std::vector<FilePiece> pieces;
+  rows.AddPiecesOf(stack, &pieces);
+  AskFor(pool, pieces);
   rows.Multiply(stack, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
   return ffi::Error::Success();
 }
@@ -510,24 +513,28 @@ ffi::Error ExpertsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   float* made = hidden->typed_data();
   Rows rows(pool, x.typed_data(), count, starts.typed_data(), gates, how, &written);
   Rows next(pool, made, count, starts.typed_data(), outs, how, &hidden_written);
-  std::vector<FilePiece> missing;
-  rows.AddMissingOf(gates, &missing);
-  rows.AddMissingOf(values, &missing);
-  next.AddMissingOf(outs, &missing);
-  AddMissingAfter(layer.typed_data()[0], gate.dimensions()[0], &missing);
-  AskFor(pool, missing);
+  std::vector<FilePiece> pieces, after;
+  rows.AddPiecesOf(gates, &pieces);
+  rows.AddPiecesOf(values, &pieces);
+  next.AddPiecesOf(outs, &pieces);
+  AddPiecesAfter(layer.typed_data()[0], gate.dimensions()[0], &after);
+  AskFor(pool, pieces);
+  AskFor(pool, after);
   auto finish = [rounded](float* gate, const float* value, int64_t width) {
     Gate(gate, value, width);
     for (int64_t c = 0; rounded && c < width; ++c) gate[c] = ToBfloat16(gate[c]);
   };
+  bool done = false;
 #ifdef KERNELS_NIBBLES
-  if (rows.few()) {
+  if (done = rows.few()) {
     rows.MultiplyFewTwice(gates, values, made, finish, &next, outs, y->typed_data());
-    return ffi::Error::Success();
   }
 #endif
-  rows.Multiply(gates, &values, made, finish);
-  next.Multiply(outs, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
+  if (!done) {
+    rows.Multiply(gates, &values, made, finish);
+    next.Multiply(outs, nullptr, y->typed_data(), [](float*, const float*, int64_t) {});
+  }
+  if (!pieces.empty()) ForEach(pool, pieces.size(), [&](int64_t n) { Drop(pieces[n]); });
   return ffi::Error::Success();
 }
 
@@ -634,9 +641,9 @@ ffi::Error TableProductImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::
     return ffi::Error::Success();
   };
   void* data = table.untyped_data();
-  std::vector<FilePiece> missing;
-  AddMissing(data, table.size_bytes(), &missing);
-  AskFor(pool, missing);
+  std::vector<FilePiece> pieces;
+  AddPieces(data, table.size_bytes(), &pieces);
+  AskFor(pool, pieces);
   if (table.element_type() == ffi::F32) return multiply(static_cast<const float*>(data));
   if (table.element_type() == ffi::BF16) return multiply(static_cast<const uint16_t*>(data));
   return ffi::Error::InvalidArgument("expected a table of float32 or bfloat16");
@@ -663,9 +670,9 @@ void MakeExact(ffi::ThreadPool& pool, const float* x, int64_t rows, const float*
       for (int64_t v = task * kEntryTask; v < end; ++v) {
         if (own[v] + errors[v] * lengths[r] < least[r]) continue;
         const float* entry = table + v * width;
-        std::vector<FilePiece> missing;
-        AddMissing(entry, width * sizeof(float), &missing);
-        for (const FilePiece& piece : missing) Ask(piece);
+        std::vector<FilePiece> pieces;
+        AddPieces(entry, width * sizeof(float), &pieces);
+        for (const FilePiece& piece : pieces) Ask(piece);
         MultiplyEntries(x + r * width, 1, entry, 1, width, false, own + v, entries);
       }
     }
@@ -710,9 +717,9 @@ ffi::Error LikelyLogitsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
       largest[r * tasks + task] = most;
     }
   };
-  std::vector<FilePiece> missing;
-  AddMissing(values.untyped_data(), values.size_bytes(), &missing);
-  AskFor(pool, missing);
+  std::vector<FilePiece> pieces;
+  AddPieces(values.untyped_data(), values.size_bytes(), &pieces);
+  AskFor(pool, pieces);
   MultiplyTable(pool, x.typed_data(), rows, values.typed_data(), entries, width, y->typed_data(),
                 finish);
   MakeExact(pool, x.typed_data(), rows, table.typed_data(), error, lengths.data(), entries, width,

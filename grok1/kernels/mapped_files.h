@@ -11,6 +11,7 @@
 #include <vector>
 
 #ifdef __linux__
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -20,11 +21,12 @@
 
 namespace {
 
-// An array in a file. layers: into which its bytes are divided, one after the other, or 0. always:
-// whether each step needs all of a layer. file: a descriptor; the array begins at `offset`.
+// An array in a file. layers: into which its bytes are divided, one after the other, or 0. kept: how
+// many of them stay in memory after use. always: whether each step needs all of a layer. file: a
+// descriptor; the array begins at `offset`.
 struct MappedFile {
   std::atomic<const char*> begin;  // null: forgotten
-  int64_t bytes, layers, offset;
+  int64_t bytes, layers, kept, offset;
   bool always;
   int file;
   const char* path;
@@ -52,32 +54,36 @@ inline const MappedFile* FileOf(const void* address) {
 
 #ifdef __linux__
 
-constexpr int64_t kChecked = 4 << 20;  // bytes that are taken to be in memory if one of them is
+constexpr int64_t kMost = 4 << 20;  // bytes of a piece
 constexpr int64_t kAsked = 128 << 10;  // bytes that are asked for at a time: Linux reads no more
 constexpr int64_t kPage = 4096;
 
-// Adds the pieces of an array from `from` on that are not in memory, if it is in a file.
-inline void AddMissing(const void* from, int64_t bytes, std::vector<FilePiece>* missing) {
-  const MappedFile* file = FileOf(from);
-  if (!file) return;
+// Adds the pieces of an array from `from` on, if it is in a file.
+inline void AddPieces(const void* from, int64_t bytes, std::vector<FilePiece>* pieces) {
+  if (!FileOf(from)) return;
   auto* first = static_cast<const char*>(from);
-  for (int64_t i = 0; i < bytes; i += kChecked) {
-    int64_t count = std::min(kChecked, bytes - i);
-    char byte;
-    iovec one{&byte, 1};
-    int64_t middle = file->offset + (first - file->begin.load()) + i + count / 2;
-    if (preadv2(file->file, &one, 1, middle, RWF_NOWAIT) != 1) missing->push_back({first + i, count});
+  for (int64_t i = 0; i < bytes; i += kMost) {
+    pieces->push_back({first + i, std::min(kMost, bytes - i)});
   }
 }
 
+// Whether a piece has to be read: whether the byte in its middle has to be.
+inline bool IsMissing(const FilePiece& piece) {
+  const MappedFile* file = FileOf(piece.from);
+  char byte;
+  iovec one{&byte, 1};
+  int64_t middle = piece.from + piece.bytes / 2 - file->begin.load();
+  return preadv2(file->file, &one, 1, file->offset + middle, RWF_NOWAIT) != 1;
+}
+
 // Adds what is always needed of the layer that follows a layer; after the last one, the first.
-inline void AddMissingAfter(int64_t layer, int64_t layers, std::vector<FilePiece>* missing) {
+inline void AddPiecesAfter(int64_t layer, int64_t layers, std::vector<FilePiece>* pieces) {
   for (int64_t n = 0; n < mapped_count.load(std::memory_order_acquire); ++n) {
     const MappedFile& file = mapped_files[n];
     const char* begin = file.begin.load();
     if (!begin || !file.always || file.layers != layers) continue;
     int64_t each = file.bytes / layers;
-    AddMissing(begin + (layer + 1) % layers * each, each, missing);
+    AddPieces(begin + (layer + 1) % layers * each, each, pieces);
   }
 }
 
@@ -88,6 +94,22 @@ inline void Ask(const FilePiece& piece) {
     auto end = reinterpret_cast<intptr_t>(piece.from + std::min(n + kAsked, piece.bytes));
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
   }
+}
+
+// Frees the memory of a piece that has been used, unless its layer stays in memory. If memory cannot
+// hold all layers, Linux would free those that have not been used for the longest time, which are
+// the next ones, so that all would be read again for each token.
+inline void Drop(const FilePiece& piece) {
+  const MappedFile* file = FileOf(piece.from);
+  if (!file || file->layers == 0) return;
+  int64_t at = piece.from - file->begin.load();
+  if (at / (file->bytes / file->layers) < file->kept) return;
+  auto begin = (reinterpret_cast<intptr_t>(piece.from) + kPage - 1) / kPage * kPage;
+  auto end = reinterpret_cast<intptr_t>(piece.from + piece.bytes) / kPage * kPage;
+  if (begin >= end) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);  // unmaps it: it is a file
+  int64_t first = file->offset + (reinterpret_cast<const char*>(begin) - file->begin.load());
+  posix_fadvise(file->file, first, end - begin, POSIX_FADV_DONTNEED);
 }
 
 struct sigaction before_bus;  // the handler that was there
@@ -135,9 +157,11 @@ inline void HandleBusErrors() {
 
 #else
 
-inline void AddMissing(const void*, int64_t, std::vector<FilePiece>*) {}
-inline void AddMissingAfter(int64_t, int64_t, std::vector<FilePiece>*) {}
+inline void AddPieces(const void*, int64_t, std::vector<FilePiece>*) {}
+inline bool IsMissing(const FilePiece&) { return false; }
+inline void AddPiecesAfter(int64_t, int64_t, std::vector<FilePiece>*) {}
 inline void Ask(const FilePiece&) {}
+inline void Drop(const FilePiece&) {}
 inline void HandleBusErrors() {}
 
 #endif
@@ -146,14 +170,14 @@ inline void HandleBusErrors() {}
 
 // Makes an array known that is in a file; `file` and `path` must stay valid. Returns false if there
 // are too many. Not thread-safe, except against the functions above.
-extern "C" bool WatchFile(const void* begin, int64_t bytes, int64_t layers, int64_t offset,
-                          bool always, int file, const char* path) {
+extern "C" bool WatchFile(const void* begin, int64_t bytes, int64_t layers, int64_t kept,
+                          int64_t offset, bool always, int file, const char* path) {
   int64_t n = 0, count = mapped_count.load();
   while (n < count && mapped_files[n].begin.load()) ++n;
   if (n == kMostFiles) return false;
   HandleBusErrors();
   MappedFile& own = mapped_files[n];
-  own.bytes = bytes, own.layers = layers, own.offset = offset;
+  own.bytes = bytes, own.layers = layers, own.kept = kept, own.offset = offset;
   own.always = always, own.file = file, own.path = path;
   own.begin = static_cast<const char*>(begin);
   mapped_count.store(std::max(n + 1, count), std::memory_order_release);

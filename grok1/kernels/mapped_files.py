@@ -18,13 +18,15 @@ FUNCTIONS = "WatchFile", "ForgetFile"
 class MappedArray(NamedTuple):
     """An array that is a file's bytes from `offset` on; `file` is a descriptor of it.
 
-    layers: into which its bytes are divided, one after the other, or 0. always: whether each step
-    of the model needs all of a layer.
+    layers: into which its bytes are divided, one after the other, or 0. kept: how many of them,
+    from the first on, stay in memory after use, as far as it has room. always: whether each step of
+    the model needs all of a layer.
     """
 
     address: int
     nbytes: int
     layers: int
+    kept: int
     offset: int
     always: bool
     file: int
@@ -37,16 +39,16 @@ _libraries: list[ctypes.CDLL] = []
 
 def map_array(
     path: str, file: int, offset: int, shape: tuple[int, ...], dtype: np.dtype, layers: int,
-    always: bool,
+    kept: int, always: bool,
 ) -> np.ndarray:  # fmt: skip
     """Return an array that is a file: read-only memory, whose pages are read when used.
 
     The library knows it as long as it is used. path: of the file, for messages. file: a descriptor
-    of it. layers, always: as in a MappedArray. Raises OSError.
+    of it. layers, kept, always: as in a MappedArray. Raises OSError.
     """
     memory = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
     values = np.ndarray(shape, dtype, memory, offset)
-    place = values.ctypes.data, values.nbytes, layers, offset, always
+    place = values.ctypes.data, values.nbytes, layers, kept, offset, always
     array = MappedArray(*place, os.dup(file), os.fsencode(path))
     _arrays[array.address] = array
     weakref.finalize(memory, _forget, array).atexit = False
@@ -58,8 +60,7 @@ def map_array(
 def use(library: ctypes.CDLL) -> None:
     """Make all arrays known to a library."""
     library.WatchFile.argtypes = [
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_bool,
-        ctypes.c_int, ctypes.c_char_p,
+        ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_bool, ctypes.c_int, ctypes.c_char_p,
     ]  # fmt: skip
     library.ForgetFile.argtypes = [ctypes.c_void_p]
     _libraries.append(library)

@@ -17,6 +17,7 @@ from grok1.ops.quantization import (
     stacked,
 )
 
+
 def sorted_copies(index: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """Sort the token copies by expert; index int32 [M, A], `num_experts` for a masked copy.
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from grok1.formats import mapped
+from grok1.host_memory import available_memory
 from grok1.ops.quantization import Shapes
 from grok1.parameters import embedding_table
 from grok1.planning.text import gigabytes
-from grok1.serving.memory_budget import available_memory
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
@@ -57,7 +57,9 @@ def estimate(
     taken for something else.
     """
     stored = stored or config.param_shapes()
-    total, touched = used_bytes(config, stored)
+    always, experts = used_bytes(config, stored)
+    total, chosen = always + experts, config.model.num_selected_experts / config.model.num_experts
+    touched = round(always + chosen * experts)
     memory = available_memory()
     memory = None if memory is None else max(0, memory - held)
     share = 1.0 if memory is None else min(1.0, memory / total)
@@ -65,6 +67,9 @@ def estimate(
     token, chunk = (
         None if rate is None else (1 - share) * size / rate for size in (touched, total)
     )
+    if rate is not None and memory is not None and memory < touched:
+        unheld = experts - max(0, memory - always)  # as mapped.py keeps what is always used
+        token = (max(0, always - memory) + chosen * unheld) / rate
     copied = copied_bytes(config, stored)
     return InPlace(total, touched, copied, memory, rate, share, token, chunk)
 
@@ -76,7 +81,7 @@ def copied_bytes(config: LanguageModelConfig, stored: Shapes) -> int:
 
 
 def used_bytes(config: LanguageModelConfig, stored: Shapes) -> tuple[int, int]:
-    """Return the bytes that are used of a checkpoint, and those that a token touches."""
+    """Return the bytes of a checkpoint that each token uses, and those of the experts."""
     experts = others = 0
     for module, leaves in stored.items():
         own = sum(map(_nbytes, jax.tree.leaves(leaves)))
@@ -89,8 +94,7 @@ def used_bytes(config: LanguageModelConfig, stored: Shapes) -> tuple[int, int]:
         others -= _nbytes(table)
     elif rounded := mapped.rounded_stacks(table):  # few rows of the table itself are read
         others += sum(_nbytes(stack.array) for stack in rounded) - _nbytes(table)
-    chosen = config.model.num_selected_experts / config.model.num_experts
-    return others + experts, round(others + chosen * experts)
+    return others, experts
 
 
 def _nbytes(array: jax.ShapeDtypeStruct) -> int:

@@ -29,6 +29,7 @@ import numpy as np
 from grok1.execution import fastest
 from grok1.formats import forms, layout
 from grok1.gpu_settings import MEMORY_FRACTION
+from grok1.host_memory import available_memory
 from grok1.ops.quantization import Shapes
 from grok1.parallel.sharding import (
     make_mesh,
@@ -50,7 +51,6 @@ from grok1.planning.sizes import (
     weight_bytes,
 )
 from grok1.planning.text import gib, gigabytes
-from grok1.serving.memory_budget import available_memory
 from grok1.serving.steps import (
     abstract_inputs,
     decode,

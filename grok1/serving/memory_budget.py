@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from grok1.execution import Execution
+from grok1.host_memory import available_memory
 from grok1.ops.quantization import Shapes
 from grok1.parameters import embedding_table
 from grok1.serving.likely_logits import rounded_bytes
@@ -15,16 +16,6 @@ from grok1.serving.steps import device_bytes, stored_shapes
 
 if TYPE_CHECKING:
     from model import LanguageModelConfig
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory available to a process on this host (Linux), or None."""
-    try:
-        with open("/proc/meminfo") as file:
-            text = file.read()
-    except OSError:
-        return None
-    return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
 
 
 def local_device(mesh: Mesh | None) -> jax.Device:

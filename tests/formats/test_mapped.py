@@ -1,7 +1,11 @@
 """The mapped form: its files, that a CPU uses them in place, and that damaged ones are refused."""
 
+import ctypes
+import dataclasses
 import errno
+import gc
 import json
+import mmap
 import os
 import pathlib
 import re
@@ -27,6 +31,7 @@ from small import (
     LAYER,
     Damage,
     assert_same,
+    config_of,
     contents,
     edited,
     random_params,
@@ -312,6 +317,70 @@ def test_verify_finds_a_changed_layer(copy: pathlib.Path) -> None:
     _, problems = conversion.verify(copy, tiny_shapes())
     (problem,) = problems
     assert "transformer/decoder_layer_1/moe/linear_1/w/scales" in problem
+
+
+# Experts that memory cannot hold.
+
+
+def in_memory(path: pathlib.Path, layers: int) -> list[float]:
+    """Return for each layer in a file the share of its pages that are in the page cache."""
+    values = np.memmap(path, np.uint8, "r")
+    pages = np.zeros(-(-values.size // mmap.PAGESIZE), np.uint8)
+    place, size = (ctypes.c_void_p(values.ctypes.data), ctypes.c_size_t(values.size))
+    assert ctypes.CDLL(None).mincore(place, size, ctypes.c_void_p(pages.ctypes.data)) == 0
+    each = np.array_split(pages[mapped.HEADER // mmap.PAGESIZE :] & 1, layers)
+    return [float(np.mean(own)) for own in each]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by functions of Linux")
+def test_experts_beyond_memory_are_dropped_after_use(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(4)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, emb_size=128, key_size=32, widening_factor=12),
+    )
+    checkpoint.save(tmp_path / "source", random_params(config.param_shapes()), config)
+    checkpoint.convert(tmp_path / "source", tmp_path / "mapped", "mapped")
+    gate, attention = (
+        tmp_path / f"mapped/transformer.decoder_layer.{name}.w.weight.safetensors"
+        for name in ("moe.linear", "multi_head_attention.linear")
+    )
+    answers = []
+    for room, expected in ((1.0, [1, 1, 1, 1]), (0.5, [1, 1, 0, 0])):
+        for path in (gate, attention):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if any(in_memory(gate, 4)):
+            pytest.skip("this file system keeps its pages in memory")
+        monkeypatch.setattr(mapped, "_kept_share", lambda *_, room=room: room)
+        model = load_model(tmp_path / "mapped", kernels=True, dtype="float32", slots=1)
+        answers.append(model.generate([1, 2, 3], max_len=4))
+        assert np.round(in_memory(gate, 4)).tolist() == expected  # others are read ahead
+        assert in_memory(attention, 4) == [1, 1, 1, 1]
+        del model
+        gc.collect()
+    assert answers[0] == answers[1]
+
+
+def test_memory_holds_first_what_every_token_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanted(rows: int, experts: int) -> Any:
+        table = jax.ShapeDtypeStruct((rows, 8), np.float32)
+        stack = jax.ShapeDtypeStruct((4, experts), np.int8)
+        return {(EMBED, "embeddings", 0): table, (f"{LAYER}moe/linear", "w", 0): stack}
+
+    def share(memory: int | None, rows: int) -> float:
+        monkeypatch.setattr(mapped, "available_memory", lambda: memory)
+        return mapped._kept_share(wanted(rows, 900), 0.25)
+
+    assert share(None, 1) == 1 and share(10_000, 20) == 1
+    assert share(1720, 20) == 1 and share(1700, 20) == pytest.approx((0.9 * 1700 - 640) / 3600)
+    assert share(500, 20) == 0
+    monkeypatch.setattr(mapped, "LEAST_BYTES", 640)
+    rounded = 20 * (8 * 2 + 4 + 4)
+    assert share(1500, 20) == pytest.approx((0.9 * 1500 - rounded) / 3600)
 
 
 # A file that becomes shorter while it is used.

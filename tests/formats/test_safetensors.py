@@ -211,7 +211,7 @@ FILE_CASES: dict[str, tuple[Damage, str]] = {
     "one-offset": (header(lambda f: f[ROUTER].update(data_offsets=[32])), WHOLE),
     "fraction": (header(lambda f: f[ROUTER].update(data_offsets=[32.0, 96.0])), WHOLE),
     "other-type": (header(lambda f: f[ROUTER].update(dtype="I32")),
-                   f"({ROUTER}): expected float32 [8, 2], got int32 [8, 2]; check that config.json"),
+                   f"({ROUTER}): expected float32 [8, 2], got int32 [8, 2]; check that config"),
     "unknown-type": (header(lambda f: f[ROUTER].update(dtype="Q7")), "got Q7 [8, 2]; check"),
     "long-shape": (header(lambda f: f[ROUTER].update(shape=[1] * 70_000 + [8, 2])),
                    "got float32 [1, 1, 1"),

@@ -24,20 +24,20 @@ def test_bytes_are_those_of_the_files(
     sizes = {name: size for name, size in files.items() if "embeddings" not in name}
     experts = sum(size for name, size in sizes.items() if ".moe." in name)
     config = with_settings(config_of(3), "float32", None)
-    total, touched = in_place.used_bytes(config, config.param_shapes())
-    assert total == sum(sizes.values()) and "rounded_table.values.safetensors" in sizes
-    assert touched == total  # both experts are chosen
-    eighth = with_settings(config_of(3), "float32", None)
-    object.__setattr__(eighth.model, "num_experts", 8)
-    assert in_place.used_bytes(eighth, config.param_shapes())[1] == total - 3 * experts // 4
+    total, shapes = sum(sizes.values()), config.param_shapes()
+    assert "rounded_table.values.safetensors" in sizes
+    assert in_place.used_bytes(config, shapes) == (total - experts, experts)
+    assert in_place.estimate(config, shapes, None).touched == total  # both experts are chosen
+    object.__setattr__(config.model, "num_experts", 8)
+    assert in_place.estimate(config, shapes, None).touched == total - 3 * experts // 4
 
 
 def test_grok_1_touches_a_quarter_of_its_experts() -> None:
     config, shapes = with_settings(grok_1(), "float32", None), grok_1().param_shapes()
-    total, touched = in_place.used_bytes(config, shapes)
-    assert 316e9 < total < 318e9 and 84e9 < touched < 85e9
-    total, touched = in_place.used_bytes(config, shapes_with_4_bits(shapes))
-    assert 171e9 < total < 173e9 and 48e9 < touched < 49e9
+    found = in_place.estimate(config, shapes, None)
+    assert 316e9 < found.total < 318e9 and 84e9 < found.touched < 85e9
+    found = in_place.estimate(config, shapes_with_4_bits(shapes), None)
+    assert 171e9 < found.total < 173e9 and 48e9 < found.touched < 49e9
 
 
 def test_a_converted_table_is_memory_and_not_used_in_place() -> None:
@@ -48,21 +48,32 @@ def test_a_converted_table_is_memory_and_not_used_in_place() -> None:
     assert in_place.copied_bytes(config, shapes) == 0
     assert in_place.copied_bytes(copied, shapes) == 2 * table
     rounded = 2 * table + 8 * 131_072
-    for one, other in zip(*(in_place.used_bytes(c, shapes) for c in (config, copied)), strict=True):
-        assert one - other == rounded
+    assert (
+        in_place.used_bytes(config, shapes)[0] - in_place.used_bytes(copied, shapes)[0] == rounded
+    )
     assert "besides 1.61 GB of memory" in in_place.sentence(in_place.estimate(copied, None, None))
     assert "besides" not in in_place.sentence(in_place.estimate(config, None, None))
 
 
 def test_times_follow_from_the_disk_and_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(1)
-    total, touched = in_place.used_bytes(config, config.param_shapes())
+    shapes = config.param_shapes()
+    always, experts = in_place.used_bytes(config, shapes)
+    total = always + experts
     monkeypatch.setattr(in_place, "available_memory", lambda: total // 2 + 100)
     monkeypatch.setattr(in_place, "disk_rate", lambda _: 1000.0)
     found = in_place.estimate(config, None, pathlib.Path(), held=100)
     assert found.share == pytest.approx(0.5, abs=1e-3)
-    assert found.token_s == pytest.approx(touched / 2000, rel=1e-2)
-    assert found.chunk_s == pytest.approx(total / 2000, rel=1e-2)
+    assert found.chunk_s == pytest.approx(total / 2000)
+    assert found.token_s == pytest.approx((total - total // 2) / 1000)
+    object.__setattr__(config.model, "num_experts", 8)  # a token uses 2 of them
+    nothing = in_place.estimate(config, shapes, pathlib.Path(), held=100 + total // 2)
+    assert nothing.token_s == pytest.approx((always + experts / 4) / 1000)
+    monkeypatch.setattr(in_place, "available_memory", lambda: always + experts // 5)
+    some = in_place.estimate(config, shapes, pathlib.Path())
+    assert some.token_s == pytest.approx(0.25 * (experts - experts // 5) / 1000)
+    assert some.chunk_s == pytest.approx((experts - experts // 5) / 1000)
+    object.__setattr__(config.model, "num_experts", 2)
     assert "memory can hold 50%" in in_place.sentence(found)
     assert "at the disk's 1 kB/s this takes about" in in_place.sentence(found)
     unknown = in_place.estimate(config, None, None)
