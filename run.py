@@ -271,6 +271,32 @@ def serve(worker: Worker, options: Options) -> None:
         raise ValueError(failure)
 
 
+def serve_http(worker: Worker, options: Options) -> None:
+    """Load the model and answer by HTTP until a signal."""
+    try:
+        from grok1.serving.http import serve as http
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--serve: {error.name} is not installed; run: pip install -r requirements-serve.txt"
+        ) from error
+    from grok1.serving.http.app import Api
+    from grok1.serving.http.chat import Template
+    from grok1.serving.http.engine import Engine
+
+    assert options.serve is not None
+    host, port = options.serve
+    template = Template(options.chat_template)
+    address = http.bind(host, port)
+    job = prepare(dataclasses.replace(options, batch=options.batch or MOST_SLOTS))
+    with ByteProgress("loading") as progress:
+        server = worker.call(make_server, job, progress)
+    with notice_if_slow("compiling all steps"):
+        worker.call(http.compile_all, server)
+    api = Api(Engine(server, options.most_waiting), job.directory.name, template, options.api_key)
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    http.run(api, address, options.grace, lambda: say(f"ready: {where}, model {api.name}"), say)
+
+
 def connect_processes(server: InferenceRunner, peers: multihost.Peers) -> None:
     """Wait until all processes have loaded the model, and connect their devices."""
     from grok1.parallel.sharding import connect
@@ -403,6 +429,8 @@ def main() -> int:
                 serve_distributed(worker, options, peers)
             elif options.plan:
                 worker.call(show_plan, options)
+            elif options.serve:
+                serve_http(worker, options)
             else:
                 serve(worker, options)
         except Exception as error:

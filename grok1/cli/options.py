@@ -68,6 +68,12 @@ class Options:
     chunk: int | None
     compile_cache: bool
     kernels: bool
+    # A server.
+    serve: tuple[str, int] | None
+    api_key: str | None
+    most_waiting: int
+    grace: float
+    chat_template: Path | None
     # A plan.
     plan: bool
     accelerator: str | None

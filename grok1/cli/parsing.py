@@ -1,8 +1,10 @@
 """The arguments of run.py, and checks of their combinations before anything is loaded."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
+import ipaddress
 import os
 import re
 import sys
@@ -35,6 +37,21 @@ from grok1.serving.request_limits import (
 )
 
 DEFAULT_PROMPT = "Once upon a time"
+API_KEY = "GROK_API_KEY"  # in the environment
+MOST_WAITING, GRACE = 256, 30.0
+OWN_SETTINGS = {  # options that requests to a server set themselves -> their fields
+    "--max-tokens": "max_len",
+    "--truncate": "truncate",
+    **{
+        f"--{name.replace('_', '-')}": name
+        for name in (
+            *("min_len", "stop", "seed", "num_samples", "temperature", "top_k", "min_p"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+        )
+    },
+    "--top-p": "nucleus_p",
+    "--top-logprobs": "top_logprobs",
+}
 # Names of these options in llama.cpp, Hugging Face and vLLM.
 ELSEWHERE = {
     "-b": "--chunk",
@@ -45,6 +62,8 @@ ELSEWHERE = {
     "-f": "--prompts-file",
     "--file": "--prompts-file",
     "--max-num-seqs": "--batch",
+    "--port": "--serve",
+    "--host": "--serve",
     "--n-predict": "--max-tokens",
     "--predict": "--max-tokens",
     "--num-return-sequences": "--num-samples",
@@ -93,7 +112,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
     parser.elsewhere, parser.words = ELSEWHERE, "more_prompts"
     parser.add_argument("--version", action="store_true", help="print the versions and exit")
     for add_group in (
-        add_model, add_prompts, add_sampling, add_output, add_machine, add_plan, add_distributed
+        add_model, add_prompts, add_sampling, add_output, add_machine, add_serving, add_plan,
+        add_distributed,
     ):  # fmt: skip
         add_group(parser)
     given = parser.parse_args(arguments)
@@ -107,12 +127,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
     check_prompts(parser, given, prompts)
     check_routing(parser, given)
     check_plan(parser, given, prompts)
+    check_serving(parser, given, prompts)
     return as_options(given, prompts)
 
 
 def as_options(given: argparse.Namespace, prompts: Sequence[str | list[int]]) -> Options:
     """Return the parsed arguments as Options."""
-    if given.interactive:
+    if given.interactive or given.serve:
         # Stands for the prompts to come, so that settings are checked before loading weights.
         lines = [Line([0], None, {}, "the options")]
     else:
@@ -327,6 +348,8 @@ def add_machine(parser: Parser) -> None:
     )
     add(
         "--batch",
+        "--slots",
+        dest="batch",
         type=count,
         metavar="N",
         help="sequences to serve at once; by default 1, 2, 4 or 8, by the number of answers",
@@ -451,6 +474,96 @@ def refuse(parser: Parser, name: str, others: Mapping[str, object], reason: str)
     given = [other for other, value in others.items() if value]
     if given:
         parser.error(f"{name} and {given[0]} do not go together: {reason}")
+
+
+def add_serving(parser: Parser) -> None:
+    """Add the options of a server."""
+    add = parser.add_argument_group(
+        "a server for clients of OpenAI's API (docs/serving.md); needs requirements-serve.txt"
+    ).add_argument
+    add(
+        "--serve",
+        type=address,
+        metavar="[HOST:]PORT",
+        help="answer requests by HTTP, by default of this machine only; --slots sequences at once",
+    )
+    add(
+        "--api-key",
+        default=os.environ.get(API_KEY) or None,
+        metavar="KEY",
+        help=f"refuse requests without this key; better in the environment, as {API_KEY}, since "
+        "other users see command lines",
+    )
+    add("--no-auth", action="store_true", help="let a HOST other than this machine need no key")
+    add(
+        "--queue",
+        dest="most_waiting",
+        type=number(int, 0, 2**20),
+        default=MOST_WAITING,
+        metavar="N",
+        help=f"refuse requests when N wait for a slot ({MOST_WAITING})",
+    )
+    add(
+        "--grace",
+        type=number(float, 0, 1e6, " (seconds)"),
+        default=GRACE,
+        metavar="SECONDS",
+        help=f"at SIGTERM or Ctrl-C, time for unfinished requests to finish ({GRACE:g})",
+    )
+    add(
+        "--chat-template",
+        type=given_path,
+        metavar="FILE",
+        help="Jinja template that makes a prompt of the messages of a chat",
+    )
+
+
+def address(text: str) -> tuple[str, int]:
+    """Parse "PORT" or "HOST:PORT"."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        expected = "a port from 1 to 65535, or HOST:PORT"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return host or "127.0.0.1", int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a host."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def check_serving(parser: Parser, options: argparse.Namespace, prompts: Sequence[object]) -> None:
+    """Exit with status 2 if options of a server are incompatible."""
+    if options.serve is None:
+        needing = {"--no-auth": options.no_auth, "--chat-template": options.chat_template}
+        if given := [name for name, value in needing.items() if value]:
+            parser.error(f"{given[0]} needs --serve")
+        return
+    others = {
+        "--prompt": prompts,
+        "--prompts-file": options.prompts_file,
+        "--output": options.output,
+        "--json": options.json,
+        "--interactive": options.interactive,
+        "--show-routing": options.show_routing,
+        "--plan": options.plan,
+    }
+    refuse(parser, "--serve", others, "prompts come by HTTP")
+    if options.distributed:
+        refuse(parser, "--serve", {"--distributed": True}, "one process takes the requests")
+    own = {
+        name: getattr(options, field) != parser.get_default(field)
+        for name, field in OWN_SETTINGS.items()
+    }
+    refuse(parser, "--serve", own, "each request has its own settings")
+    if not (is_loopback(options.serve[0]) or options.api_key or options.no_auth):
+        parser.error(
+            f"--serve {options.serve[0]}: expected --api-key, or {API_KEY} in the environment, for "
+            "an address that others can reach, got none; --no-auth lets everyone in"
+        )
 
 
 def add_plan(parser: Parser) -> None:

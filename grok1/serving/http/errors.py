@@ -1,0 +1,40 @@
+"""Errors in the form of OpenAI's API."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class ApiError(Exception):
+    """An error that a client gets.
+
+    status: of HTTP. message: one sentence. param: the field that is wrong. code, kind: names that
+    clients know, as in OpenAI's API.
+    """
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    kind: str = "invalid_request_error"
+
+    def body(self) -> dict[str, object]:
+        """Return the body of the answer, for JSON."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def closing() -> ApiError:
+    """Return the error while the server ends."""
+    message = "the server is about to end; try again when it has been started again"
+    return ApiError(503, message, code="service_unavailable", kind="server_error")
+
+
+def failed(reason: str | None) -> ApiError:
+    """Return the error of a request whose answer failed."""
+    return ApiError(500, reason or "an answer failed", code="internal_error", kind="server_error")
