@@ -292,7 +292,8 @@ def serve_http(worker: Worker, options: Options) -> None:
         server = worker.call(make_server, job, progress)
     with notice_if_slow("compiling all steps"):
         worker.call(http.compile_all, server)
-    api = Api(Engine(server, options.most_waiting), job.directory.name, template, options.api_key)
+    engine = Engine(server, options.most_waiting)
+    api = Api(engine, job.directory.name, template, options.api_key, options.cors)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     http.run(api, address, options.grace, lambda: say(f"ready: {where}, model {api.name}"), say)
 

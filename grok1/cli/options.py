@@ -74,6 +74,7 @@ class Options:
     most_waiting: int
     grace: float
     chat_template: Path | None
+    cors: tuple[str, ...]
     # A plan.
     plan: bool
     accelerator: str | None

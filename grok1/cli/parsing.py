@@ -144,6 +144,7 @@ def as_options(given: argparse.Namespace, prompts: Sequence[str | list[int]]) ->
     values = vars(given) | {
         "lines": tuple(lines),
         "stop": tuple(given.stop or ()),
+        "cors": tuple(given.cors or ()),
         "logit_bias": dict(given.logit_bias) if given.logit_bias else None,
         "streamed": not given.json and given.output is None,
     }
@@ -511,6 +512,12 @@ def add_serving(parser: Parser) -> None:
         help=f"at SIGTERM or Ctrl-C, time for unfinished requests to finish ({GRACE:g})",
     )
     add(
+        "--cors",
+        action="append",
+        metavar="ORIGIN",
+        help="let scripts of web pages from this origin use the server; may be repeated",
+    )
+    add(
         "--chat-template",
         type=given_path,
         metavar="FILE",
@@ -538,7 +545,11 @@ def is_loopback(host: str) -> bool:
 def check_serving(parser: Parser, options: argparse.Namespace, prompts: Sequence[object]) -> None:
     """Exit with status 2 if options of a server are incompatible."""
     if options.serve is None:
-        needing = {"--no-auth": options.no_auth, "--chat-template": options.chat_template}
+        needing = {
+            "--no-auth": options.no_auth,
+            "--chat-template": options.chat_template,
+            "--cors": options.cors,
+        }
         if given := [name for name, value in needing.items() if value]:
             parser.error(f"{given[0]} needs --serve")
         return

@@ -284,6 +284,25 @@ def test_tokens_and_text_are_converted(running):
     assert found["eos_token"] == server().tokenizer.id_to_piece(server().config.eos_token)
 
 
+def test_the_experts_of_a_text_are_reported(running):
+    status, found = running.send("POST", "/inspect", json.dumps({"prompt": TEXT}).encode())
+    expected = server().inspect(TEXT)
+    assert status == 200 and found["tokens"] == expected.token_ids.tolist()
+    experts = np.array(found["experts"])  # [token, layer, choice]
+    np.testing.assert_array_equal(experts.swapaxes(0, 1), expected.captured.expert_index)
+    probabilities = np.array(found["probabilities"]).swapaxes(0, 1)
+    assert np.all(np.diff(probabilities, axis=-1) <= 0) and found["pieces"] == expected.pieces
+    assert running.send("POST", "/inspect", b'{"prompt": []}')[0] == 400
+
+
+def test_other_origins_are_refused_unless_named(running):
+    asked = {"origin": "http://page", "access-control-request-method": "POST"}
+    assert running.send("OPTIONS", "/v1/completions", **asked)[0] == 405
+    api = Api(running.api.engine, "tiny", Template(), origins=["http://page"])
+    (middleware,) = api.app().user_middleware
+    assert middleware.kwargs["allow_origins"] == ["http://page"]
+
+
 def test_models_are_listed(client):
     (model,) = client.models.list()
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -35,12 +39,20 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Api:
-    """The endpoints. name: of the model. key: that clients have to send, or None.
+    """The endpoints.
 
-    closing: whether new requests are refused, since the server ends.
+    name: of the model. key: that clients have to send, or None. origins: of web pages whose scripts
+    may use the server. closing: whether new requests are refused, since the server ends.
     """
 
-    def __init__(self, engine: Engine, name: str, template: Template, key: str | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        template: Template,
+        key: str | None = None,
+        origins: Sequence[str] = (),
+    ):
         self.engine = engine
         self.server = engine.server
         self.name = name
@@ -48,6 +60,7 @@ class Api:
         self.closing = False
         self._template = template
         self._key = key
+        self._origins = origins
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -59,6 +72,7 @@ class Api:
             ("POST", "/tokenize", self.tokenize),
             ("POST", "/detokenize", self.detokenize),
             ("GET", "/tokenizer_info", self.tokenizer_info),
+            ("POST", "/inspect", self.inspect),
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.read_metrics),
         ]
@@ -67,8 +81,14 @@ class Api:
                 Route(path, self._guarded(path, endpoint), methods=[method])
                 for method, path, endpoint in routes
             ],
+            middleware=[
+                Middleware(
+                    CORSMiddleware, allow_origins=self._origins, allow_methods=["GET", "POST"],
+                    allow_headers=["authorization", "content-type"],
+                )
+            ] if self._origins else [],
             exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
-        )
+        )  # fmt: skip
 
     def _guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
         """Return an endpoint that checks the key, counts, and answers errors as OpenAI does."""
@@ -337,6 +357,29 @@ class Api:
                 "pad_token": piece(pad),
                 "unk_token": piece(tokenizer.unk_id()),
                 "chat_template": None,
+            }
+        )
+
+    async def inspect(self, request: Request) -> Response:
+        """POST /inspect: {"prompt": TEXT or [ID, ...]} -> each token's experts in each layer.
+
+        experts, probabilities: [token][layer][choice], the likeliest expert first.
+        """
+        prompt, *more = fields.prompts(self._read(await _body(request), {"model", "prompt"}))
+        if more:
+            raise ApiError(400, "prompt: expected one string, or token ids, got several", "prompt")
+        try:
+            found = await self.engine.call(functools.partial(self.server.inspect, prompt))
+        except ValueError as error:
+            raise ApiError(400, str(error), "prompt") from error
+        chosen, probs = found.captured.expert_index, found.captured.router_probs  # [L, T, ...]
+        weights = np.take_along_axis(probs, chosen, axis=-1)
+        return JSONResponse(
+            {
+                "tokens": found.token_ids.tolist(),
+                "pieces": found.pieces,
+                "experts": np.moveaxis(chosen, 0, 1).tolist(),
+                "probabilities": np.moveaxis(weights, 0, 1).tolist(),
             }
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import itertools
@@ -10,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from grok1.serving.http.errors import ApiError, failed
 from grok1.serving.request import Event, Request
@@ -19,6 +20,8 @@ from grok1.serving.steps import MOST_TOKENS
 
 if TYPE_CHECKING:
     from runner import InferenceRunner
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +106,19 @@ class Engine:
                 if job.left:
                     self._orders.put(functools.partial(self._cancel, job))
 
+    async def call(self, work: Callable[[], Result]) -> Result:
+        """Call a function in the engine's thread, between two steps."""
+        done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def order() -> None:
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._orders.put(order)
+        return await asyncio.wrap_future(done)
+
     # ------------------------------------------------------------------------- in its own thread
 
     def _run(self) -> None:
@@ -135,6 +151,16 @@ class Engine:
             del self._jobs[job.handle.number]
             self.server.cancel(job.handle)
 
+    def _forget_finished(self, number: int) -> None:
+        handle = self._jobs[number].handle
+        if handle is not None and handle.finished:
+            del self._jobs[number]
+
+    def _drop_if_failed(self, job: Job) -> None:
+        if job.handle is not None and job.handle.finished:
+            del self._jobs[job.handle.number]
+            job.put(failed(job.handle.completion.error))
+
     def _step(self) -> None:
         """Run one step, and hand over its tokens."""
         streamed = any(job.streamed for job in self._jobs.values())
@@ -143,14 +169,12 @@ class Engine:
         except Exception:
             _log.exception("a step failed; the requests that it worked on end with an error")
             for job in list(self._jobs.values()):
-                if job.handle is not None and job.handle.finished:
-                    del self._jobs[job.handle.number]
-                    job.put(failed(job.handle.completion.error))
+                self._drop_if_failed(job)
             return
         for number, group in itertools.groupby(events, lambda event: event.request):
             own = list(group)
-            if (job := self._jobs.get(number)) is None:
+            if number not in self._jobs:
                 continue  # it was cancelled
-            job.put(own)
-            if job.handle is not None and job.handle.finished:
-                del self._jobs[number]
+            self._jobs[number].put(own)
+            if any(event.finish_reason for event in own):
+                self._forget_finished(number)

@@ -117,11 +117,11 @@ def completion(body: Mapping[str, Any]) -> tuple[list[Request], Asked]:
         "top_logprobs": asked.logprobs or 0,
         "prompt_logprobs": asked.echo and asked.logprobs is not None,
     }
-    prompts = _prompts(body)
-    if len(prompts) * settings.get("num_samples", 1) > MOST_CHOICES:
+    several = prompts(body)
+    if len(several) * settings.get("num_samples", 1) > MOST_CHOICES:
         message = f"n: expected at most {MOST_CHOICES} answers to all prompts together, got more"
         raise ApiError(400, message, "n")
-    return [_request(prompt, settings) for prompt in prompts], asked
+    return [_request(prompt, settings) for prompt in several], asked
 
 
 def chat(body: Mapping[str, Any], prompt: str) -> tuple[Request, Asked]:
@@ -176,7 +176,7 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"logit_bias": {int(key): value for key, value in bias.items()} or None}
 
 
-def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
+def prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
     """Return the prompts: one or several, each a string or token ids."""
     prompt = body.get("prompt")
     if isinstance(prompt, str):
