@@ -145,6 +145,7 @@ def test_options_are_shared_by_hosts_or_their_own():
         *("plan", "device_memory", "bandwidth", "distributed", "coordinator"),
         *("num_processes", "process_id", "peer_timeout", "join_timeout"),
         *("accelerator", "experts", "mapped", "shard_activations", "save_programs"),
+        *("serve", "api_key", "most_waiting", "grace", "chat_template", "cors"),
     }
     assert {field.name for field in dataclasses.fields(Options)} == own | set(SHARED)
     assert not own & set(SHARED)
