@@ -180,12 +180,9 @@ def load(
         for i, (name, located) in enumerate(safetensors.tensors(record, header).items())
     ]
     by_key, places = _by_key(wanted), _by_key(shardings)
-    in_place = forms.form(directory) == forms.MAPPED
     arrays = {}
-    if in_place:
-        model = config_in(directory).model
-        chosen = model.num_selected_experts / model.num_experts
-        arrays = mapped.map_arrays(sources, by_key, places, chosen)
+    if forms.form(directory) == forms.MAPPED:
+        arrays = mapped.map_arrays(sources, by_key, places, _share_of_experts(directory))
     sources = [source for source in sources if source.array not in arrays]
     by_key = {key: array for key, array in by_key.items() if key not in arrays}
     arrays |= loading.fill_arrays(sources, by_key, places, progress)
@@ -199,6 +196,14 @@ def load(
         }
         for module, leaves in wanted.items()
     }
+
+
+def _share_of_experts(directory: Directory) -> float:
+    """Return which share of the experts a token uses, 1 if config.json does not say it."""
+    if not (read_config(directory) or {}).get("model"):
+        return 1.0
+    model = config_in(directory).model
+    return model.num_selected_experts / model.num_experts
 
 
 def used_in_place(directory: Directory | None) -> bool:

@@ -38,7 +38,7 @@ MISTAKES = [
         "a mesh of 4,8 needs 32 devices, but this machine has 16, on which the model can use the "
         "meshes 16,1 8,2 4,4 2,8;",
     ),
-    ("--batch 0", 2, "--batch: expected an integer from 1 to 2147483647, got '0'"),
+    ("--batch 0", 2, "--batch/--slots: expected an integer from 1 to 2147483647, got '0'"),
     ("--context 65", 1, "context: expected 1 to 64 tokens, the model's own"),
     (
         "--device-memory 80",
