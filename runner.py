@@ -204,7 +204,10 @@ class InferenceRunner:
     the runner's own. tokenizer_path: a SentencePiece model; None: prompts are token ids.
     local_mesh_config, between_hosts_config: as in make_mesh; (1, 1) twice means no mesh.
     pad_sizes: the chunk lengths for which prefill is compiled. A prompt is read in chunks of the
-    largest length, and its remainder in the smallest that holds it.
+    largest length, and its remainder in the smallest that holds it. prefix_cache: let a prompt that
+    begins like one that a slot has read and still holds copy that part, in chunks of the largest
+    length, instead of reading it again; the answers are the same bit for bit. A prompt with
+    prompt_logprobs is read in full. `logits`, `inspect` and `score` release what idle slots hold.
 
     `initialize()` loads everything and must be called before the other methods. Afterwards
     `executions` says how prefill and decode are run, and attributes cannot be set: the loaded model
@@ -227,10 +230,12 @@ class InferenceRunner:
         local_mesh_config: tuple[int, int] = (1, 1),
         between_hosts_config: tuple[int, int] = (1, 1),
         pad_sizes: Sequence[int] = (1024,),
+        prefix_cache: bool = True,
     ):
         sizes = list(pad_sizes) if isinstance(pad_sizes, Iterable) else []
         positive = bool(sizes) and all(is_integer(size) and size >= 1 for size in sizes)
         require(positive, "pad_sizes", "a list of integers >= 1", pad_sizes)
+        require(isinstance(prefix_cache, bool), "prefix_cache", "true or false", prefix_cache)
         self.name = name
         self.runner = runner
         if load is not None:
@@ -239,6 +244,7 @@ class InferenceRunner:
         self.tokenizer_path = tokenizer_path
         self.mesh_config = (local_mesh_config, between_hosts_config)
         self.pad_sizes = sorted({min(int(size), self.config.sequence_len) for size in sizes})
+        self.prefix_cache = prefix_cache
         self.tokenizer: sentencepiece.SentencePieceProcessor | None = None
         self.vocabulary: Vocabulary | None = None
         self.mesh: Mesh | None = None
@@ -278,7 +284,7 @@ class InferenceRunner:
         path, table = self.runner.checkpoint_path, embedding_table(self.params)
         stored = None if path is None else checkpoint.rounded_table(path, self.config)
         model = model._replace(rounded=rounded_table(table, self.executions.decode, stored))
-        self._loaded = model, Scheduler(model)
+        self._loaded = model, Scheduler(model, self.prefix_cache)
         self._fixed = frozenset(vars(self))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -712,6 +718,7 @@ def load_model(
     dtype: str | None = None,
     context: int | None = None,
     pad_sizes: Sequence[int] = CHUNKS,
+    prefix_cache: bool = True,
     requests: Sequence[Request] = (),
     progress: Callable[[int, int], object] | None = None,
     kernels: bool = True,
@@ -728,12 +735,12 @@ def load_model(
     calls. slots: sequences served at once, rounded up to a multiple of the data axis. dtype: of the
     activations, "float32" or "bfloat16"; by default float32 on a CPU, bfloat16 elsewhere. context:
     the maximum number of tokens in a sequence, at most the model's own context, the default.
-    pad_sizes: as in InferenceRunner. requests, progress: as in its `initialize`. kernels: use those
-    in grok1/kernels, which are compiled at first use; if that fails, a warning is logged, and
-    slower plain JAX is used instead. On a GPU they require bfloat16. compile_cache: keep what jax
-    compiles from now on for the next start, in the same directory as run.py; not with several
-    processes. execution: as in ModelRunner. settings: fields of Execution to set instead: router,
-    expert_dispatch, scan_unroll, shard_activations.
+    pad_sizes, prefix_cache: as in InferenceRunner. requests, progress: as in its `initialize`.
+    kernels: use those in grok1/kernels, which are compiled at first use; if that fails, a warning
+    is logged, and slower plain JAX is used instead. On a GPU they require bfloat16. compile_cache:
+    keep what jax compiles from now on for the next start, in the same directory as run.py; not with
+    several processes. execution: as in ModelRunner. settings: fields of Execution to set instead:
+    router, expert_dispatch, scan_unroll, shard_activations.
 
     Raises ValueError with a one-sentence reason if anything is missing or does not fit.
     """
@@ -769,6 +776,7 @@ def load_model(
         local_mesh_config=local,
         between_hosts_config=between,
         pad_sizes=pad_sizes,
+        prefix_cache=prefix_cache,
     )
     server.initialize(requests, progress)
     checkpoint.check_config(directory, stored)  # a save may have replaced both it and the weights

@@ -196,9 +196,7 @@ class Form:
             row = CheckedRequest(request, self.config, None).slot()
             row = row._replace(limit=jnp.int32(self.config.sequence_len))
             state = self.read(start(state, np.int32(slot), row, **where), prompt, slot)
-        slots = np.arange(batch, dtype=np.int32)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        _, state = first_token(state, np.ones(batch, bool), slots, lengths, **where)
+        _, state = first_token(state, np.ones(batch, bool), **where)
         return jax.block_until_ready(state)
 
     def draw(self, state: State) -> State:

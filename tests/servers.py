@@ -37,6 +37,7 @@ def make(
     slots: int = SLOTS,
     mesh: tuple[int, int] = (1, 1),
     pad_sizes: tuple[int, ...] = (8, 32),
+    prefix_cache: bool = True,
     **options: Any,
 ) -> InferenceRunner:
     """Return a new server; with the defaults it runs the programs compiled for `server()`."""
@@ -47,6 +48,7 @@ def make(
         tokenizer_path=TOKENIZER,
         local_mesh_config=mesh,
         pad_sizes=pad_sizes,
+        prefix_cache=prefix_cache,
     )
     made.initialize()
     return made

@@ -6,7 +6,9 @@ so no sequence waits longer than one chunk. A sequence's result does not depend 
 batch: its prompt is chunked by its own length, and the compiled steps keep the slots independent.
 
 Each answer to a request takes one slot. The first answer reads the prompt, and the others copy its
-cache and logits.
+cache and logits. A prompt that begins like one that a slot still holds copies that part, and only
+the rest is read. A slot is started, which makes it lose what it holds, as late as possible: when
+its first chunk is read. By then, the prompts before it have been read, and can be copied.
 
 The devices run one step ahead of the host: a step is dispatched before the tokens of the previous
 one are read, except for a first token when no other sequence is decoding. The device detects the
@@ -36,6 +38,7 @@ from grok1.checks import is_integer
 from grok1.interrupts import uninterrupted
 from grok1.parallel.sharding import axis_size
 from grok1.serving.hooked import not_finite, with_hooks
+from grok1.serving.prompt_cache import CachedPrompt, PromptCache
 from grok1.serving.request import Answer, CheckedRequest, Completion, Event
 from grok1.serving.steps import (
     MOST_TOKENS,
@@ -168,18 +171,26 @@ class Handle:
 class _Sequence:
     """One answer of a request, as served by a slot.
 
-    chunks: lengths of the prompt chunks still to be read. source: the slot that holds its prompt,
-    once that has been read. in_flight: number of tokens that may have been drawn but are not yet
+    prompt: its prompt, with the number of tokens that the slot's cache holds. chunks: lengths of
+    the prompt chunks still to be read; none if another answer reads them. started: whether the slot
+    has been made ready for it. in_flight: number of tokens that may have been drawn but are not yet
     read by the host.
     """
 
-    def __init__(self, handle: Handle, answer: Answer, slot: int, chunks: Sequence[int]):
+    def __init__(
+        self,
+        handle: Handle,
+        answer: Answer,
+        slot: int,
+        prompt: CachedPrompt,
+        chunks: Sequence[int],
+    ):
         self.handle = handle
         self.answer = answer
         self.slot = slot
+        self.prompt = prompt
         self.chunks = collections.deque(chunks)
-        self.read = 0  # prompt tokens that have been read
-        self.source: int | None = None
+        self.started = False
         self.begun = False  # its first token has been dispatched
         self.in_flight = 0
 
@@ -193,11 +204,11 @@ class _Sequence:
         due = self.answer.count + self.in_flight
         return self.begun and not self.finished and due < self.answer.checked.limit
 
-    def next_chunk(self) -> tuple[int, list[int], list[int]]:
+    def next_chunk(self) -> tuple[int, Sequence[int], Sequence[int]]:
         """Return the next chunk: its compiled length, its tokens, and the token after each."""
-        size, prompt = self.chunks.popleft(), self.answer.checked.ids
-        first, self.read = self.read, min(self.read + size, len(prompt))
-        return size, prompt[first : self.read], prompt[first + 1 : self.read + 1]
+        size, prompt = self.chunks.popleft(), self.prompt
+        first, prompt.read = prompt.read, min(prompt.read + size, len(prompt.ids))
+        return size, prompt.ids[first : prompt.read], prompt.ids[first + 1 : prompt.read + 1]
 
 
 class _Tokens(NamedTuple):
@@ -228,13 +239,17 @@ class Statistics:
 
     steps: number of decode steps. tokens: number of tokens drawn in them. seconds: time spent in
     steps, except those that may have compiled. waiting: the part of `seconds` in which the host
-    waited for the devices; the rest is the host's own work.
+    waited for the devices; the rest is the host's own work. prompt_tokens: number of prompt tokens
+    that were read or copied, over all answers. reused_tokens: the copied ones, which had been read
+    for another answer or for another prompt with the same beginning.
     """
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
 
     @property
     def slots_used(self) -> float:
@@ -256,10 +271,11 @@ Phase = Callable[[str], object]  # called with "prefill" or "decode" as each beg
 class Scheduler:
     """The slots, the requests in them, the queue of waiting requests, and `statistics`.
 
-    Raises RuntimeError in a process forked after the model was loaded, in which jax does not work.
+    prefix_cache: as in InferenceRunner. Raises RuntimeError in a process forked after the model was
+    loaded, in which jax does not work.
     """
 
-    def __init__(self, model: LoadedModel):
+    def __init__(self, model: LoadedModel, prefix_cache: bool = True):
         self._params = model.params
         self._mesh = model.mesh
         self._config, self._executions = model.config, model.executions
@@ -269,6 +285,7 @@ class Scheduler:
         # Parts into which the data axis divides the slots.
         self._parts = axis_size(model.mesh, model.config.model.data_axis)
         self._pad_sizes = model.pad_sizes
+        self._prefix_cache = prefix_cache
         self._process = os.getpid()
         self._identity = object()
         self._lock = threading.RLock()
@@ -276,9 +293,9 @@ class Scheduler:
         self._submitted = 0
         self._line: collections.deque[Handle] = collections.deque()  # with answers without a slot
         self._slots: list[_Sequence | None] = [None] * model.num_slots
-        # The request whose prompt is in a slot's cache. It stays while answers wait to copy it:
-        # they are the first in the queue for every free slot.
-        self._prompts: dict[int, Handle] = {}
+        # A prompt stays while answers wait to copy it: they are the first in the queue for every
+        # free slot, and the slot that holds it is the first that they are given.
+        self._prompts = PromptCache(model.num_slots, model.pad_sizes[-1])
         self._dispatched: list[_Tokens | _Scores] = []
         self._given_up: collections.deque[Handle] = collections.deque()  # to be cancelled
         self._unread: dict[EventQueue, None] = {}  # queues with events that `step` returns
@@ -508,33 +525,42 @@ class Scheduler:
 
     def _fill(self) -> None:
         """Free the slots of finished answers, and give them to waiting ones, in order."""
-        self._slots = [s if s is not None and not s.finished else None for s in self._slots]
-        for slot, taken in enumerate(self._slots):
-            if taken is None and (handle := self._first_in_line()):
-                if any(s is not None and s.source == slot and not s.begun for s in self._slots):
-                    self._begin()  # before the prompt that it copies is overwritten
-                self._start(slot, handle)
+        for slot, sequence in enumerate(self._slots):
+            if sequence is not None and sequence.finished:
+                self._slots[slot] = None
+                if sequence.started:
+                    self._prompts.use(slot)
+        free = {slot for slot, sequence in enumerate(self._slots) if sequence is None}
+        while free and (handle := self._first_in_line()):
+            free.remove(self._place(handle, free))
         self._begin()
 
-    def _start(self, slot: int, handle: Handle) -> None:
-        """Give a slot to the next answer of a request."""
+    def _place(self, handle: Handle, free: Iterable[int]) -> int:
+        """Give one of the free slots to the next answer of a request; return which."""
         checked, answer = handle._checked, handle._answer(handle._begun)
-        row = checked.slot(answer.sample)
+        # Scores are needed of every prompt token, and come from another program than other chunks.
+        shared = self._prefix_cache and not checked.request.prompt_logprobs
+        prompt = CachedPrompt(handle.number, checked.ids, shared)
         chunks = () if answer.sample else chunk_lengths(len(checked.ids), self._pad_sizes)
-        self._slots[slot] = sequence = _Sequence(handle, answer, slot, chunks)
+        slot = self._prompts.choose(prompt, free)
+        self._slots[slot] = _Sequence(handle, answer, slot, prompt, chunks)
         handle._begun += 1
         if handle._begun == checked.request.num_samples:
             self._line.popleft()
-        sequence.source = self._find_prompt(handle, slot)
-        if self._prompts.get(slot) is not handle:
-            self._prompts.pop(slot, None)
-        kept = np.int32(len(checked.ids) if sequence.source == slot else 0)
-        self._state = self._run(start, self._current(), np.int32(slot), row, kept)
+        return slot
 
-    def _find_prompt(self, handle: Handle, slot: int) -> int | None:
-        """Return a slot that holds the prompt of a request, preferably `slot`, or None."""
-        holding = [place for place, owner in self._prompts.items() if owner is handle]
-        return slot if slot in holding else next(iter(holding), None)
+    def _start(self, sequence: _Sequence) -> None:
+        """Make a slot ready, with as much of the prompt as another slot, or itself, holds."""
+        slot, prompt, answer = sequence.slot, sequence.prompt, sequence.answer
+        source, prompt.read = self._prompts.find(prompt, slot)
+        for _ in range(prompt.read // self._pad_sizes[-1] if sequence.chunks else 0):
+            sequence.chunks.popleft()
+        self._prompts.put(prompt, slot, source)
+        self.statistics.prompt_tokens += prompt.read
+        self.statistics.reused_tokens += prompt.read
+        inputs = np.int32(slot), answer.checked.slot(answer.sample), np.int32(prompt.read)
+        self._state = self._run(start, self._current(), *inputs, np.int32(source))
+        sequence.started = True
 
     def _current(self) -> State:
         if self._state is None:
@@ -552,26 +578,23 @@ class Scheduler:
 
         Each part of the data axis reads one chunk; all chunks of a step have the same length.
         """
-        reading = {i: s for i, s in enumerate(self._slots) if s is not None and s.chunks}
+        reading = [s for s in self._slots if s is not None and s.chunks]
         if not reading:
             return
         phase("prefill")
-        order = sorted(reading, key=lambda slot: reading[slot].handle.number)
-        size, scored, top = kind = _kind(reading[order[0]])
+        chosen = self._choose_chunks(reading)
+        size, scored, top = kind = _kind(next(iter(chosen.values())))
         per_part = self._num_slots // self._parts
-        chosen: dict[int, int] = {}  # part of the data axis -> slot
-        for slot in order:
-            if _kind(reading[slot]) == kind:
-                chosen.setdefault(slot // per_part, slot)
         tokens, following = np.zeros([2, self._parts, size], np.int32)
         length = np.zeros([self._parts], np.int32)
-        places = np.array([chosen.get(i, i * per_part) for i in range(self._parts)], np.int32)
+        places = np.arange(self._parts, dtype=np.int32) * per_part
         counts = {}
-        for part, slot in chosen.items():
-            _, chunk, after = reading[slot].next_chunk()
-            length[part] = len(chunk)
+        for part, sequence in chosen.items():
+            _, chunk, after = sequence.next_chunk()
+            length[part], places[part] = len(chunk), sequence.slot
             tokens[part, : len(chunk)], following[part, : len(after)] = chunk, after
-            counts[part] = reading[slot].handle, len(after)
+            counts[part] = sequence.handle, len(after)
+        self.statistics.prompt_tokens += int(length.sum())
         inputs = [tokens, length, places, *([following] if scored else [])]
         state = self._current()
         scores, self._state = self._run(
@@ -580,32 +603,42 @@ class Scheduler:
         )  # fmt: skip
         if scores is not None:
             self._dispatched.append(_Scores(self._dispatches, scores, counts))
-        for slot in chosen.values():
-            if not reading[slot].chunks:
-                self._prompts[slot] = reading[slot].handle
         self._begin()
+
+    def _choose_chunks(self, reading: Iterable[_Sequence]) -> dict[int, _Sequence]:
+        """Return the sequence whose next chunk is read by each part of the data axis, oldest first.
+
+        All their chunks are of one kind.
+        """
+        per_part = self._num_slots // self._parts
+        chosen: dict[int, _Sequence] = {}
+        for sequence in sorted(reading, key=lambda sequence: sequence.handle.number):
+            if (part := sequence.slot // per_part) in chosen:
+                continue
+            if not sequence.started:
+                self._start(sequence)
+            if not chosen or _kind(sequence) == _kind(next(iter(chosen.values()))):
+                chosen[part] = sequence
+        return chosen
 
     def _begin(self) -> None:
         """Dispatch the first token of all sequences whose prompt has been read."""
-        beginning: dict[int, _Sequence] = {}
-        source, length = np.zeros([2, self._num_slots], np.int32)
         drawing = np.zeros([self._num_slots], bool)
-        for slot, sequence in enumerate(self._slots):
-            if sequence is None or sequence.begun:
-                continue
-            if sequence.source is None:
-                sequence.source = self._find_prompt(sequence.handle, slot)
-            if sequence.source is not None:
-                beginning[slot] = sequence
-                drawing[slot], source[slot] = True, sequence.source
-                length[slot] = len(sequence.answer.checked.ids)
-        if not beginning:
+        waiting = [s for s in self._slots if s is not None and not s.begun and not s.chunks]
+        # In the order of the queue, as a slot loses the prompt that it held.
+        for sequence in sorted(waiting, key=lambda s: (s.handle.number, s.answer.sample)):
+            prompt = sequence.prompt
+            if not sequence.started:
+                if self._prompts.find(prompt, sequence.slot)[1] < len(prompt.ids):
+                    continue  # another answer is reading it
+                self._start(sequence)
+            drawing[sequence.slot] = True
+        if not drawing.any():
             return
-        state = self._current()
-        found, self._state = self._run(first_token, state, drawing, source, length)
-        for slot, sequence in beginning.items():
+        found, self._state = self._run(first_token, self._current(), drawing)
+        beginning = {s.slot: s for s in waiting if drawing[s.slot]}
+        for sequence in beginning.values():
             sequence.begun = True
-            self._prompts[slot] = sequence.handle
         self._note(found, 1, beginning, first=True)
 
     def _decode(self, tokens: int, phase: Phase) -> None:
@@ -732,13 +765,14 @@ class Scheduler:
 
     def _forget(self) -> None:
         self._slots = [None] * self._num_slots
-        self._dispatched, self._prompts, self._state = [], {}, None
+        self._dispatched, self._state = [], None
+        self._prompts = PromptCache(self._num_slots, self._pad_sizes[-1])
         self._torn = False
 
 
 def generate_alone(model: LoadedModel, requests: Iterable[CheckedRequest]) -> list[Event]:
     """Answer requests in a separate scheduler; return the last event of each answer."""
-    own = Scheduler(model)
+    own = Scheduler(model, prefix_cache=False)
     return [e for e in own.answer(requests, MOST_TOKENS) if e.finish_reason is not None]
 
 

@@ -302,47 +302,73 @@ def start(
     index: jax.Array,
     row: Slots,
     kept: jax.Array | int = 0,
+    source: jax.Array | int = 0,
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
 ) -> State:
     """Assign the slot `index` int32 [] to a new sequence, `row` (without the slot axis).
 
-    kept: int32 [], number of cache positions to keep. The others are set to zero, as a NaN from
-    the previous sequence would propagate into the sums of the new one.
+    kept: int32 [], the number of first cache positions that it takes over from the slot `source`
+    int32 [], which may be `index`, with the logits after its prompt. The other positions are set to
+    zero, as a NaN from the previous sequence would propagate into the sums of the new one.
     """
     memory, slots, logits = state
     chosen = jnp.arange(slots.drawn.shape[0]) == index  # bool [B]
     slots = jax.tree.map(
         lambda x, new: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), new, x), slots, row
     )
-    step = jnp.where(chosen, 0, memory.layers.step)
+    logits = jnp.where(chosen[:, None], logits[source], logits)
+    step = jnp.where(chosen, kept, memory.layers.step)
+    first = jnp.arange(memory.valid.shape[1]) < kept  # bool [S]
+    valid = jnp.where(chosen[:, None], memory.valid[source] & first, memory.valid)
     k, v = (
-        _zero_from(cache, index, kept, config, execution.mesh)
+        _copy_first(cache, index, source, kept, config, execution.mesh)
         for cache in (memory.layers.k, memory.layers.v)
     )
-    memory = memory._replace(layers=memory.layers._replace(k=k, v=v, step=step))
+    memory = Memory(memory.layers._replace(k=k, v=v, step=step), valid)
     return _placed(State(memory, slots, logits), config, execution.mesh)
 
 
-def _zero_from(
+def _copy_first(
     cache: jax.Array,
     index: jax.Array,
+    source: jax.Array | int,
     kept: jax.Array | int,
     config: LanguageModelConfig,
     mesh: AnyMesh | None,
 ) -> jax.Array:
-    """Zero the positions of a slot after the first `kept`; cache: [L, B, S, K, H]."""
+    """Copy the first `kept` positions of slot `source` to slot `index`, and zero the others.
 
-    def local(cache: jax.Array, index: jax.Array, kept: jax.Array) -> jax.Array:
+    cache: [L, B, S, K, H].
+    """
+
+    def copy(cache: jax.Array, index: jax.Array, source: jax.Array) -> jax.Array:
+        own, here = _in_part(cache, source, config, mesh)
+        row = lax.dynamic_slice_in_dim(cache, own, 1, axis=1)
+        if mesh is not None:
+            # Broadcast the bits from the data shard that has them to all others.
+            kind = jnp.dtype(f"uint{8 * row.dtype.itemsize}")
+            bits = lax.bitcast_convert_type(row, kind).astype(jnp.uint32)
+            bits = lax.psum(jnp.where(here, bits, 0), config.model.data_axis)
+            row = lax.bitcast_convert_type(bits.astype(kind), row.dtype)
+        place, mine = _in_part(cache, index, config, mesh)
+        row = jnp.where(mine, row, lax.dynamic_slice_in_dim(cache, place, 1, axis=1))
+        return lax.dynamic_update_slice_in_dim(cache, row, place, axis=1)
+
+    def local(cache: jax.Array, index: jax.Array, source: jax.Array, kept: jax.Array) -> jax.Array:
+        # Local: cache [L, B/data, S, K/model, H].
+        needed = (kept > 0) & (source != index)
+        cache = lax.cond(needed, lambda c: copy(c, index, source), lambda c: c, cache)
         place, mine = _in_part(cache, index, config, mesh)
         row = lax.dynamic_slice_in_dim(cache, place, 1, axis=1)
-        row = jnp.where(mine & (_positions(cache) >= kept), jnp.zeros([], cache.dtype), row)
+        position = jnp.arange(cache.shape[2])[:, None, None]
+        row = jnp.where(mine & (position >= kept), jnp.zeros([], cache.dtype), row)
         return lax.dynamic_update_slice_in_dim(cache, row, place, axis=1)
 
     layout = memory_specs(config).layers.k
-    zero = on_shards(local, mesh, (layout, P(), P()), layout)
-    return zero(cache, index, jnp.asarray(kept, jnp.int32))
+    run = on_shards(local, mesh, (layout, P(), P(), P()), layout)
+    return run(cache, index, jnp.asarray(source, jnp.int32), jnp.asarray(kept, jnp.int32))
 
 
 def _in_part(
@@ -356,11 +382,6 @@ def _in_part(
     first = 0 if mesh is None else lax.axis_index(config.model.data_axis) * size
     place = slot - first
     return jnp.clip(place, 0, size - 1), (place >= 0) & (place < size)
-
-
-def _positions(cache: jax.Array) -> jax.Array:
-    """Return the positions of a cache, int32 [S, 1, 1]."""
-    return jnp.arange(cache.shape[2])[:, None, None]
 
 
 @functools.partial(
@@ -426,68 +447,18 @@ def _first_choices(
 def first_token(
     state: State,
     drawing: jax.Array,
-    source: jax.Array,
-    length: jax.Array,
     *,
     config: LanguageModelConfig,
     execution: Execution = ONE_DEVICE,
 ) -> tuple[jax.Array, State]:
     """Draw the first token of the slots `drawing` bool [B], whose prompts have been read.
 
-    source: int32 [B], the slot whose cache and logits of the prompt are copied: the slot itself,
-    or another slot with the same prompt. length: int32 [B], the length of the prompt.
     Returns one token for each, for `unpack`, and the state.
     """
     memory, slots, logits = state
-    logits = jnp.where(drawing[:, None], logits[source], logits)
-    memory = _copy_cache(memory, drawing, source, length, config, execution.mesh)
     tokens, slots = _draw(config, execution, logits, slots, drawing)
     state = _placed(State(memory, slots, logits), config, execution.mesh)
     return readable(tokens[None], execution.mesh), state
-
-
-def _copy_cache(
-    memory: Memory,
-    taking: jax.Array,
-    source: jax.Array,
-    length: jax.Array,
-    config: LanguageModelConfig,
-    mesh: AnyMesh | None,
-) -> Memory:
-    """Copy the first `length` [B] positions of slots `source` to the slots `taking` bool [B]."""
-    layers = memory.layers
-    step = jnp.where(taking, length, layers.step)
-    valid = jnp.where(taking[:, None], memory.valid[source], memory.valid)
-    copying = taking & (source != jnp.arange(source.shape[0]))
-
-    def local(
-        cache: jax.Array, copying: jax.Array, source: jax.Array, length: jax.Array
-    ) -> jax.Array:
-        # Local: cache [L, B/data, S, K/model, H]; the others are the full [B].
-        def copy(slot: jax.Array, cache: jax.Array) -> jax.Array:
-            own, here = _in_part(cache, source[slot], config, mesh)
-            row = lax.dynamic_slice_in_dim(cache, own, 1, axis=1)
-            if mesh is not None:
-                # Broadcast the bits from the data shard that has them to all others.
-                kind = jnp.dtype(f"uint{8 * row.dtype.itemsize}")
-                bits = lax.bitcast_convert_type(row, kind).astype(jnp.uint32)
-                bits = lax.psum(jnp.where(here, bits, 0), config.model.data_axis)
-                row = lax.bitcast_convert_type(bits.astype(kind), row.dtype)
-            at, mine = _in_part(cache, slot, config, mesh)
-            old = lax.dynamic_slice_in_dim(cache, at, 1, axis=1)
-            # Positions after the prompt, written by an answer, may be NaN.
-            row = jnp.where(mine & (_positions(cache) < length[slot]), row, old)
-            return lax.dynamic_update_slice_in_dim(cache, row, at, axis=1)
-
-        def visit(slot: jax.Array, cache: jax.Array) -> jax.Array:
-            return lax.cond(copying[slot], lambda c: copy(slot, c), lambda c: c, cache)
-
-        return lax.fori_loop(0, source.shape[0], visit, cache)
-
-    cache = memory_specs(config).layers.k
-    copy_all = on_shards(local, mesh, (cache, P(), P(), P()), cache)
-    k, v = (copy_all(x, copying, source, length) for x in (layers.k, layers.v))
-    return Memory(layers._replace(k=k, v=v, step=step), valid)
 
 
 @_step

@@ -297,7 +297,7 @@ def test_prompt_is_read_once_if_answers_exceed_slots(monkeypatch):
         return read(*arguments, **options)
 
     monkeypatch.setattr(scheduler, "prefill", counted)
-    several = Request([*range(3, 43)], num_samples=2 * SLOTS + 1, max_len=5, ignore_eos=True)
+    several = Request([*range(103, 143)], num_samples=2 * SLOTS + 1, max_len=5, ignore_eos=True)
     answers = server().generate([several, Request([9], max_len=2)])
     assert len(chunks) == 3  # 32 tokens and 8, and the other prompt
     # In the order of the requests and of their seeds.
