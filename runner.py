@@ -691,6 +691,15 @@ class InferenceRunner:
         scores = self._with_model(scoring.score, *given, hooks=hooks, hook_args=hook_args)
         return scores[0] if single else scores
 
+    def score_continuations(self, pairs: Iterable[tuple[Prompt, Prompt]]) -> list[TokenScores]:
+        """Return the results of `score_tokens` for the second text of each pair, after the first.
+
+        A first text that several pairs have is read once, as in questions with several answers. A
+        pair longer than the context is read in windows. Raises ValueError like `score`.
+        """
+        ids = [(self.encode(first), self.encode(second)) for first, second in pairs]
+        return self._with_model(scoring.score_continuations, ids, self.bos_token)
+
 
 def with_settings(
     config: LanguageModelConfig, dtype: str, context: int | None

@@ -77,14 +77,17 @@ class GrokLM(LM):
         pairs = [self._split(*request.args) for request in requests]
         most = self.server.config.sequence_len
         # A continuation that does not fit by itself is read in windows, as in `score`.
-        texts = [
-            (context + own)[-most:] if len(own) <= most else context + own for context, own in pairs
+        pairs = [
+            (
+                context[max(0, len(context) + len(own) - most) :] if len(own) <= most else context,
+                own,
+            )
+            for context, own in pairs
         ]
         found = []
-        scored = self.server.score_tokens(texts)
-        for request, (_, own), scores in zip(requests, pairs, scored, strict=True):
-            first = len(scores.logprobs) - len(own)
-            result = _total(scores.logprobs[first:]), bool(np.all(scores.greedy[first:]))
+        scored = self.server.score_continuations(pairs)
+        for request, scores in zip(requests, scored, strict=True):
+            result = _total(scores.logprobs), bool(np.all(scores.greedy))
             self.cache_hook.add_partial("loglikelihood", request.args, result)
             found.append(result)
         return found

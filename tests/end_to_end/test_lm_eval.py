@@ -52,7 +52,7 @@ def test_loglikelihood_is_the_score_of_continuation(server, model):
         whole = server.encode(context + continuation)
         split = len(server.encode(context.rstrip()))
         (scores,) = server.score([whole])
-        assert total == float(np.sum(scores[split:], dtype=np.float64))
+        assert total == pytest.approx(np.sum(scores[split:], dtype=np.float64), abs=1e-5)
         logits = server.logits([[1, *whole[:-1]]])[0]
         assert greedy == bool(np.all(np.argmax(logits, -1)[split:] == whole[split:]))
     assert [greedy for _, greedy in found] == [True, False, False, False]

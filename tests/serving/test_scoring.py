@@ -8,6 +8,7 @@ import pytest
 
 import golden
 from grok1.execution import ONE_DEVICE
+from grok1.serving import scoring
 from grok1.serving.request import Request
 from grok1.serving.steps import apply_model
 from servers import TINY, drain, logprobs, server
@@ -73,6 +74,35 @@ def test_scores_do_not_depend_on_other_texts():
     for text, scores in zip(texts, together[:-1], strict=True):
         np.testing.assert_allclose(server().score([text])[0], scores, atol=1e-5)
     assert together[-1].shape == (0,)
+
+
+def test_continuations_are_scored_like_complete_texts():
+    texts = [random_ids(n, seed=n).tolist() for n in (0, 1, 9, 40, 41, 42)]
+    ends = [random_ids(n, seed=100 + n).tolist() for n in (0, 1, 2, 3, 9, 24, 70)]
+    pairs = [(texts[3], end) for end in ends[1:6]]  # at most the context of 64
+    pairs += [(texts[0], ends[2]), (texts[4], ends[3]), (texts[0], ends[1]), (texts[1], ends[5])]
+    pairs += [(texts[2], ends[0]), (texts[2], ends[1]), (texts[5], ends[6]), (texts[5], ends[1])]
+    pairs += [(text, end) for text in (texts[1], [7, 8], [9]) for end in ends[2:4]]
+    found = server().score_continuations(pairs)
+    for (first, second), scores in zip(pairs, found, strict=True):
+        whole = server().score_tokens([*first, *second])
+        assert scores.greedy.shape == scores.logprobs.shape == (len(second),)
+        np.testing.assert_allclose(scores.logprobs, whole.logprobs[len(first) :], atol=1e-5)
+        assert np.array_equal(scores.greedy, whole.greedy[len(first) :])
+    assert server().score_continuations([]) == []
+
+
+def test_text_before_several_continuations_is_read_once(monkeypatch):
+    read, step = [], scoring.score_step
+
+    def counted(params, memory, length, *arrays, **options):
+        read.append(length.tolist())
+        return step(params, memory, length, *arrays, **options)
+
+    monkeypatch.setattr(scoring, "score_step", counted)
+    first, second = random_ids(40).tolist(), random_ids(33, seed=1).tolist()
+    server().score_continuations([(first, [5]), (second, [6, 7]), (first, [8]), (second, [9])])
+    assert read == [[32, 32, 0, 0], [8, 1, 0, 0], [1, 2, 0, 0], [1, 1, 0, 0]]
 
 
 def test_scores_need_a_tokenizer_with_bos(monkeypatch):
