@@ -50,7 +50,7 @@ from grok1.cli.startup import check_surroundings
 from grok1.cli.timing import Timing, arrivals
 from grok1.interrupts import uninterrupted
 from grok1.parallel import multihost
-from grok1.serving.request_limits import CHUNKS
+from grok1.serving.request_limits import CHUNKS, SERVED_CHUNK
 
 if TYPE_CHECKING:
     from grok1.serving.request import Completion
@@ -123,7 +123,8 @@ def make_server(job: Job, progress: ByteProgress, processes: int = 1) -> Inferen
             progress=progress,
             kernels=options.kernels,
             compile_cache=False,  # if used, it is enabled above
-            pad_sizes=chunks(options.chunk),
+            pad_sizes=chunks(options.chunk or longest_chunk(options)),
+            prefix_cache=options.prefix_cache,
         )
     except RequestError as error:
         line = options.lines[job.left[error.index]]
@@ -159,10 +160,15 @@ def slots_for(answers: int) -> int:
     return min(1 << (answers - 1).bit_length(), MOST_SLOTS)
 
 
-def chunks(longest: int | None) -> list[int]:
+def longest_chunk(options: Options) -> int:
+    """Return the default of --chunk: short for a server on a CPU, where others wait for it."""
+    from grok1 import backend
+
+    return SERVED_CHUNK if options.serve and backend.on_cpu() else CHUNKS[-1]
+
+
+def chunks(longest: int) -> list[int]:
     """Return the lengths of the chunks in which prompts are read."""
-    if longest is None:
-        return [*CHUNKS]
     return [*(size for size in CHUNKS if size < longest), longest]
 
 

@@ -21,8 +21,8 @@ from grok1.parallel.multihost import Peers
 SHARED = (
     "lines", "max_len", "temperature", "top_k", "nucleus_p", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "stop", "truncate", "seed", "mesh", "dtype", "batch",
-    "context", "num_samples", "streamed", "kernels", "chunk", "logit_bias", "min_len",
-    "top_logprobs",
+    "context", "num_samples", "streamed", "kernels", "chunk", "prefix_cache", "logit_bias",
+    "min_len", "top_logprobs",
 )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class Options:
     batch: int | None
     context: int | None
     chunk: int | None
+    prefix_cache: bool
     compile_cache: bool
     kernels: bool
     # A server.

@@ -34,6 +34,7 @@ from grok1.serving.request_limits import (
     LARGEST_PENALTY,
     MOST_LOGPROBS,
     MOST_SAMPLES,
+    SERVED_CHUNK,
 )
 
 DEFAULT_PROMPT = "Once upon a time"
@@ -96,6 +97,13 @@ def logit_bias(text: str) -> tuple[str, float]:
         expected = "a token id and a number such as 5:-2.5"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return str(int(token)), number(float, -LARGEST_BIAS, LARGEST_BIAS)(value)
+
+
+def on_or_off(text: str) -> bool:
+    """Parse "on" or "off"."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
@@ -365,7 +373,15 @@ def add_machine(parser: Parser) -> None:
         "--chunk",
         type=count,
         metavar="N",
-        help=f"read prompts in chunks of at most N tokens ({CHUNKS[-1]})",
+        help=f"read prompts in chunks of at most N tokens ({CHUNKS[-1]}; {SERVED_CHUNK} with "
+        "--serve on a CPU)",
+    )
+    add(
+        "--prefix-cache",
+        type=on_or_off,
+        metavar="on|off",
+        default=True,
+        help="whether a prompt takes over the chunks that it shares with an earlier one (on)",
     )
     add(
         "--no-compile-cache",

@@ -188,9 +188,12 @@ def test_machine_options_reach_the_model(command, monkeypatch):
         "200",
         "--dtype",
         "bfloat16",
+        "--prefix-cache",
+        "off",
     ]
     command("--checkpoint", MODEL, "--prompt-ids", "5", *machine, "--no-kernels")
     expected = {"mesh": (1, 2), "slots": 3, "context": 60, "dtype": "bfloat16", "kernels": False}
+    expected["prefix_cache"] = False
     assert {name: given[name] for name in expected} == expected
     assert given["pad_sizes"] == [16, 128, 200]
 
@@ -198,7 +201,9 @@ def test_machine_options_reach_the_model(command, monkeypatch):
 def test_number_of_slots_and_chunk_lengths_are_few():
     """Each of them is compiled."""
     assert [run.slots_for(n) for n in (1, 2, 3, 4, 5, 8, 9, 1000)] == [1, 2, 4, 4, 8, 8, 8, 8]
-    assert run.chunks(None) == [16, 128, 1024] and run.chunks(4) == [4]
+    assert run.chunks(1024) == [16, 128, 1024] and run.chunks(4) == [4]
+    assert run.longest_chunk(parse_arguments([])) == 1024
+    assert run.longest_chunk(parse_arguments(["--serve", "80"])) == 128  # on a CPU
 
 
 def test_help_has_examples_and_groups(command, monkeypatch):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from grok1.serving.request import Event
 
@@ -41,6 +44,7 @@ class Metrics:
         running.set_function(lambda: len(engine.held) - engine.waiting)
         waiting = Gauge("grok_requests_waiting", "Requests that wait for a slot", registry=to)
         waiting.set_function(lambda: engine.waiting)
+        to.register(_PrefixCache(engine))
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
@@ -49,6 +53,23 @@ class Metrics:
     def watch(self) -> Watch:
         """Return what counts the tokens of a request that begins now."""
         return Watch(self)
+
+
+class _PrefixCache(Collector):
+    """Reports how many tokens of prompts were taken over instead of read."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        done = self._engine.server.statistics
+        asked, reused = done.prompt_tokens, done.reused_tokens
+        yield CounterMetricFamily(
+            "grok_prefix_cache_queries", "Prompts' tokens, of all answers", value=asked
+        )
+        yield CounterMetricFamily(
+            "grok_prefix_cache_hits", "Those that were taken over, not read", value=reused
+        )
 
 
 class Watch:
