@@ -1,6 +1,5 @@
 """The server: OpenAI's client against one that a test starts, in this process."""
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -31,24 +30,12 @@ class Running:
 
     def __init__(self, model: InferenceRunner, key: str | None = KEY, most_waiting: int = 64):
         self.api = Api(Engine(model, most_waiting), "tiny", Template(), key)
-        self.socket = serve.bind("127.0.0.1", 0)
-        self.port = self.socket.getsockname()[1]
         self.said: list[str] = []
-        ready = threading.Event()
-        self._end: Any = None
-
-        async def run() -> None:
-            self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-            await serve.serve(self.api, self.socket, 5.0, ready.set, self.said.append, self._end)
-
-        self._thread = threading.Thread(target=lambda: asyncio.run(run()))
-        self._thread.start()
-        assert ready.wait(30)
+        self._serving = serve.in_background(self.api, tell=self.said.append)
+        self.port = self._serving.__enter__()
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+        self._serving.__exit__(None, None, None)
 
     def client(self, **options: Any) -> openai.OpenAI:
         own = {"api_key": KEY, "max_retries": 0, "timeout": 60} | options
@@ -147,6 +134,18 @@ def test_echo_returns_the_prompt_and_its_scores(stream, client):
     expected = server().generate(ids, max_len=1, temperature=0, prompt_logprobs=True)
     assert scores == [*expected.prompt_logprobs, *expected.logprobs] and scores[0] is None
     assert text == TEXT + expected.text and "".join(tokens) == f" {text}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_needs_no_scores(stream, client):
+    settings = {"max_tokens": 3, "seed": 1, "temperature": 0}
+    found = complete(client, TEXT, stream=stream, echo=True, n=2, **settings)
+    texts = ["", ""]
+    for chunk in found if stream else [found]:
+        for choice in chunk.choices:
+            assert choice.logprobs is None
+            texts[choice.index] += choice.text
+    assert texts == [TEXT + complete(client, TEXT, **settings).choices[0].text] * 2
 
 
 def test_only_the_prompt_can_be_asked_for(client):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grok1.serving.request import Completion
+from grok1.serving.http.fields import Asked
+from grok1.serving.request import Completion, Event
 
 if TYPE_CHECKING:
     from runner import InferenceRunner
@@ -58,11 +59,46 @@ class Form:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": end}
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def openings(self, index: int, answer: Completion, asked: Asked) -> list[dict[str, Any]]:
+        """Return what precedes the first token of a streamed answer."""
+        if self._chat:
+            return [self._opening(index)]
+        if not asked.echo:
+            return []
+        logprobs = None if asked.logprobs is None else self.logprobs(prompt_tokens(answer))
+        return [self.choice(index, self.prompt_text(answer), logprobs, None, chunk=True)]
+
+    def _opening(self, index: int) -> dict[str, Any]:
         """Return the first chunk of a choice of a chat, which names the role."""
         choice = self.choice(index, "", None, None, chunk=True)
         choice["delta"] = {"role": "assistant", "content": ""}
         return choice
+
+    def text(self, answer: Completion) -> str:
+        """Return the text of an answer; without a tokenizer, its token ids."""
+        return answer.text if answer.text is not None else " ".join(map(str, answer.token_ids))
+
+    def event_text(self, event: Event) -> str:
+        """Return what an event adds to the text of its answer."""
+        return event.text if self._server.vocabulary is not None else f"{event.token_id} "
+
+    def prompt_text(self, answer: Completion) -> str:
+        """Return the text of a prompt; without a tokenizer, its token ids."""
+        if answer.prompt is not None:
+            return answer.prompt
+        if self._server.vocabulary is None:
+            return " ".join(map(str, answer.prompt_ids)) + " "
+        return self._server.vocabulary.decode(answer.prompt_ids)
+
+    def answer(self, index: int, answer: Completion, asked: Asked) -> dict[str, Any]:
+        """Return the choice of a complete answer."""
+        text = "" if asked.empty else self.text(answer)
+        text = self.prompt_text(answer) + text if asked.echo else text
+        logprobs = None
+        if asked.logprobs is not None:
+            tokens = [] if asked.empty else answer_tokens(answer)
+            logprobs = self.logprobs(prompt_tokens(answer) + tokens if asked.echo else tokens)
+        return self.choice(index, text, logprobs, "length" if asked.empty else answer.finish_reason)
 
     # ---------------------------------------------------------------------- log-probabilities
 
@@ -126,3 +162,30 @@ def usage(answers: Sequence[Sequence[Completion]], empty: bool = False) -> dict[
     prompt = sum(len(own[0].prompt_ids) for own in answers)
     new = 0 if empty else sum(len(answer.token_ids) for own in answers for answer in own)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+class Stream:
+    """One answer as chunks. index: of its choice."""
+
+    def __init__(self, form: Form, index: int, asked: Asked, answer: Completion):
+        self.answer = answer
+        self._form = form
+        self._index = index
+        self._asked = asked
+        self._count = 0  # tokens so far
+        self._offset = len(form.prompt_text(answer)) if asked.echo else 0  # of the next one
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the choices that an event adds."""
+        form, asked, index = self._form, self._asked, self._index
+        if not self._count:
+            yield from form.openings(index, event.completion, asked)
+        self.answer, logprobs = event.completion, None
+        if asked.logprobs is not None and not asked.empty:
+            (token,) = answer_tokens(event.completion, self._count, self._count + 1)
+            logprobs = form.logprobs([token], self._offset)
+            self._offset += len(form.token_text(token.id))
+        self._count += 1
+        text = "" if asked.empty else form.event_text(event)
+        if text or logprobs is not None or event.finish_reason is not None:
+            yield form.choice(index, text, logprobs, event.finish_reason, chunk=True)

@@ -22,12 +22,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from grok1.serving.http import fields
-from grok1.serving.http.answers import Form, answer_tokens, prompt_tokens, usage
+from grok1.serving.http.answers import Form, Stream, usage
 from grok1.serving.http.chat import Template
-from grok1.serving.http.engine import Engine, Job
+from grok1.serving.http.engine import Call, Engine
 from grok1.serving.http.errors import ApiError, closing, failed
 from grok1.serving.http.metrics import Metrics
-from grok1.serving.request import Completion
+from grok1.serving.request import Completion, Event
 from grok1.serving.request import Request as ModelRequest
 
 MOST_BYTES = 8 << 20  # of a body
@@ -157,144 +157,63 @@ class Api:
                 await run_in_threadpool(self.server.check, one)
             except ValueError as error:
                 raise fields.explained(error) from error
-        jobs = self.engine.jobs(requests, asked.stream)
+        calling = self.engine.call(requests, asked.stream)
         if asked.stream:
-            made = jobs.__enter__()
-            chunks = self._stream(jobs, made, asked, form)
+            call = calling.__enter__()
+            chunks = self._stream(calling, call, asked, form)
             return StreamingResponse(chunks, media_type="text/event-stream")
-        with jobs as made:
-            reading = asyncio.gather(*(self._finish(job) for job in made))
-            answers = await _unless_left(request, reading)
+        with calling as call:
+            answers = await _unless_left(request, asyncio.ensure_future(self._finish(call)))
         choices = [
-            self._choice(form, index, answer, asked)
+            form.answer(index, answer, asked)
             for index, answer in enumerate(answer for own in answers for answer in own)
         ]
         return JSONResponse(form.body(choices, usage(answers, asked.empty)))
 
-    async def _finish(self, job: Job) -> list[Completion]:
-        """Wait for all answers of a job and return them. Raises ApiError if one failed."""
-        watch = self.metrics.watch()
-        found: dict[int, Completion] = {}
-        async for event in job.events():
-            watch.take(event)
+    async def _events(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the events of a call, and count them. Raises ApiError if an answer fails."""
+        watches = [self.metrics.watch() for _ in call.jobs]
+        async for number, event in call.events():
+            watches[number].take(event)
             if event.finish_reason == "error":
                 raise failed(event.completion.error)
-            found[event.sample] = event.completion
-        return [found[sample] for sample in sorted(found)]
+            yield number, event
 
-    def _choice(
-        self, form: Form, index: int, answer: Completion, asked: fields.Asked
-    ) -> dict[str, Any]:
-        text = "" if asked.empty else self._text(answer)
-        tokens = [] if asked.empty else answer_tokens(answer)
-        if asked.echo:
-            text = self._prompt_text(answer) + text
-            tokens = prompt_tokens(answer) + tokens
-        logprobs = None if asked.logprobs is None else form.logprobs(tokens)
-        reason = "length" if asked.empty else answer.finish_reason
-        return form.choice(index, text, logprobs, reason)
-
-    def _text(self, answer: Completion) -> str:
-        """Return the text of an answer; without a tokenizer, its token ids."""
-        return answer.text if answer.text is not None else " ".join(map(str, answer.token_ids))
-
-    def _prompt_text(self, answer: Completion) -> str:
-        if answer.prompt is not None:
-            return answer.prompt
-        if self.server.vocabulary is None:
-            return " ".join(map(str, answer.prompt_ids)) + " "
-        return self.server.vocabulary.decode(answer.prompt_ids)
+    async def _finish(self, call: Call) -> list[list[Completion]]:
+        """Wait for the answers to each request of a call and return them. Raises ApiError."""
+        found: list[dict[int, Completion]] = [{} for _ in call.jobs]
+        async for number, event in self._events(call):
+            found[number][event.sample] = event.completion
+        return [[own[sample] for sample in sorted(own)] for own in found]
 
     async def _stream(
         self,
-        jobs: contextlib.AbstractContextManager[list[Job]],
-        made: list[Job],
+        calling: contextlib.AbstractContextManager[Call],
+        call: Call,
         asked: fields.Asked,
         form: Form,
     ) -> AsyncIterator[str]:
-        """Yield server-sent events with the tokens of some jobs; cancels them if it is closed."""
-        queue: asyncio.Queue[dict[str, Any] | ApiError | None] = asyncio.Queue()
-        answers: list[dict[int, Completion]] = [{} for _ in made]
-        tasks = [
-            asyncio.create_task(self._forward(queue, job, number, answers[number], asked, form))
-            for number, job in enumerate(made)
-        ]
+        """Yield server-sent events with the tokens of a call; cancels it if it is closed."""
+        streams: list[dict[int, Stream]] = [{} for _ in call.jobs]
         try:
-            left = len(tasks)
-            while left:
-                found = await queue.get()
-                if found is None:
-                    left -= 1
-                elif isinstance(found, ApiError):
-                    yield _event(found.body())
-                    return
-                else:
-                    yield _event(form.body([found], None, chunk=True))
+            async for number, event in self._events(call):
+                own, sample = streams[number], event.sample
+                if sample not in own:
+                    index = number * call.jobs[number].request.num_samples + sample
+                    own[sample] = Stream(form, index, asked, event.completion)
+                for choice in own[sample].chunks(event):
+                    yield _event(form.body([choice], None, chunk=True))
             if asked.usage:
-                counted = usage([list(own.values()) for own in answers], asked.empty)
-                yield _event(form.body([], counted, chunk=True))
+                answers = [[stream.answer for stream in own.values()] for own in streams]
+                yield _event(form.body([], usage(answers, asked.empty), chunk=True))
             yield "data: [DONE]\n\n"
-        finally:
-            for task in tasks:
-                task.cancel()
-            jobs.__exit__(None, None, None)
-
-    async def _forward(
-        self,
-        queue: asyncio.Queue[dict[str, Any] | ApiError | None],
-        job: Job,
-        number: int,
-        answers: dict[int, Completion],
-        asked: fields.Asked,
-        form: Form,
-    ) -> None:
-        """Put the choices of a job's tokens in a queue, and at the end None or an error."""
-        watch = self.metrics.watch()
-        counts: dict[int, int] = {}
-        offsets: dict[int, int] = {}  # of the next token in the text
-        try:
-            async for event in job.events():
-                watch.take(event)
-                if event.finish_reason == "error":
-                    raise failed(event.completion.error)
-                index = number * job.request.num_samples + event.sample
-                if event.sample not in answers:
-                    answers[event.sample] = event.completion
-                    if asked.echo:
-                        offsets[event.sample] = len(self._prompt_text(event.completion))
-                    for choice in self._openings(form, index, event.completion, asked):
-                        queue.put_nowait(choice)
-                first = counts.get(event.sample, 0)
-                counts[event.sample] = first + 1
-                text, logprobs = event.text, None
-                if self.server.vocabulary is None:
-                    text = f"{event.token_id} "
-                if asked.logprobs is not None and not asked.empty:
-                    (token,) = answer_tokens(event.completion, first, first + 1)
-                    offset = offsets.get(event.sample, 0)
-                    logprobs = form.logprobs([token], offset)
-                    offsets[event.sample] = offset + len(form.token_text(token.id))
-                text = "" if asked.empty else text
-                if text or logprobs is not None or event.finish_reason is not None:
-                    reason = event.finish_reason
-                    queue.put_nowait(form.choice(index, text, logprobs, reason, chunk=True))
-            queue.put_nowait(None)
         except ApiError as error:
-            queue.put_nowait(error)
+            yield _event(error.body())
         except Exception as error:
             _log.exception("a stream failed")
-            queue.put_nowait(failed(str(error)))
-
-    def _openings(
-        self, form: Form, index: int, answer: Completion, asked: fields.Asked
-    ) -> list[dict[str, Any]]:
-        """Return what precedes the first token of a streamed choice."""
-        if form.id.startswith("chatcmpl"):
-            return [form.opening(index)]
-        if not asked.echo:
-            return []
-        logprobs = None if asked.logprobs is None else form.logprobs(prompt_tokens(answer))
-        return [form.choice(index, self._prompt_text(answer), logprobs, None, chunk=True)]
+            yield _event(failed(str(error)).body())
+        finally:
+            calling.__exit__(None, None, None)
 
     # ------------------------------------------------------------------------ about the model
 
@@ -369,7 +288,7 @@ class Api:
         if more:
             raise ApiError(400, "prompt: expected one string, or token ids, got several", "prompt")
         try:
-            found = await self.engine.call(functools.partial(self.server.inspect, prompt))
+            found = await self.engine.run(functools.partial(self.server.inspect, prompt))
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
         chosen, probs = found.captured.expert_index, found.captured.router_probs  # [L, T, ...]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from grok1.serving.http.errors import ApiError, failed
@@ -21,36 +22,49 @@ from grok1.serving.steps import MOST_TOKENS
 if TYPE_CHECKING:
     from runner import InferenceRunner
 
+STEP_SECONDS = 0.1  # within which a new request is begun, if a token does not take longer
 Result = TypeVar("Result")
+Delivery = tuple[int, list[Event]] | Exception  # events of the request of this number in its call
 
 _log = logging.getLogger(__name__)
 
 
-class Job:
-    """A request in the engine. streamed: whether each token is wanted at once."""
+class Call:
+    """Requests of one client, in the order of its prompts, and their tokens as they come.
 
-    def __init__(self, request: Request, streamed: bool):
-        self.request = request
+    streamed: whether each token is wanted at once. jobs: one for each request.
+    """
+
+    def __init__(self, requests: Sequence[Request], streamed: bool):
         self.streamed = streamed
-        self.handle: Handle | None = None  # in the engine's thread
-        self.left = request.num_samples  # answers whose last event has not been taken yet
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[list[Event] | Exception] = asyncio.Queue()
+        self.jobs = [Job(self, number, request) for number, request in enumerate(requests)]
+        self._left = sum(request.num_samples for request in requests)
+        self._found: asyncio.Queue[Delivery] = asyncio.Queue()
 
-    def put(self, events: list[Event] | Exception) -> None:
-        """Hand events, or what ends the job, to the event loop; called in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._events.put_nowait, events)
+    def put(self, found: Delivery) -> None:
+        """Hand over events of a request, or what ends the call; called in the event loop."""
+        self._found.put_nowait(found)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield the events of all answers, up to the last one of each."""
-        while self.left:
-            found = await self._events.get()
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the number of a request and its event, up to the last ones of all answers."""
+        while self._left:
+            found = await self._found.get()
             if isinstance(found, Exception):
                 raise found
-            for event in found:
-                self.left -= event.finish_reason is not None
-                yield event
+            number, events = found
+            for event in events:
+                self._left -= event.finish_reason is not None
+                yield number, event
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request in the engine: the one of this number in a call. handle: once it has begun."""
+
+    call: Call
+    number: int
+    request: Request
+    handle: Handle | None = None
 
 
 class Engine:
@@ -62,13 +76,14 @@ class Engine:
     def __init__(self, server: InferenceRunner, most_waiting: int):
         self.server = server
         self.most_waiting = most_waiting
-        self.held: set[Job] = set()  # the jobs of the event loop that have not ended
+        self.held: set[Job] = set()  # the jobs of calls that have not ended
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}  # by the number of their handles
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. Calls come from the event loop that runs now."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
@@ -82,10 +97,10 @@ class Engine:
         return max(0, len(self.held) - self.server.num_slots)
 
     @contextlib.contextmanager
-    def jobs(self, requests: list[Request], streamed: bool) -> Iterator[list[Job]]:
+    def call(self, requests: Sequence[Request], streamed: bool) -> Iterator[Call]:
         """Begin requests, which have been checked, and cancel what is unfinished at the end.
 
-        Yields a Job for each. Raises ApiError if too many wait.
+        Raises ApiError if too many wait.
         """
         room = self.server.num_slots + self.most_waiting
         if self.held and len(self.held) + len(requests) > room:
@@ -94,19 +109,18 @@ class Engine:
                 "try again later"
             )
             raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error")
-        made = [Job(request, streamed) for request in requests]
-        self.held.update(made)
-        for job in made:
+        call = Call(requests, streamed)
+        self.held.update(call.jobs)
+        for job in call.jobs:
             self._orders.put(functools.partial(self._begin, job))
         try:
-            yield made
+            yield call
         finally:
-            self.held.difference_update(made)
-            for job in made:
-                if job.left:
-                    self._orders.put(functools.partial(self._cancel, job))
+            self.held.difference_update(call.jobs)
+            for job in call.jobs:
+                self._orders.put(functools.partial(self._cancel, job))
 
-    async def call(self, work: Callable[[], Result]) -> Result:
+    async def run(self, work: Callable[[], Result]) -> Result:
         """Call a function in the engine's thread, between two steps."""
         done: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
@@ -142,39 +156,52 @@ class Engine:
         try:
             job.handle = self.server.submit(job.request)
         except Exception as error:
-            job.put(error)
+            self._deliver([(job.call, error)])
             return
         self._jobs[job.handle.number] = job
 
     def _cancel(self, job: Job) -> None:
+        """Free the slot of a job, if it has one."""
         if job.handle is not None and job.handle.number in self._jobs:
             del self._jobs[job.handle.number]
             self.server.cancel(job.handle)
 
-    def _forget_finished(self, number: int) -> None:
-        handle = self._jobs[number].handle
-        if handle is not None and handle.finished:
-            del self._jobs[number]
-
-    def _drop_if_failed(self, job: Job) -> None:
-        if job.handle is not None and job.handle.finished:
-            del self._jobs[job.handle.number]
-            job.put(failed(job.handle.completion.error))
-
     def _step(self) -> None:
         """Run one step, and hand over its tokens."""
-        streamed = any(job.streamed for job in self._jobs.values())
         try:
-            events = self.server.step(1 if streamed else MOST_TOKENS)
+            events = self.server.step(self._count())
         except Exception:
             _log.exception("a step failed; the requests that it worked on end with an error")
-            for job in list(self._jobs.values()):
-                self._drop_if_failed(job)
+            self._end_failed()
             return
+        found: list[tuple[Call, Delivery]] = []
         for number, group in itertools.groupby(events, lambda event: event.request):
-            own = list(group)
-            if number not in self._jobs:
-                continue  # it was cancelled
-            self._jobs[number].put(own)
-            if any(event.finish_reason for event in own):
-                self._forget_finished(number)
+            if job := self._jobs.get(number):  # otherwise it was cancelled
+                found.append((job.call, (job.number, list(group))))
+                if job.handle is not None and job.handle.finished:
+                    del self._jobs[number]
+        self._deliver(found)
+
+    def _count(self) -> int:
+        """Return how many tokens to draw: one for streams, otherwise what takes a short time."""
+        done = self.server.statistics
+        if any(job.call.streamed for job in self._jobs.values()):
+            return 1
+        most = STEP_SECONDS * done.steps / done.seconds if done.seconds else MOST_TOKENS
+        return max(1, min(int(most), MOST_TOKENS))
+
+    def _end_failed(self) -> None:
+        for number, job in list(self._jobs.items()):
+            if job.handle is not None and job.handle.finished:
+                del self._jobs[number]
+                self._deliver([(job.call, failed(job.handle.completion.error))])
+
+    def _deliver(self, found: list[tuple[Call, Delivery]]) -> None:
+        """Hand over what was found to the event loop, at once, as waking it takes time."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(_hand_over, found)
+
+
+def _hand_over(found: list[tuple[Call, Delivery]]) -> None:
+    for call, each in found:
+        call.put(each)

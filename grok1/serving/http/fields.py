@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
 }
 MOST_CHOICES = 128  # answers of one request, over all of its prompts
-LISTED = 20  # prompt's characters in messages
+MOST_STOPS = 64  # strings, for each of which all answers are searched
 
 
 class Asked(NamedTuple):
@@ -169,6 +169,8 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     number = found.get("num_samples", 1)
     if not (is_integer(number) and number >= 1):
         raise ApiError(400, f"n: expected an integer >= 1, got {_short(number)}", "n")
+    if isinstance(stop := found.get("stop"), list) and len(stop) > MOST_STOPS:
+        raise ApiError(400, f"stop: expected at most {MOST_STOPS} strings, got more", "stop")
     bias = found.get("logit_bias", {})
     if not isinstance(bias, dict) or not all(re.fullmatch("[0-9]{1,9}", key) for key in bias):
         message = "logit_bias: expected an object of token ids and numbers, got something else"

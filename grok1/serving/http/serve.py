@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import queue
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from grok1.serving.http.app import Api
+from grok1.serving.http.connection import IDLE_SECONDS, Connection
 from grok1.serving.request import Request
 
 if TYPE_CHECKING:
     from runner import InferenceRunner
 
-IDLE_SECONDS = 75  # after which an unused connection is closed
+MOST_CONNECTIONS = 800  # a process usually has 1,024 file descriptors
 SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
@@ -57,8 +61,9 @@ async def serve(
     ready: called when requests are taken. tell: called with messages.
     """
     config = uvicorn.Config(
-        api.app(), log_level="warning", access_log=False, lifespan="off", server_header=False,
-        timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=1,
+        api.app(), http=Connection, log_level="error", access_log=False, lifespan="off",
+        server_header=False, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=1,
+        limit_concurrency=MOST_CONNECTIONS,
     )  # fmt: skip
     server = _Server(config)
     api.engine.start()
@@ -78,6 +83,30 @@ async def serve(
     server.should_exit = True
     await serving
     await asyncio.to_thread(api.engine.stop)
+
+
+@contextlib.contextmanager
+def in_background(
+    api: Api, grace: float = 5.0, tell: Callable[[str], object] = lambda _: None
+) -> Iterator[int]:
+    """Serve at a free port of this machine, from a thread; yields the port."""
+    address, ready = bind("127.0.0.1", 0), threading.Event()
+    ends: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+
+    async def run() -> None:
+        ending = asyncio.Event()
+        ends.put(functools.partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set))
+        await serve(api, address, grace, ready.set, tell, ending)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), name="http")
+    thread.start()
+    end = ends.get()
+    ready.wait()
+    try:
+        yield address.getsockname()[1]
+    finally:
+        end()
+        thread.join()
 
 
 def bind(host: str, port: int) -> socket.socket:
