@@ -9,8 +9,10 @@ batch: the demo with 8 slots, all busy, must draw at least 3 times as many token
 with one (median of the ratios of pairs, in turns).
 host: in steps of 16 tokens, as in `generate`, the host's own work must take less than 15 % of the
 time, with 1 slot and with 8 (medians).
+prefix: the first token after 384 tokens that an earlier prompt began with and 16 others must come
+at least 5 times sooner than without the prefix cache (the demo, chunks of at most 128; medians).
 
-Runs all three, unless options select some. Ends with status 1 if a limit was exceeded.
+Runs all of them, unless options select some. Ends with status 1 if a limit was exceeded.
 """
 
 import argparse
@@ -43,9 +45,11 @@ from runner import (  # noqa: E402
 MOST_CHUNKS = 1.5
 LEAST_GAIN = 3.0
 MOST_HOST = 0.15
-MEASUREMENTS = "latency", "batch", "host"
+LEAST_SOONER = 5.0
+MEASUREMENTS = "latency", "batch", "host", "prefix"
 SLOTS = 8
 LONG_PROMPT = 4000
+SHARED, OWN = 384, 16  # tokens of prompts that begin alike
 DEMO_LEN = 200
 PROMPTS = (
     *("Once upon a time", "The little rabbit", "The king", "In the middle of the night"),
@@ -141,9 +145,10 @@ def measure_latency(turns: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- batch and host
 
 
-def load_demo(slots: int) -> InferenceRunner:
+def load_demo(slots: int, **options: Any) -> InferenceRunner:
     """Return the demo, warmed up."""
-    server = load_server(ROOT / "checkpoints/demo", ROOT / "tokenizer.model", slots=slots)
+    demo = ROOT / "checkpoints/demo", ROOT / "tokenizer.model"
+    server = load_server(*demo, slots=slots, **options)
     decode(server, MOST_TOKENS)
     return server
 
@@ -198,6 +203,26 @@ def measure_host(servers: dict[int, InferenceRunner], turns: int) -> list[dict[s
     return found
 
 
+# ------------------------------------------------------------------------------------------ prefix
+
+
+def measure_prefix(turns: int) -> dict[str, Any]:
+    """Read prompts that begin alike, with the prefix cache and without, in turns."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(3, 4096, SHARED).tolist()
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    servers = {on: load_demo(SLOTS, pad_sizes=(16, 128), prefix_cache=on) for on in seconds}
+    for turn in range(2 + turns):
+        for on, server in servers.items():
+            request = Request([*shared, *rng.integers(3, 4096, OWN).tolist()], max_len=1)
+            began = time.perf_counter()
+            server.generate([request])
+            if turn > 1:  # the first ones compile
+                seconds[on].append(time.perf_counter() - began)
+    ratio = median(seconds[False]) / median(seconds[True])
+    return {"with_s": seconds[True], "without_s": seconds[False], "ratio": ratio}
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -212,6 +237,8 @@ def measure(chosen: Sequence[str], turns: int) -> dict[str, Any]:
             found["batch"] = measure_batch(servers, turns)
         if "host" in chosen:
             found["host"] = measure_host(servers, turns)
+    if "prefix" in chosen:
+        found["prefix"] = measure_prefix(turns)
     return found
 
 
@@ -227,6 +254,11 @@ def judge(found: dict[str, Any]) -> list[str]:
         failures.append(
             f"{SLOTS} slots draw {batch['ratio']:.2f} times as many tokens per second as one; "
             f"the minimum is {LEAST_GAIN:g}"
+        )
+    if (prefix := found.get("prefix")) and prefix["ratio"] < LEAST_SOONER:
+        failures.append(
+            f"a token after a known beginning comes {prefix['ratio']:.1f} times sooner than "
+            f"without the prefix cache; the minimum is {LEAST_SOONER:g}"
         )
     for row in found.get("host", []):
         if row["tokens"] == MOST_TOKENS and row["share"] >= MOST_HOST:
@@ -244,6 +276,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--latency", action="store_true", help="measure token latency while a prompt is read")
     add("--batch", action="store_true", help="compare many slots with one")
     add("--host", action="store_true", help="measure the host's share of a step")
+    add("--prefix", action="store_true", help="time prompts that begin like earlier ones")
     count = number(int, 1, 10**6)
     add("--turns", type=count, default=5, metavar="N", help="of each measurement (5)")
     add("--json", action="store_true", help="print the figures as one JSON object")
@@ -287,6 +320,11 @@ def report(found: dict[str, Any]) -> None:
         for name, key in (("1 slot", "one_slot_per_s"), (f"{SLOTS} slots", "all_slots_per_s")):
             row(name, f"{median(batch[key]):.1f} tokens/s", batch[key], ".1f")
         print(f"{'ratio':22} {batch['ratio']:.2f}, at least {LEAST_GAIN:g}")
+    if prefix := found.get("prefix"):
+        for name, key in (("prefix cache", "with_s"), ("without", "without_s")):
+            times = [1e3 * each for each in prefix[key]]
+            row(name, f"{median(times):.1f} ms", times, ".1f")
+        print(f"{'ratio':22} {prefix['ratio']:.1f}, at least {LEAST_SOONER:g}")
     for line in found.get("host", []):
         limit = f", less than {MOST_HOST:.0%}" if line["tokens"] == MOST_TOKENS else ""
         name = f"host, slots {line['slots']}, step {line['tokens']}"

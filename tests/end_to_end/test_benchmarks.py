@@ -94,6 +94,21 @@ def test_the_host_takes_a_small_share_of_a_step() -> None:
     assert shares[1, MOST_TOKENS] < 0.15 and shares[8, MOST_TOKENS] < 0.15
 
 
+@pytest.mark.exhaustive
+def test_a_known_beginning_is_not_read_again() -> None:
+    assert figures("serving.py", "--prefix", "--turns", "9")["prefix"]["ratio"] >= 5
+
+
+@pytest.mark.exhaustive
+def test_many_clients_are_served_as_fast_as_without_http() -> None:
+    found = figures("http_server.py")
+    load, stream = found["load"], found["stream"]
+    assert load["requests"] == 2000 and load["statuses"].keys() == {"200", "400"}
+    assert (load["wrong"], load["lost"]) == ([], 0) and load["left"] > 0
+    assert load["growth"] < 0.02 and load["share"] >= 0.85
+    assert stream["tokens"] == 4000 and stream["delay_s"] <= 0.002
+
+
 def test_a_rank_is_an_eighth_of_grok_1() -> None:
     whole, rank = grok_1(), random_models.grok_1_rank(64)
     shapes = stored_shapes(rank)
