@@ -687,14 +687,15 @@ class InferenceRunner:
         """Return the results of `score`, and whether each token is the most likely one."""
         several, single = as_list(texts)
         ids = [self.encode(text) for text in several]
-        given = ids, self.bos_token
+        given = ids, [self.bos_token] * len(ids)
         scores = self._with_model(scoring.score, *given, hooks=hooks, hook_args=hook_args)
         return scores[0] if single else scores
 
     def score_continuations(self, pairs: Iterable[tuple[Prompt, Prompt]]) -> list[TokenScores]:
-        """Return the results of `score_tokens` for the second text of each pair, after the first.
+        """Return the scores, as of `score_tokens`, of the second text of each pair.
 
-        A first text that several pairs have is read once, as in questions with several answers. A
+        It follows the first text, which follows nothing, or [BOS] if the first text is empty. A
+        first text that several pairs have is read once, as in questions with several answers. A
         pair longer than the context is read in windows. Raises ValueError like `score`.
         """
         ids = [(self.encode(first), self.encode(second)) for first, second in pairs]

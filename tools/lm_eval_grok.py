@@ -117,13 +117,16 @@ class GrokLM(LM):
         return f"grok-1-{self.server.config.vocab_size}"
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of both; trailing spaces of the context go to the continuation."""
+        """Return the tokens of both, as the harness's own models split them.
+
+        Trailing spaces of the context go to the continuation.
+        """
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         before = self.server.encode(context)
         whole = self.server.encode(context + continuation)
-        return whole[: len(before)], whole[len(before) :]
+        return before, whole[len(before) :]
 
     def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
         """Return the Request for the harness's settings. Raises ValueError for an unknown one."""

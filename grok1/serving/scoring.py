@@ -57,18 +57,20 @@ def logits(model: LoadedModel, token_ids: ArrayLike) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[TokenScores]:
-    """Return the log-probability of each token of each text; the first token follows `bos`.
+def score(
+    model: LoadedModel, texts: Sequence[list[int]], before: Sequence[int]
+) -> list[TokenScores]:
+    """Return the log-probability of each token of each text.
 
-    texts: token ids. A text longer than the context is read in windows that overlap by half, so
-    that each token of a later window has at least half a context before it. Raises ValueError if a
-    log-probability is NaN or infinite.
+    texts: token ids. before: the token before each text, such as [BOS]. A text longer than the
+    context is read in windows that overlap by half, so that each token of a later window has at
+    least half a context before it. Raises ValueError if a log-probability is NaN or infinite.
     """
     context = model.config.sequence_len
     scores, windows = [], []
     for index, ids in enumerate(texts):
         scores.append(TokenScores(np.zeros([len(ids)], np.float32), np.zeros([len(ids)], bool)))
-        inputs = np.array([bos, *ids[:-1]], np.int32)
+        inputs = np.array([before[index], *ids[:-1]], np.int32)
         stride = max(1, context // 2)
         # The last window is the first one that reaches the end of the text.
         for start in range(0, max(len(ids) - context, 0) + stride, stride):
@@ -95,36 +97,37 @@ def score(model: LoadedModel, texts: Sequence[list[int]], bos: int) -> list[Toke
 def score_continuations(
     model: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]], bos: int
 ) -> list[TokenScores]:
-    """Return the scores of the second text of each pair, which follows the first one.
+    """Return the scores of the second text of each pair, which follows the first one or `bos`.
 
     A first text that several pairs have is read once, unless a second text is empty or does not fit
     into the context with it. Raises ValueError like `score`.
     """
     followed: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for index, (first, _) in enumerate(pairs):
-        followed[tuple(first)].append(index)
-    most = model.config.sequence_len
+        followed[tuple(first) or (bos,)].append(index)
+    room = model.config.sequence_len + 1  # the last token is not read
     shared = {
         first: own
         for first, own in followed.items()
-        if len(own) > 1 and all(0 < len(pairs[i][1]) <= most - len(first) for i in own)
+        if len(own) > 1 and all(0 < len(pairs[i][1]) <= room - len(first) for i in own)
     }
     found: dict[int, TokenScores] = {}
     order = sorted(shared, key=len, reverse=True)  # batch texts of similar lengths
     for start in range(0, len(order), model.num_slots):
         batch = order[start : start + model.num_slots]
         seconds = [{i: pairs[i][1] for i in shared[first]} for first in batch]
-        found |= _score_after(model, [[bos, *first] for first in batch], seconds)
+        found |= _score_after(model, batch, seconds)
     alone = [i for i in range(len(pairs)) if i not in found]
-    whole = score(model, [pairs[i][0] + pairs[i][1] for i in alone], bos)
-    for i, scores in zip(alone, whole, strict=True):
-        found[i] = TokenScores(*(each[len(pairs[i][0]) :] for each in scores))
+    whole = [(pairs[i][0] or [bos]) + pairs[i][1] for i in alone]
+    scored = score(model, [ids[1:] for ids in whole], [ids[0] for ids in whole])
+    for i, scores in zip(alone, scored, strict=True):
+        found[i] = TokenScores(*(each[len(each) - len(pairs[i][1]) :] for each in scores))
     _check_finite(model, found.values())
     return [found[i] for i in range(len(pairs))]
 
 
 def _score_after(
-    model: LoadedModel, firsts: Sequence[list[int]], seconds: Sequence[dict[int, list[int]]]
+    model: LoadedModel, firsts: Sequence[Sequence[int]], seconds: Sequence[dict[int, list[int]]]
 ) -> dict[int, TokenScores]:
     """Read first texts [<= B], then each of the texts that follow each of them, by their names."""
     lengths = np.array([len(first) - 1 for first in firsts])

@@ -47,6 +47,7 @@ from grok1.serving.sampling import (
     SampleOutput,
     SampleSettings,
     first_choices,
+    log_probabilities,
     most_probable,
     sample_logits,
 )
@@ -416,9 +417,10 @@ def prefill(
     )  # fmt: skip
     logits, scores = output.logits, None
     if following is not None:
-        scores = PromptScores(_log_probabilities(logits, following))
         if top_logprobs:
-            scores = scores._replace(**_first_choices(logits, config, execution.mesh))
+            scores = _with_first_choices(logits, following, config, execution.mesh)
+        else:
+            scores = PromptScores(_log_probabilities(logits, following))
         scores = readable(scores, execution.mesh)
         last = jnp.maximum(length - 1, 0)[:, None, None]
         logits = jnp.take_along_axis(logits, last, axis=1)
@@ -427,20 +429,28 @@ def prefill(
     return scores, _placed(State(output.model_state, slots, rows), config, execution.mesh)
 
 
-def _first_choices(
-    logits: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None
-) -> dict[str, jax.Array]:
-    """Return the last two fields of PromptScores for logits [R, T, V]."""
-    rows = P(config.model.data_axis)
-    find = on_shards(first_choices, mesh, rows, rows)
+def _with_first_choices(
+    logits: jax.Array, following: jax.Array, config: LanguageModelConfig, mesh: AnyMesh | None
+) -> PromptScores:
+    """Return all scores of `following` [R, T] for logits [R, T, V].
 
-    def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return find(_gather_rows(position[:, None], config, mesh))
+    If a token is the first choice, its log-probability has the same bits in both places.
+    """
+
+    def scores(logits: jax.Array, following: jax.Array) -> PromptScores:
+        own = log_probabilities(logits, following[:, None])[:, 0]
+        return PromptScores(own, *first_choices(logits))
+
+    rows = P(config.model.data_axis)
+    score = on_shards(scores, mesh, (rows, rows), rows)
+
+    def at(position: tuple[jax.Array, jax.Array]) -> PromptScores:
+        logits, following = position
+        return score(_gather_rows(logits[:, None], config, mesh), following)
 
     # One position at a time, so that no device holds [R, T, V].
-    found = lax.map(at, jnp.moveaxis(logits, 1, 0))
-    ids, logprobs = (jnp.moveaxis(x, 0, 1) for x in found)
-    return {"top_logprob_ids": ids, "top_logprobs": logprobs}
+    found = lax.map(at, (jnp.moveaxis(logits, 1, 0), following.T))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
 
 @_step

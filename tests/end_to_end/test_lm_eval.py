@@ -12,6 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from grok1.serving.http import serve
+from grok1.serving.http.app import Api
+from grok1.serving.http.chat import Template
+from grok1.serving.http.engine import Engine
 from paths import ROOT
 from runner import Request, load_server
 
@@ -46,16 +50,21 @@ def asked(*arguments):
     return [SimpleNamespace(args=own) for own in arguments]
 
 
-def test_loglikelihood_is_the_score_of_continuation(server, model):
-    found = model.loglikelihood(asked(*PAIRS))
-    for (context, continuation), (total, greedy) in zip(PAIRS, found, strict=True):
+def total_of(server, before, text):
+    """Return the log-probability of a text after another, both of token ids, and each choice."""
+    logits = server.logits([[*before, *text[:-1]]])[0][len(before) - 1 :].astype(np.float64)
+    scores = logits[np.arange(len(text)), text] - np.log(np.sum(np.exp(logits), axis=-1))
+    return pytest.approx(np.sum(scores), abs=1e-4), bool(np.all(np.argmax(logits, -1) == text))
+
+
+def test_loglikelihood_is_that_of_the_continuation(server, model):
+    pairs = [*PAIRS, *((PAIRS[0][0], other) for other in (" xylophone", " time there was"))]
+    found = model.loglikelihood(asked(*pairs))
+    for (context, continuation), result in zip(pairs, found, strict=True):
         whole = server.encode(context + continuation)
         split = len(server.encode(context.rstrip()))
-        (scores,) = server.score([whole])
-        assert total == pytest.approx(np.sum(scores[split:], dtype=np.float64), abs=1e-5)
-        logits = server.logits([[1, *whole[:-1]]])[0]
-        assert greedy == bool(np.all(np.argmax(logits, -1)[split:] == whole[split:]))
-    assert [greedy for _, greedy in found] == [True, False, False, False]
+        assert result == total_of(server, whole[:split] or [1], whole[split:])
+    assert [greedy for _, greedy in found[:4]] == [True, False, False, False]
 
 
 def test_loglikelihood_of_long_pair_reads_last_tokens(server, model):
@@ -63,13 +72,12 @@ def test_loglikelihood_of_long_pair_reads_last_tokens(server, model):
     ids = server.encode(context + continuation)
     most, own = server.config.sequence_len, len(ids) - len(server.encode(context.rstrip()))
     assert len(ids) > most
-    ((total, _),) = model.loglikelihood(asked((context, continuation)))
-    (scores,) = server.score([ids[-most:]])
-    assert total == float(np.sum(scores[-own:], dtype=np.float64))
+    (result,) = model.loglikelihood(asked((context, continuation)))
+    assert result == total_of(server, ids[-most:-own], ids[-own:])
     # A continuation that is itself too long is read in windows.
     ((total, _),) = model.loglikelihood(asked(("A", context)))
     (scores,) = server.score([server.encode("A" + context)])
-    assert total == float(np.sum(scores[1:], dtype=np.float64))
+    assert total == pytest.approx(np.sum(scores[1:], dtype=np.float64), rel=0.01)
 
 
 def test_rolling_loglikelihood_is_the_score_of_text(server, model):
@@ -130,6 +138,24 @@ def test_wrong_model_arguments_are_refused(arguments, message, adapter):
 def test_unknown_generation_settings_are_refused(model):
     with pytest.raises(ValueError, match="generation: expected settings from .*got 'num_beams'"):
         model.generate_until(asked(("A dog", {"until": [], "num_beams": 4})))
+
+
+def test_local_completions_gives_the_same_scores(server, model):
+    """The harness's own model, by HTTP, and its tokenizer, which asks the server."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    stories = [(text[:n], text[n:]) for text in TEXTS[:2] for n in (1, 5)]
+    pairs = [*PAIRS, *stories, (TEXTS[2][:900], TEXTS[2][900:950]), (PAIRS[0][0], " a fox")]
+    api = Api(Engine(server, most_waiting=64), "demo", Template())
+    with serve.in_background(api) as port:
+        base = {"base_url": f"http://127.0.0.1:{port}/v1/completions", "model": "demo"}
+        for more in ({"batch_size": 4}, {"num_concurrent": 3}):
+            remote = LocalCompletionsAPI(**base, max_length=server.config.sequence_len, **more)
+            found, expected = (each.loglikelihood(asked(*pairs)) for each in (remote, model))
+            np.testing.assert_allclose(
+                [total for total, _ in found], [total for total, _ in expected], rtol=0, atol=1e-5
+            )
+            assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 CHOICE = """

@@ -131,9 +131,20 @@ def test_echo_returns_the_prompt_and_its_scores(stream, client):
             text += choice.text
             tokens += choice.logprobs.tokens
             scores += choice.logprobs.token_logprobs
-    expected = server().generate(ids, max_len=1, temperature=0, prompt_logprobs=True)
+    asked = {"prompt_logprobs": True, "top_logprobs": 1}
+    expected = server().generate(ids, max_len=1, temperature=0, **asked)
     assert scores == [*expected.prompt_logprobs, *expected.logprobs] and scores[0] is None
     assert text == TEXT + expected.text and "".join(tokens) == f" {text}"
+
+
+def test_first_choice_of_a_prompt_has_the_same_score_twice(client):
+    """Harnesses find out in this way whether a token is the most probable one."""
+    found = server().generate(TEXT, max_len=40, temperature=0, ignore_eos=True)
+    prompt = [*found.prompt_ids, *found.token_ids]
+    logprobs = complete(client, prompt, echo=True, max_tokens=0, logprobs=1).choices[0].logprobs
+    pairs = zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+    greedy = [own == max(top.values()) for own, top in pairs if top]
+    assert all(greedy[len(found.prompt_ids) - 1 :]) and not all(greedy)
 
 
 @pytest.mark.parametrize("stream", [False, True])

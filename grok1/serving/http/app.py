@@ -231,13 +231,18 @@ class Api:
         return JSONResponse(self._card())
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize: {"prompt": TEXT} -> {"tokens": [ID, ...], "count", "max_model_len"}."""
+        """POST /tokenize: {"prompt": TEXT} -> {"tokens": [ID, ...], "count", "max_model_len"}.
+
+        The name of a special piece alone is that piece: lm_eval looks up the id of [BOS] by it.
+        """
         body = self._read(await _body(request), {"model", "prompt", "add_special_tokens"})
         text, special = body.get("prompt"), body.get("add_special_tokens", False)
         if not isinstance(text, str) or not isinstance(special, bool):
             raise ApiError(400, "prompt: expected a string to tokenize", "prompt")
         try:
-            ids = await run_in_threadpool(self.server.encode, text)
+            vocabulary = self.server.vocabulary
+            alone = vocabulary is not None and text in vocabulary.special
+            ids = await run_in_threadpool(self.server.encode, text, alone)
             ids = [self.server.bos_token, *ids] if special else ids
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
