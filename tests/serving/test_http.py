@@ -366,6 +366,7 @@ def test_requests_beyond_the_queue_are_refused(running, monkeypatch):
         with pytest.raises(openai.RateLimitError) as refused:
             complete(client, prompts)
         assert "at most 1 waiting requests" in refused.value.body["message"]
+        assert refused.value.response.headers["retry-after"] == "1"
         stream.close()
     wait_until(lambda: not engine.held)
 

@@ -98,7 +98,7 @@ class Api:
                 self._check_key(path, request)
                 response = await endpoint(request)
             except ApiError as error:
-                response = JSONResponse(error.body(), error.status)
+                response = JSONResponse(error.body(), error.status, error.headers())
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it; it is counted
             except Exception:

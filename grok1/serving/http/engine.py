@@ -22,6 +22,7 @@ from grok1.serving.steps import MOST_TOKENS
 if TYPE_CHECKING:
     from runner import InferenceRunner
 
+RETRY_SECONDS = 1  # about as long as it takes until one of many answers ends
 STEP_SECONDS = 0.1  # within which a new request is begun, if a token does not take longer
 Result = TypeVar("Result")
 Delivery = tuple[int, list[Event]] | Exception  # events of the request of this number in its call
@@ -108,7 +109,8 @@ class Engine:
                 f"expected at most {self.most_waiting} waiting requests, got one more; "
                 "try again later"
             )
-            raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error")
+            code, kind = "rate_limit_exceeded", "rate_limit_error"
+            raise ApiError(429, message, code=code, kind=kind, retry=RETRY_SECONDS)
         call = Call(requests, streamed)
         self.held.update(call.jobs)
         for job in call.jobs:

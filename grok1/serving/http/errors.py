@@ -8,7 +8,7 @@ class ApiError(Exception):
     """An error that a client gets.
 
     status: of HTTP. message: one sentence. param: the field that is wrong. code, kind: names that
-    clients know, as in OpenAI's API.
+    clients know, as in OpenAI's API. retry: after how many seconds to try again, if that may help.
     """
 
     status: int
@@ -16,6 +16,11 @@ class ApiError(Exception):
     param: str | None = None
     code: str | None = None
     kind: str = "invalid_request_error"
+    retry: int | None = None
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the answer."""
+        return {} if self.retry is None else {"retry-after": str(self.retry)}
 
     def body(self) -> dict[str, object]:
         """Return the body of the answer, for JSON."""
