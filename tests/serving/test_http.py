@@ -1,5 +1,6 @@
 """The server: OpenAI's client against one that a test starts, in this process."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -354,6 +355,31 @@ def test_a_client_that_leaves_frees_its_slot(stream, running):
         line.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
         wait_until(lambda: running.api.engine.held)
     wait_until(lambda: not running.api.engine.held and not server().busy)
+
+
+def test_a_client_that_leaves_before_its_stream():
+    """Its stream is never read, so that nothing in it can end the request."""
+    api = Api(Engine(server(), 64), "tiny", Template())
+
+    async def ask() -> None:
+        api.engine.start()
+        body = json.dumps({"prompt": [5], "stream": True, "n": 9, "max_tokens": 60}).encode()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            return next(messages, {"type": "http.disconnect"})
+
+        async def send(_: Any) -> None:
+            raise OSError("the client has left")
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        with contextlib.suppress(Exception):
+            await api.app()(scope | {"query_string": b""}, receive, send)
+        assert not api.engine.held
+        await asyncio.to_thread(api.engine.stop)
+
+    asyncio.run(ask())
+    assert not server().busy
 
 
 def test_requests_beyond_the_queue_are_refused(running, monkeypatch):

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from grok1.serving.http import fields
 from grok1.serving.http.answers import Form, Stream, usage
@@ -159,9 +160,7 @@ class Api:
                 raise fields.explained(error) from error
         calling = self.engine.call(requests, asked.stream)
         if asked.stream:
-            call = calling.__enter__()
-            chunks = self._stream(calling, call, asked, form)
-            return StreamingResponse(chunks, media_type="text/event-stream")
+            return _Stream(calling, self._stream(calling.__enter__(), asked, form))
         with calling as call:
             answers = await _unless_left(request, asyncio.ensure_future(self._finish(call)))
         choices = [
@@ -186,14 +185,8 @@ class Api:
             found[number][event.sample] = event.completion
         return [[own[sample] for sample in sorted(own)] for own in found]
 
-    async def _stream(
-        self,
-        calling: contextlib.AbstractContextManager[Call],
-        call: Call,
-        asked: fields.Asked,
-        form: Form,
-    ) -> AsyncIterator[str]:
-        """Yield server-sent events with the tokens of a call; cancels it if it is closed."""
+    async def _stream(self, call: Call, asked: fields.Asked, form: Form) -> AsyncIterator[str]:
+        """Yield server-sent events with the tokens of a call."""
         streams: list[dict[int, Stream]] = [{} for _ in call.jobs]
         try:
             async for number, event in self._events(call):
@@ -212,8 +205,6 @@ class Api:
         except Exception as error:
             _log.exception("a stream failed")
             yield _event(failed(str(error)).body())
-        finally:
-            calling.__exit__(None, None, None)
 
     # ------------------------------------------------------------------------ about the model
 
@@ -316,6 +307,20 @@ class Api:
     async def read_metrics(self, _: Request) -> Response:
         """GET /metrics."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+class _Stream(StreamingResponse):
+    """A stream that ends its call even if the client leaves before the first chunk."""
+
+    def __init__(self, calling: contextlib.AbstractContextManager[Call], chunks: Any):
+        super().__init__(chunks, media_type="text/event-stream")
+        self._calling = calling
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._calling.__exit__(None, None, None)
 
 
 async def _body(request: Request) -> bytes:
