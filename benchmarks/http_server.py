@@ -218,29 +218,30 @@ def measure_load(server: InferenceRunner, requests: int, pool: int, seed: int) -
     sent = [draw_sent(rng, bodies) for _ in range(requests)]
     whole = [one for one in sent if one.leave is None and expected[one.place]]
     asked = [request for one in whole for request in fields.completion(one.body)[0]]
-    tokens, direct = 0, []
-    direct.append(time_generate(server, asked))
-    got: list[Got] = []
-    seconds, resident = 0.0, []
+    direct = [time_generate(server, asked)]
+    statuses: collections.Counter[str] = collections.Counter()
+    wrong, seconds, resident = [], 0.0, []
     api = Api(engine.Engine(server, most_waiting=CLIENTS), "demo", Template())
     with serve.in_background(api) as port, clients() as process:
         for part in range(PARTS):
             own = sent[requests * part // PARTS : requests * (part + 1) // PARTS]
             process.submit(int).result()  # it has started
             began = time.perf_counter()
-            got += process.submit(run_clients, port, own, CLIENTS).result()
+            got = process.submit(run_clients, port, own, CLIENTS).result()
             seconds += time.perf_counter() - began
+            statuses.update(str(one.status) for one in got)
+            wrong += [text for one in got if (text := difference(one, expected[one.sent.place]))]
+            del got
             resident.append(resident_bytes())
     direct.append(time_generate(server, asked))
     tokens = direct[0][0]
     rates = [count / taken for count, taken in direct]
-    statuses = collections.Counter(one.status for one in got)
     return {
         "requests": requests,
-        "statuses": {str(status): statuses[status] for status in sorted(statuses)},
+        "statuses": dict(sorted(statuses.items())),
         "left": sum(one.leave is not None for one in sent),
-        "wrong": [text for one in got if (text := difference(one, expected[one.sent.place]))],
-        "lost": requests - len(got),
+        "wrong": wrong,
+        "lost": requests - statuses.total(),
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "generate_tokens_per_s": rates,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -33,9 +33,11 @@ from grok1.serving.request import Request as ModelRequest
 
 MOST_BYTES = 8 << 20  # of a body
 MOST_SECONDS = 60  # for a body to arrive
+WORKERS = 2  # threads that check and encode texts
 OPEN = {"/health"}  # paths that need no key
 
 _log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -62,6 +64,7 @@ class Api:
         self._template = template
         self._key = key
         self._origins = origins
+        self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS)
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -150,12 +153,17 @@ class Api:
             message = f"model: expected {self.name}, which this server has, got another one"
             raise ApiError(404, message, "model", "model_not_found")
 
+    async def _aside(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Call a function in another thread, as a long text takes a while."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, functools.partial(work, *arguments))
+
     async def _answer(
         self, request: Request, requests: list[ModelRequest], asked: fields.Asked, form: Form
     ) -> Response:
         for one in requests:
-            try:  # a long prompt takes a while
-                await run_in_threadpool(self.server.check, one)
+            try:
+                await self._aside(self.server.check, one)
             except ValueError as error:
                 raise fields.explained(error) from error
         calling = self.engine.call(requests, asked.stream)
@@ -233,7 +241,7 @@ class Api:
         try:
             vocabulary = self.server.vocabulary
             alone = vocabulary is not None and text in vocabulary.special
-            ids = await run_in_threadpool(self.server.encode, text, alone)
+            ids = await self._aside(self.server.encode, text, alone)
             ids = [self.server.bos_token, *ids] if special else ids
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
@@ -247,7 +255,7 @@ class Api:
         if not isinstance(tokens, list):
             raise ApiError(400, "tokens: expected a list of token ids", "tokens")
         try:
-            text = await run_in_threadpool(self.server.decode, [tokens])
+            text = await self._aside(self.server.decode, [tokens])
         except ValueError as error:
             raise ApiError(400, str(error), "tokens") from error
         return JSONResponse({"prompt": text[0]})
