@@ -1,6 +1,7 @@
 """The server: OpenAI's client against one that a test starts, in this process."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -14,10 +15,11 @@ import numpy as np
 import openai
 import pytest
 
-from grok1.serving.http import serve
+from grok1.serving.http import fields, serve
 from grok1.serving.http.app import MOST_BYTES, Api
 from grok1.serving.http.chat import STOPS, Template
 from grok1.serving.http.engine import Engine
+from grok1.serving.http.errors import ApiError, closing
 from grok1.serving.request import Request
 from runner import InferenceRunner
 from servers import make, server
@@ -126,16 +128,19 @@ def test_echo_returns_the_prompt_and_its_scores(stream, client):
     settings = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1}
     found = complete(client, ids, stream=stream, **settings)
     chunks = found if stream else [found]
-    tokens, scores, text = [], [], ""
+    tokens, scores, offsets, text = [], [], [], ""
     for chunk in chunks:
         for choice in chunk.choices:
             text += choice.text
             tokens += choice.logprobs.tokens
             scores += choice.logprobs.token_logprobs
+            offsets += choice.logprobs.text_offset
     asked = {"prompt_logprobs": True, "top_logprobs": 1}
     expected = server().generate(ids, max_len=1, temperature=0, **asked)
     assert scores == [*expected.prompt_logprobs, *expected.logprobs] and scores[0] is None
     assert text == TEXT + expected.text and "".join(tokens) == f" {text}"
+    places = zip(tokens, offsets, strict=True)
+    assert all(text[place:].startswith(token if place else token[1:]) for token, place in places)
 
 
 def test_first_choice_of_a_prompt_has_the_same_score_twice(client):
@@ -204,8 +209,29 @@ def test_a_template_file_replaces_the_plain_one(tmp_path):
     assert template.prompt([{"role": "user", "content": "A"}]) == "[user]A>"
     assert not template.stops
     path.write_text("{% for %}")
-    with pytest.raises(ValueError, match="expected a Jinja template, got an error"):
+    said = f"--chat-template {path}: expected a Jinja template, got an error"
+    with pytest.raises(ValueError, match=said):
         Template(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=said):
+        Template(path)
+    with pytest.raises(ValueError, match="nowhere: .* got an error: No such file"):
+        Template(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["{{ 1 // 0 }}", "{{ raise_exception('odd') }}", "{{ other }}"])
+def test_a_template_that_fails_refuses_the_messages(text, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(text)
+    with pytest.raises(ApiError, match="the chat template refuses them") as refused:
+        Template(path).prompt([{"role": "user", "content": "A"}])
+    assert refused.value.status == 400
+
+
+def test_own_stop_strings_are_added_to_those_of_the_template():
+    for own, expected in (("a", ["a"]), (["a", "b"], ["a", "b"]), ([], [])):
+        request, _ = fields.chat({"stop": own}, "A", STOPS)
+        assert list(request.stop) == [*expected, *STOPS]
 
 
 WRONG = [
@@ -246,6 +272,8 @@ def test_a_wrong_key_is_refused(running):
         complete(other)
     assert running.send("GET", "/v1/models", authorization="")[0] == 401
     assert running.send("GET", "/health", authorization="")[0] == 200
+    for given, status in ((f"bearer {KEY}", 200), (f"xBearer {KEY}", 401), (KEY, 401)):
+        assert running.send("GET", "/v1/models", authorization=given)[0] == status
 
 
 HOSTILE = [
@@ -267,6 +295,11 @@ HOSTILE = [
     ("POST", "/v1/chat/completions", b'{"messages": [{"role": "tool", "content": ""}]}', 400),
     ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": 1}]}', 400),
     ("POST", "/v1/chat/completions", b'{"messages": [1]}', 400),
+    ("POST", "/v1/completions", b'{"\\ud800": 1}', 400),
+    ("POST", "/v1/completions", b'{"prompt": "a", "logit_bias": {"5": 1, "05": 2}}', 400),
+    ("POST", "/v1/completions/", b"{}", 404),
+    ("POST", "/inspect", b'{"prompt": [[]]}', 400),
+    ("POST", "/inspect", b'{"prompt": ["a", "b"]}', 400),
     ("POST", "/tokenize", b'{"prompt": 1}', 400),
     ("POST", "/detokenize", b'{"tokens": [-1]}', 400),
     ("GET", "/v1/models/../../etc/passwd", b"", 404),
@@ -310,6 +343,9 @@ def test_other_origins_are_refused_unless_named(running):
     asked = {"origin": "http://page", "access-control-request-method": "POST"}
     assert running.send("OPTIONS", "/v1/completions", **asked)[0] == 405
     api = Api(running.api.engine, "tiny", Template(), origins=["http://page"])
+    for origin, status in ((None, 200), ("http://page", 403)):
+        headers = {} if origin is None else {"origin": origin}
+        assert running.send("GET", "/v1/models", **headers)[0] == status
     (middleware,) = api.app().user_middleware
     assert middleware.kwargs["allow_origins"] == ["http://page"]
 
@@ -388,10 +424,12 @@ def test_requests_beyond_the_queue_are_refused(running, monkeypatch):
     with running.client() as client:
         stream = complete(client, [5], stream=True, n=100, max_tokens=63)
         next(iter(stream))
-        prompts = [[5]] * 5
+        metrics = running.send("GET", "/metrics")[1]
+        waiting = float(metrics.partition("\ngrok_answers_waiting ")[2].split()[0])
+        assert 90 < waiting <= 100 - server().num_slots
         with pytest.raises(openai.RateLimitError) as refused:
-            complete(client, prompts)
-        assert "at most 1 waiting requests" in refused.value.body["message"]
+            complete(client, [5])
+        assert "at most 1 waiting answers" in refused.value.body["message"]
         assert refused.value.response.headers["retry-after"] == "1"
         stream.close()
     wait_until(lambda: not engine.held)
@@ -444,6 +482,30 @@ def test_what_runs_ends_before_the_server():
         assert rest[-1].choices[0].finish_reason == "length" and first.choices
         closing.join(30)
     assert any("have 5 s to finish" in text for text in started.said)
+
+
+def test_what_does_not_end_in_time_gets_an_error():
+    started = Running(server())
+    body = json.dumps({"prompt": [5], "n": 60, "max_tokens": 60, "ignore_eos": True}).encode()
+    inspected = json.dumps({"prompt": [5, 6, 7]}).encode()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool, started.client() as client:
+        forever = {"n": 60, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        stream = complete(client, [5], stream=True, **forever)
+        next(iter(stream))
+        started.api.engine.most_waiting = 200
+        whole = pool.submit(started.send, "POST", "/v1/completions", body)
+        wait_until(lambda: len(started.api.engine.held) == 2)
+        inspecting = pool.submit(started.send, "POST", "/inspect", inspected)
+        ended = pool.submit(started.close)
+        wait_until(lambda: started.api.closing)
+        started.api.engine.end_calls(closing())  # as when the time is over
+        status, answer = whole.result()
+        assert status == 503 and answer["error"]["code"] == "service_unavailable"
+        with pytest.raises(openai.APIError, match="the server is about to end"):
+            list(stream)
+        assert inspecting.result()[0] in (200, 503)
+        ended.result()
+    assert not server().busy
 
 
 def test_scores_of_texts_are_those_of_score(client):

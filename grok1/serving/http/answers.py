@@ -65,7 +65,10 @@ class Form:
             return [self._opening(index)]
         if not asked.echo:
             return []
-        logprobs = None if asked.logprobs is None else self.logprobs(prompt_tokens(answer))
+        logprobs = None
+        if asked.logprobs is not None:
+            tokens = prompt_tokens(answer)
+            logprobs = self.logprobs(tokens, self._start(tokens))
         return [self.choice(index, self.prompt_text(answer), logprobs, None, chunk=True)]
 
     def _opening(self, index: int) -> dict[str, Any]:
@@ -97,7 +100,8 @@ class Form:
         logprobs = None
         if asked.logprobs is not None:
             tokens = [] if asked.empty else answer_tokens(answer)
-            logprobs = self.logprobs(prompt_tokens(answer) + tokens if asked.echo else tokens)
+            before = prompt_tokens(answer) if asked.echo else []
+            logprobs = self.logprobs(before + tokens, self._start(before))
         return self.choice(index, text, logprobs, "length" if asked.empty else answer.finish_reason)
 
     # ---------------------------------------------------------------------- log-probabilities
@@ -113,8 +117,8 @@ class Form:
             likely = reversed(token.likely or ())  # of two with the same text, the more probable
             names = {self.token_text(token): logprob for token, logprob in likely}
             tops.append(None if token.likely is None else names)
-            offsets.append(offset)
-            offset += len(texts[-1])
+            offsets.append(max(0, offset))
+            offset += self.characters(token.id)
         return {
             "tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops,
             "text_offset": offsets,
@@ -128,6 +132,20 @@ class Form:
         if likely is not None:
             entry["top_logprobs"] = [self._entry(*other, None) for other in likely]
         return entry
+
+    def _start(self, tokens: Sequence[Token]) -> int:
+        """Return the offset of the first token of a prompt, whose space is not in the text."""
+        return -1 if tokens and self.token_text(tokens[0].id).startswith(" ") else 0
+
+    def characters(self, token: int) -> int:
+        """Return how many characters a token adds; the first of its bytes counts for one."""
+        vocabulary = self._server.vocabulary
+        if vocabulary is None:
+            return len(str(token)) + 1
+        byte = vocabulary.byte_of.get(token)
+        if byte is not None:
+            return int(byte & 0xC0 != 0x80)
+        return 0 if vocabulary.tokenizer.is_control(token) else len(self.token_text(token))
 
     def token_text(self, token: int) -> str:
         """Return a token as text; a byte that is no character alone as OpenAI's API writes it."""
@@ -184,7 +202,7 @@ class Stream:
         if asked.logprobs is not None and not asked.empty:
             (token,) = answer_tokens(event.completion, self._count, self._count + 1)
             logprobs = form.logprobs([token], self._offset)
-            self._offset += len(form.token_text(token.id))
+            self._offset += form.characters(token.id)
         self._count += 1
         text = "" if asked.empty else form.event_text(event)
         if text or logprobs is not None or event.finish_reason is not None:

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from grok1.checks import is_integer
 from grok1.serving.http import fields
 from grok1.serving.http.answers import Form, Stream, usage
 from grok1.serving.http.chat import Template
@@ -80,7 +81,7 @@ class Api:
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.read_metrics),
         ]
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route(path, self._guarded(path, endpoint), methods=[method])
                 for method, path, endpoint in routes
@@ -88,17 +89,20 @@ class Api:
             middleware=[
                 Middleware(
                     CORSMiddleware, allow_origins=self._origins, allow_methods=["GET", "POST"],
-                    allow_headers=["authorization", "content-type"],
+                    allow_headers=["*"],
                 )
             ] if self._origins else [],
             exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
         )  # fmt: skip
+        app.router.redirect_slashes = False
+        return app
 
     def _guarded(self, path: str, endpoint: Endpoint) -> Endpoint:
         """Return an endpoint that checks the key, counts, and answers errors as OpenAI does."""
 
         async def answer(request: Request) -> Response:
             try:
+                self._check_origin(request)
                 self._check_key(path, request)
                 response = await endpoint(request)
             except ApiError as error:
@@ -113,11 +117,19 @@ class Api:
 
         return answer
 
+    def _check_origin(self, request: Request) -> None:
+        """Refuse web pages, which a browser names, unless they are allowed."""
+        origin = request.headers.get("origin")
+        if origin is not None and not {origin, "*"} & {*self._origins}:
+            message = "expected no web page, or one that --cors allows, got another one"
+            raise ApiError(403, message, code="origin_not_allowed", kind="permission_error")
+
     def _check_key(self, path: str, request: Request) -> None:
         if self._key is None or path in OPEN:
             return
-        given = request.headers.get("authorization", "").partition("Bearer ")[2]
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.encode("latin-1"), self._key.encode())
+        if scheme.lower() != "bearer" or not right:
             message = (
                 "expected the key of this server as Authorization: Bearer KEY, got another one"
             )
@@ -135,9 +147,7 @@ class Api:
         """POST /v1/chat/completions."""
         body = self._read(await _body(request), fields.CHAT)
         prompt = self._template.prompt(body.get("messages"))
-        if "stop" not in body and self._template.stops:
-            body["stop"] = self._template.stops
-        made, asked = fields.chat(body, prompt)
+        made, asked = fields.chat(body, prompt, self._template.stops)
         form = Form(self.server, self.name, "chatcmpl")
         return await self._answer(request, [made], asked, form)
 
@@ -180,11 +190,15 @@ class Api:
     async def _events(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
         """Yield the events of a call, and count them. Raises ApiError if an answer fails."""
         watches = [self.metrics.watch() for _ in call.jobs]
-        async for number, event in call.events():
-            watches[number].take(event)
-            if event.finish_reason == "error":
-                raise failed(event.completion.error)
-            yield number, event
+        try:
+            async for number, event in call.events():
+                watches[number].take(event)
+                if event.finish_reason == "error":
+                    raise failed(event.completion.error)
+                yield number, event
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.ended.labels("cancelled").inc(sum(call.left))
+            raise
 
     async def _finish(self, call: Call) -> list[list[Completion]]:
         """Wait for the answers to each request of a call and return them. Raises ApiError."""
@@ -288,11 +302,13 @@ class Api:
 
         experts, probabilities: [token][layer][choice], the likeliest expert first.
         """
-        prompt, *more = fields.prompts(self._read(await _body(request), {"model", "prompt"}))
-        if more:
-            raise ApiError(400, "prompt: expected one string, or token ids, got several", "prompt")
+        body = self._read(await _body(request), {"model", "prompt"})
+        if isinstance(prompt := body.get("prompt"), list) and not all(map(is_integer, prompt)):
+            raise ApiError(400, "prompt: expected one string, or token ids", "prompt")
         try:
-            found = await self.engine.run(functools.partial(self.server.inspect, prompt))
+            (prompt,) = fields.prompts({"prompt": prompt})
+            work = self.engine.run(functools.partial(self.server.inspect, prompt))
+            found = await _unless_left(request, asyncio.ensure_future(work))
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
         chosen, probs = found.captured.expert_index, found.captured.router_probs  # [L, T, ...]

@@ -26,16 +26,20 @@ ROLES = {"developer": "system", "system": "system", "user": "user", "assistant":
 class Template:
     """How messages become a prompt. path: of a Jinja template; None: PLAIN.
 
-    stops: strings that end an answer. Raises ValueError if the file is no template, OSError.
+    stops: strings that end an answer. Raises ValueError if the file is no template.
     """
 
     def __init__(self, path: Path | None = None):
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
-        text = PLAIN if path is None else path.read_text(encoding="utf-8")
+        environment.globals["raise_exception"] = _refuse
         try:
+            text = PLAIN if path is None else path.read_text(encoding="utf-8")
             self._template = environment.from_string(text)
-        except TemplateError as error:
-            raise ValueError(f"{path}: expected a Jinja template, got an error: {error}") from error
+        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"--chat-template {path}: expected a Jinja template, got an error: {reason}"
+            ) from error
         self.stops = STOPS if path is None else ()
 
     def prompt(self, messages: object) -> str:
@@ -46,9 +50,14 @@ class Template:
         checked = [_message(f"messages[{n}]", value) for n, value in enumerate(messages)]
         try:
             return self._template.render(messages=checked, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # whatever the template does with them
             message = f"messages: the chat template refuses them: {error}"
             raise ApiError(400, message, "messages") from error
+
+
+def _refuse(reason: object) -> None:
+    """Raise an error in a template, as those of Hugging Face do."""
+    raise TemplateError(str(reason))
 
 
 def _message(place: str, value: Any) -> dict[str, str]:

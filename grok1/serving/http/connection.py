@@ -21,14 +21,16 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._watch(None)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End watching, so that nothing holds the connection any more."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
     def _watch(self, before: object) -> None:
-        if self.transport.is_closing():
-            return
         now = self._awaited()
         if now is not None and now == before:
             self.transport.abort()
-        else:
-            self.loop.call_later(IDLE_SECONDS, self._watch, now)
+        self._timer = self.loop.call_later(IDLE_SECONDS, self._watch, now)
 
     def _awaited(self) -> object | None:
         """Return what the client has to do, a request or reading; None: nothing, the server has."""

@@ -12,7 +12,8 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grok1.serving.http.errors import ApiError, failed
 from grok1.serving.request import Event, Request
@@ -39,7 +40,7 @@ class Call:
     def __init__(self, requests: Sequence[Request], streamed: bool):
         self.streamed = streamed
         self.jobs = [Job(self, number, request) for number, request in enumerate(requests)]
-        self._left = sum(request.num_samples for request in requests)
+        self.left = [request.num_samples for request in requests]  # answers of each, to come
         self._found: asyncio.Queue[Delivery] = asyncio.Queue()
 
     def put(self, found: Delivery) -> None:
@@ -48,13 +49,13 @@ class Call:
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield the number of a request and its event, up to the last ones of all answers."""
-        while self._left:
+        while any(self.left):
             found = await self._found.get()
             if isinstance(found, Exception):
                 raise found
             number, events = found
             for event in events:
-                self._left -= event.finish_reason is not None
+                self.left[number] -= event.finish_reason is not None
                 yield number, event
 
 
@@ -71,13 +72,13 @@ class Job:
 class Engine:
     """Answers the requests of an event loop with a model, in a thread of its own.
 
-    most_waiting: how many requests may wait for a slot; the next one is refused.
+    most_waiting: how many answers may wait for a slot; a request with more is refused.
     """
 
     def __init__(self, server: InferenceRunner, most_waiting: int):
         self.server = server
         self.most_waiting = most_waiting
-        self.held: set[Job] = set()  # the jobs of calls that have not ended
+        self.held: set[Job | Future[Any]] = set()  # what clients wait for
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}  # by the number of their handles
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -92,10 +93,24 @@ class Engine:
         self._orders.put(None)
         self._thread.join()
 
+    def end_calls(self, error: ApiError) -> None:
+        """End all that clients wait for with an error."""
+        for one in list(self.held):
+            if isinstance(one, Job):
+                one.call.put(error)
+            else:
+                with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has ended
+                    one.set_exception(error)
+
+    @property
+    def answers(self) -> int:
+        """How many answers clients wait for."""
+        return sum(one.call.left[one.number] if isinstance(one, Job) else 1 for one in self.held)
+
     @property
     def waiting(self) -> int:
-        """How many requests wait for a slot, at least."""
-        return max(0, len(self.held) - self.server.num_slots)
+        """How many answers wait for a slot, at least."""
+        return max(0, self.answers - self.server.num_slots)
 
     @contextlib.contextmanager
     def call(self, requests: Sequence[Request], streamed: bool) -> Iterator[Call]:
@@ -103,15 +118,8 @@ class Engine:
 
         Raises ApiError if too many wait.
         """
-        room = self.server.num_slots + self.most_waiting
-        if self.held and len(self.held) + len(requests) > room:
-            message = (
-                f"expected at most {self.most_waiting} waiting requests, got one more; "
-                "try again later"
-            )
-            code, kind = "rate_limit_exceeded", "rate_limit_error"
-            raise ApiError(429, message, code=code, kind=kind, retry=RETRY_SECONDS)
         call = Call(requests, streamed)
+        self._check_room(sum(call.left))
         self.held.update(call.jobs)
         for job in call.jobs:
             self._orders.put(functools.partial(self._begin, job))
@@ -123,17 +131,37 @@ class Engine:
                 self._orders.put(functools.partial(self._cancel, job))
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Call a function in the engine's thread, between two steps."""
-        done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        """Call a function in the engine's thread, between two steps, unless this is cancelled.
+
+        Raises ApiError if too many wait.
+        """
+        self._check_room(1)
+        done: Future[Result] = Future()
 
         def order() -> None:
-            try:
-                done.set_result(work())
-            except Exception as error:
-                done.set_exception(error)
+            if not done.set_running_or_notify_cancel():
+                return
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # by `end_calls`
+                try:
+                    done.set_result(work())
+                except Exception as error:
+                    done.set_exception(error)
 
+        self.held.add(done)
         self._orders.put(order)
-        return await asyncio.wrap_future(done)
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            self.held.discard(done)
+
+    def _check_room(self, answers: int) -> None:
+        """Raise ApiError if these answers do not fit into the queue, unless nothing else waits."""
+        if self.held and self.answers + answers > self.server.num_slots + self.most_waiting:
+            message = (
+                f"expected at most {self.most_waiting} waiting answers, got more; try again later"
+            )
+            code, kind = "rate_limit_exceeded", "rate_limit_error"
+            raise ApiError(429, message, code=code, kind=kind, retry=RETRY_SECONDS)
 
     # ------------------------------------------------------------------------- in its own thread
 

@@ -26,9 +26,10 @@ class ApiError(Exception):
         """Return the body of the answer, for JSON."""
         return {
             "error": {
-                "message": self.message,
+                # A name in it may have half of a surrogate pair, which JSON can have.
+                "message": self.message.encode(errors="replace").decode(),
                 "type": self.kind,
-                "param": self.param,
+                "param": self.param and self.param.encode(errors="replace").decode(),
                 "code": self.code,
             }
         }

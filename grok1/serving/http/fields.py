@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grok1.checks import is_integer
@@ -124,11 +124,15 @@ def completion(body: Mapping[str, Any]) -> tuple[list[Request], Asked]:
     return [_request(prompt, settings) for prompt in several], asked
 
 
-def chat(body: Mapping[str, Any], prompt: str) -> tuple[Request, Asked]:
+def chat(body: Mapping[str, Any], prompt: str, stops: Sequence[str] = ()) -> tuple[Request, Asked]:
     """Return the request of a body of /v1/chat/completions, and what else it asks for.
 
-    prompt: the text of the messages. Raises ApiError.
+    prompt: the text of the messages. stops: strings that end it, besides those of the body. Raises
+    ApiError.
     """
+    own = body.get("stop", [])
+    if stops and isinstance(own, str | list):
+        body = {**body, "stop": [*([own] if isinstance(own, str) else own), *stops]}
     most = _integer(body, "top_logprobs", 0, MOST_LOGPROBS)
     wanted = _flag(body, "logprobs")
     if most is not None and not wanted:
@@ -151,6 +155,7 @@ def explained(error: ValueError) -> ApiError:
     for name, field in SETTINGS.items():
         if re.search(rf"\b{field}\b", message):
             message, param = re.sub(rf"\b{field}\b", name, message), name
+    message = message.replace(", or keep only its newest tokens (truncate: left)", "")
     code = "context_length_exceeded" if "context" in message and "prompt" in message else None
     return ApiError(400, message, param, code)
 
@@ -172,7 +177,8 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(stop := found.get("stop"), list) and len(stop) > MOST_STOPS:
         raise ApiError(400, f"stop: expected at most {MOST_STOPS} strings, got more", "stop")
     bias = found.get("logit_bias", {})
-    if not isinstance(bias, dict) or not all(re.fullmatch("[0-9]{1,9}", key) for key in bias):
+    ids = re.compile("0|[1-9][0-9]{0,8}")
+    if not isinstance(bias, dict) or not all(map(ids.fullmatch, bias)):
         message = "logit_bias: expected an object of token ids and numbers, got something else"
         raise ApiError(400, message, "logit_bias")
     return found | {"logit_bias": {int(key): value for key, value in bias.items()} or None}

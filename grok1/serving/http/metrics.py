@@ -40,9 +40,9 @@ class Metrics:
         )  # fmt: skip
         slots = engine.server.num_slots
         Gauge("grok_slots", "Sequences served at once", registry=to).set(slots)
-        running = Gauge("grok_requests_running", "Requests that have begun", registry=to)
-        running.set_function(lambda: len(engine.held) - engine.waiting)
-        waiting = Gauge("grok_requests_waiting", "Requests that wait for a slot", registry=to)
+        running = Gauge("grok_answers_running", "Answers that have a slot", registry=to)
+        running.set_function(lambda: engine.answers - engine.waiting)
+        waiting = Gauge("grok_answers_waiting", "Answers that wait for a slot", registry=to)
         waiting.set_function(lambda: engine.waiting)
         to.register(_PrefixCache(engine))
 

@@ -16,6 +16,7 @@ import uvicorn
 
 from grok1.serving.http.app import Api
 from grok1.serving.http.connection import IDLE_SECONDS, Connection
+from grok1.serving.http.errors import closing
 from grok1.serving.request import Request
 
 if TYPE_CHECKING:
@@ -76,13 +77,19 @@ async def serve(
     api.closing = True
     if api.engine.held:
         tell(f"ending: {len(api.engine.held)} requests have {grace:g} s to finish")
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(grace):
-            while api.engine.held and not ending.is_set():
-                await asyncio.sleep(0.02)
+    await _until(lambda: not api.engine.held or ending.is_set(), grace)
+    api.engine.end_calls(closing())
+    await _until(lambda: not api.engine.held, 1.0)  # the errors are sent
     server.should_exit = True
     await serving
     await asyncio.to_thread(api.engine.stop)
+
+
+async def _until(condition: Callable[[], bool], seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.02)
 
 
 @contextlib.contextmanager
