@@ -221,7 +221,7 @@ def measure_load(server: InferenceRunner, requests: int, pool: int, seed: int) -
     direct = [time_generate(server, asked)]
     statuses: collections.Counter[str] = collections.Counter()
     wrong, seconds, resident = [], 0.0, []
-    api = Api(engine.Engine(server, most_waiting=CLIENTS), "demo", Template())
+    api = Api(engine.Engine(server, most_waiting=4 * CLIENTS), "demo", Template())
     with serve.in_background(api) as port, clients() as process:
         for part in range(PARTS):
             own = sent[requests * part // PARTS : requests * (part + 1) // PARTS]

@@ -506,6 +506,7 @@ def add_serving(parser: Parser) -> None:
     )
     add(
         "--api-key",
+        type=api_key,
         default=os.environ.get(API_KEY) or None,
         metavar="KEY",
         help=f"refuse requests without this key; better in the environment, as {API_KEY}, since "
@@ -518,7 +519,7 @@ def add_serving(parser: Parser) -> None:
         type=number(int, 0, 2**20),
         default=MOST_WAITING,
         metavar="N",
-        help=f"refuse requests when N wait for a slot ({MOST_WAITING})",
+        help=f"refuse requests when N answers wait for a slot ({MOST_WAITING})",
     )
     add(
         "--grace",
@@ -529,6 +530,7 @@ def add_serving(parser: Parser) -> None:
     )
     add(
         "--cors",
+        type=origin,
         action="append",
         metavar="ORIGIN",
         help="let scripts of web pages from this origin use the server; may be repeated",
@@ -551,6 +553,21 @@ def address(text: str) -> tuple[str, int]:
     return host or "127.0.0.1", int(port)
 
 
+def api_key(text: str) -> str:
+    """Check a key, which headers have to hold."""
+    if not (text.isascii() and text.isprintable() and text.strip() == text != ""):
+        raise argparse.ArgumentTypeError("expected printable ASCII characters, got others or none")
+    return text
+
+
+def origin(text: str) -> str:
+    """Check the origin of web pages."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", text):
+        expected = "SCHEME://HOST[:PORT], such as http://localhost:3000, or *"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return text
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a host."""
     with contextlib.suppress(ValueError):
@@ -565,6 +582,7 @@ def check_serving(parser: Parser, options: argparse.Namespace, prompts: Sequence
             "--no-auth": options.no_auth,
             "--chat-template": options.chat_template,
             "--cors": options.cors,
+            "--api-key": options.api_key and options.api_key != os.environ.get(API_KEY),
         }
         if given := [name for name, value in needing.items() if value]:
             parser.error(f"{given[0]} needs --serve")
@@ -572,13 +590,17 @@ def check_serving(parser: Parser, options: argparse.Namespace, prompts: Sequence
     others = {
         "--prompt": prompts,
         "--prompts-file": options.prompts_file,
-        "--output": options.output,
-        "--json": options.json,
         "--interactive": options.interactive,
-        "--show-routing": options.show_routing,
-        "--plan": options.plan,
     }
     refuse(parser, "--serve", others, "prompts come by HTTP")
+    outputs = {
+        "--output": options.output,
+        "--json": options.json,
+        "--show-routing": options.show_routing,
+        "--stats": options.stats,
+    }
+    refuse(parser, "--serve", outputs, "answers, routing (/inspect) and /metrics go by HTTP")
+    refuse(parser, "--serve", {"--plan": options.plan}, "a plan answers nothing")
     if options.distributed:
         refuse(parser, "--serve", {"--distributed": True}, "one process takes the requests")
     own = {

@@ -91,7 +91,13 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--serve", "80", "--seed", "1"], "--serve and --seed do not go together: each request"),
     (["--serve", "80", "--temp", "1"], "--serve and --temperature do not go together"),
     (["--serve", "80", "--distributed"], "--serve and --distributed do not go together: one"),
-    (["--cors", "a"], "--cors needs --serve"),
+    (["--cors", "http://a"], "--cors needs --serve"),
+    (["--api-key", "a", "A"], "--api-key needs --serve"),
+    (["--serve", "80", "--api-key", ""], "expected printable ASCII characters, got others or none"),
+    (["--serve", "80", "--api-key", "clé"], "expected printable ASCII characters, got others"),
+    (["--serve", "80", "--cors", "page"], "expected SCHEME://HOST[:PORT], such as"),
+    (["--serve", "80", "--plan"], "--serve and --plan do not go together: a plan answers nothing"),
+    (["--serve", "80", "--stats"], "--serve and --stats do not go together: answers, routing"),
     (["--port", "80"], "use --serve"),
 ]
 
@@ -132,6 +138,9 @@ def test_a_port_in_use_is_refused() -> None:
         done = run_serve("--serve", str(taken.getsockname()[1]))
     assert done.returncode == 1 and "and a free port, got an error" in done.stderr
     assert done.stderr.count("error: ") == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; choose another port\n")
+    done = run_serve("--serve", "192.0.2.1:80", "--no-auth")
+    assert done.returncode == 1 and done.stderr.endswith("; choose another host\n")
 
 
 def test_a_missing_requirement_is_named(tmp_path: pathlib.Path) -> None:

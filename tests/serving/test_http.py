@@ -481,7 +481,7 @@ def test_what_runs_ends_before_the_server():
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length" and first.choices
         closing.join(30)
-    assert any("have 5 s to finish" in text for text in started.said)
+    assert any("that have 5 s to finish: 1" in text for text in started.said)
 
 
 def test_what_does_not_end_in_time_gets_an_error():

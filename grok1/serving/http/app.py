@@ -9,6 +9,7 @@ import functools
 import hmac
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -65,6 +66,7 @@ class Api:
         self._template = template
         self._key = key
         self._origins = origins
+        self._created = int(time.time())
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS)
 
     def app(self) -> Starlette:
@@ -130,9 +132,8 @@ class Api:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.encode("latin-1"), self._key.encode())
         if scheme.lower() != "bearer" or not right:
-            message = (
-                "expected the key of this server as Authorization: Bearer KEY, got another one"
-            )
+            got = "another one" if given else "none"
+            message = f"expected the key of this server as Authorization: Bearer KEY, got {got}"
             raise ApiError(401, message, code="invalid_api_key", kind="authentication_error")
 
     # ------------------------------------------------------------------------------ answers
@@ -232,7 +233,8 @@ class Api:
 
     def _card(self) -> dict[str, Any]:
         context = self.server.config.sequence_len
-        return {"id": self.name, "object": "model", "owned_by": "xai", "max_model_len": context}
+        about = {"id": self.name, "object": "model", "created": self._created, "owned_by": "xai"}
+        return about | {"max_model_len": context}
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -392,4 +394,5 @@ async def _http_error(_: Request, error: HTTPException) -> Response:
         404: "expected a path of this API, got another one",
         405: "expected another method for this path",
     }.get(error.status_code, str(error.detail))
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
+    body = ApiError(error.status_code, message).body()
+    return JSONResponse(body, error.status_code, error.headers)

@@ -66,7 +66,7 @@ def _message(place: str, value: Any) -> dict[str, str]:
         raise ApiError(400, f"{place}: expected an object with role and content", "messages")
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        message = f"{place}.role: expected one of {', '.join(ROLES)}"
+        message = f"{place}.role: expected one of {', '.join(ROLES)}, got {str(role)[:40]!r}"
         raise ApiError(400, message, "messages")
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

@@ -68,7 +68,7 @@ class _PrefixCache(Collector):
             "grok_prefix_cache_queries", "Prompts' tokens, of all answers", value=asked
         )
         yield CounterMetricFamily(
-            "grok_prefix_cache_hits", "Those that were taken over, not read", value=reused
+            "grok_prefix_cache_hits", "Those copied from another prompt or answer", value=reused
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import queue
 import signal
@@ -18,6 +19,7 @@ from grok1.serving.http.app import Api
 from grok1.serving.http.connection import IDLE_SECONDS, Connection
 from grok1.serving.http.errors import closing
 from grok1.serving.request import Request
+from grok1.serving.scheduler import Statistics
 
 if TYPE_CHECKING:
     from runner import InferenceRunner
@@ -38,6 +40,7 @@ def compile_all(server: InferenceRunner) -> None:
         prompt = [server.config.eos_token] * min(size, context - 2)
         for kind in kinds:
             server.generate([Request(prompt, max_len=2, ignore_eos=True, **kind)])
+    server.statistics = Statistics()
 
 
 class _Server(uvicorn.Server):
@@ -76,7 +79,7 @@ async def serve(
     ending.clear()
     api.closing = True
     if api.engine.held:
-        tell(f"ending: {len(api.engine.held)} requests have {grace:g} s to finish")
+        tell(f"ending; requests that have {grace:g} s to finish: {len(api.engine.held)}")
     await _until(lambda: not api.engine.held or ending.is_set(), grace)
     api.engine.end_calls(closing())
     await _until(lambda: not api.engine.held, 1.0)  # the errors are sent
@@ -126,9 +129,10 @@ def bind(host: str, port: int) -> socket.socket:
         return made
     except OSError as error:
         reason = error.strerror or str(error)
+        what = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
         raise ValueError(
             f"--serve {host}:{port}: expected an address of this machine and a free port, got an "
-            f"error ({reason}); choose another port"
+            f"error ({reason}); choose another {what}"
         ) from error
 
 
