@@ -61,6 +61,8 @@ def serving(*options: str) -> Iterator[Server]:
 def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
     with serving("--chunk", "16") as server:
         assert f"ready: http://127.0.0.1:{server.port}/v1, model demo\n" in server.said
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
+            assert "\ngrok_prefix_cache_queries_total 0.0\n" in answer.read().decode()
         (snippet,) = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
         exec(compile(snippet.replace("8000", str(server.port)), "serving.md", "exec"), {})
         streamed = capsys.readouterr().out

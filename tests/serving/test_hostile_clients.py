@@ -1,6 +1,7 @@
 """Clients that send what no client should: each gets an error, and the server goes on."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -218,6 +219,11 @@ def files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def kept() -> list[object]:
+    gc.collect()
+    return gc.get_objects()
+
+
 def wait_until(condition: Any) -> None:
     end = time.monotonic() + 20
     while not condition():
@@ -259,6 +265,7 @@ def check(port: int, api: Api, count: int) -> None:
     wait_until(lambda: not api.engine.held and not server().busy)
     assert answer(port) == before
     wait_until(lambda: files() <= opened)
+    wait_until(lambda: not any(isinstance(one, connection.Connection) for one in kept()))
     assert threading.active_count() <= threads + 2  # that check requests
 
 

@@ -471,17 +471,42 @@ def test_what_runs_ends_before_the_server():
     started = Running(make(), key=None)
     with started.client() as client:
         stream = iter(
-            complete(client, [5], stream=True, max_tokens=60, extra_body={"ignore_eos": True})
+            complete(client, [5], stream=True, max_tokens=60, n=20, extra_body={"ignore_eos": True})
         )
         first = next(stream)
-        closing = threading.Thread(target=started.close)
-        closing.start()
+        ending = threading.Thread(target=started.close)
+        ending.start()
         wait_until(lambda: started.api.closing)
-        assert started.send("GET", "/health")[0] in (503, 200)
+        assert started.send("GET", "/health")[0] == 503
+        with pytest.raises(openai.InternalServerError, match="the server is about to end"):
+            complete(client)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length" and first.choices
-        closing.join(30)
+        ending.join(30)
     assert any("that have 5 s to finish: 1" in text for text in started.said)
+
+
+def test_what_is_given_up_is_not_done():
+    """As if clients of /inspect had left, or the server had ended, while others are served."""
+    done: list[str] = []
+
+    async def ask() -> None:
+        engine, free = Engine(server(), 64), threading.Event()
+        engine.start()
+        first = asyncio.create_task(engine.run(free.wait))
+        left = asyncio.create_task(engine.run(lambda: done.append("left")))
+        await asyncio.sleep(0.1)
+        left.cancel()
+        engine.end_calls(closing())
+        with pytest.raises(ApiError, match="about to end"):
+            await first
+        free.set()
+        await engine.run(lambda: done.append("next"))
+        assert not engine.held
+        await asyncio.to_thread(engine.stop)
+
+    asyncio.run(ask())
+    assert done == ["next"]
 
 
 def test_what_does_not_end_in_time_gets_an_error():

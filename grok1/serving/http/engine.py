@@ -139,9 +139,10 @@ class Engine:
         done: Future[Result] = Future()
 
         def order() -> None:
-            if not done.set_running_or_notify_cancel():
-                return
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # by `end_calls`
+            # If `end_calls` has ended it, Python raises one of these, by its version.
+            with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
+                if not done.set_running_or_notify_cancel():
+                    return
                 try:
                     done.set_result(work())
                 except Exception as error:
