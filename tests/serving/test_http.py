@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import http.client
 import json
 import socket
@@ -497,6 +498,7 @@ def test_what_is_given_up_is_not_done():
         left = asyncio.create_task(engine.run(lambda: done.append("left")))
         await asyncio.sleep(0.1)
         left.cancel()
+        engine._orders.put(functools.partial(int, "not a number"))  # fails in the thread
         engine.end_calls(closing())
         with pytest.raises(ApiError, match="about to end"):
             await first

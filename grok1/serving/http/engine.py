@@ -178,7 +178,10 @@ class Engine:
         with contextlib.suppress(queue.Empty):
             order = self._orders.get(block=not self._jobs)
             while order is not None:
-                order()
+                try:
+                    order()
+                except Exception:  # the thread has to go on for the other clients
+                    _log.exception("an order to the engine failed")
                 order = self._orders.get_nowait()
             return False
         return True

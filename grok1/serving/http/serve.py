@@ -106,7 +106,10 @@ def in_background(
     async def run() -> None:
         ending = asyncio.Event()
         ends.put(functools.partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set))
-        await serve(api, address, grace, ready.set, tell, ending)
+        try:
+            await serve(api, address, grace, ready.set, tell, ending)
+        finally:
+            ready.set()  # even if it failed
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="http")
     thread.start()
